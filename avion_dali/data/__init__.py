@@ -1,0 +1,1 @@
+"""Data side, pure: manifests, sampling, crops, order, planning, and making chunks."""

@@ -1,0 +1,1 @@
+"""From a clip request to frames: packet planning and the CPU decoders."""

@@ -1,0 +1,1 @@
+"""The supervised worker pool, its shared memory, its fault policy, and the CPU loader."""

@@ -1,0 +1,1 @@
+"""Video and text towers and what is built of them."""
