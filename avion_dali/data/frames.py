@@ -1,0 +1,121 @@
+"""Which frames make a clip: index arithmetic only, no file is opened here."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def segment_frame_ids(
+    start: int, stop: int, num_frames: int, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Draw one frame from each of `num_frames` equal segments of [start, stop).
+
+    Without a generator: the middle of each segment. With one: the middle plus a jitter uniform in
+    [-0.5, 0.5) * (stop - start - 1) / num_frames (AVION and LaViLa's sampling; TSN, arXiv 1608.00859,
+    section 3.1). Ids repeat when the range is shorter than the clip.
+
+    Args:
+        start: first frame of the range.
+        stop: one past the last frame, > start.
+        num_frames: clip length T.
+        rng: draws the jitter; None for evaluation.
+
+    Returns:
+        int64 array (T,), non-decreasing, each in [start, stop).
+
+    Raises:
+        ValueError: when the range is empty.
+    """
+    if stop <= start:
+        raise ValueError(f"cannot sample {num_frames} frames from the empty range [{start}, {stop})")
+    edges = np.linspace(start, stop, num_frames + 1)
+    positions = (edges[:-1] + edges[1:]) / 2
+    if rng is not None:
+        positions += (rng.random(num_frames) - 0.5) * (stop - start - 1) / num_frames
+    return positions.astype(np.int64)
+
+
+def strided_frame_ids(
+    num_source: int, num_frames: int, stride: int, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Take every `stride`-th frame from a random start, each shifted by its own draw from [0, stride).
+
+    Short videos wrap round. This is the clip of VideoMAE pre-training as AVION does it (VideoMAE,
+    arXiv 2203.12602, section 3.3, without the per-frame shift).
+
+    Args:
+        num_source: frames of the video, >= 1.
+        num_frames: clip length T.
+        stride: source frames between neighbours.
+        rng: draws start and shifts; None starts at frame 0 without shifts.
+
+    Returns:
+        int64 array (T,), each in [0, num_source).
+    """
+    span = (num_frames + 1) * stride
+    start = rng.integers(0, num_source - span) if rng is not None and num_source > span else 0
+    ids = start + stride * np.arange(num_frames)
+    if rng is not None:
+        ids = ids + rng.integers(0, stride, size=num_frames)
+    return (ids % num_source).astype(np.int64)
+
+
+def dense_frame_ids(
+    num_source: int, num_frames: int, stride: int, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Spread `num_frames` over a random window of `num_frames * stride` frames, ends included.
+
+    Videos no longer than the window are read at the plain stride and their last frame repeated.
+    This is the clip of VideoMAE fine-tuning (arXiv 2203.12602, appendix A).
+
+    Args:
+        num_source: frames of the video, >= 1.
+        num_frames: clip length T.
+        stride: nominal source frames between neighbours.
+        rng: draws the window; None takes the middle one.
+
+    Returns:
+        int64 array (T,), non-decreasing, each in [0, num_source).
+    """
+    span = num_frames * stride
+    if num_source <= span:
+        ids = np.arange(0, num_source, stride)[:num_frames]
+        return np.concatenate([ids, np.full(num_frames - len(ids), num_source - 1)]).astype(np.int64)
+    stop = int(rng.integers(span, num_source)) if rng is not None else (span + num_source) // 2
+    return np.clip(np.linspace(stop - span, stop, num_frames), stop - span, stop - 1).astype(np.int64)
+
+
+def view_start_frames(num_source: int, num_frames: int, stride: int, num_views: int) -> list[int]:
+    """Return the start frames of `num_views` temporal views spread evenly over a video.
+
+    Args:
+        num_source: frames of the video.
+        num_frames: clip length T.
+        stride: source frames between neighbours.
+        num_views: temporal views, >= 2.
+    """
+    step = max((num_source - num_frames * stride) / (num_views - 1), 0)
+    return [int(k * step) for k in range(num_views)]
+
+
+def frame_range_in_seconds(
+    start_s: float, end_s: float, *, fps: float, num_frames: int, frame_times: np.ndarray | None = None
+) -> tuple[int, int]:
+    """Return the frames [first, stop) of one chunk that lie in a time span, clamped to the chunk.
+
+    Args:
+        start_s: seconds from the chunk's first frame; may be negative.
+        end_s: seconds from the chunk's first frame; may lie past its end.
+        fps: the chunk's own frame rate.
+        num_frames: the chunk's real frame count.
+        frame_times: float64 array (num_frames,) of seconds, for a variable frame rate; None for constant.
+
+    Returns:
+        (first, stop), 0 <= first <= stop <= num_frames; empty when no frame lies inside.
+    """
+    if frame_times is None:
+        first, stop = int(np.round(start_s * fps)), int(np.round(end_s * fps))
+    else:
+        first, stop = (int(i) for i in np.searchsorted(frame_times, [start_s, end_s]))
+    first = min(max(first, 0), num_frames)
+    return first, min(max(stop, first), num_frames)

@@ -1,0 +1,108 @@
+"""Which samples form which batch: pure functions of (seed, epoch, step, rank)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from avion_dali.contracts import UserError
+from avion_dali.data.randomness import generator
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """Return the order of one epoch: a permutation of all samples, another one each epoch.
+
+    Args:
+        num_samples: rows of the manifest.
+        seed: the run's seed.
+        epoch: epoch number, >= 0.
+        shuffle: False keeps the manifest's order (evaluation).
+
+    Returns:
+        int64 array (num_samples,), read-only.
+    """
+    order = np.arange(num_samples)
+    if shuffle:
+        generator("order", seed=seed, epoch=epoch).shuffle(order)
+    order.flags.writeable = False
+    return order
+
+
+@dataclass(frozen=True)
+class BatchSchedule:
+    """The samples of every micro-batch of one rank.
+
+    Global batch k of an epoch is the same set of samples for any world size and any micro-batch: it is
+    a slice of the epoch's order, cut into equal contiguous shares for the ranks, and each share into
+    micro-batches.
+
+    Args:
+        num_samples: rows of the manifest.
+        global_batch: clips per optimizer step over all ranks.
+        micro_batch: clips per forward pass on one rank.
+        rank: this process.
+        world_size: number of processes.
+        seed: the run's seed.
+        training: shuffle each epoch anew and drop the last partial global batch; else keep the
+            manifest's order and drop nothing.
+
+    Raises:
+        UserError: when the sizes do not divide, or a training set is smaller than one global batch.
+    """
+
+    num_samples: int
+    global_batch: int
+    micro_batch: int
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    training: bool = True
+
+    def __post_init__(self) -> None:
+        per_pass = self.micro_batch * self.world_size
+        if self.global_batch % per_pass:
+            raise UserError(
+                f"optim.global_batch = {self.global_batch} must be a multiple of optim.micro_batch x ranks "
+                f"= {self.micro_batch} x {self.world_size} = {per_pass}; change one of them"
+            )
+        if self.num_samples == 0 or (self.training and self.num_samples < self.global_batch):
+            raise UserError(
+                f"the manifest has {self.num_samples} samples, fewer than one global batch "
+                f"({self.global_batch}); lower optim.global_batch or add data"
+            )
+
+    @property
+    def accum_steps(self) -> int:
+        """Micro-batches per optimizer step on each rank."""
+        return self.global_batch // (self.micro_batch * self.world_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch."""
+        full, rest = divmod(self.num_samples, self.global_batch)
+        return full if self.training or not rest else full + 1
+
+    @property
+    def dropped_per_epoch(self) -> int:
+        """Samples of the last partial global batch that training leaves out (others each epoch)."""
+        return self.num_samples % self.global_batch if self.training else 0
+
+    def micro_batch_ids(self, step: int, micro: int) -> tuple[int, np.ndarray]:
+        """Return (epoch, sample ids) of one micro-batch of this rank.
+
+        Args:
+            step: optimizer step counted over all epochs.
+            micro: which micro-batch of the step, in [0, accum_steps).
+
+        Returns:
+            The epoch and an int64 array of ids, shorter than `micro_batch` (or empty) only at the end
+            of an evaluation.
+        """
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.training)
+        share = self.global_batch // self.world_size
+        start = batch * self.global_batch + self.rank * share + micro * self.micro_batch
+        return epoch, order[start : start + self.micro_batch]

@@ -1,0 +1,23 @@
+"""`--decoder cpu-fused`: the packet plan, then crop, scale and RGB in one filter graph."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from avion_dali.contracts import ClipRequest
+from avion_dali.decode.clip import fill_clip
+from avion_dali.decode.reading import read_planned
+from avion_dali.decode.rendering import FusedView
+
+
+def decode_clip(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
+    """Decode a clip into an array, decoding only the packets it needs.
+
+    Args:
+        request: the clip.
+        frames_VTHWC: uint8 array of `request.frames_shape`, written in place.
+
+    Raises:
+        DecodeError: when a chunk cannot give its frames.
+    """
+    fill_clip(request, frames_VTHWC, read_frames=read_planned, view=FusedView)

@@ -1,0 +1,195 @@
+"""The packet plan: which coded packets a set of frames needs, and no others.
+
+A file's packets come in decode order. A wanted frame needs its GOP from the keyframe on, up to its own
+packet; packets of frames that nobody references and nobody wants are left out. Decoding such a run gives
+the same frames, bit for bit, as decoding the whole file.
+
+DALI's mini clips are made of the same runs, so this module knows nothing of pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+
+@dataclass(frozen=True, slots=True)
+class PacketTable:
+    """The packets of a file, or of its beginning, in decode order.
+
+    Args:
+        packets: the coded packets.
+        pts: int64 (P,) presentation times in ticks of the stream's time base, all different.
+        keyframe: bool (P,), decoding can start here.
+        shown: bool (P,), False for packets that an edit list hides: decoded, never delivered.
+        order: int64 (F,), decode position of the f-th frame in presentation order.
+    """
+
+    packets: Sequence[Packet]
+    pts: np.ndarray
+    keyframe: np.ndarray
+    shown: np.ndarray
+    order: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Packets to feed to a freshly flushed decoder, then drain.
+
+    Args:
+        positions: decode positions of the packets, ascending, the first a keyframe.
+        wanted: decode positions whose frames are kept, ascending.
+    """
+
+    positions: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+
+class UnorderedStreamError(ValueError):
+    """The container gives no usable presentation times, so frames can only be counted while decoding."""
+
+
+def read_packets(packets: Iterable[Packet], last_frame_id: int) -> PacketTable:
+    """Read packets until the first `last_frame_id + 1` frames in presentation order are certain.
+
+    Args:
+        packets: a demuxer's packets of one stream, in decode order.
+        last_frame_id: highest frame id wanted.
+
+    Raises:
+        UnorderedStreamError: when packets lack presentation times or share them (H.264 in AVI).
+    """
+    kept: list[Packet] = []
+    times: list[int] = []
+    shown: list[bool] = []
+    horizon, count = None, 0
+    for packet in packets:
+        if not packet.size:  # the demuxer's end marker
+            continue
+        if packet.pts is None:
+            raise UnorderedStreamError("a packet carries no presentation time")
+        # Decode times never decrease and no frame is shown before it is decoded: once they pass the
+        # last wanted frame's time, no later packet can come before that frame.
+        if horizon is not None and packet.dts is not None and packet.dts > horizon:
+            break
+        kept.append(packet)
+        times.append(packet.pts)
+        shown.append(not packet.is_discard)
+        count += shown[-1]
+        if count > last_frame_id and (horizon is None or packet.pts < horizon):
+            visible = sorted(t for t, s in zip(times, shown, strict=True) if s)
+            horizon = visible[last_frame_id]
+    return _table(kept, np.array(times, dtype=np.int64), np.array(shown, dtype=bool))
+
+
+def _table(packets: list[Packet], pts: np.ndarray, shown: np.ndarray) -> PacketTable:
+    if len(np.unique(pts)) != len(pts):
+        raise UnorderedStreamError("packets share presentation times")
+    keyframe = np.array([p.is_keyframe for p in packets], dtype=bool)
+    # Frames that precede the first keyframe in either order cannot be decoded by anybody.
+    first_key = int(np.argmax(keyframe)) if keyframe.any() else len(packets)
+    decodable = np.arange(len(packets)) >= first_key
+    if first_key < len(packets):
+        decodable &= pts >= pts[first_key]
+    order = np.argsort(pts, kind="stable")
+    return PacketTable(packets, pts, keyframe, shown, order[(shown & decodable)[order]])
+
+
+def plan_runs(table: PacketTable, frame_ids: Sequence[int], droppable: np.ndarray | None = None) -> list[Run]:
+    """Choose the packets that a set of frames needs.
+
+    A frame's run starts at the last keyframe that comes no later than the frame in decode order and in
+    presentation order: in an open GOP the frames shown before their keyframe lean on the GOP before.
+
+    Args:
+        table: the file's packets.
+        frame_ids: strictly increasing ids, each below `len(table.order)`.
+        droppable: bool (P,), True for packets that no other packet references; None drops nothing.
+
+    Returns:
+        Runs in decode order; together their `wanted` are the frames asked for, each once.
+    """
+    wanted = np.sort(table.order[np.asarray(frame_ids, dtype=np.int64)])
+    keys = np.flatnonzero(table.keyframe)
+    groups: list[tuple[int, list[int]]] = []
+    for position in wanted.tolist():
+        usable = keys[(keys <= position) & (table.pts[keys] <= table.pts[position])]
+        start = int(usable[-1])
+        if groups and start <= groups[-1][1][-1]:
+            groups[-1][1].append(position)  # the run before passes this keyframe anyway
+        else:
+            groups.append((start, [position]))
+    runs = []
+    for start, members in groups:
+        positions = np.arange(start, members[-1] + 1)
+        if droppable is not None:
+            positions = positions[~droppable[positions] | np.isin(positions, members)]
+        runs.append(Run(tuple(positions.tolist()), tuple(members)))
+    return runs
+
+
+def spanning_run(table: PacketTable, frame_ids: Sequence[int]) -> Run:
+    """Return one run from the first wanted frame's keyframe to the last wanted frame, dropping nothing."""
+    runs = plan_runs(table, frame_ids)
+    positions = range(runs[0].positions[0], runs[-1].positions[-1] + 1)
+    return Run(tuple(positions), tuple(p for run in runs for p in run.wanted))
+
+
+def droppable_packets(table: PacketTable, runs: Sequence[Run], stream: VideoStream) -> np.ndarray | None:
+    """Find the packets of these runs that no other packet references.
+
+    Args:
+        table: the file's packets.
+        runs: runs planned without dropping; only their packets are looked at.
+        stream: the stream they belong to.
+
+    Returns:
+        bool (P,), or None for codecs where this is not told by the packet (all packets are then kept).
+    """
+    context = stream.codec_context
+    if context.codec.canonical_name != "h264":
+        return None
+    length_size = _avcc_length_size(context.extradata or b"")
+    droppable = np.zeros(len(table.packets), dtype=bool)
+    for run in runs:
+        for position in run.positions:
+            droppable[position] = h264_is_non_reference(memoryview(table.packets[position]), length_size)
+    return droppable
+
+
+def _avcc_length_size(extradata: bytes) -> int:
+    """Return the byte count of NAL lengths in MP4-style H.264, or 0 for start codes (Annex B)."""
+    return (extradata[4] & 3) + 1 if len(extradata) > 4 and extradata[0] == 1 else 0
+
+
+def h264_is_non_reference(data: memoryview, length_size: int) -> bool:
+    """Tell whether a coded H.264 picture has `nal_ref_idc == 0`: no other picture references it.
+
+    Args:
+        data: the packet's bytes.
+        length_size: bytes of each NAL unit's length prefix; 0 when units are parted by start codes.
+
+    Source: ITU-T H.264, section 7.4.1 (all slices of a picture agree in whether it is zero).
+    """
+    for header in _nal_headers(data, length_size):
+        if 1 <= header & 0x1F <= 5:  # a slice
+            return not header & 0x60
+    return False
+
+
+def _nal_headers(data: memoryview, length_size: int) -> Iterable[int]:
+    if not length_size:
+        raw = bytes(data)
+        start = raw.find(b"\0\0\1")
+        while 0 <= start < len(raw) - 3:
+            yield raw[start + 3]
+            start = raw.find(b"\0\0\1", start + 3)
+        return
+    offset = 0
+    while offset + length_size < len(data):
+        yield data[offset + length_size]
+        offset += length_size + int.from_bytes(data[offset : offset + length_size], "big")
