@@ -33,6 +33,11 @@ class ClipRules:
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     flip_probability: float = 0.0
 
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int, int]:
+        """Shape of every clip planned by these rules: (V, T, H, W, C)."""
+        return (1, self.num_frames, self.frame_size, self.frame_size, 3)
+
 
 class Planner:
     """Plans the clips of one manifest.
@@ -91,7 +96,7 @@ def locate_frames(
         frame_range_in_seconds(
             sample.start_s - c.start_s,
             sample.end_s - c.start_s,
-            fps=c.fps,
+            fps=float(c.fps),
             num_frames=c.ref.num_frames,
             frame_times=c.frame_times,
         )

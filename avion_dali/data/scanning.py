@@ -1,0 +1,109 @@
+"""Find and probe the chunks of a folder: `<folder>/<video>/<start second>.<extension>`."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from avion_dali.contracts import ChunkRef, DecodeError, UserError
+from avion_dali.data.manifest import Chunk
+from avion_dali.data.probe import probe_chunk
+
+CHUNK_SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi"})
+# Below this many files, starting processes takes longer than probing.
+_SERIAL_LIMIT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class UnusableChunk:
+    """A chunk file that cannot be used.
+
+    Args:
+        path: the file.
+        reason: why not.
+    """
+
+    path: str
+    reason: str
+
+
+def find_chunk_files(folder: str | Path) -> list[tuple[str, float, Path]]:
+    """List a folder's chunk files, sorted by video and start.
+
+    Args:
+        folder: the chunk folder; videos may lie deeper (`P01/P01_01.MP4/15.MP4`).
+
+    Returns:
+        (video, start in seconds, file), the video named by its path below the folder.
+
+    Raises:
+        UserError: when the folder is missing or holds no chunk.
+    """
+    root = Path(folder).resolve()
+    if not root.is_dir():
+        raise UserError(f"{folder} is not a folder; name the one that `avion-dali chunk --output` wrote")
+    found = []
+    for path in root.rglob("*"):
+        if path.suffix.lower() in CHUNK_SUFFIXES and path.is_file() and _is_second(path.stem):
+            found.append((path.parent.relative_to(root).as_posix(), float(path.stem), path))
+    if not found:
+        raise UserError(
+            f"{folder} holds no chunks (files <video>/<start second>.mp4); make them with `avion-dali chunk`"
+        )
+    return sorted(found)
+
+
+def scan_chunks(
+    folder: str | Path, *, jobs: int, on_progress: Callable[[int], object] | None = None
+) -> tuple[list[Chunk], list[UnusableChunk]]:
+    """Probe all chunks of a folder in parallel.
+
+    Args:
+        folder: the chunk folder.
+        jobs: processes.
+        on_progress: called with the number of files done.
+
+    Returns:
+        The usable chunks, sorted by (video, start), and those that are not, with reasons.
+
+    Raises:
+        UserError: when the folder is missing or holds no chunk.
+    """
+    files = find_chunk_files(folder)
+    chunks, unusable = [], []
+    for done, result in enumerate(_probe_all(files, jobs), start=1):
+        if isinstance(result, Chunk):
+            chunks.append(result)
+        else:
+            unusable.append(result)
+        if on_progress is not None:
+            on_progress(done)
+    return chunks, unusable
+
+
+def _probe_all(files: list[tuple[str, float, Path]], jobs: int) -> list[Chunk | UnusableChunk]:
+    if jobs <= 1 or len(files) < _SERIAL_LIMIT:
+        return [_probe(file) for file in files]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_probe, files, chunksize=16))
+
+
+def _probe(file: tuple[str, float, Path]) -> Chunk | UnusableChunk:
+    video, start_s, path = file
+    try:
+        facts = probe_chunk(path)
+    except DecodeError as error:
+        return UnusableChunk(str(path), f"{error.kind}: {error.cause}")
+    if facts.rotation:
+        return UnusableChunk(
+            str(path), f"rotated by {facts.rotation} degrees; chunk it with `avion-dali chunk`"
+        )
+    ref = ChunkRef(str(path), facts.size_bytes, facts.num_frames, facts.width, facts.height)
+    return Chunk(ref, video, start_s, facts.fps, facts.codec, facts.frame_times)
+
+
+def _is_second(stem: str) -> bool:
+    return stem.isascii() and stem.replace(".", "", 1).isdigit()

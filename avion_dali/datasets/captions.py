@@ -1,0 +1,197 @@
+"""The generic annotation file: CSV or JSON lines with video, start, end, text and optional verb, noun."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from avion_dali.contracts import UserError
+from avion_dali.data.manifest import Sample, write_manifest
+from avion_dali.data.scanning import UnusableChunk, scan_chunks
+from avion_dali.data.text import clip_tokenizer
+from avion_dali.datasets.spans import ChunkLookup, SpanError
+
+REQUIRED_COLUMNS = ("video", "start", "end", "text")
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRow:
+    """An annotation row that cannot be used.
+
+    Args:
+        line: its line in the file, from 1.
+        video: the video it names.
+        reason: why not.
+    """
+
+    line: int
+    video: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BuildReport:
+    """What a manifest was made of.
+
+    Args:
+        num_samples: clips in the manifest.
+        num_chunks: chunk files in the manifest.
+        rejected: annotation rows left out.
+        unusable: chunk files left out.
+    """
+
+    num_samples: int
+    num_chunks: int
+    rejected: tuple[RejectedRow, ...]
+    unusable: tuple[UnusableChunk, ...]
+
+
+def build_captions_manifest(
+    chunk_root: str | Path,
+    annotations: str | Path,
+    output: str | Path,
+    *,
+    skip_bad_rows: bool = False,
+    jobs: int = 0,
+    on_progress: Callable[[int], object] | None = None,
+) -> BuildReport:
+    """Make a manifest of chunks and captions.
+
+    Rows that cannot be used are listed in `<output>/rejected.jsonl`, so nothing is lost silently.
+
+    Args:
+        chunk_root: folder of `<video>/<start second>.mp4` chunks.
+        annotations: `.csv` (with a header) or `.jsonl` file; `noun` may hold several, parted by `;`.
+        output: manifest folder to write.
+        skip_bad_rows: leave unusable rows out instead of refusing the file.
+        jobs: probing processes; 0 takes all cores.
+        on_progress: called with the number of probed chunk files.
+
+    Returns:
+        What went in and what was left out.
+
+    Raises:
+        UserError: when a file or column is missing, or rows are unusable and not to be skipped.
+    """
+    rows = list(read_rows(Path(annotations)))
+    chunks, unusable = scan_chunks(chunk_root, jobs=jobs or os.cpu_count() or 1, on_progress=on_progress)
+    samples, rejected = _place(rows, ChunkLookup(chunks))
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_jsonl(folder / "rejected.jsonl", [asdict(r) for r in rejected])
+    _write_jsonl(folder / "unusable_chunks.jsonl", [asdict(u) for u in unusable])
+    if rejected and not skip_bad_rows:
+        raise UserError(_refusal(annotations, rejected, unusable, folder))
+    if not samples:
+        raise UserError(f"{annotations}: no row can be used; reasons are in {folder / 'rejected.jsonl'}")
+    write_manifest(
+        folder,
+        chunk_root=chunk_root,
+        chunks=chunks,
+        samples=samples,
+        info={"annotations": str(annotations), "rejected_rows": len(rejected)},
+    )
+    return BuildReport(len(samples), len(chunks), tuple(rejected), tuple(unusable))
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, row) of an annotation file.
+
+    Args:
+        path: `.csv` or `.jsonl` file.
+
+    Raises:
+        UserError: when the file is missing, of another kind, malformed, or lacks a column.
+    """
+    if path.suffix.lower() not in (".csv", ".jsonl"):
+        raise UserError(f"{path}: annotations must be a .csv or .jsonl file")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
+            for line, row in reader(file, path):
+                missing = [name for name in REQUIRED_COLUMNS if row.get(name) in (None, "")]
+                if missing:
+                    raise UserError(f"{path}, line {line}: {', '.join(missing)} is missing")
+                yield line, row
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _csv_rows(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(file)
+    absent = [name for name in REQUIRED_COLUMNS if name not in (reader.fieldnames or ())]
+    if absent:
+        raise UserError(
+            f"{path}: column {', '.join(absent)} is missing; the header must name {', '.join(REQUIRED_COLUMNS)}"
+        )
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _json_rows(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, text in enumerate(file, start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{path}, line {line} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {line} is not a JSON object")
+        yield line, row
+
+
+def _place(
+    rows: list[tuple[int, dict[str, Any]]], lookup: ChunkLookup
+) -> tuple[list[Sample], list[RejectedRow]]:
+    tokenize = clip_tokenizer()
+    samples, rejected = [], []
+    for line, row in rows:
+        try:
+            start_s, end_s = _seconds(row["start"]), _seconds(row["end"])
+            first, count, end_s = lookup.locate(str(row["video"]), start_s, end_s)
+        except SpanError as error:
+            rejected.append(RejectedRow(line, str(row["video"]), str(error)))
+            continue
+        text = str(row["text"])
+        nouns = row.get("noun") or ""
+        nouns = (
+            tuple(nouns) if isinstance(nouns, list) else tuple(n.strip() for n in nouns.split(";") if n.strip())
+        )
+        samples.append(
+            Sample(first, count, start_s, end_s, text, tokenize(text), str(row.get("verb") or ""), nouns)
+        )
+    return samples, rejected
+
+
+def _seconds(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise SpanError(f"{value!r} is not a number of seconds") from None
+
+
+def _refusal(
+    annotations: str | Path, rejected: list[RejectedRow], unusable: list[UnusableChunk], folder: Path
+) -> str:
+    lines = [f"  line {r.line}, video {r.video!r}: {r.reason}" for r in rejected[:_SHOWN]]
+    if len(rejected) > _SHOWN:
+        lines.append(f"  and {len(rejected) - _SHOWN} more in {folder / 'rejected.jsonl'}")
+    lines += [f"  chunk {u.path}: {u.reason}" for u in unusable[:_SHOWN]]
+    return (
+        f"{annotations}: {len(rejected)} rows cannot be used:\n"
+        + "\n".join(lines)
+        + "\nmend them, or leave them out with --skip-bad-rows"
+    )
+
+
+def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.unlink(missing_ok=True)
+    if rows:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))

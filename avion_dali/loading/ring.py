@@ -1,0 +1,90 @@
+"""Shared memory that workers write clips into and the trainer copies batches from."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from multiprocessing.shared_memory import SharedMemory
+
+import numpy as np
+
+from avion_dali.contracts import UserError
+
+
+class SharedRing:
+    """Equal slots of shared memory, one micro-batch each.
+
+    Args:
+        slots: how many micro-batches fit.
+        slot_shape: shape of one micro-batch, (B, V, T, H, W, C), uint8.
+
+    Raises:
+        UserError: when the machine's shared memory is too small.
+    """
+
+    def __init__(self, slots: int, slot_shape: tuple[int, ...]) -> None:
+        self.slots, self.slot_shape = slots, slot_shape
+        self.slot_bytes = int(np.prod(slot_shape))
+        self.clip_bytes = self.slot_bytes // slot_shape[0]
+        self._memory = _allocate(slots * self.slot_bytes)
+        self.name = self._memory.name
+        self._bytes = np.frombuffer(memoryview(self._memory.buf or b""), np.uint8)
+
+    def offset(self, slot: int, row: int) -> int:
+        """Return the first byte of one clip.
+
+        Args:
+            slot: which micro-batch.
+            row: which clip of it.
+        """
+        return slot * self.slot_bytes + row * self.clip_bytes
+
+    def frames(self, slot: int) -> np.ndarray:
+        """Return one micro-batch as a uint8 view of `slot_shape`; valid until `close`.
+
+        Args:
+            slot: which micro-batch.
+        """
+        start = slot * self.slot_bytes
+        return self._bytes[start : start + self.slot_bytes].reshape(self.slot_shape)
+
+    def everything(self) -> np.ndarray:
+        """Return the whole memory as a flat uint8 view."""
+        return self._bytes
+
+    def close(self) -> None:
+        """Give the memory back to the machine."""
+        self._memory.unlink()
+        self._bytes = np.empty(0, np.uint8)
+        # A view may still be alive (a batch that somebody keeps): the mapping then goes with it.
+        with contextlib.suppress(BufferError):
+            self._memory.close()
+
+
+def _allocate(size: int) -> SharedMemory:
+    try:
+        memory = SharedMemory(create=True, size=size)
+    except OSError as error:
+        raise _too_small(size) from error
+    if hasattr(os, "posix_fallocate"):
+        # Without this the file is sparse, and a full /dev/shm kills a worker with SIGBUS much later.
+        try:
+            with open(f"/dev/shm/{memory.name}", "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except FileNotFoundError:
+            pass  # not Linux: shared memory is no file there
+        except OSError as error:
+            memory.close()
+            memory.unlink()
+            if error.errno == errno.ENOSPC:
+                raise _too_small(size) from error
+            raise
+    return memory
+
+
+def _too_small(size: int) -> UserError:
+    return UserError(
+        f"shared memory (/dev/shm) has no room for {size / 2**20:.0f} MiB of decoded clips; "
+        "enlarge it (docker: --shm-size) or lower optim.micro_batch or data.prefetch_batches"
+    )

@@ -1,0 +1,71 @@
+"""What runs inside a decode process. Imports stay light: numpy and PyAV, never torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.shared_memory import SharedMemory
+
+import numpy as np
+
+from avion_dali.contracts import ClipRequest, DecodeError
+
+DecodeClip = Callable[[ClipRequest, np.ndarray], None]
+
+_PR_SET_PDEATHSIG = 1
+_attached: dict[str, tuple[SharedMemory, np.ndarray]] = {}
+
+
+def start_worker(parent_pid: int) -> None:
+    """Prepare a worker: die with the trainer, and leave Ctrl-C to it.
+
+    Args:
+        parent_pid: the trainer's process id.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:  # the trainer died before the call above
+            os._exit(1)
+
+
+def decode_into(decode_clip: DecodeClip, request: ClipRequest, memory_name: str, offset: int) -> float:
+    """Decode one clip into shared memory.
+
+    Args:
+        decode_clip: a decoder's function.
+        request: the clip.
+        memory_name: name of the shared memory.
+        offset: first byte of the clip's place in it.
+
+    Returns:
+        Seconds spent.
+
+    Raises:
+        DecodeError: when the clip cannot be read, whatever the cause.
+    """
+    start = time.perf_counter()
+    shape = request.frames_shape
+    frames = _memory(memory_name)[offset : offset + int(np.prod(shape))]
+    try:
+        decode_clip(request, frames.reshape(shape))
+    except DecodeError:
+        raise
+    except Exception as error:  # the process boundary: whatever a file provokes costs one clip, not the run
+        part = request.parts[0]
+        name = decode_clip.__module__.rsplit(".", 1)[-1]
+        cause = f"{type(error).__name__}: {error}"
+        raise DecodeError(part.chunk.path, part.frame_ids, decoder=name, kind="corrupt", cause=cause) from error
+    return time.perf_counter() - start
+
+
+def _memory(name: str) -> np.ndarray:
+    """Return shared memory as flat uint8, attached once per process."""
+    if name not in _attached:
+        memory = SharedMemory(name)
+        _attached[name] = memory, np.frombuffer(memoryview(memory.buf or b""), np.uint8)
+    return _attached[name][1]
