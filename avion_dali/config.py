@@ -7,7 +7,7 @@ elsewhere, and a recipe in `configs/` writes only the fields that differ from th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from avion_dali.contracts import UserError
 
@@ -200,3 +200,55 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> TrainConfig:
+        """Rebuild a configuration from the plain values kept in a checkpoint.
+
+        Args:
+            values: what `dataclasses.asdict` made of a configuration.
+
+        Raises:
+            UserError: when a key is not one of this version's.
+        """
+        sections = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}
+        try:
+            built = {name: kind(**_with_tuples(values.get(name, {}))) for name, kind in sections.items()}
+            top = {name: value for name, value in values.items() if name not in sections}
+            return cls(**top, **built)
+        except TypeError as error:
+            raise UserError(f"the checkpoint's configuration is of another version: {error}") from error
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate, and how.
+
+    Args:
+        checkpoint: a checkpoint of `train.pretrain`, or its exported safetensors.
+        manifest: manifest to evaluate on; by default the evaluation manifest of the training.
+        decoder: how clips are decoded.
+        workers: decode processes per rank; 0 takes the machine's cores divided by the ranks on it.
+        micro_batch: clips per forward pass.
+        frozen_frames: control: feed each clip's first frame repeated.
+        output: file for the metrics as JSON; empty for none.
+        output_dir: folder for `quarantine.jsonl`; by default the training's.
+    """
+
+    checkpoint: str
+    manifest: str = ""
+    decoder: Decoder = "auto"
+    workers: int = 0
+    micro_batch: int = 64
+    frozen_frames: bool = False
+    output: str = ""
+    output_dir: str = ""
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 0, "workers", self.workers, ">= 0 (0: one per core)")
+        _require(self.micro_batch >= 1, "micro_batch", self.micro_batch, ">= 1")
+
+
+def _with_tuples(section: dict[str, Any]) -> dict[str, Any]:
+    """Turn lists, which files hold, into the tuples that fields declare."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}

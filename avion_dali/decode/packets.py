@@ -113,22 +113,25 @@ def plan_runs(table: PacketTable, frame_ids: Sequence[int], droppable: np.ndarra
     Returns:
         Runs in decode order; together their `wanted` are the frames asked for, each once.
     """
-    wanted = np.sort(table.order[np.asarray(frame_ids, dtype=np.int64)])
     keys = np.flatnonzero(table.keyframe)
-    groups: list[tuple[int, list[int]]] = []
-    for position in wanted.tolist():
+    starts = []
+    for position in table.order[np.asarray(frame_ids, dtype=np.int64)].tolist():
         usable = keys[(keys <= position) & (table.pts[keys] <= table.pts[position])]
-        start = int(usable[-1])
-        if groups and start <= groups[-1][1][-1]:
+        starts.append((int(usable[-1]), position))
+    groups: list[tuple[int, list[int]]] = []
+    for start, position in sorted(starts):
+        if groups and start <= max(groups[-1][1]):
             groups[-1][1].append(position)  # the run before passes this keyframe anyway
         else:
             groups.append((start, [position]))
     runs = []
     for start, members in groups:
-        positions = np.arange(start, members[-1] + 1)
+        positions = np.arange(start, max(members) + 1)
+        # Frames shown before the run's keyframe lean on the GOP before it; nothing after leans on them.
+        positions = positions[table.pts[positions] >= table.pts[start]]
         if droppable is not None:
             positions = positions[~droppable[positions] | np.isin(positions, members)]
-        runs.append(Run(tuple(positions.tolist()), tuple(members)))
+        runs.append(Run(tuple(positions.tolist()), tuple(sorted(members))))
     return runs
 
 
@@ -142,6 +145,9 @@ def spanning_run(table: PacketTable, frame_ids: Sequence[int]) -> Run:
 def droppable_packets(table: PacketTable, runs: Sequence[Run], stream: VideoStream) -> np.ndarray | None:
     """Find the packets of these runs that no other packet references.
 
+    For H.264 those of `nal_ref_idc == 0` (ITU-T H.264, section 7.4.1: all slices of a picture agree in
+    whether it is zero).
+
     Args:
         table: the file's packets.
         runs: runs planned without dropping; only their packets are looked at.
@@ -150,35 +156,53 @@ def droppable_packets(table: PacketTable, runs: Sequence[Run], stream: VideoStre
     Returns:
         bool (P,), or None for codecs where this is not told by the packet (all packets are then kept).
     """
-    context = stream.codec_context
-    if context.codec.canonical_name != "h264":
+    if stream.codec_context.codec.canonical_name != "h264":
         return None
-    length_size = _avcc_length_size(context.extradata or b"")
+    length_size = avcc_length_size(stream)
     droppable = np.zeros(len(table.packets), dtype=bool)
     for run in runs:
         for position in run.positions:
-            droppable[position] = h264_is_non_reference(memoryview(table.packets[position]), length_size)
+            header = h264_slice_header(memoryview(table.packets[position]), length_size)
+            droppable[position] = header is not None and not header & 0x60
     return droppable
 
 
-def _avcc_length_size(extradata: bytes) -> int:
-    """Return the byte count of NAL lengths in MP4-style H.264, or 0 for start codes (Annex B)."""
+def begins_inside_open_gop(table: PacketTable, runs: Sequence[Run], stream: VideoStream) -> bool:
+    """Tell whether a run starts at an H.264 keyframe that is no IDR picture.
+
+    Such a run decodes exactly, but the decoder notes that earlier frames are absent, which it would call
+    an error when asked to be strict.
+
+    Args:
+        table: the file's packets.
+        runs: planned runs.
+        stream: the stream they belong to.
+    """
+    if stream.codec_context.codec.canonical_name != "h264":
+        return False
+    length_size = avcc_length_size(stream)
+    headers = (h264_slice_header(memoryview(table.packets[r.positions[0]]), length_size) for r in runs)
+    return any(header is not None and header & 0x1F != 5 for header in headers)
+
+
+def avcc_length_size(stream: VideoStream) -> int:
+    """Return the byte count of NAL lengths in MP4-style H.264, or 0 for start codes (Annex B).
+
+    Args:
+        stream: an H.264 stream.
+    """
+    extradata = stream.codec_context.extradata or b""
     return (extradata[4] & 3) + 1 if len(extradata) > 4 and extradata[0] == 1 else 0
 
 
-def h264_is_non_reference(data: memoryview, length_size: int) -> bool:
-    """Tell whether a coded H.264 picture has `nal_ref_idc == 0`: no other picture references it.
+def h264_slice_header(data: memoryview, length_size: int) -> int | None:
+    """Return the NAL header byte of a coded H.264 picture's first slice, or None when it has none.
 
     Args:
         data: the packet's bytes.
         length_size: bytes of each NAL unit's length prefix; 0 when units are parted by start codes.
-
-    Source: ITU-T H.264, section 7.4.1 (all slices of a picture agree in whether it is zero).
     """
-    for header in _nal_headers(data, length_size):
-        if 1 <= header & 0x1F <= 5:  # a slice
-            return not header & 0x60
-    return False
+    return next((h for h in _nal_headers(data, length_size) if 1 <= h & 0x1F <= 5), None)
 
 
 def _nal_headers(data: memoryview, length_size: int) -> Iterable[int]:

@@ -17,11 +17,15 @@ from avion_dali.decode.packets import (
     PacketTable,
     Run,
     UnorderedStreamError,
+    begins_inside_open_gop,
     droppable_packets,
     plan_runs,
     read_packets,
     spanning_run,
 )
+
+# Damaged slices are an error, not something to paint over.
+_STRICT = {"err_detect": "explode"}
 
 
 class _UnreadableError(ValueError):
@@ -104,8 +108,7 @@ def _opened(part: ClipPart, decoder: str) -> Iterator[tuple[InputContainer, Vide
                     f"{chunk.width}x{chunk.height} and {chunk.size_bytes}; build the manifest again"
                 )
                 raise DecodeError(chunk.path, ids, decoder=decoder, kind="changed", cause=cause)
-            # Damaged slices are an error, not something to paint over.
-            context.options = {"err_detect": "explode"}
+            context.options = _STRICT
             yield container, stream
     except _UnreadableError as error:
         raise DecodeError(chunk.path, ids, decoder=decoder, kind="corrupt", cause=str(error)) from error
@@ -120,6 +123,8 @@ def _packet_table(part: ClipPart, packets: Iterable[Packet]) -> PacketTable:
 
 def _decode_runs(part: ClipPart, stream: VideoStream, table: PacketTable, runs: list[Run]) -> list[VideoFrame]:
     context = stream.codec_context
+    if begins_inside_open_gop(table, runs, stream):
+        context.options = {}
     found: dict[int, VideoFrame] = {}
     for run in runs:
         wanted = {int(table.pts[p]) for p in run.wanted}

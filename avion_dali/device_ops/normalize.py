@@ -1,0 +1,64 @@
+"""From decoded bytes to the numbers a model takes, on the batch's own device.
+
+Frames stay uint8 until here: a quarter of the bytes through every queue and over PCIe.
+Axes: B clips, T frames, H W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from avion_dali.config import Normalization
+
+
+class PixelStatistics(NamedTuple):
+    """Mean and deviation per channel (red, green, blue) of pixel values in 0..255."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+_CLIP_STD: Final = (68.5005327, 66.6321579, 70.32316305)
+
+# `openai`: CLIP's published constants times 255. `openai-avion`: the same but for the red mean, which LaViLa
+# and AVION carry as 0.42481 instead of 0.48145466; their released weights were trained with it.
+PIXEL_STATISTICS: Final[dict[Normalization, PixelStatistics]] = {
+    "openai": PixelStatistics((122.7709383, 116.7460125, 104.09373615), _CLIP_STD),
+    "openai-avion": PixelStatistics((108.3272985, 116.7460125, 104.09373615), _CLIP_STD),
+    "imagenet": PixelStatistics((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+}
+
+
+def normalize_frames(
+    frames_BTHWC: Tensor, normalization: Normalization, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Subtract the mean and divide by the deviation of each channel.
+
+    The arithmetic is float32 for every `dtype`: half precision would blur values near the mean.
+
+    Args:
+        frames_BTHWC: decoded frames, uint8 (B, T, H, W, 3), RGB.
+        normalization: a row of `PIXEL_STATISTICS`.
+        dtype: floating type of the result.
+
+    Returns:
+        (B, 3, T, H, W) of `dtype` on the same device, a view of channel-last memory.
+
+    Raises:
+        ValueError: when the frames are not uint8 RGB.
+    """
+    if frames_BTHWC.dtype != torch.uint8 or frames_BTHWC.ndim != 5 or frames_BTHWC.shape[-1] != 3:
+        raise ValueError(f"frames must be uint8 (B, T, H, W, 3), got {frames_BTHWC.dtype} {frames_BTHWC.shape}")
+    statistics = PIXEL_STATISTICS[normalization]
+    std_C = torch.tensor(statistics.std, dtype=torch.float64)
+    mean_C = torch.tensor(statistics.mean, dtype=torch.float64)
+    # One constant per value of a row: broadcasting along 3 channels alone would defeat vectorisation on CPUs.
+    columns = frames_BTHWC.shape[3]
+    scale_X = (1.0 / std_C).float().repeat(columns).to(frames_BTHWC.device, non_blocking=True)
+    shift_X = (-mean_C / std_C).float().repeat(columns).to(frames_BTHWC.device, non_blocking=True)
+    pixels_BTHX = frames_BTHWC.flatten(-2).float()
+    torch.addcmul(shift_X, pixels_BTHX, scale_X, out=pixels_BTHX)
+    return pixels_BTHX.to(dtype).view(frames_BTHWC.shape).permute(0, 4, 1, 2, 3)

@@ -1,0 +1,300 @@
+"""Multi-instance retrieval: how well clips find texts and texts find clips, with graded relevancy.
+
+Definitions are those of the EPIC-KITCHENS-100 challenge (Damen et al. 2022, "Rescaling Egocentric Vision",
+arXiv 2006.13256, multi-instance retrieval; code by Wray et al. 2019, "Fine-Grained Action Retrieval Through
+Multiple Parts-of-Speech Embeddings", arXiv 1908.03477), so numbers compare with published ones.
+Axes: Q queries, G gallery items, V clips, T texts, K noun classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avion_dali.contracts import UserError
+
+_BLOCK_ELEMENTS = 1 << 21  # similarities ranked at once: keeps the working set near 150 MB
+
+Floats = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class DirectionalScore:
+    """One measure in both directions, as fractions in [0, 1].
+
+    A query without a positive has no score: it is left out of the mean and counted. When all are left out
+    the mean is NaN, which then says that the measure does not exist for this data.
+
+    Args:
+        video_to_text: mean over clips as queries.
+        text_to_video: mean over texts as queries.
+        queries: scored queries (clips, texts).
+        queries_without_positive: queries left out (clips, texts).
+    """
+
+    video_to_text: float
+    text_to_video: float
+    queries: tuple[int, int]
+    queries_without_positive: tuple[int, int]
+
+    @property
+    def average(self) -> float:
+        """Arithmetic mean of both directions."""
+        return (self.video_to_text + self.text_to_video) / 2.0
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """All measures of one similarity matrix.
+
+    Args:
+        mean_average_precision: graded, see `mean_average_precision`.
+        binary_mean_average_precision: textbook, see `binary_mean_average_precision`.
+        ndcg: see `ndcg`.
+    """
+
+    mean_average_precision: DirectionalScore
+    binary_mean_average_precision: DirectionalScore
+    ndcg: DirectionalScore
+
+
+def retrieval_scores(similarity_VT: Floats, relevancy_VT: Floats) -> RetrievalScores:
+    """All retrieval measures, in both directions.
+
+    Similarities are ranked in float32. Equal ones keep the order of the published evaluation: lower index
+    first for average precision, higher index first for nDCG.
+
+    Args:
+        similarity_VT: float (V, T), larger is more similar; only the order matters.
+        relevancy_VT: float (V, T) in [0, 1]; exactly 1 means equal in all classes.
+
+    Returns:
+        Graded and binary mean average precision and nDCG.
+
+    Raises:
+        UserError: when shapes differ, a similarity is not finite or a relevancy lies outside [0, 1].
+    """
+    _check(similarity_VT, relevancy_VT)
+    by_video = _direction(similarity_VT, relevancy_VT)
+    by_text = _direction(similarity_VT.T, relevancy_VT.T)
+    return RetrievalScores(
+        *(_pair(to_text, to_video) for to_text, to_video in zip(by_video, by_text, strict=True))
+    )
+
+
+def mean_average_precision(similarity_VT: Floats, relevancy_VT: Floats) -> DirectionalScore:
+    """Mean average precision as the challenge computes it, with graded relevancy.
+
+    With r_k the relevancy at rank k, AP = sum over ranks with r_k == 1 of (r_1 + ... + r_k) / k, divided by
+    the number of items with r == 1. Only exact matches give terms, but partly relevant items above them add
+    fractions: values are >= the textbook ones.
+
+    Args:
+        similarity_VT: float (V, T).
+        relevancy_VT: float (V, T) in [0, 1].
+
+    Returns:
+        The mean over queries with at least one item of relevancy exactly 1.
+    """
+    return retrieval_scores(similarity_VT, relevancy_VT).mean_average_precision
+
+
+def binary_mean_average_precision(similarity_VT: Floats, relevancy_VT: Floats) -> DirectionalScore:
+    """Textbook mean average precision: items of relevancy exactly 1 count, all others are wrong.
+
+    Args:
+        similarity_VT: float (V, T).
+        relevancy_VT: float (V, T) in [0, 1].
+
+    Returns:
+        The mean over queries with at least one item of relevancy exactly 1.
+    """
+    return retrieval_scores(similarity_VT, relevancy_VT).binary_mean_average_precision
+
+
+def ndcg(similarity_VT: Floats, relevancy_VT: Floats) -> DirectionalScore:
+    """Normalised discounted cumulative gain, cut at a query's number of relevant items.
+
+    DCG = sum over ranks k <= K of r_k / log2(k + 1) with K the number of items with r > 0, divided by the same
+    sum in the best possible order (Jarvelin & Kekalainen 2002, doi 10.1145/582415.582418).
+
+    Args:
+        similarity_VT: float (V, T).
+        relevancy_VT: float (V, T) in [0, 1].
+
+    Returns:
+        The mean over queries with at least one item of relevancy above 0.
+    """
+    return retrieval_scores(similarity_VT, relevancy_VT).ndcg
+
+
+def chance_scores(relevancy_VT: Floats, *, permutations: int = 20, seed: int = 0) -> RetrievalScores:
+    """What a model that knows nothing scores: the mean over random similarities.
+
+    Args:
+        relevancy_VT: float (V, T) in [0, 1].
+        permutations: random matrices to average.
+        seed: seed of numpy's default generator.
+
+    Returns:
+        Mean scores; query counts are those of one matrix.
+
+    Raises:
+        ValueError: when `permutations` < 1.
+    """
+    if permutations < 1:
+        raise ValueError(f"permutations must be >= 1, got {permutations}")
+    generator = np.random.default_rng(seed)
+    runs = [
+        retrieval_scores(generator.random(relevancy_VT.shape, dtype=np.float32), relevancy_VT)
+        for _ in range(permutations)
+    ]
+
+    def mean(select: Callable[[RetrievalScores], DirectionalScore]) -> DirectionalScore:
+        scores = [select(run) for run in runs]
+        return DirectionalScore(
+            video_to_text=float(np.mean([score.video_to_text for score in scores])),
+            text_to_video=float(np.mean([score.text_to_video for score in scores])),
+            queries=scores[0].queries,
+            queries_without_positive=scores[0].queries_without_positive,
+        )
+
+    return RetrievalScores(
+        mean_average_precision=mean(lambda run: run.mean_average_precision),
+        binary_mean_average_precision=mean(lambda run: run.binary_mean_average_precision),
+        ndcg=mean(lambda run: run.ndcg),
+    )
+
+
+def relevancy_from_classes(
+    verb_Q: Sequence[int] | NDArray[np.integer],
+    nouns_Q: Sequence[Collection[int]],
+    verb_G: Sequence[int] | NDArray[np.integer],
+    nouns_G: Sequence[Collection[int]],
+) -> NDArray[np.float32]:
+    """How much two captions mean the same: the mean of verb equality and the overlap of their noun sets.
+
+    Source: arXiv 2006.13256, multi-instance retrieval (after arXiv 1908.03477). The overlap is intersection
+    over union; two empty sets are equal, so it is 1.
+
+    Args:
+        verb_Q: verb class of each query.
+        nouns_Q: noun classes of each query; order and repeats do not matter.
+        verb_G: verb class of each gallery item.
+        nouns_G: noun classes of each gallery item.
+
+    Returns:
+        Float32 (Q, G) in [0, 1]; exactly 1 when verb and noun set are equal.
+
+    Raises:
+        ValueError: when verbs and nouns differ in number.
+    """
+    if len(verb_Q) != len(nouns_Q) or len(verb_G) != len(nouns_G):
+        raise ValueError("every caption needs one verb and one collection of nouns")
+    columns = {
+        noun: k for k, noun in enumerate(sorted({noun for nouns in (*nouns_Q, *nouns_G) for noun in nouns}))
+    }
+    has_noun_QK, has_noun_GK = _indicators(nouns_Q, columns), _indicators(nouns_G, columns)
+    shared_QG = has_noun_QK @ has_noun_GK.T
+    union_QG = has_noun_QK.sum(axis=1)[:, None] + has_noun_GK.sum(axis=1)[None, :] - shared_QG
+    overlap_QG = np.ones_like(shared_QG)
+    np.divide(shared_QG, union_QG, out=overlap_QG, where=union_QG > 0)
+    overlap_QG += np.asarray(verb_Q)[:, None] == np.asarray(verb_G)[None, :]
+    overlap_QG /= 2.0
+    return overlap_QG
+
+
+def _indicators(nouns: Sequence[Collection[int]], columns: dict[int, int]) -> NDArray[np.float32]:
+    """One row a caption, 1.0 in the columns of its nouns: set sizes then come from a matrix product."""
+    has_noun = np.zeros((len(nouns), len(columns)), dtype=np.float32)
+    for row, members in enumerate(nouns):
+        has_noun[row, [columns[noun] for noun in members]] = 1.0
+    return has_noun
+
+
+def _check(similarity_VT: Floats, relevancy_VT: Floats) -> None:
+    """Refuse what would give a number without meaning."""
+    if similarity_VT.ndim != 2 or similarity_VT.shape != relevancy_VT.shape or similarity_VT.size == 0:
+        raise UserError(
+            f"retrieval: similarity {similarity_VT.shape} and relevancy {relevancy_VT.shape} must be equal, "
+            "two-dimensional and not empty"
+        )
+    if not np.isfinite(similarity_VT).all():
+        raise UserError("retrieval: a similarity is not finite; the model's weights or features are broken")
+    if not (relevancy_VT.min() >= 0.0 and relevancy_VT.max() <= 1.0):
+        raise UserError("retrieval: relevancies must lie in [0, 1]; check the relevancy file")
+
+
+def _pair(to_text: Floats, to_video: Floats) -> DirectionalScore:
+    """Means of per-query scores, NaN marking queries without a positive."""
+    scored = (int(np.count_nonzero(~np.isnan(to_text))), int(np.count_nonzero(~np.isnan(to_video))))
+    return DirectionalScore(
+        video_to_text=float(np.nanmean(to_text)) if scored[0] else float("nan"),
+        text_to_video=float(np.nanmean(to_video)) if scored[1] else float("nan"),
+        queries=scored,
+        queries_without_positive=(len(to_text) - scored[0], len(to_video) - scored[1]),
+    )
+
+
+def _direction(similarity_QG: Floats, relevancy_QG: Floats) -> tuple[Floats, Floats, Floats]:
+    """Graded AP, binary AP and nDCG of every query, float64 (Q,), a block of rows at a time."""
+    queries, gallery = similarity_QG.shape
+    block = max(1, _BLOCK_ELEMENTS // gallery)
+    scores = np.empty((3, queries))
+    for start in range(0, queries, block):
+        rows = slice(start, start + block)
+        similarity = np.ascontiguousarray(similarity_QG[rows], dtype=np.float32)
+        relevancy = np.ascontiguousarray(relevancy_QG[rows])
+        first = np.take_along_axis(relevancy, _ranking(similarity, lower_index_first=True), axis=1)
+        scores[:2, rows] = _average_precisions(first)
+        last = np.take_along_axis(relevancy, _ranking(similarity, lower_index_first=False), axis=1)
+        scores[2, rows] = _ndcgs(last)
+    return scores[0], scores[1], scores[2]
+
+
+def _ranking(similarity_QG: NDArray[np.float32], *, lower_index_first: bool) -> NDArray[np.int64]:
+    """Gallery indices by falling similarity, with a fixed order among equals.
+
+    Similarity and index are packed into one integer and sorted as values: many times faster than a stable
+    argsort, and independent of the platform's sorting algorithm.
+    """
+    gallery = similarity_QG.shape[1]
+    bits = (similarity_QG + np.float32(0.0)).view(np.uint32)  # adding zero turns -0.0 into 0.0
+    # IEEE 754 order: negative numbers fall with their bits, positive ones rise; here inverted, so that the
+    # largest similarity comes first.
+    falling = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF))
+    index = np.arange(gallery, dtype=np.uint64)
+    tie_break = index if lower_index_first else index[::-1]
+    keys = (falling.astype(np.uint64) << np.uint64(32)) | tie_break
+    keys.sort(axis=1)
+    ranked = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    return ranked if lower_index_first else gallery - 1 - ranked
+
+
+def _average_precisions(ranked_QG: Floats) -> tuple[Floats, Floats]:
+    """Graded and binary AP of each row of relevancies in ranked order; NaN without an exact positive."""
+    rank_G = np.arange(1, ranked_QG.shape[1] + 1)
+    is_exact_QG = ranked_QG == 1.0
+    positives_Q = is_exact_QG.sum(axis=1).astype(np.float64)
+    positives_Q[positives_Q == 0] = np.nan
+    graded_QG = np.cumsum(ranked_QG, axis=1, dtype=np.float64) / rank_G
+    binary_QG = np.cumsum(is_exact_QG, axis=1, dtype=np.float64) / rank_G
+    graded_Q = np.where(is_exact_QG, graded_QG, 0.0).sum(axis=1)
+    binary_Q = np.where(is_exact_QG, binary_QG, 0.0).sum(axis=1)
+    return graded_Q / positives_Q, binary_Q / positives_Q
+
+
+def _ndcgs(ranked_QG: Floats) -> Floats:
+    """The nDCG of each row of relevancies in ranked order; NaN without a relevant item."""
+    rank_G = np.arange(1, ranked_QG.shape[1] + 1)
+    discount_G = 1.0 / np.log2(rank_G + 1)
+    relevant_Q = (ranked_QG > 0).sum(axis=1)
+    gain_Q = np.where(rank_G <= relevant_Q[:, None], ranked_QG, 0.0) @ discount_G
+    # In the best order the items beyond the cut are zero, so nothing needs cutting.
+    ideal_Q = np.sort(ranked_QG, axis=1)[:, ::-1] @ discount_G
+    ideal_Q[relevant_Q == 0] = np.nan
+    scores_Q: Floats = gain_Q / ideal_Q
+    return scores_Q

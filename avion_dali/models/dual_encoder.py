@@ -1,0 +1,134 @@
+"""The dual encoder: a video tower and a text tower that meet in one normalised space.
+
+Axes: B clips, C channels, T frames, H W pixels, L text tokens, D width of the shared space.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from avion_dali.config import ModelConfig
+from avion_dali.models.presets import PRESETS
+from avion_dali.models.text import TextTowerConfig, build_text_tower
+from avion_dali.models.vit import VideoTower, VideoTowerConfig
+
+# Temperature 0.07 at the start, scale at most 100: Radford et al. 2021, arXiv 2103.00020, section 2.5.
+INITIAL_LOGIT_SCALE: Final = math.log(1 / 0.07)
+MAX_LOGIT_SCALE: Final = math.log(100.0)
+
+
+class DualEncoder(nn.Module):
+    """Video and text encoders with a temperature.
+
+    Parameters are named `visual.*`, `textual.*` and `logit_scale`.
+    """
+
+    def __init__(self, visual: nn.Module, textual: nn.Module, *, train_logit_scale: bool = False) -> None:
+        """Join two towers.
+
+        Args:
+            visual: maps float frames (B, 3, T, H, W) to (B, D).
+            textual: maps int64 tokens (B, L) to (B, D); has an attribute `context_length`.
+            train_logit_scale: learn the temperature instead of keeping it at 0.07.
+        """
+        super().__init__()
+        self.visual = visual
+        self.textual = textual
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE), requires_grad=train_logit_scale)
+
+    def encode_video(self, frames_BCTHW: Tensor) -> Tensor:
+        """Normalised frames, float (B, 3, T, H, W) -> unit vectors, float32 (B, D)."""
+        # Normalised in float32 whatever the autocast precision: similarities feed a softmax at scale 14+.
+        return functional.normalize(self.visual(frames_BCTHW).float(), dim=-1)
+
+    def encode_text(self, tokens_BL: Tensor) -> Tensor:
+        """Embed texts.
+
+        Args:
+            tokens_BL: token ids, int64 (B, L) with L the tower's context length, zero padded.
+
+        Returns:
+            Unit vectors, float32 (B, D).
+
+        Raises:
+            ValueError: when L is not the context length.
+        """
+        if tokens_BL.shape[-1] != self.textual.context_length:
+            raise ValueError(
+                f"the text tower takes {self.textual.context_length} tokens a text, got {tokens_BL.shape[-1]}; "
+                "the manifest's texts and model.context_length must agree"
+            )
+        return functional.normalize(self.textual(tokens_BL).float(), dim=-1)
+
+    def forward(self, frames_BCTHW: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed clips and their texts; the call to wrap for data-parallel training.
+
+        Args:
+            frames_BCTHW: normalised frames, float (B, 3, T, H, W).
+            tokens_BL: token ids, int64 (B, L).
+
+        Returns:
+            Unit video vectors (B, D), unit text vectors (B, D) and the factor on their products (B,), the
+            same number in every row; all float32. The factor leaves through the forward pass, so that its
+            gradient is reduced over ranks like any other.
+        """
+        video_BD = self.encode_video(frames_BCTHW)
+        text_BD = self.encode_text(tokens_BL)
+        scale_B = self.logit_scale.exp().float().expand(video_BD.shape[0])
+        return video_BD, text_BD, scale_B
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the factor in [1, 100], in place; call it after an optimizer step."""
+        self.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+
+
+def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int) -> DualEncoder:
+    """Create a dual encoder with fresh weights, drawn from torch's default generator.
+
+    Args:
+        config: size and options.
+        num_frames: frames of a clip (T).
+        frame_size: side of a frame in pixels; any multiple of the size's patch.
+
+    Returns:
+        The model on the default device, in training mode.
+
+    Raises:
+        UserError: when the frame size is not a multiple of the patch size.
+    """
+    preset, checkpointing = PRESETS[config.size], config.checkpointing == "full"
+    visual = VideoTower(
+        VideoTowerConfig(
+            image_size=frame_size,
+            patch_size=preset.patch_size,
+            num_frames=num_frames,
+            width=preset.video_width,
+            layers=preset.video_layers,
+            heads=preset.video_heads,
+            embed_dim=config.embed_dim,
+            activation=config.activation,
+            norm_eps=config.norm_eps,
+            drop_path=config.drop_path,
+            patch_dropout=config.patch_dropout,
+            checkpointing=checkpointing,
+        )
+    )
+    textual = build_text_tower(
+        TextTowerConfig(
+            context_length=config.context_length,
+            vocab_size=preset.vocab_size,
+            width=preset.text_width,
+            layers=preset.text_layers,
+            heads=preset.text_heads,
+            embed_dim=config.embed_dim,
+            activation=config.activation,
+            checkpointing=checkpointing,
+        )
+    )
+    return DualEncoder(visual, textual, train_logit_scale=config.train_logit_scale)

@@ -1,0 +1,81 @@
+"""Rows of all ranks in one tensor, with gradients. Without a process group there is one rank.
+
+Axes: B rows of this rank, G rows of all ranks, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from avion_dali.contracts import UserError
+
+
+def world_size() -> int:
+    """Number of ranks that train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward sums the gradient over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BD: Tensor) -> Tensor:
+        ctx.rows = x_BD.shape[0]
+        x_GD = x_BD.new_empty(world_size() * x_BD.shape[0], *x_BD.shape[1:])
+        dist.all_gather_into_tensor(x_GD, x_BD.contiguous())
+        return x_GD
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        grad_GD = grad_outputs[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad_GD)
+        first = dist.get_rank() * ctx.rows
+        return grad_GD[first : first + ctx.rows]
+
+
+def gather_with_grad(x_BD: Tensor) -> Tensor:
+    """Stack the rows of all ranks in rank order.
+
+    The gradient of a rank's rows is the sum over ranks of their gradients. When every rank computes the same
+    loss from the gathered rows, that is `world_size()` times the loss's gradient, and the mean over ranks which
+    data-parallel training takes makes it exact. Every rank must call it, forward and backward, with equally
+    many rows (see `check_equal_rows`).
+
+    Args:
+        x_BD: this rank's rows, (B, ...).
+
+    Returns:
+        (world_size * B, ...); the input itself without a process group or with one rank.
+    """
+    if world_size() == 1:
+        return x_BD
+    gathered: Tensor = _Gather.apply(x_BD)
+    return gathered
+
+
+def check_equal_rows(rows: int, device: torch.device) -> None:
+    """Make sure that all ranks hold equally many rows; every rank must call it.
+
+    It waits for the device, so call it once, not every step.
+
+    Args:
+        rows: rows of this rank.
+        device: where the process group moves tensors (CPU for gloo, the rank's GPU for NCCL).
+
+    Raises:
+        UserError: when ranks differ, naming every rank's number.
+    """
+    if world_size() == 1:
+        return
+    rows_R = torch.empty(world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(rows_R, torch.tensor([rows], dtype=torch.int64, device=device))
+    counts: list[int] = rows_R.tolist()
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"the ranks hold {counts} clips of one step; all must hold equally many: "
+            "make optim.global_batch a multiple of the number of ranks"
+        )
