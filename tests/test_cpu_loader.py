@@ -1,0 +1,283 @@
+"""The loader: every sample once, frames and texts in step, and failures loud, bounded and repeatable."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import make_videos
+import numpy as np
+import odd_decoders
+import pytest
+import torch
+
+from avion_dali.contracts import ChunkRef, ClipBatch, UserError
+from avion_dali.data.manifest import Chunk, Manifest, Sample, write_manifest
+from avion_dali.data.order import BatchSchedule
+from avion_dali.data.planner import ClipRules, Planner
+from avion_dali.data.probe import probe_chunk
+from avion_dali.decode import cpu_fused
+from avion_dali.loading.cpu_loader import CpuLoader, LoaderSettings
+from avion_dali.loading.pool import DecodePool
+
+SAMPLES = 60
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Sixty clips of one chunk that does not exist: these decoders never open it."""
+    folder = tmp_path_factory.mktemp("painted")
+    ref = ChunkRef(str(folder / "a.mp4" / "0.mp4"), 1, 1800, 64, 48)
+    samples = [Sample(0, 1, i, i + 1.0, f"text {i}", tokens=(1, 2 + i, 99)) for i in range(SAMPLES)]
+    chunks = [Chunk(ref, "a.mp4", 0.0, Fraction(30), "h264")]
+    write_manifest(folder / "m", chunk_root=folder, chunks=chunks, samples=samples)
+    return Manifest(folder / "m")
+
+
+@contextmanager
+def loader_of(
+    manifest: Manifest,
+    pool: DecodePool,
+    *,
+    quarantine: Path | None = None,
+    bad: float = 0.5,
+    **schedule: object,
+) -> Iterator[CpuLoader]:
+    rules = ClipRules(num_frames=2, frame_size=16, training=bool(schedule.get("training", True)))
+    plan = BatchSchedule(manifest.num_samples, **{"global_batch": 12, "micro_batch": 6, "seed": 5, **schedule})
+    settings = LoaderSettings(
+        torch.device("cpu"), context_length=4, max_bad_fraction=bad, quarantine=quarantine
+    )
+    loader = CpuLoader(Planner(manifest, rules, seed=5), plan, pool, settings)
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+@contextmanager
+def pool_of(decode: Callable, *, workers: int = 1, timeout: float = 20.0) -> Iterator[DecodePool]:
+    pool = DecodePool(decode, workers=workers, clip_timeout_s=timeout)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def painted_ids(batch: ClipBatch) -> list[int]:
+    pixels = batch.frames_BTHWC[:, 0, 0, 0].tolist()
+    return [high * 256 + low for high, low, _ in pixels]
+
+
+@pytest.mark.parametrize(("workers", "world_size", "micro_batch"), [(1, 1, 6), (2, 2, 3)])
+def test_every_sample_once_with_its_own_frames_and_text(
+    manifest: Manifest, workers: int, world_size: int, micro_batch: int
+) -> None:
+    seen: dict[int, list[int]] = {0: [], 1: []}
+    with pool_of(odd_decoders.paint_identity, workers=workers) as pool:
+        for rank in range(world_size):
+            sizes = {"world_size": world_size, "rank": rank, "micro_batch": micro_batch}
+            with loader_of(manifest, pool, **sizes) as loader:
+                assert loader.steps_per_epoch == 5
+                for batch in loader.batches(0, 10):
+                    assert painted_ids(batch) == batch.sample_ids.tolist()
+                    assert batch.tokens_BL is not None
+                    assert (batch.tokens_BL[:, 1] - 2).tolist() == batch.sample_ids.tolist()
+                    assert batch.valid.all()
+                    assert not batch.errors
+                    seen[batch.epoch].extend(batch.sample_ids.tolist())
+                assert loader.stats.delivered == 120 // world_size
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(SAMPLES))
+    assert seen[0] != seen[1]
+
+
+def test_evaluation_drops_nothing_and_keeps_the_order(manifest: Manifest) -> None:
+    with (
+        pool_of(odd_decoders.paint_identity) as pool,
+        loader_of(manifest, pool, training=False, global_batch=16, micro_batch=16) as loader,
+    ):
+        batches = list(loader.batches(0, loader.steps_per_epoch))
+    assert [len(b) for b in batches] == [16, 16, 16, 12]
+    assert [i for b in batches for i in painted_ids(b)] == list(range(SAMPLES))
+
+
+def test_resume_in_mid_epoch_gives_the_same_batches(manifest: Manifest) -> None:
+    with pool_of(odd_decoders.paint_identity) as pool:
+        with loader_of(manifest, pool) as loader:
+            whole = [b.frames_BTHWC.numpy().copy() for b in loader.batches(0, 8)]
+        with loader_of(manifest, pool) as loader:
+            rest = [b.frames_BTHWC.numpy().copy() for b in loader.batches(3, 8)]
+    np.testing.assert_array_equal(np.stack(whole[3 * 2 :]), np.stack(rest))
+
+
+def run_faulty_epoch(manifest: Manifest, workers: int, quarantine: Path) -> tuple[list[int], CpuLoader]:
+    with (
+        pool_of(odd_decoders.fail_on_sevens, workers=workers, timeout=1.0) as pool,
+        loader_of(manifest, pool, quarantine=quarantine) as loader,
+    ):
+        delivered = []
+        for batch in loader.batches(0, 5):
+            assert painted_ids(batch) == batch.sample_ids.tolist()  # also for substitutes
+            delivered.extend(batch.sample_ids.tolist())
+        return delivered, loader
+
+
+def test_a_stalled_read_a_killed_worker_and_bad_files_cost_one_clip_each(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    delivered, loader = run_faulty_epoch(manifest, 2, tmp_path / "a.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    kinds = {row["sample_id"]: row["kind"] for row in rows}
+    assert kinds == {7: "timeout", 17: "worker-died", 27: "corrupt"} | dict.fromkeys((37, 47, 57), "missing")
+    assert "a surprise inside the decoder" in next(r["cause"] for r in rows if r["sample_id"] == 27)
+    assert all(row["frame_ids"] and row["path"].endswith("0.mp4") for row in rows)
+    assert len(delivered) == SAMPLES
+    assert loader.stats.replaced == 6
+    assert loader.stats.failures.total() == len(rows)
+    # Everything that can be read is there; the holes are filled by the substitutes that were announced.
+    assert sorted(set(range(SAMPLES)) - set(delivered)) == [7, 17, 27, 37, 47, 57]
+    again, _ = run_faulty_epoch(manifest, 1, tmp_path / "b.jsonl")
+    assert again == delivered
+
+
+def test_evaluation_marks_unreadable_clips_instead_of_replacing_them(manifest: Manifest) -> None:
+    with (
+        pool_of(odd_decoders.fail_on_sevens, timeout=1.0) as pool,
+        loader_of(manifest, pool, training=False, global_batch=30, micro_batch=30) as loader,
+    ):
+        batches = list(loader.batches(0, 2))
+    invalid = [int(i) for b in batches for i in b.sample_ids[~b.valid]]
+    assert invalid == [7, 17, 27, 37, 47, 57]
+    assert loader.stats.invalid == 6
+    assert loader.stats.replaced == 0
+    for batch in batches:
+        assert not batch.frames_BTHWC[~torch.from_numpy(batch.valid)].any()
+        assert all(error.substitute_id is None for error in batch.errors)
+
+
+def test_too_many_failures_stop_the_run(manifest: Manifest, tmp_path: Path) -> None:
+    with (
+        pool_of(odd_decoders.fail_always) as pool,
+        loader_of(manifest, pool, bad=0.2, quarantine=tmp_path / "q.jsonl") as loader,
+        pytest.raises(UserError, match=r"could not be read.*disk is gone"),
+    ):
+        list(loader.batches(0, 5))
+
+
+def test_no_failure_is_tolerated_when_the_limit_is_zero(manifest: Manifest) -> None:
+    with (
+        pool_of(odd_decoders.fail_always) as pool,
+        loader_of(manifest, pool, bad=0.0) as loader,
+        pytest.raises(UserError, match="1 of 60 samples could not be read"),
+    ):
+        list(loader.batches(0, 5))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_are_light(manifest: Manifest) -> None:
+    with (
+        pool_of(odd_decoders.confess) as pool,
+        loader_of(manifest, pool, training=False, bad=1.0, global_batch=1, micro_batch=1) as loader,
+    ):
+        (batch,) = loader.batches(0, 1)
+    facts = json.loads(batch.errors[0].cause)
+    assert facts["heavy"] == []
+    assert facts["resident_mb"] < 150
+
+
+def test_a_pipe_that_never_answers_is_a_timeout_and_the_next_clip_is_right(tmp_path: Path) -> None:
+    chunks, samples = [], []
+    for row, name in enumerate(["a", "b"]):
+        path = tmp_path / f"{name}.mp4" / "0.mp4"
+        path.parent.mkdir()
+        make_videos.write_video(path, frames=30)
+        facts = probe_chunk(path)
+        ref = ChunkRef(str(path), facts.size_bytes, facts.num_frames, facts.width, facts.height)
+        chunks.append(Chunk(ref, f"{name}.mp4", 0.0, facts.fps, facts.codec))
+        samples.append(Sample(row, 1, 0.2, 0.9, name, tokens=(1, 2)))
+    write_manifest(tmp_path / "m", chunk_root=tmp_path, chunks=chunks, samples=samples)
+    Path(chunks[0].ref.path).unlink()
+    os.mkfifo(chunks[0].ref.path)
+    rules = ClipRules(num_frames=2, frame_size=48, training=False)
+    planner = Planner(Manifest(tmp_path / "m"), rules, seed=0)
+    schedule = BatchSchedule(2, global_batch=2, micro_batch=2, training=False)
+    with pool_of(cpu_fused.decode_clip, timeout=1.5) as pool:
+        loader = CpuLoader(planner, schedule, pool, LoaderSettings(torch.device("cpu"), 4))
+        start = time.monotonic()
+        (batch,) = loader.batches(0, 1)
+        loader.close()
+    assert time.monotonic() - start < 10
+    assert batch.valid.tolist() == [False, True]
+    assert batch.errors[0].kind == "timeout"
+    expected = np.zeros((1, 2, 48, 48, 3), np.uint8)
+    cpu_fused.decode_clip(planner.plan(1, 0), expected)
+    np.testing.assert_array_equal(batch.frames_BTHWC[1].numpy(), expected[0])
+
+
+def test_an_abandoned_loader_is_not_used_again(manifest: Manifest) -> None:
+    with pool_of(odd_decoders.paint_identity) as pool, loader_of(manifest, pool) as loader:
+        batches = loader.batches(0, 5)
+        next(batches)
+        batches.close()
+        with pytest.raises(RuntimeError, match="left early"):
+            next(loader.batches(0, 5))
+
+
+TRAINER = """
+import os, sys, time
+import odd_decoders
+from avion_dali.loading.pool import DecodePool
+from avion_dali.loading.ring import SharedRing
+if __name__ == "__main__":
+    pool = DecodePool(odd_decoders.paint_identity, workers=2, clip_timeout_s=30)
+    ring = SharedRing(2, (4, 1, 2, 16, 16, 3))
+    from avion_dali.contracts import *
+    parts = (ClipPart(ChunkRef("x", 1, 9, 64, 48), (1,)),)
+    request = ClipRequest(1, 0, parts, (0, 0), (CropWindow(0, 0, 8, 8),), (False,), 16)
+    pool.submit(request, ring, 0).result()
+    print(ring.name, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal and /proc")
+def test_nothing_survives_a_killed_trainer(tmp_path: Path) -> None:
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    trainer = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    assert trainer.stdout is not None
+    memory = Path("/dev/shm") / trainer.stdout.readline().strip()
+    assert memory.exists()
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+    deadline = time.monotonic() + 3
+    while time.monotonic() < deadline and (_session_members(trainer.pid) or memory.exists()):
+        time.sleep(0.05)
+    assert _session_members(trainer.pid) == []
+    assert not memory.exists()
+
+
+def _session_members(session: int) -> list[int]:
+    members = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                members.append(int(entry.name))
+    return members
