@@ -1,0 +1,102 @@
+"""Gradient accumulation: several micro-batches that equal one large batch, and their random draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+Outputs = tuple[torch.Tensor, ...]
+Report = Mapping[str, torch.Tensor | float]
+_UINT64 = 0xFFFF_FFFF_FFFF_FFFF
+
+
+def micro_seed(seed: int, step: int, *, rank: int, micro: int) -> int:
+    """The seed of torch's generators for one forward pass: SplitMix64 over the four numbers in turn.
+
+    Dropout, drop path and masks of a pass depend on these numbers alone. So a resumed run repeats them
+    without stored random state, and so does the second pass of `coupled_backward`.
+
+    Args:
+        seed: the run's seed.
+        step: optimizer step.
+        rank: this process.
+        micro: micro-batch of the step.
+
+    Returns:
+        A 64-bit number.
+    """
+    state = 0
+    for value in (seed, step, rank, micro):
+        state = (state + value + 0x9E37_79B9_7F4A_7C15) & _UINT64
+        state = ((state ^ (state >> 30)) * 0xBF58_476D_1CE4_E5B9) & _UINT64
+        state = ((state ^ (state >> 27)) * 0x94D0_49BB_1331_11EB) & _UINT64
+        state ^= state >> 31
+    return state
+
+
+def averages_gradients(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Context of one micro-batch's forward and backward: gradients are averaged over ranks in the last only."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    no_sync: AbstractContextManager[None] = model.no_sync()
+    return no_sync
+
+
+def coupled_backward(
+    forward: Callable[[int], Outputs],
+    *,
+    micro_batches: int,
+    loss_of: Callable[[Outputs], tuple[torch.Tensor, Report]],
+    backward: Callable[[torch.Tensor], None],
+    context: Callable[[int], AbstractContextManager[None]],
+) -> tuple[torch.Tensor, Report]:
+    """Backward of one loss over several micro-batches, holding the graph of one at a time.
+
+    Cached features (GradCache, arXiv 2101.06983, section 3): a first pass without graph collects all outputs,
+    the loss gives the gradient of every output, and a second pass carries it into the weights. Equal to one
+    large batch as long as `forward` repeats its random draws.
+
+    Args:
+        forward: number of a micro-batch to its outputs, each (samples, ...).
+        micro_batches: how many there are.
+        loss_of: outputs of all micro-batches, concatenated, to (loss (), report).
+        backward: back-propagates the loss, scaled where the precision needs it.
+        context: entered around the second forward and backward of a micro-batch.
+
+    Returns:
+        The loss and the report.
+    """
+    with torch.no_grad():
+        cached = [forward(micro) for micro in range(micro_batches)]
+    columns = list(zip(*cached, strict=True))
+    leaves = tuple(torch.cat(column).requires_grad_() for column in columns)
+    loss, report = loss_of(leaves)
+    backward(loss)
+    grads = [_split_grad(leaf, column) for leaf, column in zip(leaves, columns, strict=True)]
+    for micro in range(micro_batches):
+        with context(micro):
+            pairs = [(out, grad[micro]) for out, grad in zip(forward(micro), grads, strict=True)]
+            live = [(out, grad) for out, grad in pairs if out.requires_grad and grad is not None]
+            torch.autograd.backward([out for out, _ in live], [grad for _, grad in live])
+    return loss.detach(), report
+
+
+def _split_grad(leaf: torch.Tensor, column: Outputs) -> list[torch.Tensor | None]:
+    """The gradient of one output, cut into micro-batches; None where the loss does not use the output."""
+    if leaf.grad is None:
+        return [None] * len(column)
+    return list(leaf.grad.split([part.shape[0] for part in column]))
+
+
+def mean_over_micro_batches(
+    results: list[tuple[torch.Tensor, Report]],
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean loss () and mean report () of equal micro-batches, float32 on the loss's device."""
+    loss = torch.stack([loss for loss, _ in results]).float().mean()
+    names = results[0][1]
+    columns = {name: [torch.as_tensor(report[name]).to(loss) for _, report in results] for name in names}
+    return loss, {name: torch.stack(column).mean() for name, column in columns.items()}

@@ -1,0 +1,360 @@
+"""Checkpoints that are whole or absent: written beside, flushed, then renamed into place.
+
+A checkpoint holds everything a run needs to continue as if it had never stopped. Random state is not part of
+it: every draw is a pure function of (seed, step, rank), so the position in the order is enough. Files load
+with `torch.load(weights_only=True)`, that is, without running code. `export_safetensors` writes the weights
+alone, with a header that says what they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import platform
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from avion_dali import __version__
+from avion_dali.contracts import UserError
+
+LATEST_NAME = "checkpoint.pt"
+BEST_NAME = "checkpoint_best.pt"
+FORMAT = "avion_dali checkpoint"
+FORMAT_VERSION = 1
+HEADER_KEY = "avion_dali"
+_UNREADABLE = (
+    *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
+"""What `torch.load` raises for damaged and foreign files, depending on where it stumbles."""
+_PACKAGES = ("torch", "torchvision", "numpy", "av", "nvidia-dali-cuda130", "open_clip_torch")
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of this library, Python, the packages numbers depend on, CUDA and the device."""
+    versions = {"avion_dali": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        versions["cuda"] = str(torch.version.cuda)
+        versions["gpu"] = torch.cuda.get_device_name()
+    return versions
+
+
+@dataclass
+class Checkpoint:
+    """The state of a training between two optimizer steps.
+
+    Args:
+        model: state dict of the bare model.
+        optimizer: state dict of the optimizer.
+        scaler: state dict of the gradient scaler; empty when unused.
+        step: optimizer steps done, over all epochs; the next one is number `step`, counted from 0.
+        order: what decides which samples a step sees (seed, steps per epoch, global batch); a run that
+            resumes must agree.
+        best_metric: best evaluation so far, or None.
+        pending_evaluation: the evaluation due at this step has not been done.
+        config: the run's configuration as plain values.
+        world_size: processes of the run, for the record.
+        versions: software that wrote the file, for the record.
+    """
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    step: int
+    order: dict[str, int]
+    best_metric: float | None = None
+    pending_evaluation: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+    world_size: int = 1
+    versions: dict[str, str] = field(default_factory=software_versions)
+
+
+def _temporary(path: Path) -> Path:
+    """Where a file is written before it is renamed; one fixed name, so a killed run leaves at most one."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename in this folder survive a power cut, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # some systems cannot open folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _os_error_behind(error: BaseException) -> OSError | None:
+    """The operating system's error that caused this one; torch wraps it in a RuntimeError about offsets."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that readers and crashes see the old content or the new, never a part.
+
+    Args:
+        path: the file; its folder is made when missing.
+        write: called with the open file.
+
+    Raises:
+        UserError: the file could not be written (full disk, no permission); an older file is untouched.
+    """
+    partial = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        cause = _os_error_behind(error)
+        if cause is None:
+            raise
+        kept = "the older file is intact" if path.exists() else "no file was left there"
+        raise UserError(
+            f"{path} could not be written: {cause.strerror or cause}; {kept}. Free space or choose another "
+            "output_dir, then resume"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint atomically; called on rank 0 only.
+
+    Args:
+        path: the file to write or replace.
+        checkpoint: the state.
+
+    Raises:
+        UserError: the file could not be written; an older checkpoint there is intact.
+    """
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    content |= {item.name: getattr(checkpoint, item.name) for item in fields(checkpoint)}
+    atomic_write(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU.
+
+    Args:
+        path: a file written by `save_checkpoint`.
+
+    Returns:
+        The state.
+
+    Raises:
+        UserError: the file is missing, damaged, not a checkpoint of this library or from a newer version.
+    """
+    content = _read_torch_file(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not an avion_dali checkpoint; foreign weights are converted with `avion-dali weights`"
+        )
+    if content["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {content['format_version']}, this avion_dali {__version__} reads up to "
+            f"{FORMAT_VERSION}; install a newer release"
+        )
+    try:
+        return Checkpoint(**{item.name: content[item.name] for item in fields(Checkpoint)})
+    except KeyError as error:
+        raise UserError(f"{path} lacks the entry {error}; it is damaged, use another checkpoint") from error
+
+
+def _read_torch_file(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint at {path}; check the path, or start without resuming")
+    try:
+        # torch.load reads past flipped bits; the archive's own checksums tell (about 1 s per GB).
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {_first_line(error)}); it is "
+            f"truncated, damaged or no checkpoint. Copy {BEST_NAME} over it, or delete it to start anew"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:160]
+
+
+def find_checkpoint(output_dir: Path, resume: Literal["auto", "never"]) -> Path | None:
+    """The checkpoint a run in this folder must continue from; removes what a killed save left behind.
+
+    Args:
+        output_dir: folder of the run, need not exist.
+        resume: `auto` continues where there is a checkpoint, `never` refuses a folder that holds one.
+
+    Returns:
+        The file, or None to start anew.
+
+    Raises:
+        UserError: `never`, and the folder holds a checkpoint.
+    """
+    for name in (LATEST_NAME, BEST_NAME):
+        _temporary(output_dir / name).unlink(missing_ok=True)
+    latest = output_dir / LATEST_NAME
+    if not latest.exists():
+        return None
+    if resume == "never":
+        raise UserError(f"{latest} exists and resume = never; use --resume auto or another output_dir")
+    return latest
+
+
+def restore_model(model: nn.Module, state: Mapping[str, torch.Tensor], *, source: str) -> None:
+    """Load weights into a model, all of them or none.
+
+    Args:
+        model: the bare model.
+        state: its state dict.
+        source: what the weights came from, for messages.
+
+    Raises:
+        UserError: keys are missing or unexpected, or shapes differ; names a few of each.
+    """
+    own = model.state_dict()
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own
+            if key in state and own[key].shape != state[key].shape
+        ],
+    }
+    found = [f"{kind}: {_few(keys)}" for kind, keys in problems.items() if keys]
+    if found:
+        raise UserError(
+            f"{source} holds another model ({'; '.join(found)}). Use the model settings it was trained with "
+            "(its config is inside), or convert it with `avion-dali weights`"
+        )
+    model.load_state_dict(dict(state))
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], *, source: str) -> None:
+    """Load the moments of an optimizer; its own options (weight decay, betas) stay.
+
+    Args:
+        optimizer: over the same parameters in the same groups.
+        state: its state dict.
+        source: what the state came from, for messages.
+
+    Raises:
+        UserError: the groups differ.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    try:
+        # Own options already while loading: they decide on which device the step counts live.
+        groups = [{**saved, **options} for saved, options in zip(state["param_groups"], own, strict=True)]
+        if [len(g["params"]) for g in state["param_groups"]] != [len(g["params"]) for g in own]:
+            raise ValueError("their sizes differ")
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    except ValueError as error:
+        raise UserError(
+            f"{source} was trained with other parameter groups ({error}); train the same parameters, or start "
+            "a new run from its weights"
+        ) from error
+
+
+def check_order(saved: Mapping[str, int], current: Mapping[str, int], *, source: str) -> None:
+    """Refuse to continue a run whose next step would see other samples.
+
+    Args:
+        saved: the checkpoint's `order`.
+        current: the same facts of this run.
+        source: what `saved` came from, for messages.
+
+    Raises:
+        UserError: they differ; names what.
+    """
+    differing = [f"{k} was {saved.get(k)}, is {v}" for k, v in current.items() if saved.get(k) != v]
+    if differing:
+        raise UserError(
+            f"{source} cannot be continued, its samples came in another order ({'; '.join(differing)}). Use "
+            "the same seed, global batch and manifest, or start a new run from its weights"
+        )
+
+
+def _few(keys: list[str], limit: int = 3) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more
+
+
+def export_safetensors(model: nn.Module, path: Path, header: Mapping[str, Any]) -> None:
+    """Write the weights alone as safetensors, atomically.
+
+    Args:
+        model: the bare model.
+        path: the file to write.
+        header: plain values that describe the weights (configuration, metrics); versions are added. Stored
+            as JSON text under `avion_dali` in the file's metadata.
+
+    Raises:
+        UserError: the file could not be written.
+    """
+    # Copies: safetensors refuses tensors that share memory, as tied weights do.
+    state = {
+        key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in model.state_dict().items()
+    }
+    text = json.dumps({**header, "versions": software_versions()})
+    content = safetensors.torch.save(state, metadata={"format": "pt", HEADER_KEY: text})
+    atomic_write(path, lambda file: file.write(content))
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a model's weights from a checkpoint or a safetensors file of this library.
+
+    Args:
+        path: a `.safetensors` file of `export_safetensors`, else a checkpoint.
+
+    Returns:
+        The model's state, for `restore_model`, and what the file says of itself: `config` (the training's
+        configuration as plain values), `versions`, and for a checkpoint `step`.
+
+    Raises:
+        UserError: the file is missing or damaged, or does not say which model it holds.
+    """
+    if path.suffix != ".safetensors":
+        checkpoint = load_checkpoint(path)
+        header = {"config": checkpoint.config, "step": checkpoint.step, "versions": checkpoint.versions}
+        return dict(checkpoint.model), header
+    if not path.is_file():
+        raise UserError(f"there is no weights file at {path}; check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)})") from error
+    if "config" not in header:
+        raise UserError(f"{path} does not say which model it holds; it was not exported by avion_dali")
+    return state, header

@@ -1,0 +1,174 @@
+"""Where this process stands among the others, and the few collectives the engine needs.
+
+One process works without a process group: every function here then does the obvious local thing.
+More processes are started by `torchrun`, whose environment variables are read by `init_distributed`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from avion_dali.contracts import UserError
+
+COLLECTIVE_TIMEOUT_S = 600.0
+"""How long a rank waits for the others: longer than writing a large checkpoint takes. A rank that dies does
+not need it: gloo sees the closed connection at once, and torchrun ends the other ranks within seconds."""
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process among all processes of the run.
+
+    Args:
+        rank: number of this process over all machines.
+        world_size: how many processes there are.
+        local_rank: number of this process on its machine; picks its GPU.
+        device: where this process computes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and the console lines."""
+        return self.rank == 0
+
+
+def _read_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) without it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1, int(os.environ.get("LOCAL_RANK", "0"))
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not set; "
+            "launch with torchrun, or unset WORLD_SIZE to run one process"
+        )
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+
+
+def _pick_device(local_rank: int, *, use_cuda: bool) -> torch.device:
+    """The GPU of this local rank, made current, or the CPU."""
+    if not use_cuda:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
+            "lower --nproc_per_node or check CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def init_distributed(*, use_cuda: bool | None = None, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Distributed:
+    """Read torchrun's environment, pick the device and, with several processes, join the process group.
+
+    Args:
+        use_cuda: compute on GPUs (nccl) or on the CPU (gloo); None takes GPUs where there are any.
+        timeout_s: seconds until joining or a collective fails because another rank is missing.
+
+    Returns:
+        The place of this process.
+
+    Raises:
+        UserError: an incomplete environment, a rank without a GPU, or a rendezvous that failed.
+    """
+    rank, world_size, local_rank = _read_environment()
+    cuda = torch.cuda.is_available() if use_cuda is None else use_cuda
+    device = _pick_device(local_rank, use_cuda=cuda)
+    if world_size > 1:
+        try:
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                timeout=timedelta(seconds=timeout_s),
+                device_id=device if cuda else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(
+                f"rank {rank} of {world_size} could not meet the others at {address}: {error}. Check that "
+                "every rank started and that the port is free and reachable"
+            ) from error
+    return Distributed(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one.
+
+    Call it on success only. After a failure other ranks may be stuck in a collective, which leaving would
+    wait for; the process must then simply end, so that torchrun sees it and stops the rest.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def distributed_session(*, use_cuda: bool | None = None) -> Iterator[Distributed]:
+    """`init_distributed` for a `with` block; leaves the process group only when the block succeeded."""
+    yield init_distributed(use_cuda=use_cuda)
+    shutdown()
+
+
+def barrier() -> None:
+    """Wait until every rank is here; nothing in a single process."""
+    if not dist.is_initialized():
+        return
+    if dist.get_backend() == "nccl":
+        dist.barrier(device_ids=[torch.cuda.current_device()])
+    else:
+        dist.barrier()
+
+
+def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenate a tensor over ranks along its first dimension, in rank order.
+
+    Ranks may hold different numbers of rows (also none), as at the end of an evaluation. No gradient flows.
+
+    Args:
+        tensor: (rows of this rank, ...), any dtype; the other dimensions and the dtype agree over ranks.
+
+    Returns:
+        (rows of all ranks, ...), on every rank; the tensor itself in a single process.
+    """
+    if not dist.is_initialized():
+        return tensor
+    tensor = tensor.detach()
+    counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([tensor.shape[0]], dtype=torch.int64, device=tensor.device))
+    rows_per_rank = [int(count) for count in counts]
+    # Collectives want equal shapes: pad to the longest rank and cut afterwards.
+    padded = tensor.new_zeros((max(rows_per_rank), *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    gathered = [torch.empty_like(padded) for _ in rows_per_rank]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:rows] for part, rows in zip(gathered, rows_per_rank, strict=True)])
+
+
+def data_parallel(model: nn.Module, distributed: Distributed) -> nn.Module:
+    """The model under `DistributedDataParallel`; the model itself in a single process.
+
+    Args:
+        model: the model, already on the device of this rank.
+        distributed: the place of this process.
+
+    Returns:
+        What the objective calls; the parameters are the model's own.
+    """
+    if distributed.world_size == 1:
+        return model
+    device_ids = [distributed.device] if distributed.device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )

@@ -1,0 +1,147 @@
+"""Which number format a device computes in, and the guard that stops a run whose numbers broke."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from avion_dali.contracts import UserError
+from avion_dali.engine.checkpoint import atomic_write
+
+Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+class NonFiniteLossError(UserError):
+    """The loss or the gradient became infinite or not a number; training stopped before saving the weights."""
+
+
+def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
+    """Pick the precision of a run.
+
+    Args:
+        name: what the user asked for; `auto` takes bf16 on GPUs with native bf16, fp16 on older ones and
+            fp32 on the CPU.
+        device: where the model computes.
+
+    Returns:
+        The precision to use.
+
+    Raises:
+        UserError: fp16 asked for on the CPU, which has no gradient scaler worth using.
+    """
+    if name == "fp16" and device.type != "cuda":
+        raise UserError(f"run.precision = 'fp16' needs a GPU, this run computes on {device}; use fp32 or bf16")
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """A fresh autocast context: its cache of cast weights must not outlive one forward pass."""
+    return torch.autocast(
+        device.type, dtype=AUTOCAST_DTYPES[precision], enabled=precision != "fp32", cache_enabled=True
+    )
+
+
+def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
+    """A loss scaler for fp16; for the other precisions one that does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """One step's numbers on their way to the host."""
+
+    step: int
+    values: torch.Tensor  # (2,) float32 on the host: loss, gradient norm
+    arrived: torch.cuda.Event | None
+    sample_ids: np.ndarray
+
+
+class FiniteGuard:
+    """Stops the run at the first loss or gradient norm that is not finite, without a device sync per step.
+
+    On a GPU the numbers of a step are copied in the background and looked at one step later; before anything
+    is saved, scored or logged, everything outstanding is looked at. On the CPU there is nothing to wait for,
+    so a step is checked before it changes the weights.
+
+    Args:
+        output_dir: folder that `nonfinite.json` is written to.
+        rank: this process; ranks other than 0 write `nonfinite.rank<N>.json`.
+    """
+
+    def __init__(self, output_dir: Path, *, rank: int) -> None:
+        self.path = output_dir / ("nonfinite.json" if rank == 0 else f"nonfinite.rank{rank}.json")
+        self._outstanding: deque[_Watched] = deque()
+
+    def watch(self, step: int, *, loss: torch.Tensor, grad_norm: torch.Tensor, sample_ids: np.ndarray) -> None:
+        """Remember a step's numbers and look at those that must have arrived.
+
+        Args:
+            step: number of the step, counted from 0.
+            loss: () tensor.
+            grad_norm: () tensor.
+            sample_ids: manifest rows of the step's batch on this rank.
+
+        Raises:
+            NonFiniteLossError: see `check`.
+        """
+        values = torch.stack([loss.detach().float(), grad_norm.detach().float()])
+        arrived = None
+        if values.is_cuda:
+            values = values.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._outstanding.append(_Watched(step, values, arrived, sample_ids))
+        self.check(keep=1 if arrived else 0)
+
+    def check(self, *, keep: int = 0) -> None:
+        """Look at the outstanding steps except the newest `keep`.
+
+        Args:
+            keep: how many of the newest steps may stay unchecked.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient norm is not finite; names the step, and the samples of its
+                batch are written to `path`.
+        """
+        while len(self._outstanding) > keep:
+            watched = self._outstanding.popleft()
+            if watched.arrived is not None:
+                watched.arrived.synchronize()
+            loss, grad_norm = (float(value) for value in watched.values)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                self._stop(watched, loss=loss, grad_norm=grad_norm)
+
+    def _stop(self, watched: _Watched, *, loss: float, grad_norm: float) -> None:
+        ids = [int(sample_id) for sample_id in watched.sample_ids]
+        # Numbers as text: JSON has no word for infinity.
+        record = {
+            "step": watched.step,
+            "loss": str(loss),
+            "grad_norm": str(grad_norm),
+            "sample_ids": ids,
+        }
+        text = json.dumps(record, indent=1)
+        atomic_write(self.path, lambda file: file.write(text.encode()))
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
+        shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+        raise NonFiniteLossError(
+            f"step {watched.step}: the {what}; stopped, nothing was saved since. The batch held samples "
+            f"{shown} (all in {self.path}). Look at them with `avion-dali check`, lower optim.learning_rate, "
+            "set optim.clip_grad_norm, or take run.precision = fp32, then resume from the last checkpoint"
+        )

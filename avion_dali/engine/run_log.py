@@ -1,0 +1,252 @@
+"""What a run says of itself: one console line and one JSON line per log step, and TensorBoard curves.
+
+`log.jsonl` holds rows of three kinds: `header` (one per start: command, versions, configuration), `train` and
+`evaluation`. When a run resumes at step s, rows written after s by the killed run are dropped, so a step
+appears once and the file reads as if the run had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from avion_dali.contracts import UserError
+from avion_dali.engine.checkpoint import atomic_write, software_versions
+from avion_dali.engine.distributed import all_gather_rows
+from avion_dali.engine.timing import WindowTiming
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+LOG_NAME = "log.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+_BAR_UPDATE_S = 1.0
+
+
+def command_line() -> str:
+    """The command that started this process, as one can paste it into a shell."""
+    return shlex.join(sys.orig_argv)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a `log.jsonl`; a last line cut off by a kill is left out.
+
+    Args:
+        path: the file, need not exist.
+
+    Returns:
+        The rows in order.
+    """
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            # Only the line a kill interrupted can be cut; nothing whole can follow it.
+            break
+    return rows
+
+
+def _drop_rows_after(path: Path, step: int, *, evaluation_pending: bool) -> None:
+    """Remove the rows a resumed run will write again."""
+
+    def is_kept(row: dict[str, Any]) -> bool:
+        again = evaluation_pending and row["kind"] == "evaluation" and row["step"] == step
+        return row["kind"] == "header" or (row["step"] <= step and not again)
+
+    kept = "".join(json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row))
+    atomic_write(path, lambda file: file.write(kept.encode()))
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it: numbers that are not finite become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def row_over_ranks(
+    numbers: Mapping[str, torch.Tensor], timing: WindowTiming, counts: Mapping[str, int]
+) -> dict[str, Any]:
+    """Combine a log step over ranks; every rank must call it.
+
+    Args:
+        numbers: () tensors of this rank, averaged over ranks.
+        timing: this rank's window; the rates add up, and the data wait is that of the rank that waits most.
+        counts: this rank's counts, added up.
+
+    Returns:
+        Plain numbers, the same on every rank except `step_s`, `data_wait_s` and `memory_mb`, which stay this
+        rank's own.
+    """
+    means_N = torch.stack([value.double() for value in numbers.values()])
+    own = [timing.data_wait_share, timing.clips_per_s, *counts.values()]
+    means_RN = all_gather_rows(means_N[None])
+    others_RN = all_gather_rows(means_N.new_tensor([own]))
+    sums = others_RN.sum(dim=0).tolist()
+    return {
+        **dict(zip(numbers, means_RN.mean(dim=0).tolist(), strict=True)),
+        "clips_per_s": sums[1],
+        "clips_per_s_per_rank": sums[1] / len(others_RN),
+        "step_s": timing.step_s,
+        "data_wait_s": timing.data_wait_s,
+        "data_wait_share": float(others_RN[:, 0].max()),
+        "memory_mb": timing.memory_mb,
+        **{name: int(total) for name, total in zip(counts, sums[2:], strict=True)},
+    }
+
+
+class RunLog:
+    """The log of one run; silent on every rank but 0.
+
+    Args:
+        output_dir: folder for `log.jsonl` and `tensorboard/`.
+        total_steps: where the run ends, for the progress bar.
+        resume_step: steps done before; later rows of an earlier process are dropped.
+        evaluation_pending: the evaluation of `resume_step` will be done again.
+        enabled: False on ranks other than 0; nothing is written or printed then.
+        tensorboard: write TensorBoard curves too.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        total_steps: int,
+        resume_step: int = 0,
+        evaluation_pending: bool = False,
+        enabled: bool = True,
+        tensorboard: bool = True,
+    ) -> None:
+        self.enabled = enabled
+        self._writer: SummaryWriter | None = None
+        if not enabled:
+            return
+        self._path = output_dir / LOG_NAME
+        if self._path.exists():
+            _drop_rows_after(self._path, resume_step, evaluation_pending=evaluation_pending)
+        self._file = self._open()
+        # disable=None: no bar where the output is a file or a pipe.
+        self._bar = tqdm(
+            total=total_steps, initial=resume_step, unit="step", disable=None, mininterval=_BAR_UPDATE_S
+        )
+        if tensorboard:
+            # Imported here: it takes seconds, and tools that only read logs do not need it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), purge_step=resume_step + 1)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def header(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Write and print what this process was started with.
+
+        Args:
+            step: steps done before.
+            facts: plain values (configuration, batch sizes, world size, ...); command line and versions are
+                added.
+        """
+        row = {
+            "kind": "header",
+            "step": step,
+            "command": command_line(),
+            **facts,
+            "versions": software_versions(),
+        }
+        self._write(row)
+        for key, value in row.items():
+            if key not in ("kind", "config"):
+                self._say(f"{key}: {_plain(value)}")
+
+    def train(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one training row.
+
+        Args:
+            step: optimizer steps done.
+            values: name to number or text.
+        """
+        self._record("train", step, values)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one evaluation row.
+
+        Args:
+            step: optimizer steps done.
+            metrics: name to number.
+        """
+        self._record("evaluation", step, metrics)
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        if self.enabled:
+            self._bar.update()
+
+    def close(self) -> None:
+        """Flush and close everything; may be called twice."""
+        if not self.enabled:
+            return
+        self._bar.close()
+        with suppress(OSError):  # a full disk was reported when the row was written
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self) -> TextIO:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            return self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._path} could not be written: {error.strerror}; free space or choose another output_dir"
+        )
+
+    def _record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self._write({"kind": kind, "step": step, **values})
+        self._say(f"{kind} step {step}  " + "  ".join(f"{name} {_short(v)}" for name, v in values.items()))
+        if self._writer is None:
+            return
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if not self.enabled:
+            return
+        try:
+            self._file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _say(self, line: str) -> None:
+        if self.enabled:
+            tqdm.write(line)

@@ -1,0 +1,63 @@
+"""What the training loop is told, once, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from avion_dali.config import OptimConfig, RunConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop is told.
+
+    Args:
+        output_dir: folder of the run.
+        optim: epochs, learning rates, clipping, batch sizes.
+        run: seed, precision and intervals.
+        config: the whole configuration as plain values, kept in checkpoints and the log.
+        decoder: name of the decoder in use, for the log.
+        best_metric: key of the evaluation to maximise; `checkpoint_best.pt` follows it. Empty for none.
+        tensorboard: write TensorBoard curves.
+    """
+
+    output_dir: Path
+    optim: OptimConfig
+    run: RunConfig
+    config: dict[str, Any] = field(default_factory=dict)
+    decoder: str = ""
+    best_metric: str = ""
+    tensorboard: bool = True
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, *, best_metric: str = "", decoder: str = "") -> LoopSettings:
+        """The parts of a training's configuration that the loop needs.
+
+        Args:
+            config: the training's configuration.
+            best_metric: see the class.
+            decoder: the decoder in use; by default the configured name.
+
+        Returns:
+            The settings.
+        """
+        return cls(
+            output_dir=Path(config.output_dir),
+            optim=config.optim,
+            run=config.run,
+            config=asdict(config),
+            decoder=decoder or config.decoder,
+            best_metric=best_metric,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What the log's header says of these settings."""
+        return {
+            "config": self.config,
+            "decoder": self.decoder,
+            "global_batch": self.optim.global_batch,
+            "micro_batch": self.optim.micro_batch,
+            "learning_rate": self.optim.learning_rate,
+        }

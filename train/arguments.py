@@ -1,0 +1,77 @@
+"""Command lines from typed dataclasses, and one way to show errors. Light: workers re-import entry modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from avion_dali.contracts import UserError
+
+Options = TypeVar("Options")
+
+
+def parse_options(
+    options: type[Options], argv: Sequence[str] | None, *, prog: str, description: str
+) -> Options:
+    """Fill a dataclass from `--config FILE.yaml` and `--field value`, `--section.field value`.
+
+    Args:
+        options: the dataclass; its docstring documents each field.
+        argv: arguments; None takes the process's.
+        prog: name shown in the help.
+        description: first line of the help.
+
+    Raises:
+        UserError: naming the key and what is allowed.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; later arguments win over it")
+    parser.add_class_arguments(options)
+    try:
+        values = vars(parser.instantiate(parser.parse_args(argv)))
+    except ArgumentError as error:
+        raise UserError(f"{_explain(str(error), options)}\n{prog} --help lists every option") from None
+    values.pop("config", None)
+    return options(**values)
+
+
+def _explain(message: str, options: type) -> str:
+    """Add the allowed keys to an unknown-key message and plain words to type names."""
+    unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if unknown:
+        section, key = unknown.groups()
+        return f"unknown key {section}.{key}; {section} has: {', '.join(_keys(options, section))}"
+    unknown = re.search(r"(?:Unrecognized|unrecognized) (?:arguments|options?|keys?):? *(.*)", message)
+    if unknown:
+        return f"unknown argument {unknown.group(1)}; top-level keys are: {', '.join(_keys(options, ''))}"
+    return re.sub(r"typing\.Literal|<class '(\w+)'>", lambda m: m.group(1) or "one of ", message)
+
+
+def _keys(options: Any, section: str) -> list[str]:
+    """Return the field names of a (nested) section of a dataclass."""
+    for name in filter(None, section.split(".")):
+        field = next(f for f in dataclasses.fields(options) if f.name == name)
+        options = field.default_factory if field.default_factory is not dataclasses.MISSING else field.type
+    return [field.name for field in dataclasses.fields(options)]
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run an entry point; errors a user can act on become one message and exit status 2.
+
+    Args:
+        main: returns the exit status, None for 0.
+    """
+    try:
+        status = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
