@@ -33,11 +33,17 @@ def parse_options(
     parser.add_argument("--config", action="config", help="YAML file; later arguments win over it")
     parser.add_class_arguments(options)
     try:
-        values = vars(parser.instantiate(parser.parse_args(argv)))
+        values = vars(parser.instantiate(parser.parse_args(_underscored(argv))))
     except ArgumentError as error:
         raise UserError(f"{_explain(str(error), options)}\n{prog} --help lists every option") from None
     values.pop("config", None)
     return options(**values)
+
+
+def _underscored(argv: Sequence[str] | None) -> list[str]:
+    """Accept `--output-dir` for `--output_dir`: fields are Python names, options are habitually dashed."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return [re.sub(r"^--[\w.-]+", lambda m: "--" + m.group()[2:].replace("-", "_"), a) for a in arguments]
 
 
 def _explain(message: str, options: type) -> str:

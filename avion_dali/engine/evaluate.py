@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -156,7 +157,7 @@ def freeze_first_frame(frames_BTHWC: torch.Tensor) -> torch.Tensor:
 
 
 def _embed_texts(model: DualEncoder, gallery: Gallery, device: torch.device) -> torch.Tensor:
-    tokens_TL = torch.from_numpy(pad_tokens(gallery.tokens, int(model.textual.context_length))).to(device)
+    tokens_TL = torch.from_numpy(pad_tokens(gallery.tokens, cast(int, model.textual.context_length))).to(device)
     return torch.cat([model.encode_text(part).float() for part in tokens_TL.split(_TEXTS_PER_PASS)])
 
 

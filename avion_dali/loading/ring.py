@@ -54,7 +54,9 @@ class SharedRing:
         return self._bytes
 
     def close(self) -> None:
-        """Give the memory back to the machine."""
+        """Give the memory back to the machine; may be called twice."""
+        if not len(self._bytes):
+            return
         self._memory.unlink()
         self._bytes = np.empty(0, np.uint8)
         # A view may still be alive (a batch that somebody keeps): the mapping then goes with it.

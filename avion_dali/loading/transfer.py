@@ -58,9 +58,9 @@ class DeviceCopier:
         return on_device
 
     def close(self) -> None:
-        """Finish all copies and unpin the memory."""
+        """Finish all copies and unpin the memory; may be called twice."""
         for slot in range(self._ring.slots):
             self.wait_until_free(slot)
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and self._slots:
             torch.cuda.cudart().cudaHostUnregister(self._slots[0].data_ptr())
         self._slots = []

@@ -1,0 +1,139 @@
+"""The command `avion-dali`: everything around training. Light: its workers re-import this module."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from avion_dali.contracts import UserError
+from train.arguments import run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: arguments; None takes the process's.
+    """
+    options = build_parser().parse_args(argv)
+    commands = {"chunk": chunk, "manifest": manifest, "demo": demo}
+    return commands[options.command](options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all subcommands."""
+    parser = argparse.ArgumentParser(prog="avion-dali", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_chunk(commands.add_parser("chunk", help="cut videos into chunks made for random access"))
+    _add_manifest(commands.add_parser("manifest", help="make a manifest from chunks and annotations"))
+    demo_parser = commands.add_parser("demo", help="train and evaluate on procedural videos, with a report")
+    demo_parser.add_argument("--output-dir", default="runs/demo", help="folder of the run")
+    demo_parser.add_argument("--decoder", default="cpu-fused", help="how clips are decoded")
+    return parser
+
+
+def _add_chunk(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("videos", nargs="+", type=Path, help="video files, or folders of them")
+    parser.add_argument("--output", required=True, type=Path, help="chunk folder; finished chunks are kept")
+    parser.add_argument("--profile", default="balanced", help="balanced (default), compat or vp9")
+    parser.add_argument("--chunk-seconds", default=15, type=int, help="length of a chunk (default 15)")
+    parser.add_argument("--short-side", default=288, type=int, help="pixels, never upscaled (default 288)")
+    parser.add_argument("--jobs", default=0, type=int, help="videos at a time (default: one per core)")
+    parser.add_argument("--root", type=Path, help="keep the videos' folders below this one")
+
+
+def _add_manifest(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    captions = kinds.add_parser("captions", help="CSV or JSON lines: video, start, end, text[, verb, noun]")
+    captions.add_argument("--chunks", required=True, type=Path, help="chunk folder")
+    captions.add_argument("--annotations", required=True, type=Path, help=".csv or .jsonl file")
+    captions.add_argument("--output", required=True, type=Path, help="manifest folder to write")
+    captions.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out")
+    captions.add_argument("--jobs", default=0, type=int, help="probing processes (default: one per core)")
+
+
+def chunk(options: argparse.Namespace) -> int:
+    """Cut videos into chunks; status 1 when a video failed.
+
+    Args:
+        options: parsed arguments.
+    """
+    from avion_dali.data.chunking import ChunkSettings, chunk_videos
+
+    settings = ChunkSettings(options.profile, options.chunk_seconds, options.short_side)
+    videos = list_videos(options.videos)
+    report = chunk_videos(videos, options.output, settings=settings, root=options.root, jobs=options.jobs)
+    for video in report.failed:
+        print(f"failed: {video.video}: {video.failed}", file=sys.stderr)
+    done = len(report.videos) - len(report.failed)
+    print(f"{done} of {len(report.videos)} videos done: {report.made} chunks made, {report.kept} kept")
+    return 1 if report.failed else 0
+
+
+def list_videos(paths: list[Path]) -> list[Path]:
+    """Replace folders by the video files inside them, sorted; files stay as they are.
+
+    Args:
+        paths: files and folders.
+
+    Raises:
+        UserError: when a folder holds no video.
+    """
+    suffixes = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"}
+    videos: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            videos.append(path)
+            continue
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+        if not inside:
+            raise UserError(f"{path} holds no video ({', '.join(sorted(suffixes))})")
+        videos += inside
+    return videos
+
+
+def manifest(options: argparse.Namespace) -> int:
+    """Make a manifest of chunks and captions.
+
+    Args:
+        options: parsed arguments.
+    """
+    from tqdm import tqdm
+
+    from avion_dali.datasets.captions import build_captions_manifest
+
+    with tqdm(unit="chunk", desc="probing") as bar:
+        report = build_captions_manifest(
+            options.chunks,
+            options.annotations,
+            options.output,
+            skip_bad_rows=options.skip_bad_rows,
+            jobs=options.jobs,
+            on_progress=lambda done: bar.update(done - bar.n),
+        )
+    print(f"{options.output}: {report.num_samples} clips over {report.num_chunks} chunks")
+    for name, left_out in (("rows", report.rejected), ("chunk files", report.unusable)):
+        if left_out:
+            print(f"{len(left_out)} {name} left out, listed in {options.output}")
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Run the demo.
+
+    Args:
+        options: parsed arguments.
+    """
+    from train.demo import main as demo_main
+
+    return demo_main(["--output-dir", options.output_dir, "--decoder", options.decoder])
+
+
+def console() -> None:
+    """Entry point of the installed command."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    console()
