@@ -1,7 +1,13 @@
 """Session fixtures: media made once."""
 
+import os
 from pathlib import Path
 
+# Tiny models gain nothing from several threads, and threads that wait for a busy core lose a lot. torch reads
+# this when it is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import chunk_folders
 import make_videos
 import pytest
 
@@ -10,3 +16,9 @@ import pytest
 def gop_videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One 90-frame video for every GOP style, see `make_videos.gop_style_videos`."""
     return make_videos.gop_style_videos(tmp_path_factory.mktemp("gop_styles"))
+
+
+@pytest.fixture(scope="session")
+def chunk_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One second of video to lay out chunk folders from, see `chunk_folders.copy_chunks`."""
+    return chunk_folders.make_chunk_file(tmp_path_factory.mktemp("chunk"))

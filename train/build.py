@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
-from avion_dali.engine.checkpoint import find_checkpoint, read_weights, restore_model
+from avion_dali.engine.checkpoint import export_safetensors, find_checkpoint, read_weights, restore_model
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.evaluate import (
     FramesTransform,
@@ -115,6 +115,8 @@ def pretraining(config: TrainConfig, distributed: Distributed) -> Iterator[Train
         if latest is not None:
             loop.restore(latest)
         yield loop
+        if distributed.is_main:
+            export_safetensors(model, output_dir / "weights.safetensors", {"config": asdict(config)})
     finally:
         loaders.close()
 

@@ -50,6 +50,7 @@ class Loaders:
 
     def __init__(self, config: TrainConfig, distributed: Distributed) -> None:
         self.config, self.distributed = config, distributed
+        self._open: list[CpuLoader] = []
         self.decoder, decode_clip = choose_decoder(config.decoder)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.pool = DecodePool(
@@ -77,8 +78,10 @@ class Loaders:
         return self._build(manifest, training=False, global_batch=batch)
 
     def close(self) -> None:
-        """End the decode processes."""
+        """End the decode processes and give back the loaders' memory."""
         self.pool.close()
+        for loader in self._open:
+            loader.close()
 
     def _build(self, manifest: Manifest, *, training: bool, global_batch: int) -> CpuLoader:
         config, distributed = self.config, self.distributed
@@ -106,4 +109,6 @@ class Loaders:
             max_bad_fraction=config.data.max_bad_fraction,
             quarantine=Path(config.output_dir) / "quarantine.jsonl",
         )
-        return CpuLoader(Planner(manifest, rules, seed=config.run.seed), schedule, self.pool, settings)
+        planner = Planner(manifest, rules, seed=config.run.seed)
+        self._open.append(CpuLoader(planner, schedule, self.pool, settings))
+        return self._open[-1]

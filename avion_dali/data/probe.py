@@ -101,16 +101,20 @@ def open_video(
     try:
         if stat.S_ISDIR(os.stat(name).st_mode):
             raise failure("corrupt", "is a directory, not a video file")
-        with av.open(name, "r") as container:
-            stream = container.streams.best("video")
-            if not isinstance(stream, VideoStream):
-                raise failure("corrupt", "holds no video stream")
-            stream.thread_count = 1
-            yield container, stream
+        opened = av.open(name, "r")
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         raise failure("missing", error.strerror or type(error).__name__) from error
     except av.FFmpegError as error:
         raise failure("corrupt", error.strerror or type(error).__name__) from error
+    with opened as container:
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream):
+            raise failure("corrupt", "holds no video stream")
+        stream.thread_count = 1
+        try:
+            yield container, stream
+        except av.FFmpegError as error:
+            raise failure("corrupt", error.strerror or type(error).__name__) from error
 
 
 def probe_chunk(path: str | os.PathLike[str]) -> ChunkFacts:

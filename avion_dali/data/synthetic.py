@@ -1,0 +1,355 @@
+"""A small procedural data set: videos of simple objects in motion, with a timed sentence for each motion.
+
+It stands in for narrated video where none can be downloaded. Twelve objects (four colours, three shapes) times
+six actions; four of the actions differ in nothing but the direction of motion. The picture wraps around
+(what leaves on one side enters on the other) and the first picture of a motion is drawn before its action is
+chosen, so neither the place nor the look of a single picture tells the directions apart.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from av.video.stream import VideoStream
+
+from avion_dali.contracts import UserError
+from avion_dali.data.chunking import available_cores
+
+Split = Literal["train", "heldout"]
+_SPLIT_KEYS: dict[Split, int] = {"train": 0, "heldout": 1}
+
+COLOURS = {"red": (215, 45, 40), "green": (45, 170, 70), "blue": (50, 85, 220), "yellow": (235, 205, 50)}
+SHAPES = ("ball", "cube", "ring")
+# Action: direction in the picture (y downwards), change of size, ways to say it.
+ACTIONS: dict[str, tuple[tuple[float, float], float, tuple[str, ...]]] = {
+    "moves left": ((-1.0, 0.0), 1.0, ("moves left", "slides to the left", "goes left", "travels to the left")),
+    "moves right": (
+        (1.0, 0.0),
+        1.0,
+        ("moves right", "slides to the right", "goes right", "travels to the right"),
+    ),
+    "moves up": ((0.0, -1.0), 1.0, ("moves up", "rises", "goes up", "travels upwards")),
+    "moves down": ((0.0, 1.0), 1.0, ("moves down", "sinks", "goes down", "travels downwards")),
+    "grows": ((0.0, 0.0), 2.0, ("grows", "gets bigger", "becomes larger", "expands")),
+    "shrinks": ((0.0, 0.0), 0.45, ("shrinks", "gets smaller", "becomes smaller", "contracts")),
+}
+ARTICLES = ("the", "a")
+
+
+@dataclass(frozen=True)
+class SyntheticSettings:
+    """Size of the data set.
+
+    Args:
+        train_videos: videos to train on.
+        heldout_videos: videos to evaluate on.
+        seconds: length of a video.
+        fps: frames per second.
+        side: width and height in pixels, a multiple of 16.
+        seed: decides everything that varies.
+
+    Raises:
+        UserError: when a value is not allowed.
+    """
+
+    train_videos: int = 44
+    heldout_videos: int = 8
+    seconds: int = 60
+    fps: int = 24
+    side: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("train_videos", 1), ("heldout_videos", 1), ("fps", 4)):
+            if getattr(self, name) < least:
+                raise UserError(f"synthetic data: {name} = {getattr(self, name)!r} must be at least {least}")
+        if self.seconds < 2:
+            raise UserError(f"synthetic data: seconds = {self.seconds!r} must be at least 2")
+        if self.side < 32 or self.side % 16:
+            raise UserError(f"synthetic data: side = {self.side!r} must be a multiple of 16, at least 32")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"synthetic data: seed = {self.seed!r} must be in [0, 2^63)")
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One row of an annotation file: a narrated stretch of a video.
+
+    Args:
+        video: file name of the video.
+        start: seconds, inclusive.
+        end: seconds, exclusive.
+        text: the sentence.
+        verb: key of `ACTIONS`.
+        noun: colour and shape.
+    """
+
+    video: str
+    start: float
+    end: float
+    text: str
+    verb: str
+    noun: str
+
+
+@dataclass(frozen=True)
+class SyntheticDataset:
+    """What `make_videos` wrote; files lie in its folder.
+
+    Args:
+        videos: all video files.
+        train_csv: annotations of the training videos.
+        heldout_csv: annotations of the held-out videos.
+        train: the rows of `train_csv`.
+        heldout: the rows of `heldout_csv`.
+    """
+
+    videos: tuple[Path, ...]
+    train_csv: Path
+    heldout_csv: Path
+    train: tuple[Annotation, ...]
+    heldout: tuple[Annotation, ...]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One motion. Lengths are shares of the picture's side; all but `verb` and `text` is drawn without them.
+
+    Args:
+        frames: pictures it lasts.
+        verb: key of `ACTIONS`.
+        colour: key of `COLOURS`.
+        shape: one of `SHAPES`.
+        text: the sentence.
+        tint: brightness factor of the colour.
+        place: centre (x, y) in the first picture, in [0, 1).
+        radius: in the first picture.
+        travel: way of a motion, in sides.
+        drift: small motion (x, y) besides the action.
+        swell: small change of size besides the action, a factor.
+        backdrop: seed of the background.
+    """
+
+    frames: int
+    verb: str
+    colour: str
+    shape: str
+    text: str
+    tint: float
+    place: tuple[float, float]
+    radius: float
+    travel: float
+    drift: tuple[float, float]
+    swell: float
+    backdrop: int
+
+    @property
+    def noun(self) -> str:
+        """The object in words."""
+        return f"{self.colour} {self.shape}"
+
+
+def make_videos(folder: Path, *, settings: SyntheticSettings | None = None, jobs: int = 0) -> SyntheticDataset:
+    """Write the videos and `annotations_train.csv`, `annotations_heldout.csv`.
+
+    The videos go to `folder/videos`. The same settings write the same bytes.
+
+    Args:
+        folder: where to write; made when missing.
+        settings: how much; defaults when None.
+        jobs: processes; 0 for one a core.
+
+    Returns:
+        Paths and annotations.
+    """
+    # For this process only; the workers import this module and should stay light.
+    from pebble import ProcessPool
+
+    settings = settings or SyntheticSettings()
+    videos = folder / "videos"
+    videos.mkdir(parents=True, exist_ok=True)
+    sizes: dict[Split, int] = {"train": settings.train_videos, "heldout": settings.heldout_videos}
+    tasks = [(videos, settings, split, index) for split, size in sizes.items() for index in range(size)]
+    workers = min(jobs or available_cores(), len(tasks))
+    with ProcessPool(max_workers=workers, context=get_context("spawn")) as pool:
+        rows = list(pool.map(_write_video_task, tasks).result())
+    paths = tuple(videos / _video_name(split, index) for _, _, split, index in tasks)
+    train = tuple(row for video_rows in rows[: settings.train_videos] for row in video_rows)
+    heldout = tuple(row for video_rows in rows[settings.train_videos :] for row in video_rows)
+    train_csv, heldout_csv = folder / "annotations_train.csv", folder / "annotations_heldout.csv"
+    _write_csv(train_csv, train)
+    _write_csv(heldout_csv, heldout)
+    return SyntheticDataset(paths, train_csv, heldout_csv, train, heldout)
+
+
+def plan_video(settings: SyntheticSettings, split: Split, index: int) -> list[Scene]:
+    """Choose the motions of one video, in order; a pure function of its arguments.
+
+    Args:
+        settings: of the data set.
+        split: which part; videos of different parts share nothing.
+        index: number of the video within its part.
+
+    Returns:
+        Scenes that fill the video exactly.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[settings.seed, 2 * index + _SPLIT_KEYS[split]]))
+    pairs = [(colour, shape, verb) for colour in COLOURS for shape in SHAPES for verb in ACTIONS]
+    left = settings.seconds * settings.fps
+    scenes: list[Scene] = []
+    while left > 0:
+        if len(scenes) % len(pairs) == 0:
+            order = rng.permutation(len(pairs))
+        frames = round(float(rng.uniform(1.1, 1.7)) * settings.fps)
+        # A rest too short for a scene of its own lengthens the last one.
+        frames = left if left - frames < settings.fps else frames
+        scenes.append(_draw_scene(rng, frames, *pairs[order[len(scenes) % len(pairs)]]))
+        left -= frames
+    return scenes
+
+
+def draw_scene_frame(scene: Scene, progress: float, backdrop_HWC: np.ndarray) -> np.ndarray:
+    """Draw one picture of a motion.
+
+    Args:
+        scene: the motion.
+        progress: share of the motion that is over, in [0, 1].
+        backdrop_HWC: uint8 (side, side, 3) background, from `draw_backdrop`.
+
+    Returns:
+        uint8 (side, side, 3) RGB.
+    """
+    frame_HWC = backdrop_HWC.copy()
+    side = len(frame_HWC)
+    direction, growth, _ = ACTIONS[scene.verb]
+    centre = [
+        (start + (way * scene.travel + drift) * progress) * side
+        for start, way, drift in zip(scene.place, direction, scene.drift, strict=True)
+    ]
+    radius = scene.radius * side * (growth * scene.swell) ** progress
+    colour = np.clip(np.array(COLOURS[scene.colour]) * scene.tint, 0, 255)
+    _paint(frame_HWC, scene.shape, centre, radius=radius, colour=colour)
+    return frame_HWC
+
+
+def draw_backdrop(seed: int, side: int) -> np.ndarray:
+    """Draw a background: a dim two-colour gradient, soft blotches, and one small grey object.
+
+    Args:
+        seed: decides it.
+        side: width and height in pixels.
+
+    Returns:
+        uint8 (side, side, 3) RGB.
+    """
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    ramp = np.linspace(0, 1, side)[:, None, None]
+    ramp = ramp if rng.random() < 0.5 else ramp.transpose(1, 0, 2)
+    base, end = rng.uniform(30, 130, (2, 3))
+    blotches = rng.uniform(-18, 18, (8, 8, 1)).repeat(side // 8, axis=0).repeat(side // 8, axis=1)
+    picture = base + (end - base) * ramp + np.broadcast_to(0.0, (side, side, 3))
+    picture[: len(blotches), : len(blotches)] += blotches
+    backdrop_HWC = np.clip(picture, 0, 255).astype(np.uint8)
+    shape, grey = SHAPES[rng.integers(len(SHAPES))], rng.uniform(90, 200)
+    place = (rng.random(2) * side).tolist()
+    _paint(backdrop_HWC, shape, place, radius=side * 0.05, colour=np.full(3, grey))
+    return backdrop_HWC
+
+
+def _draw_scene(rng: np.random.Generator, frames: int, colour: str, shape: str, verb: str) -> Scene:
+    place, drift = rng.random(2), rng.uniform(-0.04, 0.04, 2)
+    look = {
+        "tint": float(rng.uniform(0.75, 1.1)),
+        "radius": float(rng.uniform(0.13, 0.19)),
+        "travel": float(rng.uniform(0.35, 0.5)),
+        "swell": float(rng.uniform(0.9, 1.1)),
+    }
+    ways = ACTIONS[verb][2]
+    text = f"{ARTICLES[rng.integers(2)]} {colour} {shape} {ways[rng.integers(len(ways))]}"
+    return Scene(
+        frames=frames,
+        verb=verb,
+        colour=colour,
+        shape=shape,
+        text=text,
+        place=(float(place[0]), float(place[1])),
+        drift=(float(drift[0]), float(drift[1])),
+        backdrop=int(rng.integers(2**62)),
+        **look,
+    )
+
+
+def _paint(
+    frame_HWC: np.ndarray, shape: str, centre: Sequence[float], *, radius: float, colour: np.ndarray
+) -> None:
+    """Paint an object with soft edges in place; it wraps around the borders."""
+    side, reach = len(frame_HWC), int(radius) + 2
+    left, top = int(np.floor(centre[0])) - reach, int(np.floor(centre[1])) - reach
+    columns, rows = np.arange(left, left + 2 * reach + 1), np.arange(top, top + 2 * reach + 1)
+    x, y = columns[None, :] - centre[0], rows[:, None] - centre[1]
+    if shape == "cube":
+        inside = 0.88 * radius - np.maximum(np.abs(x), np.abs(y))
+    elif shape == "ball":
+        inside = radius - np.hypot(x, y)
+    else:
+        inside = 0.25 * radius - np.abs(np.hypot(x, y) - 0.75 * radius)
+    alpha = np.clip(inside + 0.5, 0, 1)[..., None]
+    window = np.ix_(rows % side, columns % side)
+    frame_HWC[window] = (frame_HWC[window] * (1 - alpha) + colour * alpha).astype(np.uint8)
+
+
+def _video_name(split: Split, index: int) -> str:
+    return f"{split}_{index:03d}.mp4"
+
+
+def _write_video_task(task: tuple[Path, SyntheticSettings, Split, int]) -> list[Annotation]:
+    """Write one video under a temporary name, then its own; runs in a worker."""
+    folder, settings, split, index = task
+    scenes = plan_video(settings, split, index)
+    name = _video_name(split, index)
+    part = folder / f"{name}.part"
+    with av.open(str(part), "w", format="mp4") as container:
+        # The videos are only read to be cut into chunks: fast to write, little loss.
+        options = {"preset": "ultrafast", "crf": "18"}
+        stream = container.add_stream("libx264", rate=settings.fps, options=options)
+        assert isinstance(stream, VideoStream)
+        stream.width = stream.height = settings.side
+        stream.pix_fmt, stream.thread_count = "yuv420p", 1
+        for picture_HWC in _pictures(scenes, settings.side):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")))
+        container.mux(stream.encode(None))
+    os.replace(part, folder / name)
+    return _annotate(name, scenes, settings.fps)
+
+
+def _pictures(scenes: Sequence[Scene], side: int) -> Iterator[np.ndarray]:
+    for scene in scenes:
+        backdrop_HWC = draw_backdrop(scene.backdrop, side)
+        for number in range(scene.frames):
+            yield draw_scene_frame(scene, number / (scene.frames - 1), backdrop_HWC)
+
+
+def _annotate(name: str, scenes: Sequence[Scene], fps: int) -> list[Annotation]:
+    rows, first = [], 0
+    for scene in scenes:
+        end = first + scene.frames
+        rows.append(
+            Annotation(name, round(first / fps, 3), round(end / fps, 3), scene.text, scene.verb, scene.noun)
+        )
+        first = end
+    return rows
+
+
+def _write_csv(path: Path, rows: Sequence[Annotation]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in fields(Annotation)])
+        writer.writerows(astuple(row) for row in rows)
