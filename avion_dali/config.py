@@ -145,6 +145,8 @@ class OptimConfig:
         _require(
             0 <= self.warmup_epochs <= self.epochs, "optim.warmup_epochs", self.warmup_epochs, "in [0, epochs]"
         )
+        for name in ("warmup_learning_rate", "final_learning_rate", "eps"):
+            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), ">= 0")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
         _require(0 <= self.beta1 < 1, "optim.beta1", self.beta1, "in [0, 1)")
         _require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "in [0, 1)")

@@ -221,7 +221,7 @@ def make_gallery(result: RetrievalResult, manifest: Manifest, config: TrainConfi
                     is_right=bool(result.relevancy_VT[row, column] == 1),
                 )
             )
-        queries.append(ReportQuery(text=result.texts[column], matches=matches))
+        queries.append(ReportQuery(text=result.texts[column], matches=tuple(matches)))
     return queries
 
 

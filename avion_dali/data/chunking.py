@@ -26,6 +26,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, UserError
+from avion_dali.cores import available_cores
 from avion_dali.data.encoding import PART_SUFFIX, ChunkWriter, PictureFilter
 from avion_dali.data.probe import MAX_MISSING_SECONDS, ChunkFacts, open_video, probe_chunk
 from avion_dali.data.profiles import PROFILES, ProfileName
@@ -390,8 +391,3 @@ def chunk_videos(
             cause = f"{type(error).__name__}: {error}"
             reports.append(VideoReport(str(video), str(folder), failed=cause))
     return ChunkReport(tuple(reports))
-
-
-def available_cores() -> int:
-    """Cores this process may use, which a container or a scheduler may have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

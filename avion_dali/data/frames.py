@@ -98,6 +98,25 @@ def view_start_frames(num_source: int, num_frames: int, stride: int, num_views: 
     return [int(k * step) for k in range(num_views)]
 
 
+def frame_at(seconds: float, *, fps: float, num_frames: int, frame_times: np.ndarray | None = None) -> int:
+    """Return the frame of one chunk that stands for a moment, clamped to the chunk.
+
+    Args:
+        seconds: from the chunk's first frame.
+        fps: the chunk's own frame rate.
+        num_frames: the chunk's real frame count.
+        frame_times: float64 array (num_frames,) of seconds, for a variable frame rate; None for constant.
+
+    Returns:
+        The nearest frame of a constant rate, the frame on show of a variable one.
+    """
+    if frame_times is None:
+        frame = int(np.round(seconds * fps))
+    else:
+        frame = int(np.searchsorted(frame_times, seconds, side="right")) - 1
+    return min(max(frame, 0), num_frames - 1)
+
+
 def frame_range_in_seconds(
     start_s: float, end_s: float, *, fps: float, num_frames: int, frame_times: np.ndarray | None = None
 ) -> tuple[int, int]:

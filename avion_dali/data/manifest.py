@@ -156,7 +156,7 @@ class Manifest:
     def __init__(self, folder: str | Path, *, chunk_root: str | Path | None = None) -> None:
         self.folder = Path(folder)
         self.info = _read_info(self.folder)
-        self.chunk_root = str(chunk_root or self.info["chunk_root"])
+        self.chunk_root = os.path.abspath(chunk_root or self.info["chunk_root"])
         self._chunks = _MappedTable(self.folder / "chunks.arrow")
         self._samples = _MappedTable(self.folder / "samples.arrow")
         rows = (self._chunks.num_rows, self._samples.num_rows)
@@ -274,10 +274,13 @@ def _sample_row(sample: Sample) -> dict[str, Any]:
 
 def _write_table(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> int:
     count = 0
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    # A new file in the old one's place: runs that map the old one keep reading it.
+    partial = path.with_suffix(".partial")
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for block in _blocks(rows, ROWS_PER_BATCH):
             writer.write_batch(pa.RecordBatch.from_pylist(block, schema=schema))
             count += len(block)
+    os.replace(partial, path)
     return count
 
 
@@ -296,7 +299,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         info = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} is not a manifest: {path} is missing; make one with `avion-dali manifest`"
         ) from None
@@ -304,4 +307,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON ({error}); build the manifest again") from error
     if not isinstance(info, dict) or info.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: this version reads manifests of format {FORMAT_VERSION}; build it again")
+    absent = [key for key in ("chunk_root", "num_chunks", "num_samples") if key not in info]
+    if absent:
+        raise UserError(f"{path} lacks {', '.join(absent)}; build the manifest again")
     return info

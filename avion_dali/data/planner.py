@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from avion_dali.contracts import ClipPart, ClipRequest, CropWindow
 from avion_dali.data.crops import center_square_window, random_resized_window
-from avion_dali.data.frames import frame_range_in_seconds, segment_frame_ids
+from avion_dali.data.frames import frame_at, frame_range_in_seconds, segment_frame_ids
 from avion_dali.data.manifest import Chunk, Manifest, Sample
 from avion_dali.data.randomness import generator
 
@@ -93,20 +94,14 @@ def locate_frames(
         The parts with unique sorted ids, and the gather order (length T).
     """
     ranges = [
-        frame_range_in_seconds(
-            sample.start_s - c.start_s,
-            sample.end_s - c.start_s,
-            fps=float(c.fps),
-            num_frames=c.ref.num_frames,
-            frame_times=c.frame_times,
-        )
+        frame_range_in_seconds(sample.start_s - c.start_s, sample.end_s - c.start_s, **_clock(c))
         for c in chunks
     ]
     lengths = [stop - first for first, stop in ranges]
     if not sum(lengths):
-        # A span shorter than a frame, or one that ends before the first frame after it: the nearest one.
-        nearest = min(ranges[0][0], chunks[0].ref.num_frames - 1)
-        ranges[0], lengths[0] = (nearest, nearest + 1), 1
+        # A span shorter than a frame: the one on show when it starts.
+        shown = frame_at(sample.start_s - chunks[0].start_s, **_clock(chunks[0]))
+        ranges[0], lengths[0] = (shown, shown + 1), 1
     wanted = segment_frame_ids(0, sum(lengths), num_frames, rng)
     unique, gather = np.unique(wanted, return_inverse=True)
     parts, offset = [], 0
@@ -116,6 +111,11 @@ def locate_frames(
             parts.append(ClipPart(chunk.ref, tuple(ids.tolist())))
         offset += length
     return tuple(parts), tuple(gather.tolist())
+
+
+def _clock(chunk: Chunk) -> dict[str, Any]:
+    """Return what maps a chunk's seconds to its frames."""
+    return {"fps": float(chunk.fps), "num_frames": chunk.ref.num_frames, "frame_times": chunk.frame_times}
 
 
 def draw_view(chunk: Chunk, rules: ClipRules, rng: np.random.Generator | None) -> tuple[CropWindow, bool]:

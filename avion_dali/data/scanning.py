@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +46,11 @@ def find_chunk_files(folder: str | Path) -> list[tuple[str, float, Path]]:
     root = Path(folder).resolve()
     if not root.is_dir():
         raise UserError(f"{folder} is not a folder; name the one that `avion-dali chunk --output` wrote")
-    found = []
-    for path in root.rglob("*"):
-        if path.suffix.lower() in CHUNK_SUFFIXES and path.is_file() and _is_second(path.stem):
-            found.append((path.parent.relative_to(root).as_posix(), float(path.stem), path))
+    found = [
+        (path.parent.relative_to(root).as_posix(), float(path.stem), path)
+        for path in _files_below(root)
+        if path.suffix.lower() in CHUNK_SUFFIXES and _is_second(path.stem)
+    ]
     if not found:
         raise UserError(
             f"{folder} holds no chunks (files <video>/<start second>.mp4); make them with `avion-dali chunk`"
@@ -73,22 +75,38 @@ def scan_chunks(
         UserError: when the folder is missing or holds no chunk.
     """
     files = find_chunk_files(folder)
-    chunks, unusable = [], []
+    chunks: list[Chunk] = []
+    unusable: list[UnusableChunk] = []
     for done, result in enumerate(_probe_all(files, jobs), start=1):
-        if isinstance(result, Chunk):
-            chunks.append(result)
-        else:
+        if isinstance(result, UnusableChunk):
             unusable.append(result)
+        elif chunks and (result.video, result.start_s) == (chunks[-1].video, chunks[-1].start_s):
+            unusable.append(UnusableChunk(result.ref.path, f"holds the same seconds as {chunks[-1].ref.path}"))
+        else:
+            chunks.append(result)
         if on_progress is not None:
             on_progress(done)
     return chunks, unusable
 
 
-def _probe_all(files: list[tuple[str, float, Path]], jobs: int) -> list[Chunk | UnusableChunk]:
+def _files_below(root: Path) -> Iterator[Path]:
+    """Yield all files, also those in linked folders (videos spread over disks), each folder once."""
+    entered: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in entered:  # a link back to where we are
+            subfolders.clear()
+            continue
+        entered.add(real)
+        yield from (path for path in (Path(folder, name) for name in names) if path.is_file())
+
+
+def _probe_all(files: list[tuple[str, float, Path]], jobs: int) -> Iterator[Chunk | UnusableChunk]:
     if jobs <= 1 or len(files) < _SERIAL_LIMIT:
-        return [_probe(file) for file in files]
+        yield from map(_probe, files)
+        return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_probe, files, chunksize=16))
+        yield from pool.map(_probe, files, chunksize=16)
 
 
 def _probe(file: tuple[str, float, Path]) -> Chunk | UnusableChunk:

@@ -21,7 +21,7 @@ import numpy as np
 from av.video.stream import VideoStream
 
 from avion_dali.contracts import UserError
-from avion_dali.data.chunking import available_cores
+from avion_dali.cores import available_cores
 
 Split = Literal["train", "heldout"]
 _SPLIT_KEYS: dict[Split, int] = {"train": 0, "heldout": 1}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from avion_dali.contracts import UserError
+from avion_dali.cores import available_cores
 from avion_dali.data.manifest import Sample, write_manifest
 from avion_dali.data.scanning import UnusableChunk, scan_chunks
 from avion_dali.data.text import clip_tokenizer
@@ -79,10 +79,12 @@ def build_captions_manifest(
     Raises:
         UserError: when a file or column is missing, or rows are unusable and not to be skipped.
     """
-    rows = list(read_rows(Path(annotations)))
-    chunks, unusable = scan_chunks(chunk_root, jobs=jobs or os.cpu_count() or 1, on_progress=on_progress)
-    samples, rejected = _place(rows, ChunkLookup(chunks))
     folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; --output names the manifest's folder")
+    rows = list(read_rows(Path(annotations)))
+    chunks, unusable = scan_chunks(chunk_root, jobs=jobs or available_cores(), on_progress=on_progress)
+    samples, rejected = _place(rows, ChunkLookup(chunks))
     folder.mkdir(parents=True, exist_ok=True)
     _write_jsonl(folder / "rejected.jsonl", [asdict(r) for r in rejected])
     _write_jsonl(folder / "unusable_chunks.jsonl", [asdict(u) for u in unusable])
@@ -109,32 +111,33 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         UserError: when the file is missing, of another kind, malformed, or lacks a column.
     """
-    if path.suffix.lower() not in (".csv", ".jsonl"):
+    readers = {".csv": _csv_rows, ".jsonl": _json_rows}
+    if path.suffix.lower() not in readers:
         raise UserError(f"{path}: annotations must be a .csv or .jsonl file")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
-            for line, row in reader(file, path):
-                missing = [name for name in REQUIRED_COLUMNS if row.get(name) in (None, "")]
-                if missing:
-                    raise UserError(f"{path}, line {line}: {', '.join(missing)} is missing")
-                yield line, row
+            yield from readers[path.suffix.lower()](file, path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _csv_rows(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file)
-    absent = [name for name in REQUIRED_COLUMNS if name not in (reader.fieldnames or ())]
-    if absent:
-        raise UserError(
-            f"{path}: column {', '.join(absent)} is missing; the header must name {', '.join(REQUIRED_COLUMNS)}"
-        )
-    for row in reader:
-        yield reader.line_num, row
+def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Strict: a quote that is never closed is an error, not one text that swallows all rows after it.
+    reader = csv.DictReader(file, strict=True)
+    try:
+        absent = [name for name in REQUIRED_COLUMNS if name not in (reader.fieldnames or ())]
+        if absent:
+            raise UserError(
+                f"{path}: column {', '.join(absent)} is missing; the header must name "
+                f"{', '.join(REQUIRED_COLUMNS)}"
+            )
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{path}, near line {reader.line_num}: not valid CSV: {error}") from error
 
 
-def _json_rows(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, text in enumerate(file, start=1):
         if not text.strip():
             continue
@@ -154,26 +157,45 @@ def _place(
     samples, rejected = [], []
     for line, row in rows:
         try:
-            start_s, end_s = _seconds(row["start"]), _seconds(row["end"])
-            first, count, end_s = lookup.locate(str(row["video"]), start_s, end_s)
+            samples.append(_sample(row, lookup, tokenize))
         except SpanError as error:
-            rejected.append(RejectedRow(line, str(row["video"]), str(error)))
-            continue
-        text = str(row["text"])
-        nouns = row.get("noun") or ""
-        nouns = (
-            tuple(nouns) if isinstance(nouns, list) else tuple(n.strip() for n in nouns.split(";") if n.strip())
-        )
-        samples.append(
-            Sample(first, count, start_s, end_s, text, tokenize(text), str(row.get("verb") or ""), nouns)
-        )
+            rejected.append(RejectedRow(line, str(row.get("video") or ""), str(error)))
     return samples, rejected
+
+
+def _sample(row: dict[str, Any], lookup: ChunkLookup, tokenize: Callable[[str], tuple[int, ...]]) -> Sample:
+    missing = [name for name in REQUIRED_COLUMNS if not _words(row.get(name))]
+    if missing:
+        raise SpanError(f"{', '.join(missing)} is missing")
+    text, verb, noun = _words(row["text"]), _words(row.get("verb")), row.get("noun")
+    first, count, end_s = lookup.locate(_words(row["video"]), _seconds(row["start"]), _seconds(row["end"]))
+    nouns = noun if isinstance(noun, list) else _words(noun).split(";")
+    return Sample(
+        first_chunk=first,
+        num_chunks=count,
+        start_s=_seconds(row["start"]),
+        end_s=end_s,
+        text=text,
+        tokens=tokenize(text),
+        verb=verb,
+        nouns=tuple(word for word in map(_words, nouns) if word),
+    )
+
+
+def _words(value: Any) -> str:
+    """Return a field as text without surrounding blanks; empty for an absent one, `0` for the class 0."""
+    text = "" if value is None else str(value).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SpanError(f"{text!r} is not valid Unicode: {error.reason}") from None
+    return text
 
 
 def _seconds(value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise SpanError(f"{value!r} is not a number of seconds") from None
 
 

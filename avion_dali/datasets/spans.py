@@ -8,7 +8,9 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Chunk
+from avion_dali.data.scanning import CHUNK_SUFFIXES
 
 # How much a span may reach past the last frame before it is refused: annotations are rounded, and the
 # last frames of a source may not make a chunk.
@@ -17,15 +19,22 @@ PAST_END_TOLERANCE_S = 1.0
 _GAP_TOLERANCE_S = 0.5
 
 
+_VIDEO_SUFFIXES = CHUNK_SUFFIXES | {".m4v", ".mpg", ".mpeg", ".ts"}
+
+
 class SpanError(ValueError):
     """A span cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class _VideoChunks:
+    """One video's chunks: their rows from `first_row` on, their times, and the holes between them."""
+
     first_row: int
     starts: np.ndarray
     ends: np.ndarray
+    hole_starts: np.ndarray
+    hole_ends: np.ndarray
 
 
 class ChunkLookup:
@@ -40,17 +49,12 @@ class ChunkLookup:
         rows: dict[str, list[int]] = {}
         for row, chunk in enumerate(chunks):
             rows.setdefault(chunk.video, []).append(row)
-        self._videos = {
-            video: _VideoChunks(
-                first_row=members[0],
-                starts=np.array([chunks[r].start_s for r in members]),
-                ends=np.array([chunks[r].end_s for r in members]),
-            )
-            for video, members in rows.items()
-        }
-        self._by_stem: dict[str, list[str]] = {}
+        self._videos = {video: _video_chunks(chunks, members) for video, members in rows.items()}
+        self._names: dict[str, list[str]] = {}
         for video in self._videos:
-            self._by_stem.setdefault(PurePosixPath(video).stem, []).append(video)
+            path = PurePosixPath(video)
+            for name in {video, _without_suffix(video), path.name, _without_suffix(path.name)}:
+                self._names.setdefault(name, []).append(video)
 
     def locate(self, video: str, start_s: float, end_s: float) -> tuple[int, int, float]:
         """Return (first chunk row, number of chunks, end clamped to the video).
@@ -75,25 +79,41 @@ class ChunkLookup:
         end_s = min(end_s, video_end)
         first = int(np.searchsorted(known.starts, start_s, side="right")) - 1
         last = max(int(np.searchsorted(known.starts, end_s, side="left")) - 1, first)
-        self._check_gaps(known, first, last, start_s)
+        self._check(known, first, last, (start_s, end_s))
         return known.first_row + first, last - first + 1, end_s
 
     def _find(self, video: str) -> _VideoChunks:
         if video in self._videos:
             return self._videos[video]
-        names = self._by_stem.get(PurePosixPath(video).stem, [])
+        names = self._names.get(video) or self._names.get(_without_suffix(video), [])
         if len(names) > 1:
             raise SpanError(f"video {video!r} could be any of {', '.join(names[:3])}")
         if not names:
             raise SpanError(f"video {video!r} has no chunks")
         return self._videos[names[0]]
 
-    def _check_gaps(self, known: _VideoChunks, first: int, last: int, start_s: float) -> None:
-        if first < 0 or start_s > known.ends[first] + _GAP_TOLERANCE_S:
-            raise SpanError(f"the chunk that holds {start_s:g} s is missing")
-        for i in range(first, last):
-            if known.starts[i + 1] > known.ends[i] + _GAP_TOLERANCE_S:
-                raise SpanError(f"the chunk after {known.starts[i]:g} s is missing")
+    def _check(self, known: _VideoChunks, first: int, last: int, span: tuple[float, float]) -> None:
+        start_s, end_s = span
+        touched = (known.hole_starts < max(end_s, np.nextafter(start_s, np.inf))) & (known.hole_ends > start_s)
+        if touched.any():
+            hole = int(np.argmax(touched))
+            where = f"{known.hole_starts[hole]:g}-{known.hole_ends[hole]:g} s"
+            raise SpanError(f"the chunk that holds {where} is missing")
         refs = [self._chunks[known.first_row + i].ref for i in range(first, last + 1)]
         if len({(r.width, r.height) for r in refs}) > 1:
             raise SpanError("its chunks differ in frame size")
+
+
+def _video_chunks(chunks: Sequence[Chunk], rows: list[int]) -> _VideoChunks:
+    starts = np.array([chunks[r].start_s for r in rows])
+    ends = np.array([chunks[r].end_s for r in rows])
+    if (np.diff(starts) <= 0).any():
+        raise UserError(f"video {chunks[rows[0]].video!r} has two chunks that start at the same second")
+    before, after = np.append(0.0, ends[:-1]), starts
+    holes = after > before + _GAP_TOLERANCE_S
+    return _VideoChunks(rows[0], starts, ends, before[holes], after[holes])
+
+
+def _without_suffix(name: str) -> str:
+    path = PurePosixPath(name)
+    return str(path.with_suffix("")) if path.suffix.lower() in _VIDEO_SUFFIXES else name

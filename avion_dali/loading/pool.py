@@ -14,6 +14,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from pebble import ProcessExpired, ProcessPool
 
 from avion_dali.contracts import ClipRequest, DecodeError, FailureKind
+from avion_dali.cores import available_cores
 from avion_dali.loading.ring import SharedRing
 from avion_dali.loading.worker import DecodeClip, decode_into, start_worker
 
@@ -24,8 +25,7 @@ def default_workers(ranks_on_machine: int = 1) -> int:
     Args:
         ranks_on_machine: training processes on this machine.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks_on_machine)
+    return max(1, available_cores() // ranks_on_machine)
 
 
 class DecodePool:

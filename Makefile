@@ -1,0 +1,56 @@
+# Needs make and Python >= 3.10, nothing else: the first target that is run builds .venv.
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CHECKED := $(wildcard avion_dali pipelines train)
+DOCUMENTED := $(wildcard avion_dali pipelines)
+# Touched after an installation, so that it happens again only when one of the requirements changes.
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+.PHONY: help demo test lint types clean
+
+help:
+	@echo "make demo   train on a small made-up data set and write a report (runs/demo)"
+	@echo "make test   the whole test suite"
+	@echo "make lint   style, spelling, docstrings and size limits"
+	@echo "make types  static types"
+	@echo "make clean  remove .venv, caches and build leftovers; runs/ stays"
+
+demo: $(INSTALLED)
+	$(BIN)/python -m train.demo --output-dir runs/demo
+
+test: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/flake8 $(DOCUMENTED)
+	$(BIN)/python -m pytest tests/test_hygiene.py tests/test_layering.py
+
+types: $(INSTALLED_DEV)
+	$(BIN)/mypy $(CHECKED)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: Python 3.10 or newer is needed, and '$(PYTHON)' is missing or older;" \
+	    "name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: '$(PYTHON)' cannot make virtual environments (modules venv and ensurepip);" \
+	    "on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	$(PIP) install --requirement requirements.txt --editable .
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(PIP) install --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,200 @@
+"""A manifest of 4,000,000 clips: time and private memory to open and read it, and plans per second.
+
+python -m benchmarks.manifest [--samples 4000000] [--chunks 100000] [--folder DIR]
+
+Linux only: memory is read from /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from avion_dali.data.manifest import (
+    CHUNK_SCHEMA,
+    FORMAT_VERSION,
+    ROWS_PER_BATCH,
+    SAMPLE_SCHEMA,
+    Manifest,
+)
+from avion_dali.data.order import epoch_order
+from avion_dali.data.planner import ClipRules, Planner
+from benchmarks.machine import Row, machine_facts, print_rows, process_memory_mb, write_result
+
+CHUNK_SECONDS, FPS = 15.0, 30
+CHUNKS_PER_VIDEO = 100
+READS, PLANS = 10_000, 20_000
+REQUIREMENT = {"open_s_below": 1.0, "private_memory_growth_mb_below": 50.0}
+
+
+def write_synthetic_manifest(folder: Path, *, samples: int, chunks: int) -> None:
+    """Write a manifest as `write_manifest` would, but column by column: rows as objects would take minutes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    _write(folder / "chunks.arrow", CHUNK_SCHEMA, (_chunk_columns(a, b) for a, b in _ranges(chunks)))
+    first = np.sort(rng.integers(0, chunks, size=samples))
+    blocks = (_sample_columns(first[a:b], chunks, rng) for a, b in _ranges(samples))
+    _write(folder / "samples.arrow", SAMPLE_SCHEMA, blocks)
+    facts = {"chunk_root": "/data/chunks", "num_chunks": chunks, "num_samples": samples}
+    (folder / "manifest.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **facts}))
+
+
+def _ranges(rows: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + ROWS_PER_BATCH, rows)) for start in range(0, rows, ROWS_PER_BATCH))
+
+
+def _write(path: Path, schema: pa.Schema, blocks: Iterator[dict[str, pa.Array]]) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for columns in blocks:
+            arrays = [pa.array(columns[field.name], field.type) for field in schema]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+
+
+def _chunk_columns(first: int, stop: int) -> dict[str, object]:
+    rows = np.arange(first, stop)
+    video, place = rows // CHUNKS_PER_VIDEO, rows % CHUNKS_PER_VIDEO
+    pairs = list(zip(video.tolist(), place.tolist(), strict=True))
+    count = len(rows)
+    return {
+        "path": [f"{v:08x}-4a1b-4c7d.mp4/{p * int(CHUNK_SECONDS)}.mp4" for v, p in pairs],
+        "video": [f"{v:08x}-4a1b-4c7d.mp4" for v, _ in pairs],
+        "start_s": place * CHUNK_SECONDS,
+        "fps_num": np.full(count, FPS),
+        "fps_den": np.ones(count, np.int32),
+        "num_frames": np.full(count, int(CHUNK_SECONDS * FPS)),
+        "width": np.full(count, 512),
+        "height": np.full(count, 288),
+        "size_bytes": 1_500_000 + rows,
+        "codec": ["h264"] * count,
+        "frame_times": [None] * count,
+    }
+
+
+def _sample_columns(first_chunk: np.ndarray, chunks: int, rng: np.random.Generator) -> dict[str, object]:
+    """One-second spans; one in twenty crosses into the next chunk of its video."""
+    count = len(first_chunk)
+    place = first_chunk % CHUNKS_PER_VIDEO
+    has_next = (place + 1 < CHUNKS_PER_VIDEO) & (first_chunk + 1 < chunks)
+    crosses = has_next & (rng.random(count) < 0.05)
+    inside = np.where(crosses, CHUNK_SECONDS - 0.5, rng.uniform(0, CHUNK_SECONDS - 1, count))
+    start = place * CHUNK_SECONDS + inside
+    return {
+        "first_chunk": first_chunk,
+        "num_chunks": 1 + crosses,
+        "start_s": start,
+        "end_s": start + 1.0,
+        "text": _drawn(
+            [f"#C C puts down the object {i} beside the other one" for i in range(5_000)], count, rng
+        ),
+        "tokens": _lists(pa.array(rng.integers(1, 49_000, 20 * count, dtype=np.uint16)), (8, 20), count, rng),
+        "verb": _drawn([f"verb_{i}" for i in range(100)], count, rng),
+        "nouns": _lists(_drawn([f"noun_{i}" for i in range(500)], 2 * count, rng), (1, 2), count, rng),
+    }
+
+
+def _drawn(words: list[str], count: int, rng: np.random.Generator) -> pa.Array:
+    return pa.array(words).take(pa.array(rng.integers(0, len(words), count)))
+
+
+def _lists(values: pa.Array, lengths: tuple[int, int], count: int, rng: np.random.Generator) -> pa.Array:
+    """Lists of low..high consecutive values each."""
+    low, high = lengths
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(low, high + 1, count))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values[: offsets[-1]])
+
+
+def measure(folder: str, cache: str) -> Row:
+    """Open and read a manifest; to be called in a fresh process.
+
+    Args:
+        folder: the manifest.
+        cache: whether its pages are in memory (`warm`) or must come from the disk (`cold`).
+    """
+    if cache == "cold":
+        drop_cached_pages(Path(folder))
+    before = process_memory_mb()
+    start = time.perf_counter()
+    manifest = Manifest(folder)
+    opened_s = time.perf_counter() - start
+    after_opening = process_memory_mb()
+    rows = np.random.default_rng(1).integers(0, manifest.num_samples, READS).tolist()
+    start = time.perf_counter()
+    for row in rows:
+        sample = manifest.sample(row)
+        for i in range(sample.num_chunks):
+            manifest.chunk(sample.first_chunk + i)
+    read_s = time.perf_counter() - start
+    after_reading = process_memory_mb()
+    plans_per_s = plans_per_second(manifest)
+    after_planning = process_memory_mb()
+    start = time.perf_counter()
+    order = epoch_order(manifest.num_samples, seed=0, epoch=0, shuffle=True)
+    order_s = time.perf_counter() - start
+    return {
+        "page_cache": cache,
+        "samples": manifest.num_samples,
+        "chunks": manifest.num_chunks,
+        "disk_mb": round(sum(p.stat().st_size for p in Path(folder).iterdir()) / 1e6, 1),
+        "open_s": round(opened_s, 4),
+        "private_memory_before_mb": before["RssAnon"],
+        "private_memory_growth_open_mb": round(after_opening["RssAnon"] - before["RssAnon"], 1),
+        "private_memory_growth_read_mb": round(after_reading["RssAnon"] - before["RssAnon"], 1),
+        "private_memory_growth_plan_mb": round(after_planning["RssAnon"] - before["RssAnon"], 1),
+        "shared_pages_touched_mb": round(after_planning["RssFile"] - before["RssFile"], 1),
+        "random_reads": READS,
+        "reads_per_s": round(READS / read_s),
+        "plans_per_s_one_core": round(plans_per_s),
+        "epoch_order_s": round(order_s, 3),
+        "epoch_order_mb": round(order.nbytes / 1e6, 1),
+    }
+
+
+def plans_per_second(manifest: Manifest) -> float:
+    """Training requests planned in a second by one process, samples drawn at random."""
+    planner = Planner(manifest, ClipRules(num_frames=4, frame_size=224, training=True), seed=0)
+    rows = np.random.default_rng(2).integers(0, manifest.num_samples, PLANS).tolist()
+    start = time.perf_counter()
+    for row in rows:
+        planner.plan(row, epoch=0)
+    return PLANS / (time.perf_counter() - start)
+
+
+def drop_cached_pages(folder: Path) -> None:
+    """Ask the kernel to forget the files' pages, as after a restart. Linux only."""
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def in_fresh_process(folder: Path, cache: str) -> Row:
+    """Run `measure` in a spawned process, as a decode loader on another rank would start."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (str(folder), cache))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=4_000_000)
+    parser.add_argument("--chunks", type=int, default=100_000)
+    parser.add_argument("--folder", type=Path, help="where the manifest is built (default: a temporary folder)")
+    options = parser.parse_args()
+    machine = machine_facts()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        write_synthetic_manifest(Path(folder), samples=options.samples, chunks=options.chunks)
+        rows = [in_fresh_process(Path(folder), cache) for cache in ("cold", "warm")]
+    print_rows(rows)
+    print(write_result("manifest", rows, machine=machine, baseline=REQUIREMENT))
+
+
+if __name__ == "__main__":
+    main()

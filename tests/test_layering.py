@@ -1,0 +1,163 @@
+"""Imports point one way, no module needs itself, and what workers import stays light."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("avion_dali", "pipelines", "train")
+
+# What each room of the library may import besides itself; "" is `avion_dali/__init__.py`, the bottom.
+ALLOWED = {
+    "": set(),
+    "contracts": set(),
+    "config": {"contracts"},
+    "data": set(),
+    "datasets": {"data"},
+    "decode": {"data"},
+    "loading": {"data", "decode"},
+    "models": set(),
+    "metrics": set(),
+    "device_ops": set(),
+    "objectives": {"models", "metrics", "device_ops"},
+    "engine": {"data", "models", "metrics", "device_ops", "objectives"},
+    "pipelines": {"data", "decode", "loading"},
+}
+FOR_ALL = {"", "contracts", "config"}
+TOO_HEAVY = ("torch", "open_clip", "pyarrow", "jsonargparse")
+TOO_HEAVY_FOR_ENTRY = ("torch", "open_clip")
+
+
+def module_name(path: Path, root: Path = ROOT) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(p): p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))}
+
+
+def imported_names(node: ast.AST) -> Iterator[str]:
+    """Dotted names an import statement may load, the imported objects included."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: imports are absolute here"
+        yield node.module or ""
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def runs_at_import(tree: ast.Module) -> Iterator[ast.AST]:
+    """All statements that run when the module is imported: neither function bodies nor typing-only blocks."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        waiting.extend(node.orelse if typing_only else ast.iter_child_nodes(node))
+
+
+def room(name: str) -> str | None:
+    """The room a dotted name lies in; None for what is not this project's."""
+    top, _, rest = name.partition(".")
+    if top == "avion_dali":
+        first = rest.split(".")[0]
+        return first if first in ALLOWED else ""
+    return top if top in ("pipelines", "train", "benchmarks", "tests") else None
+
+
+def wrong_way(module: str, source: str) -> list[str]:
+    """Imports of a module, lazy ones and typing ones too, that its room may not have."""
+    own = room(module)
+    if own == "train":
+        allowed = {*ALLOWED, "train"}
+    else:
+        allowed = ALLOWED[own] | {own}
+        if own not in FOR_ALL:
+            allowed |= FOR_ALL
+    names = {name for node in ast.walk(ast.parse(source)) for name in imported_names(node)}
+    return sorted(name for name in names if room(name) is not None and room(name) not in allowed)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_one_way(module):
+    assert not wrong_way(module, SOURCES[module].read_text())
+
+
+def test_the_check_sees_every_kind_of_import():
+    source = (
+        "def f():\n    from avion_dali.engine import loop\nimport train.build\nfrom avion_dali import contracts"
+    )
+    assert wrong_way("avion_dali.data.order", source) == [
+        "avion_dali.engine",
+        "avion_dali.engine.loop",
+        "train.build",
+    ]
+    assert wrong_way("train.build", "import benchmarks.machine") == ["benchmarks.machine"]
+    assert wrong_way("avion_dali.contracts", "import avion_dali.config") == ["avion_dali.config"]
+
+
+def test_every_room_is_in_the_table():
+    rooms = {p.name for p in (ROOT / "avion_dali").iterdir() if (p / "__init__.py").exists()}
+    files = {p.stem for p in (ROOT / "avion_dali").glob("*.py")} - {"__init__"}
+    assert rooms | files == set(ALLOWED) - {"", "pipelines"}
+
+
+def test_dali_is_imported_by_pipelines_only():
+    for module, path in SOURCES.items():
+        tops = {n.split(".")[0] for node in ast.walk(ast.parse(path.read_text())) for n in imported_names(node)}
+        assert "nvidia" not in tops or module.startswith("pipelines"), module
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    graph = {}
+    for module, source in sources.items():
+        names = {name for node in runs_at_import(ast.parse(source)) for name in imported_names(node)}
+        graph[module] = (names & sources.keys()) - {module}
+    return graph
+
+
+def test_no_import_cycles():
+    TopologicalSorter(import_graph({m: p.read_text() for m, p in SOURCES.items()})).prepare()
+
+
+def test_the_graph_shows_cycles_of_module_level_imports_only():
+    cycle = {"a": "import b", "b": "from a import x"}
+    with pytest.raises(CycleError):
+        TopologicalSorter(import_graph(cycle)).prepare()
+    lazy = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a\ndef f():\n    import a"
+    assert import_graph({"a": "import b", "b": lazy}) == {"a": {"b"}, "b": set()}
+    assert import_graph({"a": "import b", "b": "if True:\n    import a"})["b"] == {"a"}
+
+
+def loaded_after_import(modules: list[str], unwanted: tuple[str, ...]) -> list[str]:
+    """Import modules in a fresh interpreter and return what it loaded of the unwanted."""
+    code = f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
+    code += f"print(*sorted(set({unwanted!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_workers_import_nothing_heavy():
+    modules = [m for m in SOURCES if m.startswith("avion_dali.decode.")]
+    assert "avion_dali.decode.cpu_fused" in modules
+    assert loaded_after_import(["avion_dali.loading.worker", *modules], TOO_HEAVY) == []
+
+
+def test_entry_points_import_nothing_heavy():
+    """A spawned worker imports the module that was started with `-m` once more."""
+    started = [m for m, path in SOURCES.items() if m.startswith("train.") and "__main__" in path.read_text()]
+    assert {"train.pretrain", "train.evaluate"} <= set(started)
+    commands = [m for m in SOURCES if m == "train.cli"]
+    assert loaded_after_import([*started, *commands], TOO_HEAVY_FOR_ENTRY) == []
+
+
+def test_the_import_check_sees_heavy_modules():
+    assert loaded_after_import(["avion_dali.data.manifest"], TOO_HEAVY) == ["pyarrow"]
