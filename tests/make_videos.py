@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import av
@@ -93,31 +94,20 @@ def write_video(
     """Encode `frames` pictures numbered from `first_number`; the ending of `path` picks the container.
 
     Args:
-        path: file to write.
-        frames: how many.
+        path: file to write, returned.
         fps: rate; ignored where `times` says when each frame is shown.
-        size: (width, height) in pixels.
-        codec: FFmpeg encoder.
         options: encoder options; fast x264 settings by default.
-        pix_fmt: pixel format of the stream.
-        gop: largest keyframe distance.
         times: seconds at which each frame is shown (variable rate).
         start: seconds before the first frame.
         rotation: display rotation in degrees, counter-clockwise.
-        audio_seconds: length of a silent sound track; 0 for none.
-        extra_video: add a second, smaller video stream after the first.
-        first_number: number of the first frame.
-        container_options: options of the muxer.
         colorspace: FFmpeg number of the YUV matrix to convert with and tag.
         color_range: FFmpeg number of the range to convert to and tag (1 limited, 2 full).
         draw: picture of a frame number.
-
-    Returns:
-        The path written.
     """
     precise = times is not None or start or str(path).endswith((".mkv", ".webm"))
     time_base = Fraction(1, 90_000) if precise else 1 / Fraction(fps)
     seconds = times if times is not None else [i / Fraction(fps) for i in range(frames)]
+    ticks = [round((start + second) / time_base) for second in seconds]
     with av.open(str(path), "w", options=container_options or {}) as container:
         video = _add_video(container, codec, fps, size, options)
         video.pix_fmt, video.codec_context.time_base = pix_fmt, time_base
@@ -130,13 +120,11 @@ def write_video(
         if extra_video:
             streams.append((_add_video(container, codec, fps, (64, 48), options), (64, 48), lambda *_: BLANK))
         sound = container.add_stream("aac", rate=16_000, layout="mono") if audio_seconds else None
-        for i in range(frames):
-            for stream, shape, paint in streams:
-                frame = av.VideoFrame.from_ndarray(paint(first_number + i, shape), format="rgb24").reformat(
-                    format=stream.pix_fmt, dst_colorspace=colorspace, dst_color_range=color_range
-                )
-                frame.pts, frame.time_base = round((start + seconds[i]) / time_base), time_base
-                container.mux(stream.encode(frame))
+        for i, (stream, shape, paint) in product(range(frames), streams):
+            rgb = av.VideoFrame.from_ndarray(paint(first_number + i, shape), format="rgb24")
+            frame = rgb.reformat(format=stream.pix_fmt, dst_colorspace=colorspace, dst_color_range=color_range)
+            frame.pts, frame.time_base = ticks[i], time_base
+            container.mux(stream.encode(frame))
         for stream, *_ in streams:
             container.mux(stream.encode(None))
         if sound is not None:

@@ -17,6 +17,7 @@ ALLOWED = {
     "": set(),
     "contracts": set(),
     "config": {"contracts"},
+    "cores": set(),
     "data": set(),
     "datasets": {"data"},
     "decode": {"data"},
@@ -28,7 +29,7 @@ ALLOWED = {
     "engine": {"data", "models", "metrics", "device_ops", "objectives"},
     "pipelines": {"data", "decode", "loading"},
 }
-FOR_ALL = {"", "contracts", "config"}
+FOR_ALL = {"", "contracts", "config", "cores"}
 TOO_HEAVY = ("torch", "open_clip", "pyarrow", "jsonargparse")
 TOO_HEAVY_FOR_ENTRY = ("torch", "open_clip")
 

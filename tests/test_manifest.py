@@ -216,6 +216,7 @@ def test_tables_of_two_builds_are_noticed(tmp_path: Path) -> None:
 
 def test_manifest_json_is_readable_and_cannot_be_overruled_by_info(tmp_path: Path) -> None:
     facts = json.loads((write(tmp_path, num_samples=99, note="é") / "manifest.json").read_text())
+    assert isinstance(facts.pop("fingerprint"), int)
     assert facts == {
         "note": "é",
         "format_version": 1,
@@ -223,3 +224,10 @@ def test_manifest_json_is_readable_and_cannot_be_overruled_by_info(tmp_path: Pat
         "num_chunks": 3,
         "num_samples": 3,
     }
+
+
+def test_the_fingerprint_follows_the_rows_and_not_the_place(tmp_path: Path) -> None:
+    first, second, third = (write(tmp_path / name) for name in "abc")
+    assert Manifest(first).fingerprint == Manifest(second).fingerprint
+    write(third, samples=[*SAMPLES[:-1], sample_row(1.5, 2.5)])
+    assert Manifest(third).fingerprint != Manifest(first).fingerprint

@@ -38,7 +38,8 @@ def unnamed(readme: str, files: list[str]) -> list[str]:
 
 def shown_commands(readme: str) -> list[list[str]]:
     """Words of every command line in the code blocks; several on a line are taken apart."""
-    blocks = re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    blocks = [text for language, text in fenced if language in ("", "bash", "sh", "console")]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     parts = [part for line in lines for part in re.split(r"&&|\|\||;|\|", line.removeprefix("$ "))]
     return [words for part in parts if (words := split_words(part))]

@@ -124,10 +124,10 @@ def test_start_is_spread_alike_for_every_action():
     scenes = scenes_of(SyntheticSettings(seed=5), videos=44)
     for verb in ACTIONS:
         places = np.array([scene.place for scene in scenes if scene.verb == verb])
-        # The mean of n uniform numbers has the deviation sqrt(1 / 12 n).
-        assert np.abs(places.mean(axis=0) - 0.5).max() < 4 * (1 / 12 / len(places)) ** 0.5
+        # The mean of n numbers uniform over a half has the deviation 0.5 * sqrt(1 / 12 n).
+        assert np.abs(places.mean(axis=0) - 0.5).max() < 4 * 0.5 * (1 / 12 / len(places)) ** 0.5
         sizes = np.array([scene.radius for scene in scenes if scene.verb == verb])
-        assert abs(sizes.mean() - 0.16) < 4 * 0.06 * (1 / 12 / len(sizes)) ** 0.5
+        assert abs(sizes.mean() - 0.17) < 4 * 0.06 * (1 / 12 / len(sizes)) ** 0.5
 
 
 def _object_pixels(scene, progress, side=128):
@@ -149,7 +149,7 @@ def test_objects_go_where_the_sentence_says(verb):
         way = [np.angle(np.exp(1j * (b - a))) / (2 * np.pi) for a, b in zip(start, later, strict=True)]
         along = np.dot(way, DIRECTIONS[verb])
         across = np.abs(np.dot(way, DIRECTIONS[verb][::-1]))
-        assert 0.14 < along < 0.28, "half of a way of 0.35 to 0.5, and a drift"
+        assert 0.17 < along < 0.31, "half of a way of 0.4 to 0.55, and a drift"
         assert across < 0.04
 
 

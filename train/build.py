@@ -106,7 +106,10 @@ def pretraining(config: TrainConfig, distributed: Distributed) -> Iterator[Train
             objective=Contrastive(config.data.normalization),
             loader=loaders.training(train_manifest),
             settings=LoopSettings.from_config(
-                config, best_metric=BEST_METRIC if evaluate else "", decoder=loaders.decoder
+                config,
+                best_metric=BEST_METRIC if evaluate else "",
+                decoder=loaders.decoder,
+                data={"train_manifest": train_manifest.fingerprint},
             ),
             distributed=distributed,
             evaluate=(lambda: evaluate(None).metrics()) if evaluate else None,
@@ -140,7 +143,10 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Re
         data=replace(trained.data, workers=options.workers),
         optim=replace(trained.optim, micro_batch=options.micro_batch),
     )
-    manifest = Manifest(options.manifest or config.data.eval_manifest)
+    folder = options.manifest or config.data.eval_manifest
+    if not folder:
+        raise UserError(f"{options.checkpoint} was trained without an evaluation manifest; give --manifest")
+    manifest = Manifest(folder)
     model = build_model(config, distributed.device)
     restore_model(model, weights, source=options.checkpoint)
     model.eval()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from avion_dali.contracts import UserError
+from avion_dali.data.profiles import PROFILES
 from train.arguments import run_command
 
 
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_chunk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("videos", nargs="+", type=Path, help="video files, or folders of them")
     parser.add_argument("--output", required=True, type=Path, help="chunk folder; finished chunks are kept")
-    parser.add_argument("--profile", default="balanced", help="balanced (default), compat or vp9")
+    parser.add_argument("--profile", default="balanced", choices=tuple(PROFILES), help="default: balanced")
     parser.add_argument("--chunk-seconds", default=15, type=int, help="length of a chunk (default 15)")
     parser.add_argument("--short-side", default=288, type=int, help="pixels, never upscaled (default 288)")
     parser.add_argument("--jobs", default=0, type=int, help="videos at a time (default: one per core)")

@@ -27,7 +27,7 @@ from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, UserError
 from avion_dali.cores import available_cores
-from avion_dali.data.encoding import PART_SUFFIX, ChunkWriter, PictureFilter
+from avion_dali.data.encoding import PART_SUFFIX, PictureFilter, write_chunk
 from avion_dali.data.probe import MAX_MISSING_SECONDS, ChunkFacts, open_video, probe_chunk
 from avion_dali.data.profiles import PROFILES, ProfileName
 
@@ -267,10 +267,12 @@ def _make_chunks(facts: ChunkFacts, folder: Path, settings: ChunkSettings, *, pl
             if starts[chunk] not in missing:
                 continue
             path = folder / f"{starts[chunk]}.mp4"
-            with ChunkWriter(path, PROFILES[settings.profile], fps=plan.fps) as writer:
-                for _, frame in own_slots:
-                    writer.write(picture_of(frame))
-                writer.finish()
+            write_chunk(
+                path,
+                (picture_of(frame) for _, frame in own_slots),
+                profile=PROFILES[settings.profile],
+                fps=plan.fps,
+            )
             yield starts[chunk]
 
 

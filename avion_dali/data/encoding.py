@@ -6,7 +6,7 @@ Runs in chunking workers: imports numpy and PyAV alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import islice
@@ -187,6 +187,9 @@ class ChunkWriter:
     def write(self, picture: VideoFrame) -> None:
         """Append a picture; all must have one size.
 
+        Args:
+            picture: YUV 4:2:0, as `PictureFilter` makes them.
+
         Raises:
             OSError: when the file cannot be written, for example because the disk is full.
         """
@@ -241,6 +244,25 @@ def _write_errors(path: Path) -> Iterator[None]:
         yield
     except av.FFmpegError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_chunk(path: Path, pictures: Iterable[VideoFrame], *, profile: EncodeProfile, fps: Fraction) -> None:
+    """Write one chunk; it appears under its name when it is complete and proven, or not at all.
+
+    Args:
+        path: the chunk to make.
+        pictures: at least one, all of one size.
+        profile: how to encode it.
+        fps: constant frame rate.
+
+    Raises:
+        OSError: when the file cannot be written.
+        DecodeError: when what was written does not read back as intended.
+    """
+    with ChunkWriter(path, profile, fps=fps) as writer:
+        for picture in pictures:
+            writer.write(picture)
+        writer.finish()
 
 
 def verify_chunk(path: Path, *, frames: int, fps: Fraction, size: tuple[int, int]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +25,7 @@ from avion_dali.contracts import ChunkRef, UserError
 
 FORMAT_VERSION = 1
 ROWS_PER_BATCH = 65_536
+_REQUIRED_FACTS = ("chunk_root", "num_chunks", "num_samples", "fingerprint")
 
 CHUNK_SCHEMA = pa.schema(
     [
@@ -166,6 +168,11 @@ class Manifest:
             )
 
     @property
+    def fingerprint(self) -> int:
+        """Checksum of both tables: the same rows, wherever the chunks lie."""
+        return int(self.info["fingerprint"])
+
+    @property
     def num_samples(self) -> int:
         """Number of clips."""
         return self._samples.num_rows
@@ -248,8 +255,19 @@ def write_manifest(
         "chunk_root": root,
         "num_chunks": num_chunks,
         "num_samples": num_samples,
+        "fingerprint": _checksum(folder / "chunks.arrow", folder / "samples.arrow"),
     }
     (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _checksum(*paths: Path) -> int:
+    """Return the CRC-32 of the files' bytes one after another."""
+    checksum = 0
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _chunk_row(chunk: Chunk, root: str) -> dict[str, Any]:
@@ -307,7 +325,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON ({error}); build the manifest again") from error
     if not isinstance(info, dict) or info.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: this version reads manifests of format {FORMAT_VERSION}; build it again")
-    absent = [key for key in ("chunk_root", "num_chunks", "num_samples") if key not in info]
+    absent = [key for key in _REQUIRED_FACTS if key not in info]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}; build the manifest again")
     return info

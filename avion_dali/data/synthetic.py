@@ -265,11 +265,12 @@ def draw_backdrop(seed: int, side: int) -> np.ndarray:
 
 
 def _draw_scene(rng: np.random.Generator, frames: int, colour: str, shape: str, verb: str) -> Scene:
-    place, drift = rng.random(2), rng.uniform(-0.04, 0.04, 2)
+    # Away from the borders, whatever the action: where an object stands first says nothing of where it goes.
+    place, drift = rng.uniform(0.35, 0.65, 2), rng.uniform(-0.04, 0.04, 2)
     look = {
         "tint": float(rng.uniform(0.75, 1.1)),
-        "radius": float(rng.uniform(0.13, 0.19)),
-        "travel": float(rng.uniform(0.35, 0.5)),
+        "radius": float(rng.uniform(0.14, 0.2)),
+        "travel": float(rng.uniform(0.28, 0.38)),
         "swell": float(rng.uniform(0.9, 1.1)),
     }
     ways = ACTIONS[verb][2]

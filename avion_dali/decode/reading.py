@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 from av.container import InputContainer
 from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -127,14 +129,19 @@ def _decode_runs(part: ClipPart, stream: VideoStream, table: PacketTable, runs: 
         context.options = {}
     found: dict[int, VideoFrame] = {}
     for run in runs:
-        wanted = {int(table.pts[p]) for p in run.wanted}
-        for packet in [*(table.packets[p] for p in run.positions), None]:
-            for frame in context.decode(packet):
-                if frame.pts in wanted:
-                    found[frame.pts] = frame
-        context.flush_buffers()
+        found |= _decode_run(context, table, run)
     frames = [found.get(int(table.pts[p])) for p in table.order[list(part.frame_ids)]]
     return [_sound(i, f) for i, f in zip(part.frame_ids, frames, strict=True)]
+
+
+def _decode_run(context: VideoCodecContext, table: PacketTable, run: Run) -> dict[int, VideoFrame]:
+    """Feed a run's packets, drain the decoder, and keep the wanted frames by presentation time."""
+    wanted = {int(table.pts[p]) for p in run.wanted}
+    fed = chain((table.packets[p] for p in run.positions), [None])
+    decoded = chain.from_iterable(context.decode(packet) for packet in fed)
+    kept = {frame.pts: frame for frame in decoded if frame.pts in wanted}
+    context.flush_buffers()
+    return kept
 
 
 def _pick(part: ClipPart, container: InputContainer, stream: VideoStream) -> list[VideoFrame]:

@@ -172,9 +172,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     content = _read_torch_file(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is not an avion_dali checkpoint; foreign weights are converted with `avion-dali weights`"
-        )
+        raise UserError(f"{path} is not an avion_dali checkpoint; give a file that train.pretrain wrote")
     if content["format_version"] > FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {content['format_version']}, this avion_dali {__version__} reads up to "
@@ -255,7 +253,7 @@ def restore_model(model: nn.Module, state: Mapping[str, torch.Tensor], *, source
     if found:
         raise UserError(
             f"{source} holds another model ({'; '.join(found)}). Use the model settings it was trained with "
-            "(its config is inside), or convert it with `avion-dali weights`"
+            "(its config is inside), or another output_dir"
         )
     model.load_state_dict(dict(state))
 
@@ -280,8 +278,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], *
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     except ValueError as error:
         raise UserError(
-            f"{source} was trained with other parameter groups ({error}); train the same parameters, or start "
-            "a new run from its weights"
+            f"{source} was trained with other parameter groups ({error}); train the same parameters, or use "
+            "another output_dir"
         ) from error
 
 

@@ -156,11 +156,7 @@ class TrainLoop:
         self.learning_rates = learning_rate_schedule(settings.optim, loader.steps_per_epoch)
         self.last_step = min(len(self.learning_rates), settings.run.max_steps or len(self.learning_rates))
         # What decides which samples a step sees.
-        self.order = {
-            "seed": settings.run.seed,
-            "global_batch": settings.optim.global_batch,
-            "steps_per_epoch": loader.steps_per_epoch,
-        }
+        self.order = settings.order_facts() | {"steps_per_epoch": loader.steps_per_epoch}
         self.guard = FiniteGuard(settings.output_dir, rank=self.distributed.rank)
         self.timer = StepTimer(device)
         self.step = 0

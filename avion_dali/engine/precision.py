@@ -142,6 +142,6 @@ class FiniteGuard:
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         raise NonFiniteLossError(
             f"step {watched.step}: the {what}; stopped, nothing was saved since. The batch held samples "
-            f"{shown} (all in {self.path}). Look at them with `avion-dali check`, lower optim.learning_rate, "
+            f"{shown} (all in {self.path}). Lower optim.learning_rate, "
             "set optim.clip_grad_norm, or take run.precision = fp32, then resume from the last checkpoint"
         )

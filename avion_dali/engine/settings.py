@@ -20,6 +20,8 @@ class LoopSettings:
         config: the whole configuration as plain values, kept in checkpoints and the log.
         decoder: name of the decoder in use, for the log.
         best_metric: key of the evaluation to maximise; `checkpoint_best.pt` follows it. Empty for none.
+        data: what else decides which samples a step sees, such as the manifest's fingerprint; a run is not
+            resumed on other data.
         tensorboard: write TensorBoard curves.
     """
 
@@ -29,16 +31,25 @@ class LoopSettings:
     config: dict[str, Any] = field(default_factory=dict)
     decoder: str = ""
     best_metric: str = ""
+    data: dict[str, int] = field(default_factory=dict)
     tensorboard: bool = True
 
     @classmethod
-    def from_config(cls, config: TrainConfig, *, best_metric: str = "", decoder: str = "") -> LoopSettings:
+    def from_config(
+        cls,
+        config: TrainConfig,
+        *,
+        best_metric: str = "",
+        decoder: str = "",
+        data: dict[str, int] | None = None,
+    ) -> LoopSettings:
         """The parts of a training's configuration that the loop needs.
 
         Args:
             config: the training's configuration.
             best_metric: see the class.
             decoder: the decoder in use; by default the configured name.
+            data: see the class.
 
         Returns:
             The settings.
@@ -50,7 +61,12 @@ class LoopSettings:
             config=asdict(config),
             decoder=decoder or config.decoder,
             best_metric=best_metric,
+            data=data or {},
         )
+
+    def order_facts(self) -> dict[str, int]:
+        """What decides which samples a step sees, as far as these settings know."""
+        return {**self.data, "seed": self.run.seed, "global_batch": self.optim.global_batch}
 
     def facts(self) -> dict[str, Any]:
         """What the log's header says of these settings."""

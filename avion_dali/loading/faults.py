@@ -93,5 +93,6 @@ class FaultPolicy:
         """
         return UserError(
             f"{MAX_ATTEMPTS} samples in a row could not be read, the last {error.path}: {error.kind}: "
-            f"{error.cause}; is the chunk folder still there?"
+            f"{error.cause}; is the chunk folder still there? "
+            "When it moved, change chunk_root in the manifest's manifest.json"
         )
