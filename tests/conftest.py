@@ -22,3 +22,16 @@ def gop_videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def chunk_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One second of video to lay out chunk folders from, see `chunk_folders.copy_chunks`."""
     return chunk_folders.make_chunk_file(tmp_path_factory.mktemp("chunk"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` skip without a CUDA device, and fail on the machine that is meant to run them."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    if os.environ.get("AVION_REQUIRE_CUDA") == "1":
+        pytest.fail("AVION_REQUIRE_CUDA=1, but torch finds no CUDA device")
+    pytest.skip("needs a CUDA device")

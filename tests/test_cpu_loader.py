@@ -6,18 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
+import chunk_folders
 import make_videos
 import numpy as np
 import odd_decoders
 import pytest
 import torch
 
-from avion_dali.contracts import ChunkRef, ClipBatch, UserError
+from avion_dali.contracts import ChunkRef, ClipBatch, ClipRequest, UserError
 from avion_dali.data.manifest import Chunk, Manifest, Sample, write_manifest
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
@@ -25,6 +28,7 @@ from avion_dali.data.probe import probe_chunk
 from avion_dali.decode import cpu_fused
 from avion_dali.loading.cpu_loader import CpuLoader, LoaderSettings
 from avion_dali.loading.pool import DecodePool
+from avion_dali.loading.ring import SharedRing
 
 SAMPLES = 60
 
@@ -54,7 +58,7 @@ def loader_of(
     settings = LoaderSettings(
         torch.device("cpu"), context_length=4, max_bad_fraction=bad, quarantine=quarantine
     )
-    loader = CpuLoader(Planner(manifest, rules, seed=5), plan, pool, settings)
+    loader = CpuLoader(Planner(manifest, rules, seed=plan.seed), plan, pool, settings)
     try:
         yield loader
     finally:
@@ -233,6 +237,7 @@ import os, sys, time
 import odd_decoders
 from avion_dali.loading.pool import DecodePool
 from avion_dali.loading.ring import SharedRing
+from avion_dali.loading.ring import SharedRing
 if __name__ == "__main__":
     pool = DecodePool(odd_decoders.paint_identity, workers=2, clip_timeout_s=30)
     ring = SharedRing(2, (4, 1, 2, 16, 16, 3))
@@ -280,3 +285,35 @@ def _session_members(session: int) -> list[int]:
             if int(fields[3]) == session and fields[0] != "Z":
                 members.append(int(entry.name))
     return members
+
+
+def requests_of(manifest: Manifest, workers: int, world_size: int, *, seed: int = 5) -> dict[int, ClipRequest]:
+    """All requests of one epoch, by sample, as they reach the pool."""
+    sent: dict[int, ClipRequest] = {}
+    with pool_of(odd_decoders.paint_identity, workers=workers) as pool:
+        submit = pool.submit
+
+        def noting(request: ClipRequest, ring: SharedRing, offset: int) -> Future[float]:
+            sent[request.sample_id] = request
+            return submit(request, ring, offset)
+
+        pool.submit = noting  # type: ignore[method-assign]
+        for rank in range(world_size):
+            sizes = {"global_batch": 40, "micro_batch": 10, "rank": rank, "world_size": world_size}
+            with loader_of(manifest, pool, seed=seed, **sizes) as loader:
+                deque(loader.batches(0, loader.steps_per_epoch), maxlen=0)
+    return sent
+
+
+def test_a_thousand_requests_are_the_same_for_any_worker_and_rank_count(tmp_path: Path) -> None:
+    manifest = Manifest(chunk_folders.write_random_manifest(tmp_path / "m", num_samples=1000))
+    expected = requests_of(manifest, workers=1, world_size=1)
+    assert len(expected) == 1000
+    assert requests_of(manifest, workers=2, world_size=1) == expected
+    assert requests_of(manifest, workers=1, world_size=4) == expected
+    assert requests_of(manifest, workers=2, world_size=2) == expected
+    other = requests_of(manifest, workers=1, world_size=1, seed=6)
+    same = [
+        i for i in expected if (other[i].windows, other[i].parts) == (expected[i].windows, expected[i].parts)
+    ]
+    assert len(same) < 20

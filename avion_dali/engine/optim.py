@@ -63,8 +63,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over parameter groups.
 
-    On GPUs the fused kernel is used: one launch per group, and no device sync under a gradient scaler. On the
-    CPU the plain update is used, whose result does not depend on the number of threads.
+    The fused kernel is used: on GPUs one launch per group and no device sync under a gradient scaler, on CPUs
+    one pass over each parameter instead of six.
 
     Args:
         groups: as made by `parameter_groups`; a group may carry `lr_scale`, see `set_learning_rate`.
@@ -73,14 +73,12 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
     Returns:
         The optimizer.
     """
-    on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
     return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=on_cuda,
-        foreach=False,
+        fused=True,
     )
 
 

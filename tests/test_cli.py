@@ -1,0 +1,111 @@
+"""The command line is a promise: what it accepts is written down here."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import make_videos
+import pytest
+
+from avion_dali.config import EvaluateConfig, TrainConfig
+from avion_dali.contracts import UserError
+from avion_dali.data.manifest import Manifest
+from train.arguments import parse_options
+from train.cli import build_parser, list_videos, main
+
+TRAIN_OPTIONS = {
+    "": "output_dir decoder resume",
+    "data": "train_manifest eval_manifest num_frames frame_size crop_scale crop_ratio flip_probability "
+    "normalization workers prefetch_batches clip_timeout_s max_bad_fraction",
+    "model": "size embed_dim activation norm_eps context_length drop_path patch_dropout checkpointing "
+    "train_logit_scale",
+    "optim": "global_batch micro_batch epochs learning_rate schedule warmup_epochs warmup_learning_rate "
+    "final_learning_rate weight_decay beta1 beta2 eps clip_grad_norm",
+    "run": "seed precision log_every eval_every save_every max_steps",
+}
+EVALUATE_OPTIONS = "checkpoint manifest decoder workers micro_batch frozen_frames output output_dir"
+COMMANDS = {
+    "chunk": "--output --profile --chunk-seconds --short-side --jobs --root",
+    "manifest captions": "--chunks --annotations --output --skip-bad-rows --jobs",
+    "demo": "--output-dir --decoder",
+}
+
+
+def names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def subcommands(parser: argparse.ArgumentParser, prefix: str = "") -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, child in action.choices.items():
+                found |= subcommands(child, f"{prefix} {name}".strip())
+    options = [o for a in parser._actions for o in a.option_strings if o not in ("-h", "--help")]
+    return found or {prefix: options}
+
+
+def test_options_of_training_and_evaluation() -> None:
+    config = TrainConfig()
+    sections = {section: names(type(getattr(config, section))) for section in TRAIN_OPTIONS if section}
+    top = [name for name in names(TrainConfig) if name not in sections]
+    assert {"": top} | sections == {section: text.split() for section, text in TRAIN_OPTIONS.items()}
+    assert names(EvaluateConfig) == EVALUATE_OPTIONS.split()
+
+
+def test_subcommands_and_their_options() -> None:
+    assert subcommands(build_parser()) == {name: text.split() for name, text in COMMANDS.items()}
+
+
+def test_dashes_and_underscores_are_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("data: {num_frames: 8, crop_scale: [0.3, 0.9]}\nrun: {seed: 3}\n")
+    argv = ["--config", str(tmp_path / "a.yaml"), "--output-dir", "x-y", "--data.num-frames=6"]
+    config = parse_options(TrainConfig, argv, prog="p", description="d")
+    assert (config.output_dir, config.data.num_frames, config.data.crop_scale) == ("x-y", 6, (0.3, 0.9))
+    assert config.run.seed == 3
+
+
+def test_abbreviations_are_refused() -> None:
+    with pytest.raises(UserError, match="output_di"):
+        parse_options(TrainConfig, ["--output_di", "x"], prog="p", description="d")
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=str)
+def test_every_recipe_parses_and_says_how_it_is_run(recipe: Path) -> None:
+    parse_options(TrainConfig, ["--config", str(recipe)], prog="p", description="d")
+    header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
+    for word in ("Command:", "Hardware:"):
+        assert any(word in line for line in header), word
+
+
+def test_chunk_then_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    make_videos.write_video(videos / "good.mp4", frames=45, size=(64, 48))
+    (videos / "text.mp4").write_text("no video")
+    assert main(["chunk", str(videos), "--output", str(tmp_path / "chunks"), "--chunk-seconds", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert "1 of 2 videos done: 2 chunks made, 0 kept" in out
+    assert "text.mp4" in err
+    assert (tmp_path / "chunks" / "good.mp4" / "1.mp4").exists()
+    rows = [{"video": "good", "start": 0.5, "end": 1.2, "text": "look"}, {"video": "bad", "start": 0, "end": 1}]
+    annotations = tmp_path / "captions.jsonl"
+    annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build = ["manifest", "captions", "--chunks", str(tmp_path / "chunks"), "--annotations", str(annotations)]
+    build += ["--output", str(tmp_path / "m")]
+    with pytest.raises(UserError, match="--skip-bad-rows"):
+        main(build)
+    assert main([*build, "--skip-bad-rows"]) == 0
+    assert "1 clips over 2 chunks" in capsys.readouterr().out
+    assert Manifest(tmp_path / "m").sample(0).num_chunks == 2
+
+
+def test_folders_are_searched_and_empty_ones_named(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("a/2.MP4", "a/b/1.mkv", "a/notes.txt"):
+        (tmp_path / name).touch()
+    assert [p.name for p in list_videos([tmp_path / "a", tmp_path / "x.mp4"])] == ["2.MP4", "1.mkv", "x.mp4"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no video"):
+        list_videos([tmp_path / "empty"])
