@@ -86,7 +86,7 @@ def test_same_seed_gives_the_same_weights(model):
 
 
 def test_frame_size_must_fit_the_patches():
-    with pytest.raises(UserError, match="100 pixels do not divide into patches of 8"):
+    with pytest.raises(UserError, match="100 pixels do not divide into patches of 16"):
         build_dual_encoder(ModelConfig(size="tiny"), num_frames=2, frame_size=100)
 
 
