@@ -44,7 +44,7 @@ def write_synthetic_manifest(folder: Path, *, samples: int, chunks: int) -> None
     first = np.sort(rng.integers(0, chunks, size=samples))
     blocks = (_sample_columns(first[a:b], chunks, rng) for a, b in _ranges(samples))
     _write(folder / "samples.arrow", SAMPLE_SCHEMA, blocks)
-    facts = {"chunk_root": "/data/chunks", "num_chunks": chunks, "num_samples": samples}
+    facts = {"chunk_root": "/data/chunks", "num_chunks": chunks, "num_samples": samples, "fingerprint": 0}
     (folder / "manifest.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **facts}))
 
 

@@ -122,19 +122,26 @@ def test_killed_at_random_steps_and_resumed_with_other_worker_counts(dataset: Pa
 
 def test_two_ranks_train_like_one(dataset: Path, tmp_path: Path) -> None:
     # A large epsilon: Adam's first steps otherwise turn the last bit of a tiny gradient into a full step.
-    more = ("--run.max_steps", "3", "--model.drop_path", "0", "--optim.eps", "1e-2", "--optim.micro_batch")
+    more = ["--run.max_steps", "3", "--model.drop_path", "0", "--optim.eps", "1e-2"]
+    more += ["--data.eval_manifest", str(dataset / "m"), "--optim.micro_batch"]
     pretrain.main(options(dataset, tmp_path / "one", *more, "8"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = launch([*torchrun, "-m", "train.pretrain", *options(dataset, tmp_path / "two", *more, "4")])
     assert done.returncode == 0, done.stderr
-    one, two = (
-        [r for r in read_rows(tmp_path / n / "log.jsonl") if r["kind"] == "train"] for n in ("one", "two")
-    )
+    one, two = (train_rows(tmp_path / name) for name in ("one", "two"))
     assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], abs=1e-5)
     assert [r["grad_norm"] for r in one] == pytest.approx([r["grad_norm"] for r in two], rel=1e-4)
     before, after = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in before:
         torch.testing.assert_close(after[name], before[name], atol=1e-5, rtol=0, msg=name)
+    evaluations = [
+        {name: row[name] for name in ("clips", "unreadable", "map_avg", "ndcg_avg")}
+        for output in ("one", "two")
+        for row in read_rows(tmp_path / output / "log.jsonl")
+        if row["kind"] == "evaluation"
+    ]
+    assert evaluations[0]["clips"] == 24
+    assert evaluations[0] == pytest.approx(evaluations[1], abs=1e-3)
 
 
 @pytest.mark.parametrize(

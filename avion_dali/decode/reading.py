@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
@@ -26,6 +26,8 @@ from avion_dali.decode.packets import (
     spanning_run,
 )
 
+PlanRuns = Callable[[PacketTable, Sequence[int], VideoStream], list[Run]]
+
 # Damaged slices are an error, not something to paint over.
 _STRICT = {"err_detect": "explode"}
 
@@ -46,16 +48,7 @@ def read_planned(part: ClipPart) -> list[VideoFrame]:
     Raises:
         DecodeError: when the file is missing, changed or corrupt.
     """
-    with _opened(part, "cpu-fused") as (container, stream):
-        try:
-            table = _packet_table(part, container.demux(stream))
-        except UnorderedStreamError:
-            return _pick(part, container, stream)
-        runs = plan_runs(table, part.frame_ids)
-        droppable = droppable_packets(table, runs, stream)
-        if droppable is not None:
-            runs = plan_runs(table, part.frame_ids, droppable)
-        return _decode_runs(part, stream, table, runs)
+    return _read_runs(part, "cpu-fused", _needed_runs)
 
 
 def read_spanned(part: ClipPart) -> list[VideoFrame]:
@@ -72,12 +65,7 @@ def read_spanned(part: ClipPart) -> list[VideoFrame]:
     Raises:
         DecodeError: when the file is missing, changed or corrupt.
     """
-    with _opened(part, "paper-fused") as (container, stream):
-        try:
-            table = _packet_table(part, container.demux(stream))
-        except UnorderedStreamError:
-            return _pick(part, container, stream)
-        return _decode_runs(part, stream, table, [spanning_run(table, part.frame_ids)])
+    return _read_runs(part, "paper-fused", lambda table, ids, _: [spanning_run(table, ids)])
 
 
 def read_everything(part: ClipPart) -> list[VideoFrame]:
@@ -94,6 +82,21 @@ def read_everything(part: ClipPart) -> list[VideoFrame]:
     """
     with _opened(part, "reference") as (container, stream):
         return _pick(part, container, stream)
+
+
+def _read_runs(part: ClipPart, decoder: str, plan: PlanRuns) -> list[VideoFrame]:
+    with _opened(part, decoder) as (container, stream):
+        try:
+            table = _packet_table(part, container.demux(stream))
+        except UnorderedStreamError:
+            return _pick(part, container, stream)
+        return _decode_runs(part, stream, table, plan(table, part.frame_ids, stream))
+
+
+def _needed_runs(table: PacketTable, frame_ids: Sequence[int], stream: VideoStream) -> list[Run]:
+    runs = plan_runs(table, frame_ids)
+    droppable = droppable_packets(table, runs, stream)
+    return runs if droppable is None else plan_runs(table, frame_ids, droppable)
 
 
 @contextmanager
