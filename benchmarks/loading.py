@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import closing
 from fractions import Fraction
 from itertools import cycle, islice
@@ -29,7 +28,7 @@ from avion_dali.data.manifest import Chunk, Manifest, Sample, write_manifest
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.data.profiles import PROFILES
 from avion_dali.decode import cpu_fused
-from avion_dali.loading.pool import DecodePool
+from avion_dali.loading.pool import DecodePool, Ticket
 from avion_dali.loading.ring import SharedRing
 from avion_dali.loading.worker import DecodeClip
 from benchmarks.machine import (
@@ -100,21 +99,21 @@ def write_small_manifest(folder: Path) -> Manifest:
 def run_clips(pool: DecodePool, ring: SharedRing, requests: Iterator[ClipRequest]) -> list[float]:
     """Decode clips with the ring's places kept busy; returns the seconds each took in its worker."""
     places = SLOTS * SLOT_CLIPS
-    pending: deque[Future[float]] = deque()
+    pending: deque[Ticket] = deque()
     seconds = []
     for number, request in enumerate(requests):
         if len(pending) == places:
-            seconds.append(pending.popleft().result())
+            seconds.append(pool.wait(pending.popleft()))
         offset = (number % places) * ring.clip_bytes
         pending.append(pool.submit(request, ring, offset))
-    return seconds + [future.result() for future in pending]
+    return seconds + [pool.wait(ticket) for ticket in pending]
 
 
 def start_up(requests: list[ClipRequest], ring: SharedRing) -> Row:
     """Seconds until a new pool of one worker has delivered a clip, and its memory after more of them."""
     start = time.perf_counter()
     with closing(DecodePool(cpu_fused.decode_clip, workers=1, clip_timeout_s=30)) as pool:
-        pool.submit(requests[0], ring, 0).result()
+        pool.wait(pool.submit(requests[0], ring, 0))
         first_clip_s = time.perf_counter() - start
         run_clips(pool, ring, islice(cycle(requests), MEMORY_AFTER_CLIPS))
         (worker,) = multiprocessing.active_children()

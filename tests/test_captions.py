@@ -340,3 +340,36 @@ def test_an_output_that_is_a_file_is_a_user_error(tmp_path: Path, chunks: Path) 
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UserError):
         build(chunks, write_csv(tmp_path / "rows.csv", GOOD))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("garden,0,1,a person digs, slowly,dig,hole", "more fields than the header"),
+        ("garden,0,1," + "x" * 9000 + ",dig,hole", "longer than 8000 characters"),
+    ],
+)
+def test_rows_that_would_lose_words_are_rejected(tmp_path: Path, chunks: Path, row: str, reason: str) -> None:
+    (tmp_path / "rows.csv").write_text(f"video,start,end,text,verb,noun\n{row}\n")
+    with pytest.raises(UserError, match=f"line 2.*{reason}"):
+        build(chunks, tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("change", [{"text": {"a": 1}}, {"text": ["p"]}, {"verb": ["a"]}, {"start": True}])
+def test_json_values_of_other_types_are_rejected(tmp_path: Path, chunks: Path, change: dict[str, Any]) -> None:
+    row = {"video": "garden", "start": 0, "end": 1, "text": "dig", **change}
+    with pytest.raises(UserError, match="should be a text or a number"):
+        build(chunks, write_jsonl(tmp_path / "rows.jsonl", [row]))
+
+
+def test_clips_without_classes_are_counted(tmp_path: Path, chunks: Path) -> None:
+    plain = {"video": "garden", "start": 0, "end": 1, "text": "dig"}
+    rows = [{**plain, "verb": "dig", "noun": "hole"}, {**plain, "verb": "dig"}, plain]
+    assert build(chunks, write_jsonl(tmp_path / "rows.jsonl", rows)).without_classes == 2
+
+
+def test_an_output_that_cannot_be_written_is_a_user_error(tmp_path: Path, chunks: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "rejected.jsonl").mkdir()
+    with pytest.raises(UserError, match="could not be written"):
+        build(chunks, write_csv(tmp_path / "rows.csv", GOOD))

@@ -20,6 +20,7 @@ from toy_training import ToyLoader, assert_same, make_loop, make_settings, weigh
 from avion_dali.contracts import UserError
 from avion_dali.engine import checkpoint as module
 from avion_dali.engine.checkpoint import (
+    BEST_NAME,
     LATEST_NAME,
     Checkpoint,
     atomic_write,
@@ -166,7 +167,7 @@ def test_damaged_files_are_user_errors(tmp_path, kind):
 
 
 def test_missing_foreign_newer_and_incomplete_files_are_user_errors(tmp_path):
-    with pytest.raises(UserError, match="there is no checkpoint at .*x.pt"):
+    with pytest.raises(UserError, match="there is no checkpoint file at .*x.pt"):
         load_checkpoint(tmp_path / "x.pt")
     torch.save({"state_dict": {}}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="x.pt is not an avion_dali checkpoint"):
@@ -344,3 +345,28 @@ def test_resume_refuses_another_order(tmp_path):
     other = make_loop(tmp_path, settings=replace(settings, run=replace(settings.run, seed=4)))
     with pytest.raises(UserError, match="seed was 3, is 4"):
         other.restore(tmp_path / LATEST_NAME)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_lonely_best_checkpoint_is_not_overwritten(tmp_path, resume):
+    (tmp_path / BEST_NAME).write_bytes(b"precious")
+    with pytest.raises(UserError, match="a new run would overwrite it"):
+        find_checkpoint(tmp_path, resume)
+    assert (tmp_path / BEST_NAME).read_bytes() == b"precious"
+
+
+def test_ctrl_c_while_saving_stays_ctrl_c(tmp_path):
+    path = tmp_path / LATEST_NAME
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"half")
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected position")  # as torch's zip writer says when it is closed early
+
+    with pytest.raises(KeyboardInterrupt):
+        module.atomic_write(path, write)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -311,3 +311,15 @@ def test_plan_of_a_variable_rate_video_uses_a_whole_rate(tmp_path):
     plan = plan_chunks(facts, chunk_seconds=1)
     assert plan.fps == 12  # 5 intervals in 0.4 s
     assert plan.total == 6
+
+
+def test_a_picture_that_begins_after_the_sound_keeps_its_time(tmp_path):
+    """Narrations are timed on the player's clock, where this video's first frame comes at two seconds."""
+    source = tmp_path / "late.mp4"
+    mv.write_video(source, frames=60, start=2.0, audio_seconds=4.0)
+    report = chunk_video(source, tmp_path / "chunks", ChunkSettings(chunk_seconds=15))
+    assert not report.failed
+    numbers = mv.frame_numbers(tmp_path / "chunks" / "0.mp4")
+    assert len(numbers) == 120
+    assert numbers[75] == 15
+    assert set(numbers[:60]) == {0}

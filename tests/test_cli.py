@@ -103,9 +103,11 @@ def test_chunk_then_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_folders_are_searched_and_empty_ones_named(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
-    for name in ("a/2.MP4", "a/b/1.mkv", "a/notes.txt"):
+    (tmp_path / "a" / "out").mkdir()
+    for name in ("a/2.MP4", "a/b/1.mkv", "a/notes.txt", "a/out/v.mp4"):
         (tmp_path / name).touch()
-    assert [p.name for p in list_videos([tmp_path / "a", tmp_path / "x.mp4"])] == ["2.MP4", "1.mkv", "x.mp4"]
+    sources = [tmp_path / "a", tmp_path / "a" / "b", tmp_path / "x.mp4"]
+    assert [p.name for p in list_videos(sources, but_not=tmp_path / "a" / "out")] == ["2.MP4", "1.mkv", "x.mp4"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no video"):
-        list_videos([tmp_path / "empty"])
+        list_videos([tmp_path / "empty"], but_not=tmp_path / "out")

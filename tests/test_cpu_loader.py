@@ -1,6 +1,7 @@
 """The loader: every sample once, frames and texts in step, and failures loud, bounded and repeatable."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,7 +9,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -27,7 +27,7 @@ from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.data.probe import probe_chunk
 from avion_dali.decode import cpu_fused
 from avion_dali.loading.cpu_loader import CpuLoader, LoaderSettings
-from avion_dali.loading.pool import DecodePool
+from avion_dali.loading.pool import DecodePool, Ticket
 from avion_dali.loading.ring import SharedRing
 
 SAMPLES = 60
@@ -149,6 +149,23 @@ def test_a_stalled_read_a_killed_worker_and_bad_files_cost_one_clip_each(
     assert again == delivered
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_killed_while_it_has_nothing_to_do_costs_no_clip(manifest: Manifest, workers: int) -> None:
+    with (
+        pool_of(odd_decoders.paint_identity, workers=workers) as pool,
+        loader_of(manifest, pool) as loader,
+    ):
+        delivered: list[int] = []
+        for count, batch in enumerate(loader.batches(0, 5)):
+            delivered += painted_ids(batch)
+            if count in (1, 4):
+                time.sleep(0.3)  # the ring is full: all workers wait
+                multiprocessing.active_children()[0].kill()
+                time.sleep(0.3)
+    assert sorted(delivered) == list(range(SAMPLES))
+    assert loader.stats.replaced == 0
+
+
 def test_evaluation_marks_unreadable_clips_instead_of_replacing_them(manifest: Manifest) -> None:
     with (
         pool_of(odd_decoders.fail_on_sevens, timeout=1.0) as pool,
@@ -235,7 +252,7 @@ def test_an_abandoned_loader_is_not_used_again(manifest: Manifest) -> None:
 TRAINER = """
 import os, sys, time
 import odd_decoders
-from avion_dali.loading.pool import DecodePool
+from avion_dali.loading.pool import DecodePool, Ticket
 from avion_dali.loading.ring import SharedRing
 from avion_dali.loading.ring import SharedRing
 if __name__ == "__main__":
@@ -244,7 +261,7 @@ if __name__ == "__main__":
     from avion_dali.contracts import *
     parts = (ClipPart(ChunkRef("x", 1, 9, 64, 48), (1,)),)
     request = ClipRequest(1, 0, parts, (0, 0), (CropWindow(0, 0, 8, 8),), (False,), 16)
-    pool.submit(request, ring, 0).result()
+    pool.wait(pool.submit(request, ring, 0))
     print(ring.name, flush=True)
     time.sleep(60)
 """
@@ -293,7 +310,7 @@ def requests_of(manifest: Manifest, workers: int, world_size: int, *, seed: int 
     with pool_of(odd_decoders.paint_identity, workers=workers) as pool:
         submit = pool.submit
 
-        def noting(request: ClipRequest, ring: SharedRing, offset: int) -> Future[float]:
+        def noting(request: ClipRequest, ring: SharedRing, offset: int) -> Ticket:
             sent[request.sample_id] = request
             return submit(request, ring, offset)
 

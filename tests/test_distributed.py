@@ -196,3 +196,17 @@ def test_absent_peers_are_a_user_error(bare_environment):
         bare_environment.setenv(name, value)
     with pytest.raises(UserError, match=f"rank 1 of 2 could not meet the others at 127.0.0.1:{port}"):
         init_distributed(use_cuda=False, timeout_s=1)
+
+
+def test_ranks_that_start_from_different_points_are_told(monkeypatch):
+    from avion_dali.engine import distributed
+
+    others = [{"step": 4, "seed": 0}, {"step": 0, "seed": 0}]
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        distributed.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), [mine, others[1]])
+    )
+    with pytest.raises(UserError, match="step is 4 on rank 0 and 0 on rank 1"):
+        distributed.require_agreement(others[0])
+    distributed.require_agreement(others[1])

@@ -81,6 +81,22 @@ def test_without_classes_only_the_same_text_is_relevant(tmp_path: Path) -> None:
     np.testing.assert_array_equal(gallery.relevancy_VT, [[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1]])
 
 
+def test_verbs_alone_do_not_make_grades(tmp_path: Path) -> None:
+    """Two empty noun sets are equal: graded without nouns, every wrong pair would be half right."""
+    rows = [(text, verb, ()) for text, verb, _ in ROWS]
+    gallery = build_gallery(manifest_of(tmp_path, rows))
+    assert set(np.unique(gallery.relevancy_VT)) == {0.0, 1.0}
+
+
+def test_an_empty_share_of_a_rank_is_passed_over(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, ROWS)
+    empty = ClipBatch(
+        torch.zeros(0, 2, 16, 16, 3, dtype=torch.uint8), None, None, *(np.zeros(0, int),) * 2, np.zeros(0, bool)
+    )
+    result = evaluate(manifest, [batch_of([0, 1, 2, 3], [1, 2, 1, 0], [True] * 4), empty])
+    assert result.metrics()["clips"] == 4
+
+
 def test_a_perfect_model_scores_one_in_any_order_of_batches(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, ROWS)
     # Sorted texts: "cut carrot with knife" 0, "cut the carrot" 1, "wash the knife" 2.

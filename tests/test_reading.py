@@ -87,13 +87,8 @@ def test_open_gop_started_in_the_middle(gop_videos: dict[str, Path], tmp_path: P
         second_key = [i for i, p in enumerate(packets) if p.is_keyframe][1]
         start = -int(packets[second_key].pts)
     path = make_videos.remux(gop_videos["open-gop"], tmp_path / "cut.mkv", from_packet=second_key, shift=start)
-    ref = chunk_ref(path)
-    numbers = [
-        make_videos.read_frame_number(read_planned(ClipPart(ref, (i,)))[0].to_ndarray(format="rgb24"))
-        for i in range(0, ref.num_frames, 7)
-    ]
-    first = make_videos.frame_numbers(path)[0]
-    assert numbers == [first + i for i in range(0, ref.num_frames, 7)]
+    assert_exact(path, seed=4)
+    assert make_videos.frame_numbers(path)[0] > 10
 
 
 def test_variable_rate_and_late_start(tmp_path: Path) -> None:

@@ -143,3 +143,13 @@ def test_progress_is_told_while_probing(
     monkeypatch.setattr(scanning, "probe_chunk", noting)
     scan_chunks(tmp_path, jobs=1, on_progress=lambda _: happened.append("report"))
     assert happened == ["probe", "report"] * 3
+
+
+def test_a_chunk_of_an_unknown_codec_is_listed_and_not_fatal(tmp_path: Path, chunk_file: Path) -> None:
+    copy_chunks(chunk_file, tmp_path, {"v": [0, 1]})
+    path = tmp_path / "v" / "1.mp4"
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz9"))
+    chunks, unusable = scan_chunks(tmp_path, jobs=1)
+    assert len(chunks) == 1
+    assert [Path(u.path).name for u in unusable] == ["1.mp4"]
+    assert unusable[0].reason.startswith("corrupt")

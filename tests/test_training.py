@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import make_videos
@@ -13,12 +14,17 @@ import numpy as np
 import pytest
 import torch
 
+from avion_dali.config import TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
 from avion_dali.datasets.captions import build_captions_manifest
 from avion_dali.engine.checkpoint import load_checkpoint
+from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.run_log import read_rows
 from train import evaluate, pretrain
+from train.arguments import parse_options
+from train.build import build_model, retrieval_evaluator
+from train.loaders import Loaders
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = [
@@ -44,6 +50,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
     (folder / "captions.csv").write_text("\n".join(lines) + "\n")
     build_captions_manifest(folder / "chunks", folder / "captions.csv", folder / "m", jobs=1)
+    # Ten clips: two ranks with four a batch leave one rank without any in the last batch.
+    (folder / "ten.csv").write_text("\n".join(lines[:11]) + "\n")
+    build_captions_manifest(folder / "chunks", folder / "ten.csv", folder / "ten", jobs=1)
     return folder
 
 
@@ -123,7 +132,7 @@ def test_killed_at_random_steps_and_resumed_with_other_worker_counts(dataset: Pa
 def test_two_ranks_train_like_one(dataset: Path, tmp_path: Path) -> None:
     # A large epsilon: Adam's first steps otherwise turn the last bit of a tiny gradient into a full step.
     more = ["--run.max_steps", "3", "--model.drop_path", "0", "--optim.eps", "1e-2"]
-    more += ["--data.eval_manifest", str(dataset / "m"), "--optim.micro_batch"]
+    more += ["--data.eval_manifest", str(dataset / "ten"), "--optim.micro_batch"]
     pretrain.main(options(dataset, tmp_path / "one", *more, "8"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = launch([*torchrun, "-m", "train.pretrain", *options(dataset, tmp_path / "two", *more, "4")])
@@ -140,7 +149,7 @@ def test_two_ranks_train_like_one(dataset: Path, tmp_path: Path) -> None:
         for row in read_rows(tmp_path / output / "log.jsonl")
         if row["kind"] == "evaluation"
     ]
-    assert evaluations[0]["clips"] == 24
+    assert evaluations[0]["clips"] == 10
     assert evaluations[0] == pytest.approx(evaluations[1], abs=1e-3)
 
 
@@ -164,6 +173,28 @@ def test_bad_input_is_named(dataset: Path, tmp_path: Path, change: list[str], me
     assert message in str(caught.value)
 
 
+def test_an_empty_section_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("data:\nrun: {seed: 1}\n")
+    with pytest.raises(UserError, match="malformed, perhaps an empty section"):
+        pretrain.main(["--config", str(tmp_path / "empty.yaml")])
+
+
+@pytest.mark.skipif(not Path("/dev/shm").exists(), reason="looks at /dev/shm")
+def test_evaluating_again_and_again_takes_no_more_shared_memory(dataset: Path, tmp_path: Path) -> None:
+    def held() -> int:
+        return os.statvfs("/dev/shm").f_blocks - os.statvfs("/dev/shm").f_bfree
+
+    config = parse_options(TrainConfig, options(dataset, tmp_path / "run"), prog="p", description="d")
+    with closing(Loaders(config, Distributed())) as loaders:
+        model = build_model(config, torch.device("cpu")).eval()
+        evaluate_now = retrieval_evaluator(model, loaders, Manifest(dataset / "m"))
+        first = evaluate_now(None).metrics()
+        before = held()
+        for _ in range(4):
+            assert evaluate_now(None).metrics() == first
+        assert held() <= before
+
+
 def test_an_unknown_key_in_a_file_lists_the_allowed_ones(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("data: {num_frame: 8}\n")
     with pytest.raises(UserError, match=r"unknown key data.num_frame; data has: .*num_frames"):
@@ -184,6 +215,9 @@ def test_a_checkpoint_of_another_model_is_refused(dataset: Path, tmp_path: Path)
         pretrain.main(options(dataset, output, "--run.max_steps", "2", "--model.embed_dim", "64"))
     with pytest.raises(UserError, match="resume"):
         pretrain.main(options(dataset, output, "--resume", "never"))
+    for change in (["--model.activation", "quick_gelu"], ["--data.normalization", "imagenet"]):
+        with pytest.raises(UserError, match=change[0].removeprefix("--")):
+            pretrain.main(options(dataset, output, "--run.max_steps", "2", *change))
 
 
 def test_chunks_that_change_or_vanish_are_replaced_and_listed(dataset: Path, tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ def parse_options(
         values = vars(parser.instantiate(parser.parse_args(_underscored(argv))))
     except ArgumentError as error:
         raise UserError(f"{_explain(str(error), options)}\n{prog} --help lists every option") from None
+    except (TypeError, UnicodeDecodeError) as error:  # jsonargparse lets these escape from a malformed file
+        raise UserError(f"the configuration file is malformed, perhaps an empty section: {error}") from None
     values.pop("config", None)
     return options(**values)
 

@@ -13,7 +13,7 @@ from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
 from avion_dali.engine.checkpoint import export_safetensors, find_checkpoint, read_weights, restore_model
-from avion_dali.engine.distributed import Distributed
+from avion_dali.engine.distributed import Distributed, require_agreement
 from avion_dali.engine.evaluate import (
     FramesTransform,
     RetrievalResult,
@@ -57,21 +57,19 @@ def retrieval_evaluator(
     """
     gallery = build_gallery(manifest)
     config, distributed = loaders.config, loaders.distributed
+    # One loader for all evaluations: workers keep the shared memory of every loader they have served.
+    loader = loaders.evaluation(manifest)
 
     def evaluate(transform: FramesTransform | None = None) -> RetrievalResult:
-        loader = loaders.evaluation(manifest)
-        try:
-            return evaluate_retrieval(
-                model,
-                loader.batches(0, loader.steps_per_epoch),
-                gallery,
-                normalization=config.data.normalization,
-                precision=resolve_precision(config.run.precision, distributed.device),
-                distributed=distributed,
-                transform=transform,
-            )
-        finally:
-            loader.close()
+        return evaluate_retrieval(
+            model,
+            loader.batches(0, loader.steps_per_epoch),
+            gallery,
+            normalization=config.data.normalization,
+            precision=resolve_precision(config.run.precision, distributed.device),
+            distributed=distributed,
+            transform=transform,
+        )
 
     return evaluate
 
@@ -109,7 +107,7 @@ def pretraining(config: TrainConfig, distributed: Distributed) -> Iterator[Train
                 config,
                 best_metric=BEST_METRIC if evaluate else "",
                 decoder=loaders.decoder,
-                data={"train_manifest": train_manifest.fingerprint},
+                data=resume_facts(config, train_manifest, eval_manifest),
             ),
             distributed=distributed,
             evaluate=(lambda: evaluate(None).metrics()) if evaluate else None,
@@ -117,11 +115,34 @@ def pretraining(config: TrainConfig, distributed: Distributed) -> Iterator[Train
         )
         if latest is not None:
             loop.restore(latest)
+        weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+        require_agreement({"step": loop.step, "sum of all weights": weights, **loop.order})
         yield loop
         if distributed.is_main:
             export_safetensors(model, output_dir / "weights.safetensors", {"config": asdict(config)})
     finally:
         loaders.close()
+
+
+def resume_facts(
+    config: TrainConfig, train_manifest: Manifest, eval_manifest: Manifest | None
+) -> dict[str, int | float | str]:
+    """Return what must not change when a run is resumed: its data, and what its weights mean.
+
+    Args:
+        config: the run's configuration.
+        train_manifest: the training manifest.
+        eval_manifest: the evaluation manifest, whose scores the best checkpoint is chosen by.
+    """
+    return {
+        "data.train_manifest": train_manifest.fingerprint,
+        "data.eval_manifest": eval_manifest.fingerprint if eval_manifest else 0,
+        "data.num_frames": config.data.num_frames,
+        "data.frame_size": config.data.frame_size,
+        "data.normalization": config.data.normalization,
+        "model.activation": config.model.activation,
+        "model.norm_eps": config.model.norm_eps,
+    }
 
 
 def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> RetrievalResult:

@@ -63,7 +63,7 @@ def chunk(options: argparse.Namespace) -> int:
     from avion_dali.data.chunking import ChunkSettings, chunk_videos
 
     settings = ChunkSettings(options.profile, options.chunk_seconds, options.short_side)
-    videos = list_videos(options.videos)
+    videos = list_videos(options.videos, but_not=options.output)
     report = chunk_videos(videos, options.output, settings=settings, root=options.root, jobs=options.jobs)
     for video in report.failed:
         print(f"failed: {video.video}: {video.failed}", file=sys.stderr)
@@ -72,11 +72,12 @@ def chunk(options: argparse.Namespace) -> int:
     return 1 if report.failed else 0
 
 
-def list_videos(paths: list[Path]) -> list[Path]:
-    """Replace folders by the video files inside them, sorted; files stay as they are.
+def list_videos(paths: list[Path], *, but_not: Path) -> list[Path]:
+    """Replace folders by the video files inside them, sorted; each file once.
 
     Args:
         paths: files and folders.
+        but_not: a folder whose files are no sources: the chunks.
 
     Raises:
         UserError: when a folder holds no video.
@@ -87,11 +88,12 @@ def list_videos(paths: list[Path]) -> list[Path]:
         if not path.is_dir():
             videos.append(path)
             continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+        found = (p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+        inside = sorted(p for p in found if but_not.absolute() not in p.absolute().parents)
         if not inside:
             raise UserError(f"{path} holds no video ({', '.join(sorted(suffixes))})")
         videos += inside
-    return videos
+    return list(dict.fromkeys(videos))
 
 
 def manifest(options: argparse.Namespace) -> int:
@@ -114,6 +116,11 @@ def manifest(options: argparse.Namespace) -> int:
             on_progress=lambda done: bar.update(done - bar.n),
         )
     print(f"{options.output}: {report.num_samples} clips over {report.num_chunks} chunks")
+    if 0 < report.without_classes < report.num_samples:
+        print(
+            f"{report.without_classes} clips lack a verb or a noun: an evaluation on this manifest takes a "
+            "caption as relevant to the clips of the very same text only"
+        )
     for name, left_out in (("rows", report.rejected), ("chunk files", report.unusable)):
         if left_out:
             print(f"{len(left_out)} {name} left out, listed in {options.output}")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from avion_dali.config import EvaluateConfig
+from avion_dali.contracts import UserError
 from train.arguments import parse_options, run_command
 
 
@@ -21,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     from avion_dali.engine.distributed import distributed_session
     from train.build import evaluate_checkpoint
 
+    if config.output and not Path(config.output).absolute().parent.is_dir():
+        raise UserError(f"--output {config.output}: its folder does not exist")
     with distributed_session() as distributed:
         result = evaluate_checkpoint(config, distributed)
         if distributed.is_main:

@@ -21,6 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     from train.build import pretraining
 
     with distributed_session() as distributed, pretraining(config, distributed) as loop:
+        if loop.step >= loop.last_step:
+            print(f"{config.output_dir} has all its {loop.last_step} steps; raise optim.epochs to train on")
         loop.run()
     return 0
 

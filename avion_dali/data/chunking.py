@@ -145,9 +145,10 @@ def plan_chunks(facts: ChunkFacts, *, chunk_seconds: int) -> ChunkPlan:
         The plan.
     """
     if facts.frame_times is None:
-        return ChunkPlan(facts.fps, facts.num_frames, chunk_seconds)
+        return ChunkPlan(facts.fps, round(facts.start_s * facts.fps) + facts.num_frames, chunk_seconds)
     fps = Fraction(max(round(facts.fps), 1))
-    return ChunkPlan(fps, round(float(facts.frame_times[-1]) * fps) + 1, chunk_seconds)
+    last_s = facts.start_s + float(facts.frame_times[-1])
+    return ChunkPlan(fps, round(last_s * fps) + 1, chunk_seconds)
 
 
 def chunk_video(video: Path, folder: Path, settings: ChunkSettings) -> VideoReport:
@@ -298,7 +299,8 @@ def _fill_grid(
 def _timed_frames(
     container: InputContainer, stream: VideoStream, facts: ChunkFacts
 ) -> Iterator[tuple[VideoFrame, Fraction]]:
-    """Decoded frames with their seconds after the first."""
+    """Decoded frames with their seconds on a player's clock; the first stands in for what is before it."""
+    start_s = Fraction(facts.start_s)
     # AVI stores no presentation times: with B-frames, the decoder's guesses are out of order.
     by_number = container.format.name == "avi"
     origin: int | None = None
@@ -309,7 +311,7 @@ def _timed_frames(
             yield frame, number / facts.fps
         elif frame.pts is not None and frame.time_base is not None:
             origin = frame.pts if origin is None else origin
-            yield frame, (frame.pts - origin) * frame.time_base
+            yield frame, start_s + (frame.pts - origin) * frame.time_base
 
 
 def chunk_folders(videos: Sequence[Path], output: Path, *, root: Path | None = None) -> list[Path]:

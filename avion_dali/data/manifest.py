@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,8 @@ class Manifest:
         self.chunk_root = os.path.abspath(chunk_root or self.info["chunk_root"])
         self._chunks = _MappedTable(self.folder / "chunks.arrow")
         self._samples = _MappedTable(self.folder / "samples.arrow")
+        # Reading the timestamps of a variable-rate chunk costs milliseconds, and clips share chunks.
+        self._recent_chunk = lru_cache(maxsize=1024)(self._read_chunk)
         rows = (self._chunks.num_rows, self._samples.num_rows)
         if rows != (self.info["num_chunks"], self.info["num_samples"]):
             raise UserError(
@@ -207,6 +210,9 @@ class Manifest:
         Args:
             row: in [0, num_chunks).
         """
+        return self._recent_chunk(row)
+
+    def _read_chunk(self, row: int) -> Chunk:
         table = self._chunks
         batch, i = table.locate(row)
         times = table.value(batch, "frame_times", i)

@@ -20,6 +20,7 @@ from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, FailureKind
 
+AUDIO_PRIMING_SECONDS = 0.1  # sound may begin this much early without meaning anything (AAC priming)
 MAX_MISSING_SECONDS = 1.0  # a file may end this much before its stated duration (rounding, last frame)
 
 # FFmpeg's AVColorSpace numbers (ITU-T H.273, table 4); PyAV's own enum leaves several out.
@@ -53,6 +54,7 @@ class ChunkFacts:
         color_range: `limited`, `full` or `unspecified`.
         colorspace: FFmpeg's name of the YUV matrix, such as `smpte170m` (BT.601), `bt709`, `unspecified`.
         rotation: degrees counter-clockwise, in [0, 360), by which a player turns the pictures.
+        start_s: seconds on a player's clock before the first frame; 0 nearly always.
         is_cfr: True when every frame lies within one clock tick of `index / fps`.
         frame_times: float64 (num_frames,), seconds after the first frame; None for a constant rate.
     """
@@ -69,6 +71,7 @@ class ChunkFacts:
     colorspace: str
     rotation: int
     is_cfr: bool
+    start_s: float = 0.0
     frame_times: np.ndarray | None = field(default=None, compare=False)
 
 
@@ -110,6 +113,8 @@ def open_video(
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
             raise failure("corrupt", "holds no video stream")
+        if stream.codec_context is None:
+            raise failure("corrupt", "holds video of a codec that FFmpeg does not know")
         stream.thread_count = 1
         try:
             yield container, stream
@@ -155,8 +160,17 @@ def probe_chunk(path: str | os.PathLike[str]) -> ChunkFacts:
             colorspace=colorspace_name(context.colorspace),
             rotation=table.rotation,
             is_cfr=is_cfr,
+            start_s=_start_seconds(container, int(table.shown[0]) * tick),
             frame_times=None if is_cfr else (table.shown - table.shown[0]) * float(tick),
         )
+
+
+def _start_seconds(container: InputContainer, first_frame: Fraction) -> float:
+    """Seconds on a player's clock before the first frame, as where sound begins long before the picture."""
+    if container.start_time is None or container.format.name == "avi":
+        return 0.0
+    seconds = float(first_frame - Fraction(container.start_time, 1_000_000))
+    return seconds if seconds > AUDIO_PRIMING_SECONDS else 0.0
 
 
 def color_range_name(color_range: int, pix_fmt: str) -> str:

@@ -115,6 +115,8 @@ def _probe(file: tuple[str, float, Path]) -> Chunk | UnusableChunk:
         facts = probe_chunk(path)
     except DecodeError as error:
         return UnusableChunk(str(path), f"{error.kind}: {error.cause}")
+    except Exception as error:  # a process boundary: what one damaged file provokes is that file's failure
+        return UnusableChunk(str(path), f"corrupt: {type(error).__name__}: {error}")
     if facts.rotation:
         return UnusableChunk(
             str(path), f"rotated by {facts.rotation} degrees; chunk it with `avion-dali chunk`"

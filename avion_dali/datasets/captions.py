@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +18,8 @@ from avion_dali.data.text import clip_tokenizer
 from avion_dali.datasets.spans import ChunkLookup, SpanError
 
 REQUIRED_COLUMNS = ("video", "start", "end", "text")
+# A record batch of the longest texts must stay below Arrow's 2 GB of strings; a caption has a few dozen.
+MAX_TEXT_LENGTH = 8_000
 _SHOWN = 5
 
 
@@ -42,12 +45,15 @@ class BuildReport:
     Args:
         num_samples: clips in the manifest.
         num_chunks: chunk files in the manifest.
+        without_classes: of these clips, those without a verb or a noun; evaluation grades relevancy by classes
+            only when every clip has both.
         rejected: annotation rows left out.
         unusable: chunk files left out.
     """
 
     num_samples: int
     num_chunks: int
+    without_classes: int
     rejected: tuple[RejectedRow, ...]
     unusable: tuple[UnusableChunk, ...]
 
@@ -85,21 +91,19 @@ def build_captions_manifest(
     rows = list(read_rows(Path(annotations)))
     chunks, unusable = scan_chunks(chunk_root, jobs=jobs or available_cores(), on_progress=on_progress)
     samples, rejected = _place(rows, ChunkLookup(chunks))
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_jsonl(folder / "rejected.jsonl", [asdict(r) for r in rejected])
-    _write_jsonl(folder / "unusable_chunks.jsonl", [asdict(u) for u in unusable])
+    with _writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_jsonl(folder / "rejected.jsonl", [asdict(r) for r in rejected])
+        _write_jsonl(folder / "unusable_chunks.jsonl", [asdict(u) for u in unusable])
     if rejected and not skip_bad_rows:
         raise UserError(_refusal(annotations, rejected, unusable, folder))
     if not samples:
-        raise UserError(f"{annotations}: no row can be used; reasons are in {folder / 'rejected.jsonl'}")
-    write_manifest(
-        folder,
-        chunk_root=chunk_root,
-        chunks=chunks,
-        samples=samples,
-        info={"annotations": str(annotations), "rejected_rows": len(rejected)},
-    )
-    return BuildReport(len(samples), len(chunks), tuple(rejected), tuple(unusable))
+        raise UserError(f"{annotations}: no row can be used; {len(rejected)} rejected ones are in {folder}")
+    info = {"annotations": str(annotations), "rejected_rows": len(rejected)}
+    with _writable(folder):
+        write_manifest(folder, chunk_root=chunk_root, chunks=chunks, samples=samples, info=info)
+    without_classes = sum(not (s.verb and s.nouns) for s in samples)
+    return BuildReport(len(samples), len(chunks), without_classes, tuple(rejected), tuple(unusable))
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -129,7 +133,7 @@ def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if absent:
             raise UserError(
                 f"{path}: column {', '.join(absent)} is missing; the header must name "
-                f"{', '.join(REQUIRED_COLUMNS)}"
+                f"{', '.join(REQUIRED_COLUMNS)}, parted by commas, and is {','.join(reader.fieldnames or ())!r}"
             )
         for row in reader:
             yield reader.line_num, row
@@ -167,6 +171,10 @@ def _sample(row: dict[str, Any], lookup: ChunkLookup, tokenize: Callable[[str], 
     missing = [name for name in REQUIRED_COLUMNS if not _words(row.get(name))]
     if missing:
         raise SpanError(f"{', '.join(missing)} is missing")
+    if None in row:
+        raise SpanError("has more fields than the header; a text with commas needs quotes")
+    if len(_words(row["text"])) > MAX_TEXT_LENGTH:
+        raise SpanError(f"its text is longer than {MAX_TEXT_LENGTH} characters")
     text, verb, noun = _words(row["text"]), _words(row.get("verb")), row.get("noun")
     first, count, end_s = lookup.locate(_words(row["video"]), _seconds(row["start"]), _seconds(row["end"]))
     nouns = noun if isinstance(noun, list) else _words(noun).split(";")
@@ -184,6 +192,8 @@ def _sample(row: dict[str, Any], lookup: ChunkLookup, tokenize: Callable[[str], 
 
 def _words(value: Any) -> str:
     """Return a field as text without surrounding blanks; empty for an absent one, `0` for the class 0."""
+    if isinstance(value, dict | list | bool):
+        raise SpanError(f"{value!r} should be a text or a number")
     text = "" if value is None else str(value).strip()
     try:
         text.encode()
@@ -194,8 +204,8 @@ def _words(value: Any) -> str:
 
 def _seconds(value: Any) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
+        return float(_words(value))
+    except ValueError:
         raise SpanError(f"{value!r} is not a number of seconds") from None
 
 
@@ -211,6 +221,14 @@ def _refusal(
         + "\n".join(lines)
         + "\nmend them, or leave them out with --skip-bad-rows"
     )
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the manifest could not be written to {folder}: {error}") from error
 
 
 def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -66,7 +66,8 @@ def read_packets(packets: Iterable[Packet], last_frame_id: int) -> PacketTable:
     kept: list[Packet] = []
     times: list[int] = []
     shown: list[bool] = []
-    horizon, count = None, 0
+    visible: list[int] = []
+    horizon, first_key = None, None
     for packet in packets:
         if not packet.size:  # the demuxer's end marker
             continue
@@ -79,10 +80,14 @@ def read_packets(packets: Iterable[Packet], last_frame_id: int) -> PacketTable:
         kept.append(packet)
         times.append(packet.pts)
         shown.append(not packet.is_discard)
-        count += shown[-1]
-        if count > last_frame_id and (horizon is None or packet.pts < horizon):
-            visible = sorted(t for t, s in zip(times, shown, strict=True) if s)
-            horizon = visible[last_frame_id]
+        if first_key is None and packet.is_keyframe:
+            first_key = packet.pts
+        # Frames that precede the first keyframe in either order cannot be decoded by anybody.
+        if first_key is None or packet.pts < first_key or packet.is_discard:
+            continue
+        visible.append(packet.pts)
+        if len(visible) > last_frame_id and (horizon is None or packet.pts < horizon):
+            horizon = sorted(visible)[last_frame_id]
     return _table(kept, np.array(times, dtype=np.int64), np.array(shown, dtype=bool))
 
 
@@ -90,7 +95,7 @@ def _table(packets: list[Packet], pts: np.ndarray, shown: np.ndarray) -> PacketT
     if len(np.unique(pts)) != len(pts):
         raise UnorderedStreamError("packets share presentation times")
     keyframe = np.array([p.is_keyframe for p in packets], dtype=bool)
-    # Frames that precede the first keyframe in either order cannot be decoded by anybody.
+    # The same frames as `read_packets` counted.
     first_key = int(np.argmax(keyframe)) if keyframe.any() else len(packets)
     decodable = np.arange(len(packets)) >= first_key
     if first_key < len(packets):

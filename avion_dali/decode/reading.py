@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
+import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
@@ -148,6 +149,8 @@ def _decode_run(context: VideoCodecContext, table: PacketTable, run: Run) -> dic
 
 
 def _pick(part: ClipPart, container: InputContainer, stream: VideoStream) -> list[VideoFrame]:
+    if _begins_inside_open_gop(container, stream):
+        stream.codec_context.options = {}
     container.seek(0)
     wanted, frames = set(part.frame_ids), []
     for index, frame in enumerate(container.decode(stream)):
@@ -156,6 +159,18 @@ def _pick(part: ClipPart, container: InputContainer, stream: VideoStream) -> lis
         if index == part.frame_ids[-1]:
             return frames
     raise _UnreadableError(f"frame {part.frame_ids[len(frames)]} could not be decoded")
+
+
+def _begins_inside_open_gop(container: InputContainer, stream: VideoStream) -> bool:
+    """Tell whether the file's first keyframe is one that the strict decoder would stumble over."""
+    container.seek(0)
+    first = next((p for p in container.demux(stream) if p.size and p.is_keyframe), None)
+    if first is None:
+        return False
+    table = PacketTable(
+        [first], np.zeros(1, np.int64), np.ones(1, bool), np.ones(1, bool), np.zeros(1, np.int64)
+    )
+    return begins_inside_open_gop(table, [Run((0,), (0,))], stream)
 
 
 def _sound(frame_id: int, frame: VideoFrame | None) -> VideoFrame:

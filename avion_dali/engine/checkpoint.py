@@ -77,7 +77,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     step: int
-    order: dict[str, int]
+    order: dict[str, Any]
     best_metric: float | None = None
     pending_evaluation: bool = False
     config: dict[str, Any] = field(default_factory=dict)
@@ -131,6 +131,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         cause = _os_error_behind(error)
+        if cause is None and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error  # torch's writer puts its own complaint over Ctrl-C
         if cause is None:
             raise
         kept = "the older file is intact" if path.exists() else "no file was left there"
@@ -186,7 +188,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _read_torch_file(path: Path) -> Any:
     if not path.is_file():
-        raise UserError(f"there is no checkpoint at {path}; check the path, or start without resuming")
+        raise UserError(
+            f"there is no checkpoint file at {path}; name one such as {BEST_NAME} of a run's folder"
+        )
     try:
         # torch.load reads past flipped bits; the archive's own checksums tell (about 1 s per GB).
         with zipfile.ZipFile(path) as archive:
@@ -197,7 +201,8 @@ def _read_torch_file(path: Path) -> Any:
     except _UNREADABLE as error:
         raise UserError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}: {_first_line(error)}); it is "
-            f"truncated, damaged or no checkpoint. Copy {BEST_NAME} over it, or delete it to start anew"
+            f"truncated, damaged or no checkpoint. A run goes on from {BEST_NAME} when that is copied to "
+            f"{LATEST_NAME}"
         ) from error
 
 
@@ -218,9 +223,16 @@ def find_checkpoint(output_dir: Path, resume: Literal["auto", "never"]) -> Path 
     Raises:
         UserError: `never`, and the folder holds a checkpoint.
     """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"output_dir = {output_dir} is a file; name a folder")
     for name in (LATEST_NAME, BEST_NAME):
         _temporary(output_dir / name).unlink(missing_ok=True)
-    latest = output_dir / LATEST_NAME
+    latest, best = output_dir / LATEST_NAME, output_dir / BEST_NAME
+    if not latest.exists() and best.exists():
+        raise UserError(
+            f"{output_dir} holds {BEST_NAME} and no {LATEST_NAME}: copy it to {LATEST_NAME} to continue "
+            "from it, or use another output_dir; a new run would overwrite it"
+        )
     if not latest.exists():
         return None
     if resume == "never":
@@ -283,7 +295,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], *
         ) from error
 
 
-def check_order(saved: Mapping[str, int], current: Mapping[str, int], *, source: str) -> None:
+def check_order(saved: Mapping[str, Any], current: Mapping[str, Any], *, source: str) -> None:
     """Refuse to continue a run whose next step would see other samples.
 
     Args:

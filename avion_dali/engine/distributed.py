@@ -7,10 +7,11 @@ More processes are started by `torchrun`, whose environment variables are read b
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -154,6 +155,29 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     gathered = [torch.empty_like(padded) for _ in rows_per_rank]
     dist.all_gather(gathered, padded)
     return torch.cat([part[:rows] for part, rows in zip(gathered, rows_per_rank, strict=True)])
+
+
+def require_agreement(facts: Mapping[str, Any]) -> None:
+    """Refuse to go on unless all ranks say the same; nothing in a single process.
+
+    Args:
+        facts: small plain values, such as the step a run continues from.
+
+    Raises:
+        UserError: on every rank, naming what differs.
+    """
+    if not dist.is_initialized():
+        return
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, dict(facts))
+    for rank, other in enumerate(everybody):
+        differing = [f"{k} is {everybody[0][k]} on rank 0 and {v} on rank {rank}" for k, v in other.items()]
+        differing = [text for k, text in zip(other, differing, strict=True) if other[k] != everybody[0][k]]
+        if differing:
+            raise UserError(
+                f"the ranks do not start from the same point: {'; '.join(differing)}. All machines must see "
+                "the same output_dir and manifests"
+            )
 
 
 def data_parallel(model: nn.Module, distributed: Distributed) -> nn.Module:

@@ -77,7 +77,7 @@ class RetrievalResult:
 def build_gallery(manifest: Manifest) -> Gallery:
     """Collect a manifest's unique captions and grade them against its clips.
 
-    With verb and noun classes, relevancy is the mean of verb equality and noun overlap
+    When every clip has verb and noun classes, relevancy is the mean of verb equality and noun overlap
     (`relevancy_from_classes`). Without, a caption is relevant (1) to the clips that carry its very text.
 
     Args:
@@ -88,10 +88,12 @@ def build_gallery(manifest: Manifest) -> Gallery:
     for sample in samples:
         unique.setdefault((sample.text, sample.verb, sample.nouns), sample)
     captions = list(unique.values())
-    if all(s.verb or s.nouns for s in samples):
+    if all(s.verb and s.nouns for s in samples):
         relevancy = relevancy_from_classes(*_classes(samples, captions))
     else:
-        relevancy = np.equal.outer([s.text for s in samples], [c.text for c in captions]).astype(np.float32)
+        number = {text: i for i, text in enumerate(dict.fromkeys(c.text for c in captions))}
+        rows, columns = ([number[s.text] for s in group] for group in (samples, captions))
+        relevancy = np.equal.outer(rows, columns).astype(np.float32)
     return Gallery(tuple(c.text for c in captions), tuple(c.tokens for c in captions), relevancy)
 
 
@@ -123,6 +125,8 @@ def evaluate_retrieval(
     features, ids, unreadable = [], [], 0
     with torch.inference_mode():
         for batch in batches:
+            if not len(batch):  # the last share of a rank may be empty
+                continue
             valid = torch.from_numpy(batch.valid)
             unreadable += int((~valid).sum())
             frames = batch.frames_BTHWC if transform is None else transform(batch.frames_BTHWC)

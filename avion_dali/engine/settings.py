@@ -20,8 +20,8 @@ class LoopSettings:
         config: the whole configuration as plain values, kept in checkpoints and the log.
         decoder: name of the decoder in use, for the log.
         best_metric: key of the evaluation to maximise; `checkpoint_best.pt` follows it. Empty for none.
-        data: what else decides which samples a step sees, such as the manifest's fingerprint; a run is not
-            resumed on other data.
+        data: what else a resumed run must share with the interrupted one, such as the manifest's
+            fingerprint.
         tensorboard: write TensorBoard curves.
     """
 
@@ -31,7 +31,7 @@ class LoopSettings:
     config: dict[str, Any] = field(default_factory=dict)
     decoder: str = ""
     best_metric: str = ""
-    data: dict[str, int] = field(default_factory=dict)
+    data: dict[str, int | float | str] = field(default_factory=dict)
     tensorboard: bool = True
 
     @classmethod
@@ -41,7 +41,7 @@ class LoopSettings:
         *,
         best_metric: str = "",
         decoder: str = "",
-        data: dict[str, int] | None = None,
+        data: dict[str, int | float | str] | None = None,
     ) -> LoopSettings:
         """The parts of a training's configuration that the loop needs.
 
@@ -64,8 +64,8 @@ class LoopSettings:
             data=data or {},
         )
 
-    def order_facts(self) -> dict[str, int]:
-        """What decides which samples a step sees, as far as these settings know."""
+    def order_facts(self) -> dict[str, int | float | str]:
+        """What a resumed run must share with the interrupted one, as far as these settings know."""
         return {**self.data, "seed": self.run.seed, "global_batch": self.optim.global_batch}
 
     def facts(self) -> dict[str, Any]:

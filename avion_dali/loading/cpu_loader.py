@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import Planner
 from avion_dali.data.text import pad_tokens
 from avion_dali.loading.faults import MAX_ATTEMPTS, FaultPolicy, LoaderStats
-from avion_dali.loading.pool import DecodePool, failure_of
+from avion_dali.loading.pool import DecodePool, PoolBrokenError, Ticket, failure_of
 from avion_dali.loading.ring import SharedRing
 from avion_dali.loading.transfer import DeviceCopier
 
@@ -48,7 +47,7 @@ class _Pending:
     epoch: int
     slot: int
     requests: list[ClipRequest]
-    futures: list[Future[float]]
+    tickets: list[Ticket]
     valid: np.ndarray
     errors: list[ClipError] = field(default_factory=list)
 
@@ -118,8 +117,8 @@ class CpuLoader:
             # The caller stopped early: workers may still be writing, so these slots are not used again.
             self._abandoned = bool(pending)
             for left in pending:
-                for future in left.futures:
-                    future.cancel()
+                for ticket in left.tickets:
+                    ticket.future.cancel()
 
     def close(self) -> None:
         """Release the shared memory; the pool belongs to the caller."""
@@ -130,10 +129,10 @@ class CpuLoader:
         epoch, sample_ids = self.schedule.micro_batch_ids(step, micro)
         self._copier.wait_until_free(slot)
         requests = [self._planner.plan(int(i), epoch) for i in sample_ids]
-        futures = [
+        tickets = [
             self._pool.submit(r, self._ring, self._ring.offset(slot, row)) for row, r in enumerate(requests)
         ]
-        return _Pending(epoch, slot, requests, futures, np.ones(len(requests), dtype=bool))
+        return _Pending(epoch, slot, requests, tickets, np.ones(len(requests), dtype=bool))
 
     def _finish(self, pending: _Pending) -> ClipBatch:
         for row in range(len(pending.requests)):
@@ -165,19 +164,25 @@ class CpuLoader:
             substitute = self._faults.substitute(planned.sample_id, pending.epoch, attempts)
             self._record(pending, dataclasses.replace(failure, substitute_id=substitute))
             request = self._planner.plan(substitute, pending.epoch)
-            pending.requests[row] = request
-            pending.futures[row] = self._pool.submit(request, self._ring, self._ring.offset(pending.slot, row))
+            self._submit_again(pending, row, request)
             attempts += 1
         self.stats.replaced += attempts > 0
 
+    def _submit_again(self, pending: _Pending, row: int, request: ClipRequest) -> None:
+        pending.requests[row] = request
+        pending.tickets[row] = self._pool.submit(request, self._ring, self._ring.offset(pending.slot, row))
+
     def _await(self, pending: _Pending, row: int) -> ClipError | None:
-        try:
-            self.stats.decode_s += pending.futures[row].result()
-            return None
-        except Exception as error:  # the process boundary; `failure_of` raises what is not a clip's failure
-            request = pending.requests[row]
-            kind, cause, path, frame_ids = failure_of(error, request)
-            return ClipError(request.sample_id, pending.epoch, kind, path, frame_ids, cause)
+        request = pending.requests[row]
+        while True:
+            try:
+                self.stats.decode_s += self._pool.wait(pending.tickets[row])
+                return None
+            except PoolBrokenError:
+                self._submit_again(pending, row, request)
+            except Exception as error:  # the process boundary; `failure_of` raises what is not a clip's failure
+                kind, cause, path, frame_ids = failure_of(error, request)
+                return ClipError(request.sample_id, pending.epoch, kind, path, frame_ids, cause)
 
     def _invalidate(self, pending: _Pending, row: int, failure: ClipError) -> None:
         pending.valid[row] = False

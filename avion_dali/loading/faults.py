@@ -73,9 +73,7 @@ class FaultPolicy:
             UserError: when more distinct samples failed than is allowed.
         """
         if self.quarantine is not None:
-            self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-            with self.quarantine.open("a") as file:
-                file.write(json.dumps(dataclasses.asdict(error)) + "\n")
+            self._write(self.quarantine, json.dumps(dataclasses.asdict(error)))
         self._bad_samples.add(error.sample_id)
         if len(self._bad_samples) > self.allowed:
             where = f"; all are listed in {self.quarantine}" if self.quarantine else ""
@@ -83,6 +81,15 @@ class FaultPolicy:
                 f"{len(self._bad_samples)} of {self.num_samples} samples could not be read, more than "
                 f"data.max_bad_fraction allows; the last was {error.path}: {error.kind}: {error.cause}{where}"
             )
+
+    @staticmethod
+    def _write(path: Path, line: str) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"a clip could not be read, and {path} could not be written: {error}") from error
 
     @staticmethod
     def exhausted(error: ClipError) -> UserError:

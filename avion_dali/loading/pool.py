@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
+from concurrent import futures
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 
 from pebble import ProcessExpired, ProcessPool
 
-from avion_dali.contracts import ClipRequest, DecodeError, FailureKind
+from avion_dali.contracts import ClipRequest, DecodeError, FailureKind, UserError
 from avion_dali.cores import available_cores
 from avion_dali.loading.ring import SharedRing
 from avion_dali.loading.worker import DecodeClip, decode_into, start_worker
+
+_POLL_S = 0.5
+_GRACE_S = 5.0
+_MAX_RESTARTS = 5
 
 
 def default_workers(ranks_on_machine: int = 1) -> int:
@@ -26,6 +33,23 @@ def default_workers(ranks_on_machine: int = 1) -> int:
         ranks_on_machine: training processes on this machine.
     """
     return max(1, available_cores() // ranks_on_machine)
+
+
+class PoolBrokenError(Exception):
+    """The pool lost its processes while a clip waited; the clip itself is not to blame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A clip handed to the pool.
+
+    Args:
+        future: the seconds spent, or the failure.
+        generation: which set of processes it was handed to.
+    """
+
+    future: Future[float]
+    generation: int
 
 
 class DecodePool:
@@ -40,15 +64,11 @@ class DecodePool:
     def __init__(self, decode_clip: DecodeClip, *, workers: int, clip_timeout_s: float) -> None:
         self.workers = workers
         self._decode_clip, self._timeout = decode_clip, clip_timeout_s
-        # Spawned, not forked: a forked child of a process that holds CUDA or threads may hang.
-        self._pool = ProcessPool(
-            max_workers=workers,
-            initializer=start_worker,
-            initargs=(os.getpid(),),
-            context=multiprocessing.get_context("spawn"),
-        )
+        self._generation, self._restarts = 0, 0
+        self._last_done = time.monotonic()
+        self._pool = self._start()
 
-    def submit(self, request: ClipRequest, ring: SharedRing, offset: int) -> Future[float]:
+    def submit(self, request: ClipRequest, ring: SharedRing, offset: int) -> Ticket:
         """Queue a clip; its frames will be at `offset` of the ring's memory.
 
         Args:
@@ -57,16 +77,78 @@ class DecodePool:
             offset: first byte of the clip's place.
 
         Returns:
-            A future of the seconds spent; `failure_of` reads its exceptions.
+            What to wait for with `wait`.
+
+        Raises:
+            UserError: when processes die one after another without decoding anything.
         """
-        return self._pool.schedule(
+        if not self._pool.active:
+            self._restart()
+        future = self._pool.schedule(
             decode_into, args=(self._decode_clip, request, ring.name, offset), timeout=self._timeout
         )
+        future.add_done_callback(self._note_done)
+        return Ticket(future, self._generation)
+
+    def wait(self, ticket: Ticket) -> float:
+        """Wait for a clip.
+
+        Args:
+            ticket: from `submit`.
+
+        Returns:
+            Seconds its process spent.
+
+        Raises:
+            PoolBrokenError: the processes were lost; submit the clip again.
+            Exception: the clip failed; `failure_of` says how.
+        """
+        began = time.monotonic()
+        while not ticket.future.done():
+            futures.wait([ticket.future], timeout=_POLL_S)
+            # A clip that a dying process took along without a word is never reported: when nothing at all
+            # has finished for longer than a clip may take, something was lost.
+            silent_s = time.monotonic() - max(began, self._last_done)
+            lost = ticket.generation != self._generation or not self._pool.active
+            if not ticket.future.done() and (lost or silent_s > self._timeout + _GRACE_S):
+                if not lost:
+                    self._restart()
+                raise PoolBrokenError
+        try:
+            spent_s = ticket.future.result()
+        except BrokenProcessPool:
+            raise PoolBrokenError from None
+        self._restarts = 0
+        return spent_s
 
     def close(self) -> None:
         """Kill what is running and wait for the processes to end."""
         self._pool.stop()
         self._pool.join()
+
+    def _start(self) -> ProcessPool:
+        # Spawned, not forked: a forked child of a process that holds CUDA or threads may hang.
+        return ProcessPool(
+            max_workers=self.workers,
+            initializer=start_worker,
+            initargs=(os.getpid(),),
+            context=multiprocessing.get_context("spawn"),
+        )
+
+    def _restart(self) -> None:
+        """Replace all processes, after an idle one died: the pool library gives up then."""
+        self.close()
+        self._generation += 1
+        self._restarts += 1
+        if self._restarts > _MAX_RESTARTS:
+            raise UserError(
+                f"the decode processes died {self._restarts} times in a row; is the machine out of memory? "
+                "Lower data.workers or data.prefetch_batches"
+            )
+        self._pool = self._start()
+
+    def _note_done(self, _: Future[float]) -> None:
+        self._last_done = time.monotonic()
 
 
 def failure_of(error: Exception, request: ClipRequest) -> tuple[FailureKind, str, str, tuple[int, ...]]:
@@ -85,7 +167,7 @@ def failure_of(error: Exception, request: ClipRequest) -> tuple[FailureKind, str
     if isinstance(error, DecodeError):
         return error.kind, error.cause, error.path, error.frame_ids
     part = request.parts[0]
-    if isinstance(error, FutureTimeoutError):
+    if isinstance(error, futures.TimeoutError):
         return "timeout", "no answer within the clip's time limit", part.chunk.path, part.frame_ids
     if isinstance(error, ProcessExpired):
         return "worker-died", f"its process ended with code {error.exitcode}", part.chunk.path, part.frame_ids

@@ -10,8 +10,9 @@ from avion_dali.loading.ring import SharedRing
 class DeviceCopier:
     """Moves micro-batches from the ring to the training device.
 
-    On CUDA the ring is registered as pinned memory, so copies run beside the model's kernels; an event
-    per slot tells when the slot may be written again. On CPU a copy is a plain memory copy.
+    On CUDA the ring is registered as pinned memory and copies have a stream of their own, so they run beside
+    the model's kernels; an event per slot tells when the slot may be written again. On CPU a copy is a plain
+    memory copy.
 
     Args:
         ring: where workers write.
@@ -22,6 +23,7 @@ class DeviceCopier:
         self._ring, self._device = ring, device
         self._slots = [torch.from_numpy(ring.frames(slot)) for slot in range(ring.slots)]
         self._copied: list[torch.cuda.Event | None] = [None] * ring.slots
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if device.type == "cuda":
             memory = torch.from_numpy(ring.everything())
             check = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
@@ -49,11 +51,15 @@ class DeviceCopier:
             uint8 (rows * V, T, H, W, C), the caller's to keep.
         """
         frames = self._slots[slot][:rows].flatten(0, 1)
-        if self._device.type != "cuda":
+        if self._stream is None:
             return frames.clone()
-        on_device = frames.to(self._device, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        event, model_stream = torch.cuda.Event(), torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            on_device = frames.to(self._device, non_blocking=True)
+            event.record()
+        model_stream.wait_event(event)
+        # The memory was allocated on the copy stream: it may be reused only after the model's kernels.
+        on_device.record_stream(model_stream)
         self._copied[slot] = event
         return on_device
 
