@@ -23,7 +23,7 @@ from avion_dali.loading.worker import DecodeClip, decode_into, start_worker
 
 _POLL_S = 0.5
 _GRACE_S = 5.0
-_MAX_RESTARTS = 5
+_MAX_RESTARTS = 20
 
 
 def default_workers(ranks_on_machine: int = 1) -> int:
