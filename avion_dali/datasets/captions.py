@@ -98,7 +98,8 @@ def build_captions_manifest(
     if rejected and not skip_bad_rows:
         raise UserError(_refusal(annotations, rejected, unusable, folder))
     if not samples:
-        raise UserError(f"{annotations}: no row can be used; {len(rejected)} rejected ones are in {folder}")
+        where = f"reasons are in {folder / 'rejected.jsonl'}" if rejected else "the file has none"
+        raise UserError(f"{annotations}: no row can be used; {where}")
     info = {"annotations": str(annotations), "rejected_rows": len(rejected)}
     with _writable(folder):
         write_manifest(folder, chunk_root=chunk_root, chunks=chunks, samples=samples, info=info)
