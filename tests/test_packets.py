@@ -9,6 +9,7 @@ import pytest
 from avion_dali.decode.packets import (
     PacketTable,
     UnorderedStreamError,
+    drop_unneeded,
     droppable_packets,
     h264_slice_header,
     plan_runs,
@@ -20,8 +21,7 @@ from avion_dali.decode.packets import (
 def table(pts: list[int], keys: list[int]) -> PacketTable:
     times = np.array(pts)
     keyframe = np.isin(np.arange(len(pts)), keys)
-    shown = np.ones(len(pts), dtype=bool)
-    return PacketTable([None] * len(pts), times, keyframe, shown, np.argsort(times))
+    return PacketTable([None] * len(pts), times, keyframe, np.argsort(times))
 
 
 def test_a_run_begins_at_the_keyframe_and_ends_at_the_last_wanted_packet() -> None:
@@ -37,7 +37,7 @@ def test_untouched_gops_are_skipped() -> None:
 
 def test_unwanted_droppable_packets_are_left_out_and_wanted_ones_kept() -> None:
     droppable = np.array([False, False, True, True, False, False, True, True])
-    (run,) = plan_runs(table([0, 3, 1, 2, 4, 7, 5, 6], [0]), [2, 5], droppable)
+    (run,) = drop_unneeded(plan_runs(table([0, 3, 1, 2, 4, 7, 5, 6], [0]), [2, 5]), droppable)
     assert run.positions == (0, 1, 3, 4, 5, 6)
     assert run.wanted == (3, 6)
 

@@ -25,14 +25,13 @@ class PacketTable:
         packets: the coded packets.
         pts: int64 (P,) presentation times in ticks of the stream's time base, all different.
         keyframe: bool (P,), decoding can start here.
-        shown: bool (P,), False for packets that an edit list hides: decoded, never delivered.
-        order: int64 (F,), decode position of the f-th frame in presentation order.
+        order: int64 (F,), decode position of the f-th frame in presentation order. Frames that an edit list
+            hides, or that nobody can decode, are no frames.
     """
 
     packets: Sequence[Packet]
     pts: np.ndarray
     keyframe: np.ndarray
-    shown: np.ndarray
     order: np.ndarray
 
 
@@ -65,8 +64,8 @@ def read_packets(packets: Iterable[Packet], last_frame_id: int) -> PacketTable:
     """
     kept: list[Packet] = []
     times: list[int] = []
-    shown: list[bool] = []
-    visible: list[int] = []
+    shown: list[int] = []  # positions of the packets whose frames a decoder delivers
+    visible: list[int] = []  # and their times
     horizon, first_key = None, None
     for packet in packets:
         if not packet.size:  # the demuxer's end marker
@@ -79,32 +78,24 @@ def read_packets(packets: Iterable[Packet], last_frame_id: int) -> PacketTable:
             break
         kept.append(packet)
         times.append(packet.pts)
-        shown.append(not packet.is_discard)
         if first_key is None and packet.is_keyframe:
             first_key = packet.pts
         # Frames that precede the first keyframe in either order cannot be decoded by anybody.
         if first_key is None or packet.pts < first_key or packet.is_discard:
             continue
+        shown.append(len(kept) - 1)
         visible.append(packet.pts)
         if len(visible) > last_frame_id and (horizon is None or packet.pts < horizon):
             horizon = sorted(visible)[last_frame_id]
-    return _table(kept, np.array(times, dtype=np.int64), np.array(shown, dtype=bool))
-
-
-def _table(packets: list[Packet], pts: np.ndarray, shown: np.ndarray) -> PacketTable:
-    if len(np.unique(pts)) != len(pts):
+    pts = np.array(times, dtype=np.int64)
+    if len(set(times)) != len(times):
         raise UnorderedStreamError("packets share presentation times")
-    keyframe = np.array([p.is_keyframe for p in packets], dtype=bool)
-    # The same frames as `read_packets` counted.
-    first_key = int(np.argmax(keyframe)) if keyframe.any() else len(packets)
-    decodable = np.arange(len(packets)) >= first_key
-    if first_key < len(packets):
-        decodable &= pts >= pts[first_key]
-    order = np.argsort(pts, kind="stable")
-    return PacketTable(packets, pts, keyframe, shown, order[(shown & decodable)[order]])
+    keyframe = np.array([p.is_keyframe for p in kept], dtype=bool)
+    order = np.array(shown, dtype=np.int64)
+    return PacketTable(kept, pts, keyframe, order[np.argsort(pts[order])])
 
 
-def plan_runs(table: PacketTable, frame_ids: Sequence[int], droppable: np.ndarray | None = None) -> list[Run]:
+def plan_runs(table: PacketTable, frame_ids: Sequence[int]) -> list[Run]:
     """Choose the packets that a set of frames needs.
 
     A frame's run starts at the last keyframe that comes no later than the frame in decode order and in
@@ -113,7 +104,6 @@ def plan_runs(table: PacketTable, frame_ids: Sequence[int], droppable: np.ndarra
     Args:
         table: the file's packets.
         frame_ids: strictly increasing ids, each below `len(table.order)`.
-        droppable: bool (P,), True for packets that no other packet references; None drops nothing.
 
     Returns:
         Runs in decode order; together their `wanted` are the frames asked for, each once.
@@ -134,10 +124,20 @@ def plan_runs(table: PacketTable, frame_ids: Sequence[int], droppable: np.ndarra
         positions = np.arange(start, max(members) + 1)
         # Frames shown before the run's keyframe lean on the GOP before it; nothing after leans on them.
         positions = positions[table.pts[positions] >= table.pts[start]]
-        if droppable is not None:
-            positions = positions[~droppable[positions] | np.isin(positions, members)]
         runs.append(Run(tuple(positions.tolist()), tuple(sorted(members))))
     return runs
+
+
+def drop_unneeded(runs: Sequence[Run], droppable: np.ndarray) -> list[Run]:
+    """Leave out the packets that nobody references and nobody wants.
+
+    Args:
+        runs: planned runs.
+        droppable: bool (P,), True for packets that no other packet references.
+    """
+    return [
+        Run(tuple(p for p in run.positions if not droppable[p] or p in run.wanted), run.wanted) for run in runs
+    ]
 
 
 def spanning_run(table: PacketTable, frame_ids: Sequence[int]) -> Run:
@@ -172,21 +172,20 @@ def droppable_packets(table: PacketTable, runs: Sequence[Run], stream: VideoStre
     return droppable
 
 
-def begins_inside_open_gop(table: PacketTable, runs: Sequence[Run], stream: VideoStream) -> bool:
-    """Tell whether a run starts at an H.264 keyframe that is no IDR picture.
+def begins_inside_open_gop(keyframes: Iterable[Packet], stream: VideoStream) -> bool:
+    """Tell whether decoding starts at an H.264 keyframe that is no IDR picture.
 
     Such a run decodes exactly, but the decoder notes that earlier frames are absent, which it would call
     an error when asked to be strict.
 
     Args:
-        table: the file's packets.
-        runs: planned runs.
+        keyframes: the packets that decoding starts at.
         stream: the stream they belong to.
     """
     if stream.codec_context.codec.canonical_name != "h264":
         return False
     length_size = avcc_length_size(stream)
-    headers = (h264_slice_header(memoryview(table.packets[r.positions[0]]), length_size) for r in runs)
+    headers = (h264_slice_header(memoryview(packet), length_size) for packet in keyframes)
     return any(header is not None and header & 0x1F != 5 for header in headers)
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 
-import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
@@ -21,6 +20,7 @@ from avion_dali.decode.packets import (
     Run,
     UnorderedStreamError,
     begins_inside_open_gop,
+    drop_unneeded,
     droppable_packets,
     plan_runs,
     read_packets,
@@ -97,7 +97,7 @@ def _read_runs(part: ClipPart, decoder: str, plan: PlanRuns) -> list[VideoFrame]
 def _needed_runs(table: PacketTable, frame_ids: Sequence[int], stream: VideoStream) -> list[Run]:
     runs = plan_runs(table, frame_ids)
     droppable = droppable_packets(table, runs, stream)
-    return runs if droppable is None else plan_runs(table, frame_ids, droppable)
+    return runs if droppable is None else drop_unneeded(runs, droppable)
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def _packet_table(part: ClipPart, packets: Iterable[Packet]) -> PacketTable:
 
 def _decode_runs(part: ClipPart, stream: VideoStream, table: PacketTable, runs: list[Run]) -> list[VideoFrame]:
     context = stream.codec_context
-    if begins_inside_open_gop(table, runs, stream):
+    if begins_inside_open_gop((table.packets[run.positions[0]] for run in runs), stream):
         context.options = {}
     found: dict[int, VideoFrame] = {}
     for run in runs:
@@ -149,7 +149,9 @@ def _decode_run(context: VideoCodecContext, table: PacketTable, run: Run) -> dic
 
 
 def _pick(part: ClipPart, container: InputContainer, stream: VideoStream) -> list[VideoFrame]:
-    if _begins_inside_open_gop(container, stream):
+    container.seek(0)
+    first = (packet for packet in container.demux(stream) if packet.size and packet.is_keyframe)
+    if begins_inside_open_gop(islice(first, 1), stream):
         stream.codec_context.options = {}
     container.seek(0)
     wanted, frames = set(part.frame_ids), []
@@ -159,18 +161,6 @@ def _pick(part: ClipPart, container: InputContainer, stream: VideoStream) -> lis
         if index == part.frame_ids[-1]:
             return frames
     raise _UnreadableError(f"frame {part.frame_ids[len(frames)]} could not be decoded")
-
-
-def _begins_inside_open_gop(container: InputContainer, stream: VideoStream) -> bool:
-    """Tell whether the file's first keyframe is one that the strict decoder would stumble over."""
-    container.seek(0)
-    first = next((p for p in container.demux(stream) if p.size and p.is_keyframe), None)
-    if first is None:
-        return False
-    table = PacketTable(
-        [first], np.zeros(1, np.int64), np.ones(1, bool), np.ones(1, bool), np.zeros(1, np.int64)
-    )
-    return begins_inside_open_gop(table, [Run((0,), (0,))], stream)
 
 
 def _sound(frame_id: int, frame: VideoFrame | None) -> VideoFrame:
