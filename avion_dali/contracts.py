@@ -86,6 +86,21 @@ class CropWindow:
 
 
 @dataclass(frozen=True, slots=True)
+class PacketIndexRef:
+    """Where a chunk's packet index is stored.
+
+    Args:
+        path: absolute path of the index file, `packets.bin` of a manifest.
+        offset: first byte of the chunk's record.
+        num_bytes: length of the record.
+    """
+
+    path: str
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkRef:
     """What a worker must know of a chunk file to read it and to notice that it changed.
 
@@ -95,6 +110,7 @@ class ChunkRef:
         num_frames: frames in presentation order when the manifest was built.
         width: display width in pixels.
         height: display height in pixels.
+        index: its packet index, or None: then packets are found by opening the container.
     """
 
     path: str
@@ -102,6 +118,7 @@ class ChunkRef:
     num_frames: int
     width: int
     height: int
+    index: PacketIndexRef | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 from chunk_folders import NTSC_30, chunk_row, sample_row
 
-from avion_dali.contracts import UserError
+from avion_dali.contracts import ChunkRef, PacketIndexRef, UserError
 from avion_dali.data import manifest as module
-from avion_dali.data.manifest import Chunk, Manifest, Sample, write_manifest
+from avion_dali.data.manifest import Chunk, IndexWriter, Manifest, Sample, write_manifest
 
 CHUNKS = [
     chunk_row("P01/P01_01.MP4", 0),
@@ -168,7 +168,7 @@ def test_naming_a_file_instead_of_the_folder_is_a_user_error(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", '{"format_version": 2}', '{"num_chunks": 3}', "\udcff"], ids=repr
+    "text", ["", "{", "[]", "3", '{"format_version": 1}', '{"num_chunks": 3}', "\udcff"], ids=repr
 )
 def test_a_broken_or_foreign_manifest_json_is_refused(tmp_path: Path, text: str) -> None:
     (write(tmp_path) / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
@@ -219,7 +219,8 @@ def test_manifest_json_is_readable_and_cannot_be_overruled_by_info(tmp_path: Pat
     assert isinstance(facts.pop("fingerprint"), int)
     assert facts == {
         "note": "é",
-        "format_version": 1,
+        "format_version": 2,
+        "index_bytes": 0,
         "chunk_root": "/chunks",
         "num_chunks": 3,
         "num_samples": 3,
@@ -231,3 +232,30 @@ def test_the_fingerprint_follows_the_rows_and_not_the_place(tmp_path: Path) -> N
     assert Manifest(first).fingerprint == Manifest(second).fingerprint
     write(third, samples=[*SAMPLES[:-1], sample_row(1.5, 2.5)])
     assert Manifest(third).fingerprint != Manifest(first).fingerprint
+
+
+def test_packet_indexes_are_found_where_the_manifest_is_now(tmp_path: Path) -> None:
+    with IndexWriter(tmp_path / "m") as writer:
+        places = [writer.add(record) for record in (b"first", b"", b"third")]
+        writer.finish()
+    refs = [ChunkRef(f"/chunks/{n}.mp4", 10, 90, 64, 48, index=place) for n, place in enumerate(places)]
+    chunks = [Chunk(ref, f"{n}", 0.0, Fraction(30), "h264") for n, ref in enumerate(refs)]
+    write_manifest(tmp_path / "m", chunk_root="/chunks", chunks=chunks, samples=[])
+    (tmp_path / "m").rename(tmp_path / "moved")
+    found = [Manifest(tmp_path / "moved").chunk(row).ref.index for row in range(3)]
+    path = str(tmp_path / "moved" / "packets.bin")
+    assert found == [PacketIndexRef(path, 0, 5), None, PacketIndexRef(path, 5, 5)]
+    (tmp_path / "moved" / "packets.bin").write_bytes(b"short")
+    with pytest.raises(UserError, match="packets.bin"):
+        Manifest(tmp_path / "moved")
+
+
+def test_an_unfinished_index_leaves_the_old_one(tmp_path: Path) -> None:
+    with IndexWriter(tmp_path) as writer:
+        writer.add(b"old")
+        writer.finish()
+    with pytest.raises(RuntimeError), IndexWriter(tmp_path) as writer:
+        writer.add(b"new")
+        raise RuntimeError("interrupted")
+    assert [p.name for p in tmp_path.iterdir()] == ["packets.bin"]
+    assert (tmp_path / "packets.bin").read_bytes() == b"old"

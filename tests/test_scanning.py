@@ -7,8 +7,10 @@ import make_videos
 import pytest
 from chunk_folders import copy_chunks
 
-from avion_dali.contracts import UserError
+from avion_dali.contracts import PacketIndexRef, UserError
 from avion_dali.data import scanning
+from avion_dali.data.manifest import IndexWriter
+from avion_dali.data.probe import probe_chunk
 from avion_dali.data.scanning import find_chunk_files, scan_chunks
 
 
@@ -136,9 +138,9 @@ def test_progress_is_told_while_probing(
     happened: list[str] = []
     probe = scanning.probe_chunk
 
-    def noting(path: Path) -> object:
+    def noting(path: Path, *, index: bool) -> object:
         happened.append("probe")
-        return probe(path)
+        return probe(path, index=index)
 
     monkeypatch.setattr(scanning, "probe_chunk", noting)
     scan_chunks(tmp_path, jobs=1, on_progress=lambda _: happened.append("report"))
@@ -153,3 +155,15 @@ def test_a_chunk_of_an_unknown_codec_is_listed_and_not_fatal(tmp_path: Path, chu
     assert len(chunks) == 1
     assert [Path(u.path).name for u in unusable] == ["1.mp4"]
     assert unusable[0].reason.startswith("corrupt")
+
+
+def test_indexes_of_usable_chunks_go_to_the_writer(tmp_path: Path, chunk_file: Path) -> None:
+    copy_chunks(chunk_file, tmp_path / "chunks", {"a": [0, 1], "b": [0]})
+    (tmp_path / "chunks" / "a" / "1.mp4").write_bytes(b"no video")
+    with IndexWriter(tmp_path / "m") as writer:
+        chunks, _ = scan_chunks(tmp_path / "chunks", jobs=1, index=writer)
+        writer.finish()
+    record = probe_chunk(chunk_file, index=True).packet_index
+    assert (tmp_path / "m" / "packets.bin").read_bytes() == 2 * record
+    path = str(tmp_path / "m" / "packets.bin")
+    assert [c.ref.index for c in chunks] == [PacketIndexRef(path, n * len(record), len(record)) for n in (0, 1)]

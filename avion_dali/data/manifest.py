@@ -1,8 +1,9 @@
 """The manifest: what can be trained on, as memory-mapped Arrow tables.
 
-A manifest is a folder of three files. `chunks.arrow` holds one row per chunk file with its probed facts,
+A manifest is a folder of four files. `chunks.arrow` holds one row per chunk file with its probed facts,
 sorted by (video, start); `samples.arrow` holds one row per clip with its time span, its chunks (a run of
-rows of the other table) and its token ids; `manifest.json` says how it was made. Both tables are written
+rows of the other table) and its token ids; `packets.bin` holds the chunks' packet indexes, which decode
+workers read for themselves; `manifest.json` says how it was made. Both tables are written
 in record batches of a fixed row count, so that a batch's strings stay far below Arrow's 2 GB limit and a
 row is found by division. Columns are memory-mapped: opening costs nothing and all processes share pages.
 """
@@ -22,11 +23,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from avion_dali.contracts import ChunkRef, UserError
+from avion_dali.contracts import ChunkRef, PacketIndexRef, UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROWS_PER_BATCH = 65_536
-_REQUIRED_FACTS = ("chunk_root", "num_chunks", "num_samples", "fingerprint")
+INDEX_FILE = "packets.bin"
+_REQUIRED_FACTS = ("chunk_root", "num_chunks", "num_samples", "index_bytes", "fingerprint")
 
 CHUNK_SCHEMA = pa.schema(
     [
@@ -41,6 +43,8 @@ CHUNK_SCHEMA = pa.schema(
         ("size_bytes", pa.int64()),
         ("codec", pa.string()),
         ("frame_times", pa.list_(pa.float64())),  # null for a constant frame rate
+        ("index_offset", pa.int64()),  # of its record in packets.bin
+        ("index_bytes", pa.int32()),  # 0 for a chunk without index
     ]
 )
 SAMPLE_SCHEMA = pa.schema(
@@ -160,6 +164,8 @@ class Manifest:
         self.folder = Path(folder)
         self.info = _read_info(self.folder)
         self.chunk_root = os.path.abspath(chunk_root or self.info["chunk_root"])
+        self._index_path = os.path.abspath(self.folder / INDEX_FILE)
+        _check_index_file(self._index_path, self.info["index_bytes"])
         self._chunks = _MappedTable(self.folder / "chunks.arrow")
         self._samples = _MappedTable(self.folder / "samples.arrow")
         # Reading the timestamps of a variable-rate chunk costs milliseconds, and clips share chunks.
@@ -216,12 +222,15 @@ class Manifest:
         table = self._chunks
         batch, i = table.locate(row)
         times = table.value(batch, "frame_times", i)
+        index_bytes = table.number(batch, "index_bytes", i)
+        index = PacketIndexRef(self._index_path, table.number(batch, "index_offset", i), index_bytes)
         ref = ChunkRef(
             path=os.path.join(self.chunk_root, table.value(batch, "path", i)),
             size_bytes=table.number(batch, "size_bytes", i),
             num_frames=table.number(batch, "num_frames", i),
             width=table.number(batch, "width", i),
             height=table.number(batch, "height", i),
+            index=index if index_bytes else None,
         )
         return Chunk(
             ref=ref,
@@ -231,6 +240,50 @@ class Manifest:
             codec=table.value(batch, "codec", i),
             frame_times=None if times is None else np.asarray(times),
         )
+
+
+class IndexWriter:
+    """Writes the packet indexes of a manifest as they are made.
+
+    As a context manager: what an error leaves unfinished is deleted.
+
+    Args:
+        folder: the manifest's folder; it is made.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._path = Path(folder).absolute() / INDEX_FILE
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = self._path.with_suffix(".partial")
+        self._file = self._partial.open("wb")
+        self._end = 0
+
+    def add(self, record: bytes) -> PacketIndexRef | None:
+        """Append a chunk's record.
+
+        Args:
+            record: from `ChunkFacts.packet_index`; an empty one is not stored.
+
+        Returns:
+            Where it lies, or None for an empty one.
+        """
+        if not record:
+            return None
+        self._file.write(record)
+        self._end += len(record)
+        return PacketIndexRef(str(self._path), self._end - len(record), len(record))
+
+    def finish(self) -> None:
+        """Give the file its name; runs that read the file before it keep doing so."""
+        self._file.close()
+        os.replace(self._partial, self._path)
+
+    def __enter__(self) -> IndexWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
 
 
 def write_manifest(
@@ -246,13 +299,14 @@ def write_manifest(
     Args:
         folder: where to write; its parents are made.
         chunk_root: the folder that the chunks' paths are stored relative to.
-        chunks: all chunk rows, sorted by (video, start).
+        chunks: all chunk rows, sorted by (video, start); their indexes are in the folder already.
         samples: all clip rows; their `first_chunk` counts the rows of `chunks`.
         info: further facts for `manifest.json`.
     """
     folder, root = Path(folder), str(Path(chunk_root).resolve())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
+    index_path = folder / INDEX_FILE
     num_chunks = _write_table(folder / "chunks.arrow", CHUNK_SCHEMA, (_chunk_row(c, root) for c in chunks))
     num_samples = _write_table(folder / "samples.arrow", SAMPLE_SCHEMA, (_sample_row(s) for s in samples))
     facts = {
@@ -261,6 +315,7 @@ def write_manifest(
         "chunk_root": root,
         "num_chunks": num_chunks,
         "num_samples": num_samples,
+        "index_bytes": index_path.stat().st_size if index_path.exists() else 0,
         "fingerprint": _checksum(folder / "chunks.arrow", folder / "samples.arrow"),
     }
     (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -289,6 +344,8 @@ def _chunk_row(chunk: Chunk, root: str) -> dict[str, Any]:
         "size_bytes": chunk.ref.size_bytes,
         "codec": chunk.codec,
         "frame_times": chunk.frame_times,
+        "index_offset": chunk.ref.index.offset if chunk.ref.index else 0,
+        "index_bytes": chunk.ref.index.num_bytes if chunk.ref.index else 0,
     }
 
 
@@ -317,6 +374,12 @@ def _blocks(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str
             block = []
     if block:
         yield block
+
+
+def _check_index_file(path: str, num_bytes: int) -> None:
+    found = os.path.getsize(path) if os.path.exists(path) else 0
+    if found != num_bytes:
+        raise UserError(f"{path} has {found} bytes, manifest.json says {num_bytes}; build the manifest again")
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

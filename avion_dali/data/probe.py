@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -19,6 +19,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, FailureKind
+from avion_dali.data.indexing import PacketCollector
 
 AUDIO_PRIMING_SECONDS = 0.1  # sound may begin this much early without meaning anything (AAC priming)
 MAX_MISSING_SECONDS = 1.0  # a file may end this much before its stated duration (rounding, last frame)
@@ -57,6 +58,7 @@ class ChunkFacts:
         start_s: seconds on a player's clock before the first frame; 0 nearly always.
         is_cfr: True when every frame lies within one clock tick of `index / fps`.
         frame_times: float64 (num_frames,), seconds after the first frame; None for a constant rate.
+        packet_index: packed index of the packets; empty when not asked for or not possible.
     """
 
     path: str
@@ -73,6 +75,7 @@ class ChunkFacts:
     is_cfr: bool
     start_s: float = 0.0
     frame_times: np.ndarray | None = field(default=None, compare=False)
+    packet_index: bytes = field(default=b"", compare=False, repr=False)
 
 
 @contextmanager
@@ -122,11 +125,12 @@ def open_video(
             raise failure("corrupt", error.strerror or type(error).__name__) from error
 
 
-def probe_chunk(path: str | os.PathLike[str]) -> ChunkFacts:
+def probe_chunk(path: str | os.PathLike[str], *, index: bool = False) -> ChunkFacts:
     """Read the facts of a video file.
 
     Args:
         path: the video file.
+        index: make a packet index too.
 
     Returns:
         Its facts.
@@ -135,10 +139,11 @@ def probe_chunk(path: str | os.PathLike[str]) -> ChunkFacts:
         DecodeError: `missing`, or `corrupt` when it is no video, is empty, or ends too early.
     """
     name = os.fspath(path)
-    with open_video(path) as (container, stream):
+    with open_video(path) as (container, stream), open(path, "rb") if index else nullcontext() as file:
         size_bytes = os.stat(path).st_size
         _check_index(name, stream, size_bytes)
-        table = _scan(name, container, stream)
+        collector = PacketCollector(file.fileno(), container, stream) if file else None
+        table = _scan(name, container, stream, collector)
         if not len(table.shown):
             raise _corrupt(name, "holds no decodable frame")
         tick = stream.time_base or Fraction(1, 1000)
@@ -162,6 +167,7 @@ def probe_chunk(path: str | os.PathLike[str]) -> ChunkFacts:
             is_cfr=is_cfr,
             start_s=_start_seconds(container, int(table.shown[0]) * tick),
             frame_times=None if is_cfr else (table.shown - table.shown[0]) * float(tick),
+            packet_index=collector.record(len(table.shown)) if collector else b"",
         )
 
 
@@ -234,7 +240,9 @@ def _check_index(name: str, stream: VideoStream, size_bytes: int) -> None:
         raise _corrupt(name, f"is truncated: its index needs {end} bytes, the file has {size_bytes}")
 
 
-def _scan(name: str, container: InputContainer, stream: VideoStream) -> _PacketTable:
+def _scan(
+    name: str, container: InputContainer, stream: VideoStream, collector: PacketCollector | None
+) -> _PacketTable:
     """Walk over the packets; which of them become frames follows what FFmpeg's decoders drop."""
     rows: list[tuple[int | None, int | None, int, bool]] = []
     rotation = 0
@@ -247,6 +255,8 @@ def _scan(name: str, container: InputContainer, stream: VideoStream) -> _PacketT
             if not packet.is_keyframe:
                 continue  # nothing before the first keyframe can be decoded
             rotation = _rotation(stream, bytes(packet))
+        if collector is not None:
+            collector.add(packet)
         rows.append((packet.pts, packet.dts, packet.duration or 0, packet.is_discard))
     # AVI carries decoding times only; their sorted order has the same spacing as presentation times.
     column = 1 if any(row[0] is None for row in rows) else 0

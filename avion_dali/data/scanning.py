@@ -6,16 +6,20 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from avion_dali.contracts import ChunkRef, DecodeError, UserError
-from avion_dali.data.manifest import Chunk
+from avion_dali.contracts import ChunkRef, DecodeError, PacketIndexRef, UserError
+from avion_dali.data.manifest import Chunk, IndexWriter
 from avion_dali.data.probe import probe_chunk
 
 CHUNK_SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi"})
 # Below this many files, starting processes takes longer than probing.
 _SERIAL_LIMIT = 64
+
+
+ChunkFile = tuple[str, float, Path]  # video, start in seconds, file
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,10 @@ class UnusableChunk:
     reason: str
 
 
-def find_chunk_files(folder: str | Path) -> list[tuple[str, float, Path]]:
+Probed = tuple[Chunk | UnusableChunk, bytes]
+
+
+def find_chunk_files(folder: str | Path) -> list[ChunkFile]:
     """List a folder's chunk files, sorted by video and start.
 
     Args:
@@ -59,13 +66,18 @@ def find_chunk_files(folder: str | Path) -> list[tuple[str, float, Path]]:
 
 
 def scan_chunks(
-    folder: str | Path, *, jobs: int, on_progress: Callable[[int], object] | None = None
+    folder: str | Path,
+    *,
+    jobs: int,
+    index: IndexWriter | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> tuple[list[Chunk], list[UnusableChunk]]:
     """Probe all chunks of a folder in parallel.
 
     Args:
         folder: the chunk folder.
         jobs: processes.
+        index: takes the packet index of each usable chunk; without one, none are made.
         on_progress: called with the number of files done.
 
     Returns:
@@ -77,13 +89,14 @@ def scan_chunks(
     files = find_chunk_files(folder)
     chunks: list[Chunk] = []
     unusable: list[UnusableChunk] = []
-    for done, result in enumerate(_probe_all(files, jobs), start=1):
+    probe = partial(_probe, index=index is not None)
+    for done, (result, record) in enumerate(_probe_all(files, jobs, probe), start=1):
         if isinstance(result, UnusableChunk):
             unusable.append(result)
         elif chunks and (result.video, result.start_s) == (chunks[-1].video, chunks[-1].start_s):
             unusable.append(UnusableChunk(result.ref.path, f"holds the same seconds as {chunks[-1].ref.path}"))
         else:
-            chunks.append(result)
+            chunks.append(result if index is None else _indexed(result, index.add(record)))
         if on_progress is not None:
             on_progress(done)
     return chunks, unusable
@@ -101,28 +114,32 @@ def _files_below(root: Path) -> Iterator[Path]:
         yield from (path for path in (Path(folder, name) for name in names) if path.is_file())
 
 
-def _probe_all(files: list[tuple[str, float, Path]], jobs: int) -> Iterator[Chunk | UnusableChunk]:
+def _indexed(chunk: Chunk, index: PacketIndexRef | None) -> Chunk:
+    return replace(chunk, ref=replace(chunk.ref, index=index))
+
+
+def _probe_all(files: list[ChunkFile], jobs: int, probe: Callable[[ChunkFile], Probed]) -> Iterator[Probed]:
     if jobs <= 1 or len(files) < _SERIAL_LIMIT:
-        yield from map(_probe, files)
+        yield from map(probe, files)
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_probe, files, chunksize=16)
+        yield from pool.map(probe, files, chunksize=16)
 
 
-def _probe(file: tuple[str, float, Path]) -> Chunk | UnusableChunk:
+def _probe(file: ChunkFile, *, index: bool) -> Probed:
+    """Return a file's facts, or why it is unusable, and its packet index."""
     video, start_s, path = file
     try:
-        facts = probe_chunk(path)
+        facts = probe_chunk(path, index=index)
     except DecodeError as error:
-        return UnusableChunk(str(path), f"{error.kind}: {error.cause}")
+        return UnusableChunk(str(path), f"{error.kind}: {error.cause}"), b""
     except Exception as error:  # a process boundary: what one damaged file provokes is that file's failure
-        return UnusableChunk(str(path), f"corrupt: {type(error).__name__}: {error}")
+        return UnusableChunk(str(path), f"corrupt: {type(error).__name__}: {error}"), b""
     if facts.rotation:
-        return UnusableChunk(
-            str(path), f"rotated by {facts.rotation} degrees; chunk it with `avion-dali chunk`"
-        )
+        reason = f"rotated by {facts.rotation} degrees; chunk it with `avion-dali chunk`"
+        return UnusableChunk(str(path), reason), b""
     ref = ChunkRef(str(path), facts.size_bytes, facts.num_frames, facts.width, facts.height)
-    return Chunk(ref, video, start_s, facts.fps, facts.codec, facts.frame_times)
+    return Chunk(ref, video, start_s, facts.fps, facts.codec, facts.frame_times), facts.packet_index
 
 
 def _is_second(stem: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
-from avion_dali.data.manifest import Sample, write_manifest
+from avion_dali.data.manifest import IndexWriter, Sample, write_manifest
 from avion_dali.data.scanning import UnusableChunk, scan_chunks
 from avion_dali.data.text import clip_tokenizer
 from avion_dali.datasets.spans import ChunkLookup, SpanError
@@ -89,19 +89,20 @@ def build_captions_manifest(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --output names the manifest's folder")
     rows = list(read_rows(Path(annotations)))
-    chunks, unusable = scan_chunks(chunk_root, jobs=jobs or available_cores(), on_progress=on_progress)
-    samples, rejected = _place(rows, ChunkLookup(chunks))
-    with _writable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with _writable(folder), IndexWriter(folder) as index:
+        chunks, unusable = scan_chunks(
+            chunk_root, jobs=jobs or available_cores(), index=index, on_progress=on_progress
+        )
+        samples, rejected = _place(rows, ChunkLookup(chunks))
         _write_jsonl(folder / "rejected.jsonl", [asdict(r) for r in rejected])
         _write_jsonl(folder / "unusable_chunks.jsonl", [asdict(u) for u in unusable])
-    if rejected and not skip_bad_rows:
-        raise UserError(_refusal(annotations, rejected, unusable, folder))
-    if not samples:
-        where = f"reasons are in {folder / 'rejected.jsonl'}" if rejected else "the file has none"
-        raise UserError(f"{annotations}: no row can be used; {where}")
-    info = {"annotations": str(annotations), "rejected_rows": len(rejected)}
-    with _writable(folder):
+        if rejected and not skip_bad_rows:
+            raise UserError(_refusal(annotations, rejected, unusable, folder))
+        if not samples:
+            where = f"reasons are in {folder / 'rejected.jsonl'}" if rejected else "the file has none"
+            raise UserError(f"{annotations}: no row can be used; {where}")
+        info = {"annotations": str(annotations), "rejected_rows": len(rejected)}
+        index.finish()
         write_manifest(folder, chunk_root=chunk_root, chunks=chunks, samples=samples, info=info)
     without_classes = sum(not (s.verb and s.nouns) for s in samples)
     return BuildReport(len(samples), len(chunks), without_classes, tuple(rejected), tuple(unusable))

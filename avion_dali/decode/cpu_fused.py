@@ -1,4 +1,4 @@
-"""`--decoder cpu-fused`: the packet plan, then crop, scale and RGB in one filter graph."""
+"""`--decoder cpu-fused`: the packet plan, then crop, scale and RGB in one filter graph; both are reused."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from avion_dali.contracts import ClipRequest
 from avion_dali.decode.clip import fill_clip
-from avion_dali.decode.reading import read_planned
-from avion_dali.decode.rendering import FusedView
+from avion_dali.decode.reading import read_planned, reused_decoder
+from avion_dali.decode.rendering import forget_graphs, fused_view
 
 
 def decode_clip(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
@@ -20,4 +20,10 @@ def decode_clip(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
     Raises:
         DecodeError: when a chunk cannot give its frames.
     """
-    fill_clip(request, frames_VTHWC, read_frames=read_planned, view=FusedView)
+    try:
+        fill_clip(request, frames_VTHWC, read_frames=read_planned, make_view=fused_view)
+    except BaseException:
+        # A decoder or graph that stopped half-way may still hold a picture of this clip.
+        reused_decoder.cache_clear()
+        forget_graphs()
+        raise

@@ -7,7 +7,7 @@ import numpy as np
 from avion_dali.contracts import ClipRequest
 from avion_dali.decode.clip import fill_clip
 from avion_dali.decode.reading import read_spanned
-from avion_dali.decode.rendering import FusedView
+from avion_dali.decode.rendering import fresh_fused_view
 
 
 def decode_clip(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
@@ -20,4 +20,4 @@ def decode_clip(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
     Raises:
         DecodeError: when a chunk cannot give its frames.
     """
-    fill_clip(request, frames_VTHWC, read_frames=read_spanned, view=FusedView)
+    fill_clip(request, frames_VTHWC, read_frames=read_spanned, make_view=fresh_fused_view)

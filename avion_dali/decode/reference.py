@@ -20,4 +20,4 @@ def decode_clip(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
     Raises:
         DecodeError: when a chunk cannot give its frames.
     """
-    fill_clip(request, frames_VTHWC, read_frames=read_everything, view=ReferenceView)
+    fill_clip(request, frames_VTHWC, read_frames=read_everything, make_view=ReferenceView)

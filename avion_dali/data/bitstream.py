@@ -1,0 +1,204 @@
+"""The few header bits of a coded picture that random access needs; no pixel is decoded.
+
+Two questions are asked of every packet: can decoding start here, and does any other picture lean on it?
+H.264 and HEVC answer in the first bytes of their NAL units; other codecs are taken at their container's word
+(the keyframe flag). Whatever is damaged or unknown gets the answer that is safe to act on: no entry, but kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from itertools import chain, pairwise
+
+_START_CODE = b"\0\0\1"
+_IGNORED, _SLICE, _KEPT = 0, 1, 2  # flags: carries picture data; decoding of other pictures needs it
+
+
+class Entry(IntEnum):
+    """How decoding can start at a picture.
+
+    - NONE: not at all.
+    - OPEN: frames shown at or after it come out exact, frames shown before it lean on what came earlier
+      (non-IDR recovery points, CRA).
+    - CLEAN: no frame that a decoder delivers from here on leans on anything earlier (IDR, BLA, or a keyframe
+      of another codec).
+    """
+
+    NONE = 0
+    OPEN = 1
+    CLEAN = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PictureTraits:
+    """What random access needs to know of one coded picture.
+
+    Args:
+        entry: how decoding can start here.
+        is_reference: False only when certainly no other picture of the same temporal layer refers to this
+            one, and its packet brings nothing else (parameter sets) that others need.
+        layer: temporal sub-layer, >= 0; a picture refers to its own and to lower layers only. 0 for codecs
+            without.
+    """
+
+    entry: Entry
+    is_reference: bool
+    layer: int
+
+
+_traits = cache(PictureTraits)  # a few dozen values serve millions of packets
+_UNKNOWN = PictureTraits(Entry.NONE, True, 0)
+
+
+def nal_length_size(codec: str, extradata: bytes) -> int:
+    """Return how many bytes hold the length in front of each NAL unit of a stream.
+
+    This is lengthSizeMinusOne of the avcC and hvcC records (ISO/IEC 14496-15, sections 5.3.3.1 and 8.3.3.1).
+
+    Args:
+        codec: FFmpeg's canonical codec name.
+        extradata: the stream's decoder configuration.
+
+    Returns:
+        1 to 4, or 0 for units parted by start codes (ITU-T H.264 and H.265, Annex B) and for other codecs.
+    """
+    if codec == "h264" and len(extradata) >= 7 and extradata[0] == 1:
+        return (extradata[4] & 3) + 1
+    # Early muxers wrote hvcC version 0; the profile byte after it still tells the record from a start code.
+    if codec == "hevc" and len(extradata) >= 23 and extradata[0] <= 1 and extradata[:3] > _START_CODE:
+        return (extradata[21] & 3) + 1
+    return 0
+
+
+def picture_traits(
+    data: bytes | memoryview, *, codec: str, length_size: int, is_keyframe: bool
+) -> PictureTraits:
+    """Read how random access may treat one packet.
+
+    Every byte string has an answer, found in time linear in its length at worst; usually the first slice
+    settles it.
+
+    Args:
+        data: the packet's bytes.
+        codec: FFmpeg's canonical codec name.
+        length_size: bytes of each NAL unit's length, see `nal_length_size`.
+        is_keyframe: the container's flag; an entry needs it, save H.264's IDR pictures, which speak for
+            themselves.
+    """
+    roles = _ROLES.get(codec)
+    if roles is None:
+        return _traits(Entry.CLEAN if is_keyframe else Entry.NONE, True, 0)
+    units = _prefixed_units(data, length_size) if length_size else _parted_units(bytes(data))
+    ahead: list[int] = []
+    try:
+        for unit in units:
+            ahead.append(unit)
+            if roles[data[unit]] & _SLICE:
+                break
+        else:
+            return _UNKNOWN
+        # A picture's slices agree, but a packet may hold two fields, each a picture of its own.
+        needed = roles[data[unit]] & _KEPT or any(roles[data[u]] & _KEPT for u in chain(ahead, units))
+    except ValueError:
+        return _UNKNOWN
+    if codec == "hevc":
+        return _hevc_traits(data[unit], data[unit + 1], bool(needed), is_keyframe)
+    return _traits(_h264_entry(data, ahead, length_size, is_keyframe), bool(needed), 0)
+
+
+def _prefixed_units(data: bytes | memoryview, length_size: int) -> Iterator[int]:
+    """Yield where each NAL unit's header starts; ValueError when a length cannot be true."""
+    at, end = 0, len(data)
+    while at + length_size + 2 <= end:  # what is shorter is no slice and no parameter set
+        size = int.from_bytes(data[at : at + length_size], "big")
+        at += length_size
+        if not 0 < size <= end - at:
+            raise ValueError("damaged NAL unit length")
+        yield at
+        at += size
+
+
+def _parted_units(data: bytes) -> Iterator[int]:
+    """Yield where each NAL unit's header starts, behind its start code."""
+    at = data.find(_START_CODE)
+    while 0 <= at <= len(data) - 5:
+        yield at + 3
+        at = data.find(_START_CODE, at + 3)
+
+
+def _h264_role(header: int) -> int:
+    """Sort NAL units by their first byte (ITU-T H.264, section 7.4.1 and Table 7-1)."""
+    kind = header & 0x1F
+    if header & 0x80:  # forbidden_zero_bit: decoders pass over such a unit
+        return _IGNORED
+    if 1 <= kind <= 5:
+        return _SLICE | _KEPT if header & 0x60 else _SLICE  # nal_ref_idc
+    return _KEPT if kind in (7, 8, 13, 15) else _IGNORED  # parameter sets
+
+
+def _hevc_role(header: int) -> int:
+    """Sort NAL units by their first byte (ITU-T H.265, section 7.4.2.2 and Table 7-1)."""
+    kind = header >> 1 & 0x3F
+    if header & 0x80:
+        return _IGNORED
+    if kind < 32:
+        return _SLICE if kind < 16 and kind % 2 == 0 else _SLICE | _KEPT  # sub-layer non-reference pictures
+    return _KEPT if kind <= 34 else _IGNORED  # parameter sets
+
+
+_ROLES = {
+    "h264": tuple(_h264_role(header) for header in range(256)),
+    "hevc": tuple(_hevc_role(header) for header in range(256)),
+}
+
+
+def _hevc_traits(first: int, second: int, is_reference: bool, is_keyframe: bool) -> PictureTraits:
+    """Read the two bytes of a slice's NAL header (ITU-T H.265, section 7.3.1.2)."""
+    kind, layer = first >> 1, (second & 7) - 1
+    if layer < 0:  # nuh_temporal_id_plus1 is never 0
+        return _UNKNOWN
+    entry = Entry.NONE
+    if is_keyframe and 16 <= kind <= 21:
+        entry = Entry.OPEN if kind == 21 else Entry.CLEAN  # 16-18 BLA, 19-20 IDR, 21 CRA
+    return _traits(entry, is_reference, layer)
+
+
+def _h264_entry(data: bytes | memoryview, units: Sequence[int], length_size: int, is_keyframe: bool) -> Entry:
+    """Tell how decoding can start at a picture whose NAL units up to its first slice are given."""
+    if data[units[-1]] & 0x1F == 5:
+        return Entry.CLEAN
+    if is_keyframe:
+        gap = length_size or len(_START_CODE)
+        for unit, following in pairwise(units):
+            if data[unit] & 0x9F == 6 and _recovers_at_once(bytes(data[unit + 1 : following - gap])):
+                return Entry.OPEN
+    return Entry.NONE
+
+
+def _recovers_at_once(message: bytes) -> bool:
+    """Tell whether SEI messages hold a recovery point (type 6) that is exact from this very picture on.
+
+    That is recovery_frame_cnt == 0, whose Exp-Golomb code is the single bit 1, and then exact_match_flag
+    (ITU-T H.264, sections 7.3.2.3.1, 9.1 and D.2.8). With a count above 0 (gradual intra refresh), or with
+    frames that only come close, a clip would not get the frames that decoding from the start gives.
+    """
+    message = message.replace(b"\0\0\3", b"\0\0")  # emulation prevention
+    at = 0
+    while at < len(message):
+        kind, at = _sum_bytes(message, at)
+        size, at = _sum_bytes(message, at)
+        if kind == 6:
+            return 0 < size <= len(message) - at and message[at] & 0xC0 == 0xC0
+        at += size
+    return False
+
+
+def _sum_bytes(message: bytes, at: int) -> tuple[int, int]:
+    """Read a number written as bytes of 255 and a smaller last one; return it and where it ends."""
+    total = 0
+    while at < len(message) and message[at] == 255:
+        total, at = total + 255, at + 1
+    return total + (message[at] if at < len(message) else 0), at + 1

@@ -1,0 +1,157 @@
+"""Make a chunk's packet index while its packets pass by, and decoders that need no container.
+
+Imports numpy and PyAV alone, since decode workers share it.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
+from av.video.stream import VideoStream
+
+from avion_dali.data.bitstream import PictureTraits, nal_length_size, picture_traits
+from avion_dali.data.packet_index import PacketPlaces, StreamFacts, pack_index, table_of
+
+# Codecs whose packets a decoder takes as they lie in the file, one picture each.
+INDEXED_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mjpeg"})
+# Damaged slices are an error, not something to paint over.
+STRICT = {"err_detect": "explode"}
+# FFmpeg's own AV1 decoder only drives hardware.
+_DECODER_NAMES = {"av1": "libdav1d"}
+# Matroska and AVI point at a small header before the payload.
+_PAYLOAD_WITHIN = 64
+
+
+def stream_facts(stream: VideoStream) -> StreamFacts:
+    """Return what a decoder must be told of a stream.
+
+    Args:
+        stream: of an open container.
+    """
+    context = stream.codec_context
+    return StreamFacts(
+        codec=context.codec.canonical_name,
+        extradata=context.extradata or b"",
+        width=context.width,
+        height=context.height,
+        colorspace=int(context.colorspace),
+        color_range=int(context.color_range),
+    )
+
+
+def tells_order(container: InputContainer, stream: VideoStream) -> bool:
+    """Tell whether packets carry the times at which their pictures are shown.
+
+    AVI stores none; where a codec reorders pictures, what FFmpeg gives in their place is a guess.
+
+    Args:
+        container: an open file.
+        stream: its video stream.
+    """
+    return container.format.name != "avi" or not stream.codec_context.codec.reorder
+
+
+def make_decoder(stream: StreamFacts, *, strict: bool) -> VideoCodecContext:
+    """Make a decoder that runs on the caller's thread.
+
+    Args:
+        stream: what it will decode.
+        strict: fail on damaged slices instead of painting over them.
+    """
+    name = _DECODER_NAMES.get(stream.codec, stream.codec)
+    context = av.CodecContext.create(name, "r")
+    assert isinstance(context, VideoCodecContext)
+    context.extradata = stream.extradata or None
+    context.width, context.height = stream.width, stream.height
+    context.colorspace, context.color_range = stream.colorspace, stream.color_range
+    context.thread_count = 1
+    if strict:
+        context.options = STRICT
+    return context
+
+
+class PacketCollector:
+    """Gathers the packets of one file for its index.
+
+    Args:
+        file: descriptor of the file; every packet must lie in it just as the demuxer gives it.
+        container: the same file, opened.
+        stream: the stream whose packets come.
+    """
+
+    def __init__(self, file: int, container: InputContainer, stream: VideoStream) -> None:
+        self._file = file
+        self._tells_order = tells_order(container, stream)
+        self._stream = stream_facts(stream)
+        self._length_size = nal_length_size(self._stream.codec, self._stream.extradata)
+        self._usable = self._stream.codec in INDEXED_CODECS
+        self._traits: list[PictureTraits] = []
+        self._pts: list[int | None] = []
+        self._shown: list[bool] = []
+        self._places: list[tuple[int, int, int]] = []
+
+    def add(self, packet: Packet) -> None:
+        """Take the next packet in decode order.
+
+        Args:
+            packet: not empty; the first is a keyframe.
+        """
+        if not self._usable:
+            return
+        data = bytes(packet)
+        offset = self._find(packet.pos, data)
+        if offset is None or packet.has_sidedata("new_extradata"):
+            self._usable = False
+            return
+        traits = picture_traits(
+            data, codec=self._stream.codec, length_size=self._length_size, is_keyframe=packet.is_keyframe
+        )
+        self._traits.append(traits)
+        self._pts.append(packet.pts)
+        self._shown.append(not packet.is_discard)
+        self._places.append((offset, len(data), zlib.crc32(data)))
+
+    def record(self, num_frames: int) -> bytes:
+        """Return the packed index, or nothing where this file cannot have one.
+
+        Args:
+            num_frames: frames that decoding the file gives.
+        """
+        if not self._usable or not self._places:
+            return b""
+        pts = [p for p in self._pts if p is not None]
+        if not self._tells_order or len(set(pts)) != len(self._pts):
+            pts = self._ranks_by_decoding()
+        if not pts:
+            return b""
+        table = table_of(pts, self._traits, self._shown)
+        if len(table.order) != num_frames:
+            return b""
+        offset, size, crc = (np.array(column) for column in zip(*self._places, strict=True))
+        return pack_index(self._stream, table, PacketPlaces(offset, size, crc))
+
+    def _find(self, position: int | None, data: bytes) -> int | None:
+        """Return where a packet's bytes begin in the file, or None when they do not lie there as they are."""
+        if position is None or position < 0:
+            return None
+        found = os.pread(self._file, len(data) + _PAYLOAD_WITHIN, position).find(data)
+        return position + found if found >= 0 else None
+
+    def _ranks_by_decoding(self) -> list[int]:
+        """Return each packet's place in presentation order as a decoder gives it; empty when it drops any."""
+        decoder = make_decoder(self._stream, strict=False)
+        delivered: list[int] = []
+        for number, (offset, size, _) in enumerate(self._places):
+            packet = Packet(os.pread(self._file, size, offset))
+            packet.pts = number
+            delivered += [int(frame.pts or 0) for frame in decoder.decode(packet)]
+        delivered += [int(frame.pts or 0) for frame in decoder.decode(None)]
+        if sorted(delivered) != list(range(len(self._places))):
+            return []
+        return np.argsort(delivered).tolist()

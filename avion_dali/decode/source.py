@@ -1,0 +1,304 @@
+"""From wanted frames to the coded packets they need: through the packet index, or else through the container.
+
+What comes out decodes without the file: `cpu-fused` feeds it to a decoder, DALI gets it as a mini clip.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+from typing import BinaryIO
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from avion_dali.contracts import ClipPart, DecodeError, FailureKind, PacketIndexRef
+from avion_dali.data.bitstream import Entry, PictureTraits, nal_length_size, picture_traits
+from avion_dali.data.indexing import stream_facts, tells_order
+from avion_dali.data.packet_index import (
+    IndexBlock,
+    IndexDamagedError,
+    PacketIndex,
+    PacketPlaces,
+    PacketTable,
+    StreamFacts,
+    open_index,
+    table_of,
+)
+from avion_dali.data.probe import open_video
+from avion_dali.decode.packets import Run, drop_unneeded, plan_runs
+
+
+@dataclass(frozen=True, slots=True)
+class RunPackets:
+    """The packets of one run; a freshly flushed decoder gives its frames from them alone.
+
+    Args:
+        payloads: coded pictures in decode order, the first a keyframe.
+        pts: one for each payload, in the order of presentation, different over the whole part.
+        wanted: pts of the frames to keep, ascending.
+        clean: the keyframe is an IDR picture, so a strict decoder has nothing to complain of.
+    """
+
+    payloads: tuple[bytes, ...]
+    pts: tuple[int, ...]
+    wanted: tuple[int, ...]
+    clean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PartPackets:
+    """The packets that the frames of one clip part need.
+
+    Args:
+        stream: what a decoder must be told.
+        runs: in the order of presentation; their `wanted` together are the part's frames.
+    """
+
+    stream: StreamFacts
+    runs: tuple[RunPackets, ...]
+
+
+Packets = Sequence[Packet] | dict[int, bytes]  # payloads by decode position
+
+
+class UnorderedStreamError(ValueError):
+    """The container gives no usable presentation times, so frames can only be counted while decoding."""
+
+
+class ChunkDamagedError(ValueError):
+    """The chunk cannot give the wanted frames; the message says why."""
+
+
+def gather_packets(part: ClipPart, *, decoder: str) -> PartPackets:
+    """Read the packets a part needs, and no others.
+
+    Args:
+        part: the chunk and its wanted frames.
+        decoder: name that errors carry.
+
+    Raises:
+        DecodeError: `missing`, `changed` when the file is not the one of the manifest, or `corrupt`.
+        UnorderedStreamError: without an index, where the container tells no order (H.264 in AVI).
+    """
+    if part.chunk.index is not None:
+        return _gather_indexed(part, part.chunk.index, decoder)
+    with opened(part, decoder=decoder) as (container, stream):
+        table, packets = read_table(part, container, stream)
+        runs = plan_runs(table, part.frame_ids)
+        runs = drop_unneeded(runs, _with_references(table, runs, packets, stream))
+        return PartPackets(stream_facts(stream), tuple(run_packets(run, table, packets) for run in runs))
+
+
+def _gather_indexed(part: ClipPart, ref: PacketIndexRef, decoder: str) -> PartPackets:
+    def failure(kind: FailureKind, cause: str) -> DecodeError:
+        return DecodeError(part.chunk.path, part.frame_ids, decoder=decoder, kind=kind, cause=cause)
+
+    try:
+        index = open_index(_index_file(ref.path).fileno(), offset=ref.offset, num_bytes=ref.num_bytes)
+        blocks = list(_blocks(index, part.frame_ids))
+    except (OSError, IndexDamagedError) as error:
+        raise failure("corrupt", f"its packet index in {ref.path} {error}; build the manifest again") from error
+    try:
+        with damage_as_decode_error(part, decoder=decoder), open(part.chunk.path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != part.chunk.size_bytes:
+                cause = f"has {size} bytes, the manifest says {part.chunk.size_bytes}; build the manifest again"
+                raise failure("changed", cause)
+            return PartPackets(index.stream, tuple(_read_run(file.fileno(), *planned) for planned in blocks))
+    except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        raise failure("missing", error.strerror or type(error).__name__) from error
+    except OSError as error:
+        raise failure("corrupt", f"cannot be read: {error.strerror}") from error
+
+
+@lru_cache(maxsize=4)
+def _index_file(path: str) -> BinaryIO:
+    """Keep index files open: a manifest has one, read for every clip."""
+    return open(path, "rb", buffering=0)  # closed when it leaves the cache
+
+
+def _blocks(index: PacketIndex, frame_ids: Sequence[int]) -> Iterator[tuple[IndexBlock, Run]]:
+    """Plan each block's share of the frames."""
+    for number, members in groupby(frame_ids, key=index.block_of):
+        block = index.block(number)
+        local = [frame_id - block.first_frame for frame_id in members]
+        if local[-1] >= len(block.table.order):
+            raise IndexDamagedError("knows fewer frames than the manifest")
+        for run in drop_unneeded(plan_runs(block.table, local), block.table):
+            yield block, run
+
+
+def _read_run(file: int, block: IndexBlock, run: Run) -> RunPackets:
+    """Read and check a run's packets; neighbours in the file are read at once."""
+    positions, places = np.array(run.positions), block.places
+    starts, sizes = places.offset[positions], places.size[positions]
+    apart = np.flatnonzero(starts[1:] != (starts + sizes)[:-1]) + 1
+    payloads: list[bytes] = []
+    for members in np.split(np.arange(len(positions)), apart):
+        first, last = members[0], members[-1]
+        data = os.pread(file, int(starts[last] + sizes[last] - starts[first]), int(starts[first]))
+        cuts = (starts[members] - starts[first]).tolist()
+        payloads += [data[cut : cut + size] for cut, size in zip(cuts, sizes[members].tolist(), strict=True)]
+    _check(payloads, places, positions)
+    return run_packets(run, block.table, dict(zip(run.positions, payloads, strict=True)))
+
+
+def _check(payloads: Sequence[bytes], places: PacketPlaces, positions: np.ndarray) -> None:
+    for payload, position in zip(payloads, positions.tolist(), strict=True):
+        if zlib.crc32(payload) != places.crc[position]:
+            offset = places.offset[position]
+            raise ChunkDamagedError(f"its bytes from {offset} on are not those the manifest was built from")
+
+
+def run_packets(run: Run, table: PacketTable, packets: Packets) -> RunPackets:
+    """Put the packets of a run together.
+
+    Args:
+        run: the plan.
+        table: the packets it was planned over.
+        packets: payload of a decode position.
+    """
+    return RunPackets(
+        payloads=tuple(bytes(packets[p]) for p in run.positions),
+        pts=tuple(table.pts[list(run.positions)].tolist()),
+        wanted=tuple(sorted(table.pts[list(run.wanted)].tolist())),
+        clean=bool(table.entry[run.positions[0]] == Entry.CLEAN),
+    )
+
+
+@contextmanager
+def opened(part: ClipPart, *, decoder: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open the container of a part's chunk if it is still the file that the manifest describes.
+
+    Args:
+        part: the chunk and its wanted frames.
+        decoder: name that errors carry.
+
+    Yields:
+        The open container and its video stream.
+
+    Raises:
+        DecodeError: also for a `ChunkDamagedError` inside the `with` block.
+    """
+    chunk, ids = part.chunk, part.frame_ids
+    video = open_video(chunk.path, decoder=decoder, frame_ids=ids)
+    with damage_as_decode_error(part, decoder=decoder), video as (container, stream):
+        size = os.path.getsize(chunk.path)
+        context = stream.codec_context
+        if (size, context.width, context.height) != (chunk.size_bytes, chunk.width, chunk.height):
+            cause = (
+                f"is {context.width}x{context.height} and {size} bytes, the manifest says "
+                f"{chunk.width}x{chunk.height} and {chunk.size_bytes}; build the manifest again"
+            )
+            raise DecodeError(chunk.path, ids, decoder=decoder, kind="changed", cause=cause)
+        yield container, stream
+
+
+@contextmanager
+def damage_as_decode_error(part: ClipPart, *, decoder: str) -> Iterator[None]:
+    """Turn what a damaged chunk provokes inside the `with` block into a `DecodeError`.
+
+    Args:
+        part: the chunk and its wanted frames.
+        decoder: name that errors carry.
+
+    Raises:
+        DecodeError: `corrupt`.
+    """
+    try:
+        yield
+    except (ChunkDamagedError, av.FFmpegError) as error:
+        cause = getattr(error, "strerror", None) or str(error)
+        raise DecodeError(
+            part.chunk.path, part.frame_ids, decoder=decoder, kind="corrupt", cause=cause
+        ) from error
+
+
+def read_table(
+    part: ClipPart, container: InputContainer, stream: VideoStream
+) -> tuple[PacketTable, Sequence[Packet]]:
+    """Demux the beginning of a file, until all frames up to the last wanted one are known.
+
+    Args:
+        part: the chunk and its wanted frames.
+        container: the open file, at its beginning.
+        stream: its video stream.
+
+    Returns:
+        The table, in which only keyframes were looked into, and its packets.
+
+    Raises:
+        ChunkDamagedError: when the file ends before the last wanted frame.
+        UnorderedStreamError: when packets lack presentation times or share them.
+    """
+    if not tells_order(container, stream):
+        raise UnorderedStreamError("the container carries no presentation times")
+    packets, pts = _packets_until(container.demux(stream), part.frame_ids[-1])
+    if len(set(pts)) != len(pts):
+        raise UnorderedStreamError("packets share presentation times")
+    traits = [packet_traits(packet, stream) if packet.is_keyframe else _INNER for packet in packets]
+    table = table_of(pts, traits, [not packet.is_discard for packet in packets])
+    if len(table.order) <= part.frame_ids[-1]:
+        raise ChunkDamagedError(f"ends after {len(table.order)} frames of {part.chunk.num_frames}")
+    return table, packets
+
+
+_INNER = PictureTraits(Entry.NONE, is_reference=True, layer=0)
+
+
+def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[Packet], list[int]]:
+    """Take packets, and their times, until `last_frame_id + 1` frames in presentation order are certain."""
+    kept: list[Packet] = []
+    times: list[int] = []
+    visible: list[int] = []  # times of the frames a decoder delivers
+    horizon = None
+    for packet in demuxed:
+        if not packet.size or not (kept or packet.is_keyframe):
+            continue  # the demuxer's end marker; what nobody can decode
+        if packet.pts is None:
+            raise UnorderedStreamError("a packet carries no presentation time")
+        # Decode times never decrease and no frame is shown before it is decoded: once they pass the
+        # last wanted frame's time, no later packet can come before that frame.
+        if horizon is not None and packet.dts is not None and packet.dts > horizon:
+            break
+        kept.append(packet)
+        times.append(packet.pts)
+        if packet.is_discard or packet.pts < times[0]:
+            continue
+        visible.append(packet.pts)
+        if len(visible) > last_frame_id and (horizon is None or packet.pts < horizon):
+            horizon = sorted(visible)[last_frame_id]
+    return kept, times
+
+
+def _with_references(
+    table: PacketTable, runs: Sequence[Run], packets: Sequence[Packet], stream: VideoStream
+) -> PacketTable:
+    """Look into the packets of some runs for what may be dropped of them."""
+    is_reference, layer = table.is_reference.copy(), table.layer.copy()
+    for position in (p for run in runs for p in run.positions):
+        traits = packet_traits(packets[position], stream)
+        is_reference[position], layer[position] = traits.is_reference, traits.layer
+    return replace(table, is_reference=is_reference, layer=layer)
+
+
+def packet_traits(packet: Packet, stream: VideoStream) -> PictureTraits:
+    """Read a demuxed packet's header bits.
+
+    Args:
+        packet: one coded picture.
+        stream: the stream it belongs to.
+    """
+    context = stream.codec_context
+    codec = context.codec.canonical_name
+    length_size = nal_length_size(codec, context.extradata or b"")
+    return picture_traits(bytes(packet), codec=codec, length_size=length_size, is_keyframe=packet.is_keyframe)
