@@ -26,7 +26,8 @@ from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.data.probe import probe_chunk
 from avion_dali.decode import cpu_fused
-from avion_dali.loading.cpu_loader import CpuLoader, LoaderSettings
+from avion_dali.loading.cpu_loader import CpuLoader
+from avion_dali.loading.filling import LoaderSettings
 from avion_dali.loading.pool import DecodePool, Ticket
 from avion_dali.loading.ring import SharedRing
 

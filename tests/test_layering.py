@@ -22,6 +22,7 @@ ALLOWED = {
     "datasets": {"data"},
     "decode": {"data"},
     "loading": {"data", "decode"},
+    "inspection": {"data", "decode", "loading"},
     "models": set(),
     "metrics": set(),
     "device_ops": set(),

@@ -14,7 +14,8 @@ from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.decode import cpu_fused, paper_fused, reference
 from avion_dali.engine.distributed import Distributed
-from avion_dali.loading.cpu_loader import CpuLoader, LoaderSettings
+from avion_dali.loading.cpu_loader import CpuLoader
+from avion_dali.loading.filling import LoaderSettings
 from avion_dali.loading.pool import DecodePool, default_workers
 from avion_dali.loading.worker import DecodeClip
 

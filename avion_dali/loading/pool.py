@@ -9,10 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -44,11 +46,11 @@ class Ticket:
     """A clip handed to the pool.
 
     Args:
-        future: the seconds spent, or the failure.
+        future: what its task returns, or the failure.
         generation: which set of processes it was handed to.
     """
 
-    future: Future[float]
+    future: Future[Any]
     generation: int
 
 
@@ -82,22 +84,35 @@ class DecodePool:
         Raises:
             UserError: when processes die one after another without decoding anything.
         """
+        return self.schedule(decode_into, self._decode_clip, request, ring.name, offset)
+
+    def schedule(self, task: Callable[..., Any], *arguments: Any) -> Ticket:
+        """Queue any work on one clip.
+
+        Args:
+            task: a function importable by name.
+            arguments: what it is called with; they travel to the process.
+
+        Returns:
+            What to wait for with `wait`.
+
+        Raises:
+            UserError: when processes die one after another without decoding anything.
+        """
         if not self._pool.active:
             self._restart()
-        future = self._pool.schedule(
-            decode_into, args=(self._decode_clip, request, ring.name, offset), timeout=self._timeout
-        )
+        future = self._pool.schedule(task, args=arguments, timeout=self._timeout)
         future.add_done_callback(self._note_done)
         return Ticket(future, self._generation)
 
-    def wait(self, ticket: Ticket) -> float:
+    def wait(self, ticket: Ticket) -> Any:
         """Wait for a clip.
 
         Args:
-            ticket: from `submit`.
+            ticket: from `submit` or `schedule`.
 
         Returns:
-            Seconds its process spent.
+            What its task returned; for `submit` the seconds its process spent.
 
         Raises:
             PoolBrokenError: the processes were lost; submit the clip again.
@@ -115,11 +130,11 @@ class DecodePool:
                     self._restart()
                 raise PoolBrokenError
         try:
-            spent_s = ticket.future.result()
+            result = ticket.future.result()
         except BrokenProcessPool:
             raise PoolBrokenError from None
         self._restarts = 0
-        return spent_s
+        return result
 
     def close(self) -> None:
         """Kill what is running and wait for the processes to end."""
@@ -147,7 +162,7 @@ class DecodePool:
             )
         self._pool = self._start()
 
-    def _note_done(self, _: Future[float]) -> None:
+    def _note_done(self, _: Future[Any]) -> None:
         self._last_done = time.monotonic()
 
 
