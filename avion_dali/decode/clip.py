@@ -45,7 +45,8 @@ def fill_clip(
     Raises:
         DecodeError: when a chunk cannot give its frames.
     """
-    slots = [np.flatnonzero(np.equal(request.gather, i)) for i in range(max(request.gather) + 1)]
+    available = sum(len(part.frame_ids) for part in request.parts)
+    slots = [np.flatnonzero(np.equal(request.gather, i)) for i in range(available)]
     done = 0
     for part in request.parts:
         frames = read_frames(part)

@@ -1,0 +1,1 @@
+"""The DALI way from clip requests to batches: mini clips, one plain DALI graph."""

@@ -1,0 +1,195 @@
+"""The one DALI graph: mini clips in, square uint8 clips out, on NVDEC (`mixed`) or on the CPU.
+
+Why each step is as it is (DALI 2.4):
+
+- `external_source` calls back in this process for whole batches. DALI's own worker processes are not used:
+  one that is killed can hang the training. A batch may be smaller than the pipeline's, so a last batch needs
+  no padding.
+- `decoders.video` takes the wanted frames by number; each once, since a repeated number decodes the clip anew
+  from its start. Out of range numbers must raise (`pad_mode="none"`): the default paints black frames.
+- `slice` before `resize` rather than `resize` with a region: near a region's border `resize` reads pixels
+  beyond it, which the CPU decoders, cropping first, do not have. For training windows that is 0.5 dB at most,
+  for small windows at a border 4 dB; on the CPU `slice` takes 0.5 ms a clip. All views share one decode.
+- `resize` with antialiasing is the triangle filter that swscale calls bilinear.
+- `flip` after `resize`: fewest pixels, and within one level of mirroring first.
+- DALI converts to RGB as BT.601, whatever a stream says (limited and full range it does honour). Where other
+  matrices occur, `coord_transform` turns the colours into those of the stream's matrix: one 3x3 matrix, since
+  both conversions are linear. BT.709 then agrees with the CPU decoders as well as BT.601 does, 52 dB.
+- `sequence_rearrange` comes last, so repeated frames are decoded and resized once. Every clip then has T
+  frames, which makes the batch one dense tensor.
+
+Nothing here is random: everything drawn for a clip is in its request.
+
+A clip that cannot be decoded raises RuntimeError for its whole batch and does not say which clip it was; feed
+the batch again one clip at a time to find it. The dynamic executor carries on with the next batch, although
+the message says otherwise; the older executor stays dead. DALI's iterator, however, does not schedule a batch
+in the place of one that raised: after `prefetch_depth` of them it ends early (StopIteration), with no batch
+lost, and goes on after its `reset`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline, pipeline_def
+from nvidia.dali.types import DALIDataType, DALIInterpType
+
+from avion_dali.contracts import ClipRequest
+from avion_dali.cores import available_cores
+from pipelines.mini_clip import MiniClip
+
+Device = Literal["cpu", "mixed"]
+GraphInputs = tuple[list[np.ndarray], ...]
+
+OUTPUTS = ("frames", "sample_ids")
+
+_DTYPES = [DALIDataType.UINT8, *[DALIDataType.INT32] * 4, DALIDataType.INT64, DALIDataType.FLOAT]
+_NDIMS = [1, 1, 2, 1, 1, 0, 2]
+
+# Shares of red and blue in luma by AVColorSpace number (ITU-T H.273, Table 4); all others are taken as BT.601.
+_BT601 = (0.299, 0.114)
+_LUMA_SHARES = {
+    1: (0.2126, 0.0722),  # BT.709
+    4: (0.30, 0.11),  # FCC
+    7: (0.212, 0.087),  # SMPTE 240M
+    9: (0.2627, 0.0593),  # BT.2020, non-constant luminance
+    10: (0.2627, 0.0593),  # BT.2020, constant luminance: FFmpeg takes the same matrix
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSettings:
+    """Size and speed of a graph.
+
+    Args:
+        device: `mixed` decodes on NVDEC; `cpu` decodes VP8, VP9 and MJPEG, all that DALI's own FFmpeg has.
+        device_id: the GPU; ignored for `cpu`.
+        batch_size: most clips in a batch.
+        num_views: V, crop windows of every clip.
+        frame_size: side of the square output in pixels.
+        num_threads: clips decoded at the same time; see `default_threads`.
+        other_colorspaces: some chunks are not BT.601, see `is_bt601`.
+        prefetch_depth: batches under way in the graph. With 2, the host works on one while the device works on
+            the other.
+    """
+
+    device: Device
+    device_id: int
+    batch_size: int
+    num_views: int
+    frame_size: int
+    num_threads: int
+    other_colorspaces: bool = False
+    prefetch_depth: int = 2
+
+
+def default_threads(device: Device, ranks_on_machine: int = 1) -> int:
+    """Return how many clips to decode at the same time.
+
+    On the CPU one a core. With NVDEC a thread mostly waits for its decode session, and one session uses one of
+    the GPU's engines (7 on H100 and H200, 4 on L4): two for each of 8 engines.
+
+    Args:
+        device: where frames are decoded.
+        ranks_on_machine: training processes that share the cores.
+    """
+    return 16 if device == "mixed" else max(1, available_cores() // ranks_on_machine)
+
+
+def is_bt601(colorspace: int) -> bool:
+    """Tell whether DALI's conversion to RGB is right for a stream.
+
+    Args:
+        colorspace: its AVColorSpace number.
+    """
+    return colorspace not in _LUMA_SHARES
+
+
+def graph_inputs(
+    clips: Sequence[tuple[ClipRequest, MiniClip]], *, other_colorspaces: bool = False
+) -> GraphInputs:
+    """Return what the graph's source yields for a batch: for each input a list of one array a clip.
+
+    Args:
+        clips: requests and their mini clips.
+        other_colorspaces: as in the graph's settings.
+
+    Returns:
+        Mini clips uint8 (bytes,); frame numbers int32 (frames,); windows int32 (V, 4) as y, x, height, width;
+        flips int32 (V,); gather int32 (T,); sample ids int64 (); with other colours, matrices float32 (3, 3).
+    """
+    columns: GraphInputs = (
+        [np.frombuffer(mini.data, dtype=np.uint8) for _, mini in clips],
+        [np.array(mini.frame_ids, dtype=np.int32) for _, mini in clips],
+        [np.array([(w.y, w.x, w.height, w.width) for w in r.windows], dtype=np.int32) for r, _ in clips],
+        [np.array(request.flips, dtype=np.int32) for request, _ in clips],
+        [np.array(request.gather, dtype=np.int32) for request, _ in clips],
+        [np.array(request.sample_id, dtype=np.int64) for request, _ in clips],
+    )
+    if other_colorspaces:
+        columns += ([_from_bt601(mini.colorspace) for _, mini in clips],)
+    return columns
+
+
+@lru_cache(maxsize=16)
+def _from_bt601(colorspace: int) -> np.ndarray:
+    """Matrix float32 (3, 3) from RGB that was converted as BT.601 to the RGB the stream means."""
+    right = _rgb_from_ycc(*_LUMA_SHARES.get(colorspace, _BT601))
+    return (right @ np.linalg.inv(_rgb_from_ycc(*_BT601))).astype(np.float32)
+
+
+def _rgb_from_ycc(red: float, blue: float) -> np.ndarray:
+    """Matrix (3, 3) of ITU-T H.273, section 8.3 (matrix coefficients), inverted."""
+    green = 1 - red - blue
+    from_cb, from_cr = 2 * (1 - blue), 2 * (1 - red)
+    return np.array([[1, 0, from_cr], [1, -from_cb * blue / green, -from_cr * red / green], [1, from_cb, 0]])
+
+
+def build_graph(source: Callable[[], GraphInputs], settings: GraphSettings) -> Pipeline:
+    """Build the pipeline; it has the outputs `OUTPUTS`.
+
+    `frames` is uint8 (V, T, H, W, C) a clip, RGB, on the GPU for `mixed`; `sample_ids` is int64, on the CPU,
+    in the order they were fed.
+
+    Args:
+        source: gives the next batch, see `graph_inputs`. It is called ahead by `prefetch_depth` batches, and
+            raises StopIteration at the end, again and again until the pipeline is reset.
+        settings: sizes and threads.
+    """
+    pipeline = _clip_graph(
+        source,
+        settings,
+        batch_size=settings.batch_size,
+        num_threads=settings.num_threads,
+        device_id=settings.device_id if settings.device == "mixed" else None,
+        prefetch_queue_depth=settings.prefetch_depth,
+        exec_dynamic=True,
+    )
+    pipeline.build()
+    return pipeline
+
+
+@pipeline_def
+def _clip_graph(source: Callable[[], GraphInputs], settings: GraphSettings) -> Any:
+    count = len(_DTYPES) if settings.other_colorspaces else len(_DTYPES) - 1
+    encoded, frame_ids, windows, flips, gather, sample_id, *colour = fn.external_source(
+        source=source, num_outputs=count, batch=True, dtype=_DTYPES[:count], ndim=_NDIMS[:count]
+    )
+    video_FHWC = fn.decoders.video(encoded, device=settings.device, frames=frame_ids, pad_mode="none")
+    size = [settings.frame_size, settings.frame_size]
+    views = []
+    for v in range(settings.num_views):
+        frames_FHWC: Any = fn.slice(video_FHWC, start=windows[v, :2], shape=windows[v, 2:], axis_names="HW")
+        frames_FHWC = fn.resize(
+            frames_FHWC, size=size, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True
+        )
+        frames_FHWC = fn.flip(frames_FHWC, horizontal=flips[v])
+        if settings.other_colorspaces:
+            frames_FHWC = fn.coord_transform(frames_FHWC, M=colour[0], dtype=DALIDataType.UINT8)
+        views.append(fn.sequence_rearrange(frames_FHWC, new_order=gather))
+    return fn.stack(*views), sample_id
