@@ -109,6 +109,46 @@ def picture_traits(
     return _traits(_h264_entry(data, ahead, length_size, is_keyframe), bool(needed), 0)
 
 
+def brings_parameter_sets(data: bytes | memoryview, *, codec: str, length_size: int, known: bytes) -> bool:
+    """Tell whether a packet holds parameter sets, ahead of its slices, that are not known already.
+
+    Decoding from here needs them, and they replace those of the same number for what is decoded after.
+
+    Args:
+        data: the packet's bytes.
+        codec: FFmpeg's canonical codec name.
+        length_size: bytes of each NAL unit's length, see `nal_length_size`.
+        known: the stream's extradata.
+    """
+    roles = _ROLES.get(codec)
+    if roles is None:
+        return False
+    units = _prefixed_units(data, length_size) if length_size else _parted_units(bytes(data))
+    gap = length_size or len(_START_CODE)
+    try:
+        for unit, following in pairwise(units):
+            if roles[data[unit]] & _SLICE:
+                break
+            if roles[data[unit]] == _KEPT and bytes(data[unit : following - gap]).rstrip(b"\0") not in known:
+                return True
+    except ValueError:
+        pass  # damaged: `picture_traits` calls this packet no entry
+    return False
+
+
+def shows_picture(data: bytes | memoryview, *, codec: str) -> bool:
+    """Tell whether decoding a packet gives a frame.
+
+    VP8 has pictures that only others refer to, in packets of their own (RFC 6386, section 9.1, show_frame);
+    where other codecs have such pictures, their packets show another one, too.
+
+    Args:
+        data: the packet's bytes, at least one.
+        codec: FFmpeg's canonical codec name.
+    """
+    return codec != "vp8" or bool(data[0] & 0x10)
+
+
 def _prefixed_units(data: bytes | memoryview, length_size: int) -> Iterator[int]:
     """Yield where each NAL unit's header starts; ValueError when a length cannot be true."""
     at, end = 0, len(data)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -15,13 +16,23 @@ from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
-from avion_dali.data.bitstream import PictureTraits, nal_length_size, picture_traits
+from avion_dali.data.bitstream import (
+    Entry,
+    PictureTraits,
+    brings_parameter_sets,
+    nal_length_size,
+    picture_traits,
+    shows_picture,
+)
 from avion_dali.data.packet_index import PacketPlaces, StreamFacts, pack_index, table_of
 
 # Codecs whose packets a decoder takes as they lie in the file, one picture each.
 INDEXED_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mjpeg"})
 # Damaged slices are an error, not something to paint over.
 STRICT = {"err_detect": "explode"}
+# H.264 need not say how far its pictures are reordered. Then FFmpeg guesses, and loses frames until it has
+# guessed enough; asked to be compliant, it goes by what the level allows.
+_ORDERED = {"strict": "1"}
 # FFmpeg's own AV1 decoder only drives hardware.
 _DECODER_NAMES = {"av1": "libdav1d"}
 # Matroska and AVI point at a small header before the payload.
@@ -71,9 +82,52 @@ def make_decoder(stream: StreamFacts, *, strict: bool) -> VideoCodecContext:
     context.width, context.height = stream.width, stream.height
     context.colorspace, context.color_range = stream.colorspace, stream.color_range
     context.thread_count = 1
-    if strict:
-        context.options = STRICT
+    context.options = (STRICT if strict else {}) | (_ORDERED if stream.codec == "h264" else {})
     return context
+
+
+def make_packet(payload: bytes, pts: int) -> Packet:
+    """Make a packet that a decoder may safely read.
+
+    Decoders read some bytes beyond a packet's end and take them for zeros. PyAV's `Packet(payload)` ends where
+    the bytes object ends; a packet made by its size is longer than it says.
+
+    Args:
+        payload: a coded picture.
+        pts: its presentation time or rank.
+    """
+    packet = Packet(len(payload))
+    packet.update(payload)
+    packet.pts = pts
+    return packet
+
+
+class TraitsReader:
+    """Reads the traits of a stream's packets, met in decode order.
+
+    Where packets bring parameter sets that the stream's header lacks (files joined without encoding), later
+    keyframes that do not repeat them are no entries: a decoder that starts there lacks them, too.
+
+    Args:
+        stream: the stream.
+    """
+
+    def __init__(self, stream: StreamFacts) -> None:
+        self._codec, self._known = stream.codec, stream.extradata
+        self._length_size = nal_length_size(stream.codec, stream.extradata)
+        self._replaced = False
+
+    def read(self, packet: Packet) -> PictureTraits:
+        """Read one packet.
+
+        Args:
+            packet: not empty.
+        """
+        data, codec, length_size = bytes(packet), self._codec, self._length_size
+        traits = picture_traits(data, codec=codec, length_size=length_size, is_keyframe=packet.is_keyframe)
+        brings = brings_parameter_sets(data, codec=codec, length_size=length_size, known=self._known)
+        self._replaced |= brings
+        return replace(traits, entry=Entry.NONE) if self._replaced and not brings else traits
 
 
 class PacketCollector:
@@ -89,7 +143,7 @@ class PacketCollector:
         self._file = file
         self._tells_order = tells_order(container, stream)
         self._stream = stream_facts(stream)
-        self._length_size = nal_length_size(self._stream.codec, self._stream.extradata)
+        self._reader = TraitsReader(self._stream)
         self._usable = self._stream.codec in INDEXED_CODECS
         self._traits: list[PictureTraits] = []
         self._pts: list[int | None] = []
@@ -106,13 +160,11 @@ class PacketCollector:
             return
         data = bytes(packet)
         offset = self._find(packet.pos, data)
-        if offset is None or packet.has_sidedata("new_extradata"):
+        shows = shows_picture(data, codec=self._stream.codec)
+        if offset is None or not shows or packet.has_sidedata("new_extradata"):
             self._usable = False
             return
-        traits = picture_traits(
-            data, codec=self._stream.codec, length_size=self._length_size, is_keyframe=packet.is_keyframe
-        )
-        self._traits.append(traits)
+        self._traits.append(self._reader.read(packet))
         self._pts.append(packet.pts)
         self._shown.append(not packet.is_discard)
         self._places.append((offset, len(data), zlib.crc32(data)))
@@ -148,8 +200,7 @@ class PacketCollector:
         decoder = make_decoder(self._stream, strict=False)
         delivered: list[int] = []
         for number, (offset, size, _) in enumerate(self._places):
-            packet = Packet(os.pread(self._file, size, offset))
-            packet.pts = number
+            packet = make_packet(os.pread(self._file, size, offset), number)
             delivered += [int(frame.pts or 0) for frame in decoder.decode(packet)]
         delivered += [int(frame.pts or 0) for frame in decoder.decode(None)]
         if sorted(delivered) != list(range(len(self._places))):

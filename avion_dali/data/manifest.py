@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -316,15 +317,20 @@ def write_manifest(
         "num_chunks": num_chunks,
         "num_samples": num_samples,
         "index_bytes": index_path.stat().st_size if index_path.exists() else 0,
-        "fingerprint": _checksum(folder / "chunks.arrow", folder / "samples.arrow"),
+        "fingerprint": tables_fingerprint(folder / "chunks.arrow", folder / "samples.arrow"),
     }
     (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def _checksum(*paths: Path) -> int:
-    """Return the CRC-32 of the files' bytes one after another."""
+def tables_fingerprint(chunks: Path, samples: Path) -> int:
+    """Return the fingerprint of a manifest with these tables: the CRC-32 of their bytes one after another.
+
+    Args:
+        chunks: its `chunks.arrow`.
+        samples: its `samples.arrow`.
+    """
     checksum = 0
-    for path in paths:
+    for path in (chunks, samples):
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 checksum = zlib.crc32(block, checksum)
@@ -358,22 +364,12 @@ def _write_table(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) 
     # A new file in the old one's place: runs that map the old one keep reading it.
     partial = path.with_suffix(".partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for block in _blocks(rows, ROWS_PER_BATCH):
+        remaining = iter(rows)
+        while block := list(islice(remaining, ROWS_PER_BATCH)):
             writer.write_batch(pa.RecordBatch.from_pylist(block, schema=schema))
             count += len(block)
     os.replace(partial, path)
     return count
-
-
-def _blocks(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    block: list[dict[str, Any]] = []
-    for row in rows:
-        block.append(row)
-        if len(block) == size:
-            yield block
-            block = []
-    if block:
-        yield block
 
 
 def _check_index_file(path: str, num_bytes: int) -> None:

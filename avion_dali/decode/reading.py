@@ -7,14 +7,15 @@ from functools import lru_cache
 from itertools import chain, islice
 
 from av.container import InputContainer
-from av.packet import Packet
+from av.packet import Packet, PacketSideData
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from avion_dali.contracts import ClipPart
 from avion_dali.data.bitstream import Entry
-from avion_dali.data.indexing import STRICT, make_decoder
+from avion_dali.data.indexing import STRICT, make_decoder, make_packet
+from avion_dali.data.packet_index import StreamFacts
 from avion_dali.decode.packets import spanning_run
 from avion_dali.decode.source import (
     ChunkDamagedError,
@@ -30,6 +31,7 @@ from avion_dali.decode.source import (
 # A decoder remembers parameter sets, so making one costs more than flushing it. Chunks of one data set share
 # few settings.
 reused_decoder = lru_cache(maxsize=8)(make_decoder)
+_NEW_EXTRADATA = 1  # AV_PKT_DATA_NEW_EXTRADATA
 
 
 def read_planned(part: ClipPart) -> list[VideoFrame]:
@@ -51,9 +53,7 @@ def read_planned(part: ClipPart) -> list[VideoFrame]:
     found: dict[int, VideoFrame] = {}
     with damage_as_decode_error(part, decoder="cpu-fused"):
         for run in packets.runs:
-            decoder = reused_decoder(packets.stream, strict=run.clean)
-            found |= _decode(decoder, _packets(run), run.wanted)
-            decoder.flush_buffers()
+            found |= _decode_run(packets.stream, run)
         return _in_order(part, found, chain.from_iterable(run.wanted for run in packets.runs))
 
 
@@ -99,11 +99,28 @@ def read_everything(part: ClipPart) -> list[VideoFrame]:
     return _read_by_counting(part, "reference")
 
 
-def _packets(run: RunPackets) -> Iterator[Packet]:
-    for payload, pts in zip(run.payloads, run.pts, strict=True):
-        packet = Packet(payload)
-        packet.pts = pts
+def _decode_run(stream: StreamFacts, run: RunPackets) -> dict[int, VideoFrame]:
+    decoder = reused_decoder(stream, strict=run.clean)
+    found = _decode(decoder, _packets(run, stream.extradata), run.wanted)
+    decoder.flush_buffers()
+    return found
+
+
+def _packets(run: RunPackets, extradata: bytes) -> Iterator[Packet]:
+    for i, (payload, pts) in enumerate(zip(run.payloads, run.pts, strict=True)):
+        packet = make_packet(payload, pts)
+        packet.is_keyframe = i == 0  # PNG's decoder adds the picture before to one that is none
+        if i == 0 and extradata:
+            # A run before may have brought parameter sets of its own, which outlive a flush.
+            packet.set_sidedata(_parameter_sets(extradata))
         yield packet
+
+
+@lru_cache(maxsize=8)
+def _parameter_sets(extradata: bytes) -> PacketSideData:
+    data = PacketSideData(_NEW_EXTRADATA, len(extradata))  # type: ignore[call-arg]
+    memoryview(data).cast("B")[:] = extradata
+    return data
 
 
 def _decode(
@@ -116,7 +133,7 @@ def _decode(
 
 
 def _in_order(part: ClipPart, found: dict[int, VideoFrame], wanted: Iterable[int]) -> list[VideoFrame]:
-    return [_sound(i, found.get(pts)) for i, pts in zip(part.frame_ids, wanted, strict=True)]
+    return _alike(part, [_sound(i, found.get(pts)) for i, pts in zip(part.frame_ids, wanted, strict=True)])
 
 
 def _read_by_counting(part: ClipPart, decoder: str) -> list[VideoFrame]:
@@ -135,7 +152,7 @@ def _pick(part: ClipPart, container: InputContainer, stream: VideoStream) -> lis
         if index in wanted:
             frames.append(_sound(index, frame))
         if index == part.frame_ids[-1]:
-            return frames
+            return _alike(part, frames)
     raise ChunkDamagedError(f"frame {part.frame_ids[len(frames)]} could not be decoded")
 
 
@@ -145,3 +162,14 @@ def _sound(frame_id: int, frame: VideoFrame | None) -> VideoFrame:
         state = "was not delivered by" if frame is None else "is marked damaged by"
         raise ChunkDamagedError(f"frame {frame_id} {state} the decoder")
     return frame
+
+
+def _alike(part: ClipPart, frames: list[VideoFrame]) -> list[VideoFrame]:
+    """Return the frames if one filter graph can take them all: in others it reads beyond their end."""
+    expected = (part.chunk.width, part.chunk.height, frames[0].format.name)
+    for frame_id, frame in zip(part.frame_ids, frames, strict=True):
+        picture = (frame.width, frame.height, frame.format.name)
+        if picture != expected:
+            found, wanted = ("{}x{} {}".format(*facts) for facts in (picture, expected))
+            raise ChunkDamagedError(f"frame {frame_id} is {found}, not {wanted}; chunk the video again")
+    return frames

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import av
 import numpy as np
@@ -21,8 +21,8 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from avion_dali.contracts import ClipPart, DecodeError, FailureKind, PacketIndexRef
-from avion_dali.data.bitstream import Entry, PictureTraits, nal_length_size, picture_traits
-from avion_dali.data.indexing import stream_facts, tells_order
+from avion_dali.data.bitstream import Entry, PictureTraits, nal_length_size, picture_traits, shows_picture
+from avion_dali.data.indexing import TraitsReader, stream_facts, tells_order
 from avion_dali.data.packet_index import (
     IndexBlock,
     IndexDamagedError,
@@ -106,18 +106,14 @@ def _gather_indexed(part: ClipPart, ref: PacketIndexRef, decoder: str) -> PartPa
         index = open_index(_index_file(ref.path).fileno(), offset=ref.offset, num_bytes=ref.num_bytes)
         blocks = list(_blocks(index, part.frame_ids))
     except (OSError, IndexDamagedError) as error:
-        raise failure("corrupt", f"its packet index in {ref.path} {error}; build the manifest again") from error
-    try:
-        with damage_as_decode_error(part, decoder=decoder), open(part.chunk.path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != part.chunk.size_bytes:
-                cause = f"has {size} bytes, the manifest says {part.chunk.size_bytes}; build the manifest again"
-                raise failure("changed", cause)
-            return PartPackets(index.stream, tuple(_read_run(file.fileno(), *planned) for planned in blocks))
-    except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
-        raise failure("missing", error.strerror or type(error).__name__) from error
-    except OSError as error:
-        raise failure("corrupt", f"cannot be read: {error.strerror}") from error
+        what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+        raise failure("corrupt", f"its packet index in {ref.path} {what}; build the manifest again") from error
+    with damage_as_decode_error(part, decoder=decoder), open(part.chunk.path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != part.chunk.size_bytes:
+            cause = f"has {size} bytes, the manifest says {part.chunk.size_bytes}; build the manifest again"
+            raise failure("changed", cause)
+        return PartPackets(index.stream, tuple(_read_run(file.fileno(), *planned) for planned in blocks))
 
 
 @lru_cache(maxsize=4)
@@ -212,14 +208,19 @@ def damage_as_decode_error(part: ClipPart, *, decoder: str) -> Iterator[None]:
         decoder: name that errors carry.
 
     Raises:
-        DecodeError: `corrupt`.
+        DecodeError: `missing` when the chunk cannot be opened, else `corrupt`.
     """
     try:
         yield
-    except (ChunkDamagedError, av.FFmpegError) as error:
-        cause = getattr(error, "strerror", None) or str(error)
+    except (ChunkDamagedError, av.FFmpegError, OSError) as error:
+        gone = isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError))
+        cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DecodeError(
-            part.chunk.path, part.frame_ids, decoder=decoder, kind="corrupt", cause=cause
+            part.chunk.path,
+            part.frame_ids,
+            decoder=decoder,
+            kind="missing" if gone else "corrupt",
+            cause=cause,
         ) from error
 
 
@@ -237,17 +238,24 @@ def read_table(
         The table, in which only keyframes were looked into, and its packets.
 
     Raises:
-        ChunkDamagedError: when the file ends before the last wanted frame.
-        UnorderedStreamError: when packets lack presentation times or share them.
+        ChunkDamagedError: when the file ends before the last wanted frame, or a packet is cut short.
+        UnorderedStreamError: when packets lack presentation times, share them, or show no frame.
     """
     if not tells_order(container, stream):
         raise UnorderedStreamError("the container carries no presentation times")
-    packets, pts = _packets_until(container.demux(stream), part.frame_ids[-1])
+    # A generator, which its stub hides; left half-way it must be closed, or 150 bytes are lost.
+    with closing(cast(Generator[Packet, None, None], container.demux(stream))) as demuxed:
+        packets, pts, ended = _packets_until(demuxed, part.frame_ids[-1])
     if len(set(pts)) != len(pts):
         raise UnorderedStreamError("packets share presentation times")
-    traits = [packet_traits(packet, stream) if packet.is_keyframe else _INNER for packet in packets]
+    facts = stream_facts(stream)
+    if not all(shows_picture(memoryview(packet), codec=facts.codec) for packet in packets):
+        raise UnorderedStreamError("a packet shows no frame")
+    reader = TraitsReader(facts)
+    traits = [reader.read(packet) if packet.is_keyframe else _INNER for packet in packets]
     table = table_of(pts, traits, [not packet.is_discard for packet in packets])
-    if len(table.order) <= part.frame_ids[-1]:
+    # Cut in the middle of a reordered group, a file has frames, but lacks some that are shown before them.
+    if ended and len(table.order) != part.chunk.num_frames:
         raise ChunkDamagedError(f"ends after {len(table.order)} frames of {part.chunk.num_frames}")
     return table, packets
 
@@ -255,8 +263,12 @@ def read_table(
 _INNER = PictureTraits(Entry.NONE, is_reference=True, layer=0)
 
 
-def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[Packet], list[int]]:
-    """Take packets, and their times, until `last_frame_id + 1` frames in presentation order are certain."""
+def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[Packet], list[int], bool]:
+    """Take packets, and their times, until `last_frame_id + 1` frames in presentation order are certain.
+
+    Returns:
+        Packets, times, and whether the file ended before they were.
+    """
     kept: list[Packet] = []
     times: list[int] = []
     visible: list[int] = []  # times of the frames a decoder delivers
@@ -264,12 +276,14 @@ def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[
     for packet in demuxed:
         if not packet.size or not (kept or packet.is_keyframe):
             continue  # the demuxer's end marker; what nobody can decode
+        if packet.is_corrupt:
+            raise ChunkDamagedError("holds a damaged packet")
         if packet.pts is None:
             raise UnorderedStreamError("a packet carries no presentation time")
         # Decode times never decrease and no frame is shown before it is decoded: once they pass the
         # last wanted frame's time, no later packet can come before that frame.
         if horizon is not None and packet.dts is not None and packet.dts > horizon:
-            break
+            return kept, times, False
         kept.append(packet)
         times.append(packet.pts)
         if packet.is_discard or packet.pts < times[0]:
@@ -277,7 +291,7 @@ def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[
         visible.append(packet.pts)
         if len(visible) > last_frame_id and (horizon is None or packet.pts < horizon):
             horizon = sorted(visible)[last_frame_id]
-    return kept, times
+    return kept, times, True
 
 
 def _with_references(

@@ -158,7 +158,7 @@ class DecodePool:
         if self._restarts > _MAX_RESTARTS:
             raise UserError(
                 f"the decode processes died {self._restarts} times in a row; is the machine out of memory? "
-                "Lower data.workers or data.prefetch_batches"
+                "Take fewer processes (data.workers, --jobs) or a smaller data.prefetch_batches"
             )
         self._pool = self._start()
 

@@ -1,0 +1,342 @@
+"""Check all chunks of a folder or a manifest: in parallel, resumable, whatever a file does to its process."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from pebble import ProcessExpired
+
+from avion_dali import __version__
+from avion_dali.contracts import UserError
+from avion_dali.cores import available_cores
+from avion_dali.data.manifest import INDEX_FILE, Manifest
+from avion_dali.data.scanning import find_chunk_files
+from avion_dali.decode.cpu_fused import decode_clip
+from avion_dali.inspection.chunk_file import file_stamp, inspect_file
+from avion_dali.inspection.findings import KINDS, FileReport, Finding, Target
+from avion_dali.loading.pool import DecodePool, PoolBrokenError
+
+FINDINGS_FILE, PROGRESS_FILE = "findings.jsonl", "progress.jsonl"
+MAX_SIZES = 8
+QUICK_TIMEOUT_S, DEEP_TIMEOUT_S = 120.0, 600.0
+
+_AHEAD = 16  # files in line for each process, so that none is idle while the oldest one takes long
+_RETRIED = frozenset({"missing", "crashed", "timeout"})  # the file may not be to blame
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckSettings:
+    """How to check.
+
+    Args:
+        deep: decode every frame.
+        jobs: processes; 0 takes all cores.
+        timeout_s: seconds after which a file is given up; 0 takes a default.
+
+    Raises:
+        UserError: when a number is negative.
+    """
+
+    deep: bool = False
+    jobs: int = 0
+    timeout_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.jobs < 0 or self.timeout_s < 0:
+            raise UserError(f"jobs ({self.jobs}) and timeout ({self.timeout_s:g} s) must not be negative")
+
+
+@dataclass(slots=True)
+class Tally:
+    """Findings of one kind.
+
+    Args:
+        count: how many.
+        example: path of the first.
+        detail: what it was.
+    """
+
+    count: int
+    example: str
+    detail: str
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """What a check found.
+
+    Args:
+        num_files: files checked, the kept ones included.
+        num_kept: files that an earlier run had checked and that did not change since.
+        tallies: by kind of finding, in the order of `KINDS`.
+        bad_chunks: kinds of errors by path.
+    """
+
+    num_files: int = 0
+    num_kept: int = 0
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    bad_chunks: dict[str, list[str]] = field(default_factory=dict)
+
+
+def check_chunks(
+    source: str | Path,
+    output: str | Path,
+    *,
+    settings: CheckSettings,
+    on_progress: Callable[[int, int], object] | None = None,
+) -> CheckReport:
+    """Check a chunk folder or the chunks of a manifest.
+
+    `<output>/findings.jsonl` gets a row for each finding. `<output>/progress.jsonl` gets one for each file: by
+    it an interrupted check goes on where it was, and a repeated one looks only at files that changed.
+
+    Args:
+        source: folder of chunks, or of a manifest.
+        output: folder to write to.
+        settings: how.
+        on_progress: called with the number of files done and the number of all.
+
+    Raises:
+        UserError: when there is nothing to check, or `output` holds the check of something else.
+    """
+    source, output = Path(source), Path(output)
+    targets, total = list_targets(source, deep=settings.deep)
+    _make_folder(output)
+    report = CheckReport()
+    with _Progress(output, _identity(source)) as progress, _Findings(output, report) as findings:
+
+        def take(done: FileReport) -> None:
+            findings.add_file(done)
+            if on_progress is not None:
+                on_progress(report.num_files, total)
+
+        def not_yet_checked() -> Iterator[Target]:
+            for target in targets:
+                earlier = progress.earlier(target)
+                if earlier is None:
+                    yield target
+                else:
+                    report.num_kept += 1
+                    take(earlier)
+
+        timeout_s = settings.timeout_s or (DEEP_TIMEOUT_S if settings.deep else QUICK_TIMEOUT_S)
+        jobs = settings.jobs or available_cores()
+        for target, result in supervise(inspect_file, not_yet_checked(), jobs=jobs, timeout_s=timeout_s):
+            if isinstance(result, Finding):
+                result = FileReport(target.path, file_stamp(target.path), target.deep, findings=(result,))
+            progress.keep(result)
+            take(result)
+        findings.finish(source)
+    return report
+
+
+def list_targets(source: Path, *, deep: bool) -> tuple[Iterator[Target], int]:
+    """List the files to check, and count them.
+
+    Args:
+        source: folder of chunks, or of a manifest.
+        deep: decode every frame.
+
+    Raises:
+        UserError: when it is neither, or the manifest's chunk folder is not there.
+    """
+    if not is_manifest(source):
+        files = find_chunk_files(source)
+        return (Target(str(path), deep) for _, _, path in files), len(files)
+    manifest = Manifest(source)
+    if not os.path.isdir(manifest.chunk_root):
+        raise UserError(
+            f"{manifest.chunk_root}, the chunk folder of {source}, is not there; mount it, or change "
+            f"chunk_root in {source / 'manifest.json'} when it moved"
+        )
+    chunks = (manifest.chunk(row) for row in range(manifest.num_chunks))
+    targets = (Target(c.ref.path, deep, c.ref, c.fps, is_cfr=c.frame_times is None) for c in chunks)
+    return targets, manifest.num_chunks
+
+
+def is_manifest(folder: Path) -> bool:
+    """Tell the folder of a manifest from one of chunks.
+
+    Args:
+        folder: either.
+    """
+    return (folder / "manifest.json").exists()
+
+
+def supervise(
+    task: Callable[[Item], Result], items: Iterable[Item], *, jobs: int, timeout_s: float
+) -> Iterator[tuple[Item, Result | Finding]]:
+    """Do a task for each item in processes that may die or hang.
+
+    Args:
+        task: a function importable by name.
+        items: what to call it with, taken as needed.
+        jobs: processes.
+        timeout_s: seconds after which a task's process is killed and replaced.
+
+    Yields:
+        The items in order, each with the result, or with what became of its process.
+
+    Raises:
+        UserError: when processes die one after another.
+    """
+    remaining = iter(items)
+    # The pool brings a decoder for clips, which is not asked for any here.
+    pool = DecodePool(decode_clip, workers=jobs, clip_timeout_s=timeout_s)
+    try:
+        waiting = deque((item, pool.schedule(task, item)) for item in islice(remaining, _AHEAD * jobs))
+        while waiting:
+            item, ticket = waiting.popleft()
+            result: Result | Finding
+            try:
+                result = pool.wait(ticket)
+            except PoolBrokenError:
+                waiting.appendleft((item, pool.schedule(task, item)))
+                continue
+            except futures.TimeoutError:
+                result = Finding("timeout", f"no answer within {timeout_s:g} s")
+            except ProcessExpired as error:
+                result = Finding("crashed", f"its process ended with code {error.exitcode}")
+            yield item, result
+            waiting.extend((item, pool.schedule(task, item)) for item in islice(remaining, 1))
+    finally:
+        pool.close()
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {output} ({error.strerror}); name another --output") from error
+    if not os.access(output, os.W_OK):
+        raise UserError(f"may not write to {output}; name another --output")
+
+
+def _identity(source: Path) -> dict[str, object]:
+    """Return what the rows of an earlier check must be of: the same source, unchanged."""
+    identity: dict[str, object] = {"source": str(source.resolve()), "version": __version__}
+    if is_manifest(source):
+        # Not its sample table: whether a chunk is sound does not depend on its clips.
+        identity["chunk_root"] = Manifest(source).chunk_root
+        identity["tables"] = [list(file_stamp(str(source / name))) for name in ("chunks.arrow", INDEX_FILE)]
+    return identity
+
+
+class _Progress:
+    """The files that were checked, with what was found.
+
+    Args:
+        output: folder of the check.
+        identity: what is checked.
+
+    Raises:
+        UserError: when the folder holds the check of another source.
+    """
+
+    def __init__(self, output: Path, identity: dict[str, object]) -> None:
+        path = output / PROGRESS_FILE
+        lines = _complete_lines(path)
+        before = next(lines, {})
+        if before.get("source", identity["source"]) != identity["source"]:
+            raise UserError(f"{output} holds the check of {before['source']}; name another --output")
+        is_same = before == identity
+        self._earlier = {r.path: r for r in map(_as_report, lines)} if is_same else {}
+        self._file = path.open("a" if is_same else "w")
+        # After a torn line, the next one must begin anew.
+        self._file.write("\n" if is_same else json.dumps(identity) + "\n")
+
+    def earlier(self, target: Target) -> FileReport | None:
+        """Return what an earlier run found in a file, if that still holds."""
+        report = self._earlier.get(target.path)
+        if report is None or (target.deep and not report.deep):
+            return None
+        if report.stamp != file_stamp(target.path) or any(f.kind in _RETRIED for f in report.findings):
+            return None
+        return report
+
+    def keep(self, report: FileReport) -> None:
+        """Write down a checked file."""
+        self._file.write(json.dumps(asdict(report)) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSONL file, if there is one, but for a line that an interruption left unfinished."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            with suppress(ValueError):
+                yield json.loads(line)
+
+
+def _as_report(row: dict[str, Any]) -> FileReport:
+    findings = tuple(Finding(**finding) for finding in row["findings"])
+    return FileReport(row["path"], tuple(row["stamp"]), row["deep"], tuple(row["frame_size"]), findings)
+
+
+class _Findings:
+    """Writes findings and counts them.
+
+    Args:
+        output: folder of the check.
+        report: what to count into.
+    """
+
+    def __init__(self, output: Path, report: CheckReport) -> None:
+        self._path, self._report = output / FINDINGS_FILE, report
+        self._partial = self._path.with_suffix(".partial")
+        self._file: TextIO = self._partial.open("w")
+        self._sizes: Counter[tuple[int, int]] = Counter()
+
+    def add_file(self, done: FileReport) -> None:
+        """Take what was found in one file."""
+        self._report.num_files += 1
+        if done.frame_size != (0, 0):
+            self._sizes[done.frame_size] += 1
+        for finding in done.findings:
+            self._add(done.path, finding)
+        errors = [finding.kind for finding in done.findings if finding.is_error]
+        if errors:
+            self._report.bad_chunks[done.path] = errors
+
+    def finish(self, source: Path) -> None:
+        """Look at all files together, and give the file its name."""
+        if len(self._sizes) > MAX_SIZES:
+            common = ", ".join(f"{w}x{h} ({count})" for (w, h), count in self._sizes.most_common(3))
+            self._add(str(source), Finding("many-sizes", f"{len(self._sizes)} frame sizes: {common}, ..."))
+        tallies = self._report.tallies
+        self._report.tallies = {kind: tallies[kind] for kind in KINDS if kind in tallies}
+        self._file.close()
+        os.replace(self._partial, self._path)
+
+    def _add(self, path: str, finding: Finding) -> None:
+        row = {"severity": KINDS[finding.kind].severity, "path": path, **asdict(finding)}
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        tally = self._report.tallies.setdefault(finding.kind, Tally(0, path, finding.detail))
+        tally.count += 1
+
+    def __enter__(self) -> _Findings:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._partial.unlink(missing_ok=True)

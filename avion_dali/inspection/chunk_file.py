@@ -1,0 +1,285 @@
+"""What is wrong with one chunk file.
+
+Runs in checking processes: imports numpy and PyAV alone.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from itertools import chain, islice
+
+import av
+import numpy as np
+from av.packet import Packet
+from av.video.frame import VideoFrame
+
+from avion_dali.contracts import ChunkRef, DecodeError
+from avion_dali.data.bitstream import Entry
+from avion_dali.data.indexing import STRICT, make_decoder, make_packet, stream_facts
+from avion_dali.data.packet_index import IndexBlock, IndexDamagedError, PacketIndex, StreamFacts
+from avion_dali.data.probe import ChunkFacts, color_range_name, colorspace_name, open_video, probe_chunk
+from avion_dali.decode.source import packet_traits
+from avion_dali.inspection.findings import FileReport, Finding, Target
+
+MAX_GOP_SECONDS = 5.0
+_BT601 = ("smpte170m", "bt470bg")  # one matrix, two names
+
+
+class _FaultError(Exception):
+    """Carries a finding after which there is nothing more to look for."""
+
+    def __init__(self, kind: str, detail: str, frame_id: int = -1) -> None:
+        super().__init__(detail)
+        self.finding = Finding(kind, detail, frame_id)
+
+
+def file_stamp(path: str) -> tuple[int, int]:
+    """Return what tells that a file changed: size and modification time, (-1, -1) when it is not there.
+
+    Args:
+        path: the file.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def inspect_file(target: Target) -> FileReport:
+    """Check one file.
+
+    Args:
+        target: the file, and what the manifest says of it.
+    """
+    stamp, frame_size, found = file_stamp(target.path), (0, 0), list[Finding]()
+    try:
+        facts = _read_facts(target)
+        frame_size = facts.width, facts.height
+        found += _picture_findings(facts)
+        blocks = _read_blocks(facts.packet_index)
+        found += _access_findings(facts, blocks)
+        if target.deep:
+            _decode_everything(facts, blocks)
+    except _FaultError as fault:
+        found.append(fault.finding)
+    except DecodeError as error:
+        found.append(_finding_of(error))
+    except OSError as error:
+        found.append(Finding("missing", f"cannot be read: {error.strerror or error}"))
+    except Exception as error:  # a process boundary: what one damaged file provokes is that file's finding
+        found.append(Finding("undecodable", f"{type(error).__name__}: {error}"))
+    return FileReport(target.path, stamp, target.deep, frame_size, tuple(found))
+
+
+def _finding_of(error: DecodeError) -> Finding:
+    if error.kind == "missing":
+        return Finding("missing", error.cause)
+    is_cut = error.cause.startswith(("is truncated", "ends after"))  # as `probe_chunk` says it
+    return Finding("truncated" if is_cut else "undecodable", error.cause)
+
+
+def _read_facts(target: Target) -> ChunkFacts:
+    """Read the facts of a file, and make sure that it is the one of the manifest."""
+    ref = target.ref
+    if ref is None:
+        return probe_chunk(target.path, index=True)
+    size = os.stat(target.path).st_size
+    if size != ref.size_bytes:
+        raise _other_size(ref, size)
+    # Without an index, only walking through the file tells how many frames there are.
+    facts = _header_facts(target, ref) if ref.index else probe_chunk(target.path, index=True)
+    if (facts.width, facts.height) != (ref.width, ref.height):
+        shown, known = f"{facts.width}x{facts.height}", f"{ref.width}x{ref.height}"
+        raise _FaultError("changed", f"is {shown}, the manifest says {known}")
+    if facts.num_frames != ref.num_frames:
+        raise _FaultError("wrong-count", f"has {facts.num_frames} frames, the manifest says {ref.num_frames}")
+    return facts
+
+
+def _other_size(ref: ChunkRef, size: int) -> _FaultError:
+    """Tell a file that lost its end from one that another has replaced."""
+    detail = f"has {size} bytes, the manifest says {ref.size_bytes}"
+    try:
+        probe_chunk(ref.path)
+    except DecodeError as error:
+        return _FaultError("truncated" if size < ref.size_bytes else "undecodable", f"{detail}; {error.cause}")
+    return _FaultError("changed", detail)
+
+
+def _header_facts(target: Target, ref: ChunkRef) -> ChunkFacts:
+    """Read facts from a file's header, its first keyframe and its packet index, and nothing else of it."""
+    record = _read_record(ref)
+    blocks = _read_blocks(record)
+    with open_video(target.path) as (_, stream), open(target.path, "rb", buffering=0) as file:
+        header, pix_fmt = stream_facts(stream), stream.codec_context.pix_fmt or ""
+        if _settings(_open_index(record).stream) != _settings(header):
+            raise _FaultError("changed", "its header is not that of its packet index")
+        # The stream's own decoder, for it hands the rotation from the header to the frames.
+        decoder = stream.codec_context
+        if _starts_clean(blocks):
+            decoder.options = STRICT
+        _, keyframe = next(_checked_packets(file.fileno(), blocks[:1], _frame_ids(blocks[:1])))
+        pictures = [*decoder.decode(keyframe), *decoder.decode(None)]
+    if not pictures:
+        raise _FaultError("undecodable", "its first keyframe does not decode")
+    return ChunkFacts(
+        path=target.path,
+        size_bytes=ref.size_bytes,
+        num_frames=blocks[-1].first_frame + len(blocks[-1].table.order),
+        fps=target.fps,
+        width=header.width,
+        height=header.height,
+        codec=header.codec,
+        pix_fmt=pix_fmt,
+        color_range=color_range_name(header.color_range, pix_fmt),
+        colorspace=colorspace_name(header.colorspace),
+        rotation=pictures[0].rotation % 360,
+        is_cfr=target.is_cfr,
+        packet_index=record,
+    )
+
+
+def _settings(stream: StreamFacts) -> tuple[str, bytes, int, int]:
+    return stream.codec, stream.extradata, stream.width, stream.height
+
+
+def _read_record(ref: ChunkRef) -> bytes:
+    assert ref.index is not None
+    with open(ref.index.path, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), ref.index.num_bytes, ref.index.offset)
+
+
+def _open_index(record: bytes) -> PacketIndex:
+    try:
+        return PacketIndex(lambda start, count: record[start : start + count])
+    except IndexDamagedError as error:
+        raise _FaultError("index", f"its packet index {error}") from error
+
+
+def _read_blocks(record: bytes) -> list[IndexBlock]:
+    """Read all blocks of a packet index; none where there is no index."""
+    if not record:
+        return []
+    index = _open_index(record)
+    last = index.block_of(2**40)  # no frame is that late
+    try:
+        return [index.block(number) for number in range(last + 1)]
+    except IndexDamagedError as error:
+        raise _FaultError("index", f"its packet index {error}") from error
+
+
+def _picture_findings(facts: ChunkFacts) -> Iterator[Finding]:
+    """Find what makes pictures come out wrong, or slowly."""
+    tags = f"{facts.color_range} {facts.colorspace} {facts.pix_fmt}"
+    if facts.color_range == "full" or facts.colorspace not in (*_BT601, "unspecified"):
+        yield Finding("colour", f"{tags}: DALI takes everything for limited-range BT.601")
+    elif facts.pix_fmt not in ("yuv420p", "yuvj420p"):
+        yield Finding("colour", f"{tags}: GPU decoders read little else than 8-bit 4:2:0")
+    elif facts.colorspace == "unspecified":
+        yield Finding("untagged", f"{tags}: the matrix is a guess")
+    if facts.rotation:
+        yield Finding("rotation", f"to be turned by {facts.rotation} degrees counter-clockwise")
+    if facts.width % 16 or facts.height % 16:
+        yield Finding("nvdec-size", f"{facts.width}x{facts.height} are not multiples of 16")
+    if not facts.is_cfr:
+        yield Finding("variable-rate", f"{float(facts.fps):.2f} frames a second in the mean")
+
+
+def _access_findings(facts: ChunkFacts, blocks: list[IndexBlock]) -> Iterator[Finding]:
+    """Find what makes random access slow."""
+    if not blocks:
+        return
+    entries = [b.first_frame + np.flatnonzero(b.table.entry[b.table.order] != Entry.NONE) for b in blocks]
+    borders = np.unique(np.concatenate([[0], *entries, [facts.num_frames]]))
+    longest = int(np.diff(borders).max())
+    if longest / facts.fps > MAX_GOP_SECONDS:
+        yield Finding("long-gop", f"{float(longest / facts.fps):.1f} s ({longest} frames) without a keyframe")
+    num_open = sum(int((b.table.entry == Entry.OPEN).sum()) for b in blocks)
+    if num_open:
+        yield Finding("open-gop", f"{num_open} keyframes are followed by frames that need earlier ones")
+
+
+def _decode_everything(facts: ChunkFacts, blocks: list[IndexBlock]) -> None:
+    """Decode all frames as strictly as training does, up to the first bad one."""
+    delivered = _decode_indexed(facts, blocks) if blocks else _decode_container(facts)
+    absent = sorted(set(range(facts.num_frames)) - delivered)
+    if absent:
+        count = facts.num_frames - len(absent)
+        raise _FaultError("wrong-count", f"{count} of {facts.num_frames} frames decode", absent[0])
+    if max(delivered) >= facts.num_frames:
+        raise _FaultError("wrong-count", f"more than its {facts.num_frames} frames decode", facts.num_frames)
+
+
+def _decode_indexed(facts: ChunkFacts, blocks: list[IndexBlock]) -> set[int]:
+    """Decode the packets that the index names, and return the ids of the frames they give."""
+    frame_of = _frame_ids(blocks)
+    decoder = make_decoder(_open_index(facts.packet_index).stream, strict=_starts_clean(blocks))
+    delivered: set[int] = set()
+    with open(facts.path, "rb", buffering=0) as file:
+        for rank, packet in chain(_checked_packets(file.fileno(), blocks, frame_of), [(-1, None)]):
+            try:
+                frames = decoder.decode(packet)
+            except av.FFmpegError as error:
+                raise _undecodable(error, frame_of.get(rank, -1)) from error
+            asked = {frame_of[f.pts]: f for f in frames if f.pts in frame_of}
+            delivered |= {_sound(frame_id, frame, facts) for frame_id, frame in asked.items()}
+    return delivered
+
+
+def _frame_ids(blocks: list[IndexBlock]) -> dict[int, int]:
+    """Return frame ids by rank; pictures that an edit list hides have none."""
+    shown = np.concatenate([b.table.pts[b.table.order] for b in blocks])
+    return {rank: frame_id for frame_id, rank in enumerate(shown.tolist())}
+
+
+def _starts_clean(blocks: list[IndexBlock]) -> bool:
+    """Whether a strict decoder has nothing to complain of: in a stream that begins in its middle it has."""
+    return bool(blocks[0].table.entry[0] == Entry.CLEAN)
+
+
+def _checked_packets(
+    file: int, blocks: list[IndexBlock], frame_of: dict[int, int]
+) -> Iterator[tuple[int, Packet]]:
+    """Yield all packets in decode order, each with its rank in the order of presentation."""
+    for block in blocks:
+        columns = (block.places.offset, block.places.size, block.places.crc, block.table.pts)
+        for offset, size, crc, rank in zip(*(column.tolist() for column in columns), strict=True):
+            data = os.pread(file, size, offset)
+            if zlib.crc32(data) != crc:
+                detail = f"its bytes from {offset} on are not those the manifest was built from"
+                raise _FaultError("checksum", detail, frame_of.get(rank, -1))
+            yield rank, make_packet(data, rank)
+
+
+def _decode_container(facts: ChunkFacts) -> set[int]:
+    """Decode a file that cannot have an index, and return the ids of the frames it gives."""
+    count = 0
+    with open_video(facts.path) as (container, stream):
+        keyframes = (p for p in container.demux(stream) if p.size and p.is_keyframe)
+        if all(packet_traits(p, stream).entry == Entry.CLEAN for p in islice(keyframes, 1)):
+            stream.codec_context.options = STRICT
+        container.seek(0)
+        try:
+            for frame in container.decode(stream):
+                count = _sound(count, frame, facts) + 1
+        except av.FFmpegError as error:
+            raise _undecodable(error, count) from error
+    return set(range(count))
+
+
+def _sound(frame_id: int, frame: VideoFrame, facts: ChunkFacts) -> int:
+    """Return the frame's id if it was delivered undamaged, and in the shape that a clip's frames share."""
+    if frame.is_corrupt:
+        raise _FaultError("undecodable", "the decoder marks it damaged", frame_id)
+    expected = (facts.width, facts.height, facts.pix_fmt or frame.format.name)
+    if (frame.width, frame.height, frame.format.name) != expected:
+        found = f"{frame.width}x{frame.height} {frame.format.name}"
+        raise _FaultError("undecodable", f"the picture changes to {found}", frame_id)
+    return frame_id
+
+
+def _undecodable(error: av.FFmpegError, frame_id: int) -> _FaultError:
+    return _FaultError("undecodable", error.strerror or type(error).__name__, frame_id)

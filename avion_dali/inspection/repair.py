@@ -1,0 +1,170 @@
+"""Leave the clips of bad chunks out of a manifest.
+
+The chunk table stays as it is, so that chunks keep their row numbers; the sample table loses rows. What it was
+is kept beside it, and later repairs start from that: chunks that were restored give their clips back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from avion_dali.contracts import UserError
+from avion_dali.data.manifest import ROWS_PER_BATCH, SAMPLE_SCHEMA, Manifest, tables_fingerprint
+
+BAD_CHUNKS_FILE = "bad_chunks.jsonl"
+_CHUNKS, _SAMPLES, _INFO = "chunks.arrow", "samples.arrow", "manifest.json"
+_SAMPLES_BEFORE, _INFO_BEFORE = "samples.before-repair.arrow", "manifest.before-repair.json"
+_REMOVED = "removed_samples"  # the key in manifest.json that tells a repaired manifest
+
+
+@dataclass(frozen=True, slots=True)
+class RepairReport:
+    """What a repair did.
+
+    Args:
+        num_samples: clips that are in the manifest now.
+        removed: clips left out of it.
+        undo: shell command that brings back what was there; empty when nothing is left out.
+    """
+
+    num_samples: int
+    removed: int
+    undo: str
+
+
+def repair_manifest(folder: str | Path, bad_chunks: Mapping[str, Sequence[str]]) -> RepairReport:
+    """Rewrite a manifest without the clips that touch bad chunks.
+
+    The fingerprint follows the rows, so a run that began with other rows is not resumed by mistake. Runs that
+    have the manifest open go on with the rows they opened. The new files take the places of the old ones at
+    the very end; an interruption just there leaves no `manifest.json` rather than one of other rows.
+
+    Args:
+        folder: the manifest.
+        bad_chunks: by path of the chunk, as the manifest gives it, what is wrong with it.
+
+    Raises:
+        UserError: when the folder is no manifest, a path is none of its chunks, or no clip would be left.
+    """
+    folder = Path(folder)
+    manifest = Manifest(folder)
+    bad_rows = _rows_of(manifest, bad_chunks)
+    bad_before_N = _count_before(bad_rows, manifest.num_chunks)
+    before = (folder / _SAMPLES_BEFORE, folder / _INFO_BEFORE)
+    is_repaired = _REMOVED in manifest.info and all(path.exists() for path in before)
+    source = before[0] if is_repaired else folder / _SAMPLES
+    good = [int(is_good_R.sum()) for _, is_good_R in _sorted_out(source, bad_before_N)]
+    kept, touched = sum(good), sum(batch.num_rows for batch in _batches(source)) - sum(good)
+    if touched and not kept:
+        raise UserError(
+            f"{folder}: no clip is left without the {len(bad_rows)} bad chunks, so nothing was changed; are "
+            f"the chunks really in {manifest.chunk_root}?"
+        )
+    removed = manifest.num_samples + manifest.info.get(_REMOVED, 0) - kept
+    if touched:
+        _write_bad_chunks(folder / BAD_CHUNKS_FILE, bad_rows, bad_chunks)
+        partial = folder / "samples.partial"
+        _write_samples(partial, _sorted_out(source, bad_before_N))
+        fingerprint = tables_fingerprint(folder / _CHUNKS, partial)
+        info = {**manifest.info, "num_samples": kept, "fingerprint": fingerprint, _REMOVED: removed}
+        _swap(folder, partial, info=info, keep_old=not is_repaired)
+    elif is_repaired:
+        _restore(folder, manifest.info)
+    return RepairReport(kept, removed, _undo_command(folder) if touched else "")
+
+
+def _rows_of(manifest: Manifest, bad_chunks: Mapping[str, Sequence[str]]) -> dict[int, str]:
+    """Return the bad chunks' paths by row."""
+    rows: dict[int, str] = {}
+    paths = (path for batch in _batches(manifest.folder / _CHUNKS) for path in batch["path"].to_pylist())
+    for row, path in enumerate(paths):
+        full = os.path.join(manifest.chunk_root, path)
+        if full in bad_chunks:
+            rows[row] = full
+    unknown = sorted(set(bad_chunks) - set(rows.values()))
+    if unknown:
+        raise UserError(f"{unknown[0]} is no chunk of {manifest.folder}")
+    return rows
+
+
+def _count_before(bad_rows: Iterable[int], num_chunks: int) -> np.ndarray:
+    """Return how many bad chunks come before each row, int64 (num_chunks + 1,)."""
+    is_bad_N = np.zeros(num_chunks + 1, dtype=np.int64)
+    is_bad_N[np.array(list(bad_rows), dtype=np.int64) + 1] = 1
+    return np.cumsum(is_bad_N)
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
+        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+
+
+def _sorted_out(path: Path, bad_before_N: np.ndarray) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+    """Yield the batches of a sample table, and which of their rows touch no bad chunk."""
+    for batch in _batches(path):
+        first_R = batch["first_chunk"].to_numpy()
+        end_R = first_R + batch["num_chunks"].to_numpy()
+        yield batch, bad_before_N[end_R] == bad_before_N[first_R]
+
+
+def _write_samples(path: Path, batches: Iterable[tuple[pa.RecordBatch, np.ndarray]]) -> None:
+    """Write the good rows, in batches of `ROWS_PER_BATCH` again: rows are found by division."""
+    waiting = SAMPLE_SCHEMA.empty_table()
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SAMPLE_SCHEMA) as writer:
+        for batch, is_good_R in batches:
+            good = pa.Table.from_batches([batch.filter(pa.array(is_good_R))])
+            waiting = pa.concat_tables([waiting, good])
+            if len(waiting) >= ROWS_PER_BATCH:
+                writer.write_table(waiting.slice(0, ROWS_PER_BATCH).combine_chunks())
+                waiting = waiting.slice(ROWS_PER_BATCH)
+        if len(waiting):
+            writer.write_table(waiting.combine_chunks())
+
+
+def _swap(folder: Path, samples: Path, *, info: dict[str, Any], keep_old: bool) -> None:
+    """Put a new sample table in place; `manifest.json` goes first and comes last."""
+    if keep_old:
+        os.replace(folder / _INFO, folder / _INFO_BEFORE)
+        os.replace(folder / _SAMPLES, folder / _SAMPLES_BEFORE)
+    (folder / _INFO).unlink(missing_ok=True)
+    os.replace(samples, folder / _SAMPLES)
+    _write_info(folder, info)
+
+
+def _restore(folder: Path, info: dict[str, Any]) -> None:
+    """Put the sample table of before any repair back."""
+    before = json.loads((folder / _INFO_BEFORE).read_text())
+    (folder / _INFO).unlink()
+    os.replace(folder / _SAMPLES_BEFORE, folder / _SAMPLES)
+    _write_info(folder, {**before, "chunk_root": info["chunk_root"]})  # the chunks may have moved since
+    for name in (_INFO_BEFORE, BAD_CHUNKS_FILE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _write_info(folder: Path, info: dict[str, Any]) -> None:
+    partial = folder / "manifest.partial"
+    partial.write_text(json.dumps(info, indent=2) + "\n")
+    os.replace(partial, folder / _INFO)
+
+
+def _write_bad_chunks(path: Path, rows: Mapping[int, str], bad_chunks: Mapping[str, Sequence[str]]) -> None:
+    lines = [{"row": row, "path": chunk, "kinds": list(bad_chunks[chunk])} for row, chunk in rows.items()]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _undo_command(folder: Path) -> str:
+    def quoted(name: str) -> str:
+        return shlex.quote(str(folder / name))
+
+    pairs = ((_SAMPLES_BEFORE, _SAMPLES), (_INFO_BEFORE, _INFO))
+    moves = [f"mv {quoted(old)} {quoted(new)}" for old, new in pairs]
+    return " && ".join([*moves, f"rm {quoted(BAD_CHUNKS_FILE)}"])
