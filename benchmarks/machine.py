@@ -18,7 +18,20 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("avion_dali", "torch", "numpy", "av", "pyarrow", "pebble", "nvidia-dali-cuda130", "open_clip_torch")
+PACKAGES = (
+    "avion_dali",
+    "torch",
+    "numpy",
+    "av",
+    "pillow",
+    "pyarrow",
+    "pebble",
+    "nvidia-dali-cuda130",
+    "open_clip_torch",
+    "torchcodec",
+    "decord",
+    "spdl",
+)
 
 Row = dict[str, Any]
 
@@ -54,14 +67,24 @@ def git_commit() -> str:
     return commit + ("+changes" if commit and changes else "")
 
 
-def write_result(name: str, rows: list[Row], *, machine: dict[str, Any], baseline: Row | None = None) -> Path:
-    """Write `benchmarks/results/<name>.json`.
+def write_result(
+    name: str,
+    rows: list[Row],
+    *,
+    machine: dict[str, Any],
+    baseline: Row | None = None,
+    picture: Path | None = None,
+    folder: Path | None = None,
+) -> Path:
+    """Write `benchmarks/results/<name>.json`, whole or not at all.
 
     Args:
         name: of the benchmark, as in `python -m benchmarks.<name>`.
         rows: what was measured; units are in the keys.
         machine: `machine_facts()` from before the measurement.
         baseline: what the rows are held against: a requirement, or another program's numbers.
+        picture: what was drawn of the rows.
+        folder: write there instead.
     """
     result = {
         "benchmark": name,
@@ -71,11 +94,14 @@ def write_result(name: str, rows: list[Row], *, machine: dict[str, Any], baselin
         "commit": git_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "baseline": baseline,
+        **({"picture": picture.relative_to(ROOT).as_posix()} if picture else {}),
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path = (folder or RESULTS) / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(unfinished, path)
     return path
 
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 from avion_dali.data.manifest import (
     CHUNK_SCHEMA,
     FORMAT_VERSION,
+    INDEX_FILE,
     ROWS_PER_BATCH,
     SAMPLE_SCHEMA,
     Manifest,
@@ -33,6 +34,7 @@ from benchmarks.machine import Row, machine_facts, print_rows, process_memory_mb
 CHUNK_SECONDS, FPS = 15.0, 30
 CHUNKS_PER_VIDEO = 100
 READS, PLANS = 10_000, 20_000
+INDEX_BYTES_PER_CHUNK = 2_700
 REQUIREMENT = {"open_s_below": 1.0, "private_memory_growth_mb_below": 50.0}
 
 
@@ -44,7 +46,11 @@ def write_synthetic_manifest(folder: Path, *, samples: int, chunks: int) -> None
     first = np.sort(rng.integers(0, chunks, size=samples))
     blocks = (_sample_columns(first[a:b], chunks, rng) for a, b in _ranges(samples))
     _write(folder / "samples.arrow", SAMPLE_SCHEMA, blocks)
+    index_bytes = chunks * INDEX_BYTES_PER_CHUNK
+    with (folder / INDEX_FILE).open("wb") as file:
+        file.truncate(index_bytes)  # of zeros: only decode workers read it
     facts = {"chunk_root": "/data/chunks", "num_chunks": chunks, "num_samples": samples, "fingerprint": 0}
+    facts["index_bytes"] = index_bytes
     (folder / "manifest.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **facts}))
 
 
@@ -76,6 +82,8 @@ def _chunk_columns(first: int, stop: int) -> dict[str, object]:
         "size_bytes": 1_500_000 + rows,
         "codec": ["h264"] * count,
         "frame_times": [None] * count,
+        "index_offset": rows * INDEX_BYTES_PER_CHUNK,
+        "index_bytes": np.full(count, INDEX_BYTES_PER_CHUNK),
     }
 
 

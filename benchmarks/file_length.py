@@ -1,0 +1,326 @@
+"""What a clip costs in files of 15 seconds to 10 minutes: processor time and bytes read.
+
+python -m benchmarks.file_length [--folder DIR] [--minutes 0.25 1 5 10]
+
+AVION (arXiv 2309.16669, section 4.1) cut videos into chunks of 15 seconds because a clip from a long file cost
+more. Longer files are a chunk's packets written several times in a row, and every clip is the chunk's own clip
+in some repetition, so that nothing but the file's length differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest
+from avion_dali.data.profiles import PROFILES
+from benchmarks.corpus import FOUR, repeat_chunk
+from benchmarks.decode_backends import Backend, load_backends, rerun_with_pyav_libraries
+from benchmarks.decode_measure import Case, Timing, bytes_read, compare, decoded, time_rounds
+from benchmarks.decode_report import rounded, select
+from benchmarks.machine import ROOT, Row, machine_facts, write_result
+from benchmarks.sources import (
+    REAL_VIDEOS,
+    ChunkSettings,
+    draw_clips,
+    indexed_chunk,
+    without_index,
+    write_chunks,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PICTURE = ROOT / "docs" / "file_length.png"
+INDEXED, CONTAINER = "cpu-fused", "cpu-fused, no index"
+DECODERS = ("cpu-fused", "paper-fused", "torchcodec", "torchcodec-exact")
+LENGTH_COST, SHARE_READ = 1.15, 0.12
+REQUIREMENT = {
+    "cpu_time_of_longest_over_shortest_at_most": LENGTH_COST,
+    "share_of_a_balanced_chunk_read_by_a_1_s_clip_at_most": SHARE_READ,
+}
+_COLOURS = {
+    INDEXED: "#1f77b4",
+    CONTAINER: "#17becf",
+    "paper-fused": "#d62728",
+    "torchcodec": "#ff7f0e",
+    "torchcodec-exact": "#bcbd22",
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How much is measured.
+
+    Args:
+        profiles: chunk profiles.
+        repeats: how often a chunk is written in a row, one number a file; the first is 1.
+        clips: per file.
+        rounds: repetitions of all timings.
+        frame_size: side of the clips in pixels.
+    """
+
+    profiles: tuple[str, ...] = ("balanced", "compat")
+    repeats: tuple[int, ...] = (1, 4, 20, 40)
+    clips: int = 8
+    rounds: int = 3
+    frame_size: int = 224
+
+
+class Cell(NamedTuple):
+    """Which file, and who decodes clips of it."""
+
+    source: str
+    profile: str
+    repeats: int
+    decoder: str
+
+
+def long_files(chunk: ChunkRef, folder: Path, repeats: Sequence[int]) -> dict[int, ChunkRef]:
+    """Write a chunk several times in a row; files that are there are kept."""
+    files = {}
+    for times in repeats:
+        path = folder / str(times) / Path(chunk.path).name
+        if not path.exists():
+            repeat_chunk(Path(chunk.path), path, times)
+        files[times] = indexed_chunk(path)
+    return files
+
+
+def in_repetitions(requests: Sequence[ClipRequest], file: ChunkRef, times: int) -> list[ClipRequest]:
+    """Return the same clips, each from another repetition of the chunk, from the first to the last.
+
+    Args:
+        requests: clips of the chunk.
+        file: the chunk `times` times in a row.
+        times: how often.
+    """
+    moved = []
+    for number, request in enumerate(requests):
+        (part,) = request.parts
+        repetition = round(number * (times - 1) / max(len(requests) - 1, 1))
+        first = repetition * part.chunk.num_frames
+        ids = tuple(first + frame_id for frame_id in part.frame_ids)
+        moved.append(replace(request, parts=(ClipPart(file, ids),)))
+    return moved
+
+
+def ways(backends: dict[str, Backend]) -> dict[str, tuple[Backend, Callable[[ClipRequest], ClipRequest]]]:
+    """All ways of decoding: the backends, and `cpu-fused` without its index."""
+    found = {name: (backend, _as_it_is) for name, backend in backends.items()}
+    return {**found, CONTAINER: (backends[INDEXED], without_index)}
+
+
+def _as_it_is(request: ClipRequest) -> ClipRequest:
+    return request
+
+
+def make_cases(source: str, chunk: ChunkRef, profile: str, folder: Path, bench: Bench) -> dict[Cell, Case]:
+    """Make the files of one chunk, and check that every decoder gives the same clips from all of them.
+
+    Raises:
+        RuntimeError: when this project's decoders do not.
+    """
+    backends = {backend.name: backend for backend in load_backends(DECODERS)[0]}
+    own = draw_clips(chunk, FOUR, clips=bench.clips, frame_size=bench.frame_size)
+    expected = decoded(backends[INDEXED], own)
+    cases = {}
+    for times, file in long_files(chunk, folder, bench.repeats).items():
+        clips = in_repetitions(own, file, times)
+        for name, (backend, prepare) in ways(backends).items():
+            case = Case(backend, [prepare(request) for request in clips])
+            agreement = compare(backend, case.requests, expected)
+            if not agreement.is_identical and name in (INDEXED, CONTAINER, "paper-fused"):
+                raise RuntimeError(f"{name} gives other frames from {file.path}")
+            if agreement.is_right:
+                cases[Cell(source, profile, times, name)] = case
+    return cases
+
+
+def file_row(cell: Cell, case: Case, timing: Timing, seconds: float) -> Row:
+    """One row for every file and decoder."""
+    num_bytes = bytes_read(case)
+    chunk_bytes = case.requests[0].parts[0].chunk.size_bytes / cell.repeats
+    return {
+        "measured": "file",
+        **cell._asdict(),
+        "seconds": seconds * cell.repeats,
+        "cpu_ms_per_clip": timing.cpu_ms,
+        "cpu_ms_by_round": timing.cpu_ms_by_round,
+        "kb_read_per_clip": None if num_bytes is None else num_bytes / 1000,
+        "share_of_chunk_read": None if num_bytes is None else num_bytes / chunk_bytes,
+        "chunk_kb": chunk_bytes / 1000,
+    }
+
+
+def summary_rows(rows: list[Row]) -> list[Row]:
+    """Growth from the shortest file to the longest, and the share of a chunk that a one-second clip reads."""
+    found = select(rows, "file")
+    shortest, longest = min(row["repeats"] for row in found), max(row["repeats"] for row in found)
+    summary: list[Row] = []
+    for profile, decoder in dict.fromkeys((row["profile"], row["decoder"]) for row in found):
+        own = select(rows, "file", profile=profile, decoder=decoder)
+        cpu_ms = mean_by_length(own, "cpu_ms_per_clip")
+        chunks = [row for row in own if row["repeats"] == shortest]
+        summary.append(
+            {
+                "measured": "growth",
+                "profile": profile,
+                "decoder": decoder,
+                "longest_over_shortest": cpu_ms[longest] / cpu_ms[shortest],
+                "by_round": _growth_by_round(own, shortest, longest),
+                "share_of_chunk_read": {row["source"]: row["share_of_chunk_read"] for row in chunks},
+            }
+        )
+    return summary
+
+
+def _growth_by_round(rows: list[Row], shortest: int, longest: int) -> list[float]:
+    def totals(repeats: int) -> np.ndarray:
+        return np.sum([row["cpu_ms_by_round"] for row in rows if row["repeats"] == repeats], axis=0)
+
+    return (totals(longest) / totals(shortest)).tolist()
+
+
+def mean_by_length(rows: list[Row], column: str) -> dict[int, float]:
+    """Mean over the sources, by repeats."""
+    lengths = sorted({row["repeats"] for row in rows})
+    return {n: float(np.mean([row[column] for row in rows if row["repeats"] == n])) for n in lengths}
+
+
+def run(videos: Sequence[Path], folder: Path, bench: Bench, settings: ChunkSettings) -> list[Row]:
+    """Write the files, then compare, time and count everything."""
+    cases: dict[Cell, Case] = {}
+    for (source, profile), chunk in write_chunks(videos, folder, bench.profiles, settings).items():
+        cases |= make_cases(source, chunk, profile, folder / f"{profile}_long", bench)
+    timings = time_rounds(cases, bench.rounds)
+    rows = [file_row(cell, case, timings[cell], settings.seconds) for cell, case in cases.items()]
+    missing = load_backends(DECODERS)[1]
+    rows += [{"measured": "decoder", "decoder": name, "missing": cause} for name, cause in missing.items()]
+    return rounded([*rows, *summary_rows(rows)])
+
+
+def readme_table(rows: list[Row]) -> str:
+    """The README's rows: a clip's processor time and bytes by length of the file."""
+    found = select(rows, "file")
+    lengths = {row["repeats"]: _length_name(row["seconds"]) for row in found}
+    columns = [f"{name}: CPU ms, kB read" for name in lengths.values()]
+    head = [f"{FOUR.name} from files of", *columns, "longest / shortest", "share of a chunk read"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for growth in select(rows, "growth"):
+        own = select(found, "file", profile=growth["profile"], decoder=growth["decoder"])
+        cpu_ms = mean_by_length(own, "cpu_ms_per_clip")
+        cells = [f"{cpu_ms[n]:.1f}, {_kb(own, n)}" for n in lengths]
+        cells.append(f"{growth['longest_over_shortest']:.2f}{_verdict(growth)}")
+        cells.append(_shares(growth))
+        lines.append(f"| {growth['profile']}, `{growth['decoder']}` | " + " | ".join(cells) + " |")
+    missing = [f"{row['decoder']}: {row['missing']}" for row in select(rows, "decoder")]
+    return "\n".join([*lines, "", *missing])
+
+
+def _length_name(seconds: float) -> str:
+    return f"{seconds:g} s" if seconds < 120 else f"{seconds / 60:g} min"
+
+
+def _kb(rows: list[Row], repeats: int) -> str:
+    values = [row["kb_read_per_clip"] for row in rows if row["repeats"] == repeats]
+    return "-" if None in values else f"{np.mean(values):.0f}"
+
+
+def _verdict(growth: Row) -> str:
+    if growth["decoder"] != INDEXED:
+        return ""
+    met = growth["longest_over_shortest"] <= LENGTH_COST
+    return f" ({'met' if met else 'missed'}: at most {LENGTH_COST})"
+
+
+def _shares(growth: Row) -> str:
+    shares = growth["share_of_chunk_read"]
+    if None in shares.values():
+        return "-"
+    text = ", ".join(f"{source} {share:.1%}" for source, share in shares.items())
+    if (growth["profile"], growth["decoder"]) == ("balanced", INDEXED):
+        text += f" ({'met' if max(shares.values()) <= SHARE_READ else 'missed'}: at most {SHARE_READ:.0%})"
+    return text
+
+
+def draw(rows: list[Row], path: Path = PICTURE) -> Path:
+    """Draw processor time and bytes read over the length of the file.
+
+    Returns:
+        The picture's path.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    profiles = list(dict.fromkeys(row["profile"] for row in select(rows, "file")))
+    figure, axes = plt.subplots(
+        2, len(profiles), figsize=(5 * len(profiles), 7), layout="constrained", squeeze=False
+    )
+    for column, profile in enumerate(profiles):
+        _draw_lines(axes[0][column], rows, profile, "cpu_ms_per_clip")
+        _draw_lines(axes[1][column], rows, profile, "kb_read_per_clip")
+        axes[0][column].set(title=f"{profile}, {FOUR.name}", ylabel="processor ms a clip")
+        axes[1][column].set(xlabel="length of the file", ylabel="kB read a clip")
+    axes[0][0].legend(fontsize=7)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+    return path
+
+
+def _draw_lines(axis: Axes, rows: list[Row], profile: str, column: str) -> None:
+    found = select(rows, "file", profile=profile)
+    seconds = {row["repeats"]: row["seconds"] for row in found}
+    for decoder, colour in _COLOURS.items():
+        own = [row for row in found if row["decoder"] == decoder and row[column] is not None]
+        means = mean_by_length(own, column)
+        axis.plot([seconds[n] for n in means], list(means.values()), "o-", color=colour, label=decoder)
+    axis.set_xscale("log")
+    if column == "cpu_ms_per_clip":
+        axis.set_ylim(0, None)
+    else:
+        axis.set_yscale("log")
+    axis.set_xticks(list(seconds.values()), [_length_name(s) for s in seconds.values()])
+    axis.minorticks_off()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("videos", type=Path, nargs="*", help="sources besides the noise-like one")
+    parser.add_argument("--folder", type=Path, help="keep files here; by default they are thrown away")
+    parser.add_argument("--profiles", nargs="+", choices=list(PROFILES), default=Bench.profiles)
+    parser.add_argument("--minutes", type=float, nargs="+", default=(0.25, 1.0, 5.0, 10.0))
+    parser.add_argument("--clips", type=int, default=Bench.clips, help="per file")
+    parser.add_argument("--rounds", type=int, default=Bench.rounds)
+    options = parser.parse_args()
+    status = rerun_with_pyav_libraries("benchmarks.file_length")
+    if status is not None:
+        sys.exit(status)
+    settings = ChunkSettings()
+    bench = Bench(
+        profiles=tuple(options.profiles),
+        repeats=tuple(sorted({1, *(round(minutes * 60 / settings.seconds) for minutes in options.minutes)})),
+        clips=options.clips,
+        rounds=options.rounds,
+    )
+    machine = machine_facts()
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = run(options.videos or REAL_VIDEOS, options.folder or Path(scratch), bench, settings)
+    picture = draw(rows)
+    print(readme_table(rows))
+    print(write_result("file_length", rows, machine=machine, baseline=REQUIREMENT, picture=picture))
+    print(picture)
+
+
+if __name__ == "__main__":
+    main()
