@@ -7,6 +7,7 @@ compression, resizing, colour conversion and odd sizes.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import product
@@ -170,6 +171,38 @@ def remux(
             packet.stream = target
             writer.mux(packet)
     return Path(path)
+
+
+def parameter_sets(extradata: bytes) -> list[bytes]:
+    """The SPS and the PPS of an avcC record with one of each (ISO/IEC 14496-15, section 5.3.3.1)."""
+    (sps_size,) = struct.unpack_from(">H", extradata, 6)
+    (pps_size,) = struct.unpack_from(">H", extradata, 9 + sps_size)
+    return [extradata[8:][:sps_size], extradata[11 + sps_size :][:pps_size]]
+
+
+def join_videos(path: Path, first: Path, second: Path, *, repeat: bool) -> Path:
+    """Append an H.264 video to another without encoding: its parameter sets go into its packets.
+
+    Args:
+        path: file to write, returned.
+        repeat: put them into every keyframe, or into the first alone.
+    """
+    with av.open(str(first)) as a, av.open(str(second)) as b, av.open(str(path), "w") as writer:
+        target = writer.add_stream_from_template(a.streams.video[0])
+        sets = parameter_sets(b.streams.video[0].codec_context.extradata or b"")
+        prefix, shift = b"".join(struct.pack(">I", len(s)) + s for s in sets), 0
+        for packet in [p for p in a.demux(video=0) if p.size]:
+            shift = max(shift, packet.pts + packet.duration)
+            packet.stream = target
+            writer.mux(packet)
+        for packet in [p for p in b.demux(video=0) if p.size]:
+            joined = av.Packet((prefix if packet.is_keyframe else b"") + bytes(packet))
+            joined.pts, joined.dts = packet.pts + shift, packet.dts + shift
+            joined.duration, joined.time_base = packet.duration, packet.time_base
+            joined.is_keyframe, joined.stream = packet.is_keyframe, target
+            writer.mux(joined)
+            prefix = prefix if repeat else b""
+    return path
 
 
 def edit_list_video(path: Path | str, *, frames: int = 90, hidden: int = 10) -> Path:

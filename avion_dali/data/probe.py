@@ -19,7 +19,8 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, FailureKind
-from avion_dali.data.indexing import PacketCollector
+from avion_dali.data.bitstream import shows_picture
+from avion_dali.data.indexing import PacketCollector, make_packet
 
 AUDIO_PRIMING_SECONDS = 0.1  # sound may begin this much early without meaning anything (AAC priming)
 MAX_MISSING_SECONDS = 1.0  # a file may end this much before its stated duration (rounding, last frame)
@@ -245,7 +246,7 @@ def _scan(
 ) -> _PacketTable:
     """Walk over the packets; which of them become frames follows what FFmpeg's decoders drop."""
     rows: list[tuple[int | None, int | None, int, bool]] = []
-    rotation = 0
+    rotation, codec = 0, stream.codec_context.codec.canonical_name
     for packet in container.demux(stream):
         if not packet.size:  # the end of the stream, or a frame that an AVI says to repeat
             continue
@@ -257,7 +258,8 @@ def _scan(
             rotation = _rotation(stream, bytes(packet))
         if collector is not None:
             collector.add(packet)
-        rows.append((packet.pts, packet.dts, packet.duration or 0, packet.is_discard))
+        hidden = packet.is_discard or not shows_picture(memoryview(packet), codec=codec)
+        rows.append((packet.pts, packet.dts, packet.duration or 0, hidden))
     # AVI carries decoding times only; their sorted order has the same spacing as presentation times.
     column = 1 if any(row[0] is None for row in rows) else 0
     if any(row[column] is None for row in rows):
@@ -277,7 +279,7 @@ def _rotation(stream: VideoStream, keyframe: bytes) -> int:
     """Display rotation in [0, 360) degrees counter-clockwise."""
     # A bare copy of the packet: with its flags, a keyframe that an edit list hides would give no frame.
     context = stream.codec_context
-    frames = [*context.decode(av.Packet(keyframe)), *context.decode(None)]
+    frames = [*context.decode(make_packet(keyframe, 0)), *context.decode(None)]
     return frames[0].rotation % 360 if frames else 0
 
 

@@ -266,8 +266,7 @@ _INNER = PictureTraits(Entry.NONE, is_reference=True, layer=0)
 def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[Packet], list[int], bool]:
     """Take packets, and their times, until `last_frame_id + 1` frames in presentation order are certain.
 
-    Returns:
-        Packets, times, and whether the file ended before they were.
+    The third thing returned tells whether the file ended before they were.
     """
     kept: list[Packet] = []
     times: list[int] = []
