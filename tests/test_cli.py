@@ -28,6 +28,10 @@ EVALUATE_OPTIONS = "checkpoint manifest decoder workers micro_batch frozen_frame
 COMMANDS = {
     "chunk": "--output --profile --chunk-seconds --short-side --jobs --root",
     "manifest captions": "--chunks --annotations --output --skip-bad-rows --jobs",
+    "check": "--deep --jobs --timeout --output --repair-manifest",
+    "plan": "--videos --chunks --profiles --chunk-seconds --short-side --hours --frames --clip-seconds "
+    "--frame-size --global-batch --step-seconds --model --micro-batch --processes --workers --disk --seconds",
+    "env": "--json",
     "demo": "--output-dir --decoder",
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from avion_dali.contracts import UserError
 from avion_dali.data.profiles import PROFILES
+from train import check, env, plan
 from train.arguments import run_command
 
 
@@ -18,7 +19,14 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments; None takes the process's.
     """
     options = build_parser().parse_args(argv)
-    commands = {"chunk": chunk, "manifest": manifest, "demo": demo}
+    commands = {
+        "chunk": chunk,
+        "manifest": manifest,
+        "check": check.run,
+        "plan": plan.run,
+        "env": env.run,
+        "demo": demo,
+    }
     return commands[options.command](options)
 
 
@@ -28,9 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_chunk(commands.add_parser("chunk", help="cut videos into chunks made for random access"))
     _add_manifest(commands.add_parser("manifest", help="make a manifest from chunks and annotations"))
+    check.add_arguments(commands.add_parser("check", help="find chunks that are damaged or decode wrongly"))
+    plan.add_arguments(commands.add_parser("plan", help="predict clips/s here, and say what binds"))
+    env.add_arguments(commands.add_parser("env", help="say what works on this machine, and why not what does not"))
     demo_parser = commands.add_parser("demo", help="train and evaluate on procedural videos, with a report")
     demo_parser.add_argument("--output-dir", default="runs/demo", help="folder of the run")
-    demo_parser.add_argument("--decoder", default="cpu-fused", help="how clips are decoded")
+    decoder_help = "how clips are decoded; dali makes VP9 chunks, which it decodes without a GPU, too"
+    demo_parser.add_argument("--decoder", default="cpu-fused", help=decoder_help)
     return parser
 
 

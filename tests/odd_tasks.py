@@ -1,0 +1,38 @@
+"""Tasks for processes of their own; those import this file, so it stays light."""
+
+import os
+import time
+from pathlib import Path
+
+
+def sleep_and_tell(path: str) -> None:
+    """Task that leaves its process id in a file, then hangs."""
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def die(number: int) -> None:
+    """Task that ends by a signal."""
+    os.kill(os.getpid(), number)
+
+
+def fail(words: str) -> None:
+    """Task that raises."""
+    raise ValueError(words)
+
+
+def leave(status: int) -> None:
+    """Task that ends without a word."""
+    os._exit(status)
+
+
+def chatter(answer: str) -> str:
+    """Task whose libraries print, to stdout even."""
+    os.write(1, b"noise on stdout\n")
+    os.write(2, b"[/opt/lib/decoder.cc:12] The hardware is on strike.\nnoise\n")
+    return answer
+
+
+def joined(first: str, second: int) -> str:
+    """Task that returns what it got."""
+    return f"{first!r} {second!r}"

@@ -1,0 +1,390 @@
+"""`avion-dali env`: what works on this machine, and for what does not, why and what to do about it.
+
+Nothing is concluded from versions where it can be tried. Light: a broken installation must not keep this from
+saying so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata, util
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from avion_dali.cores import available_cores
+from pipelines import support
+from pipelines.apart import call_apart, import_modules
+from pipelines.support import WORKS
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn.attention import SDPBackend
+
+GIB = 2**30
+FIELDS = ("value", "problem", "essential")
+ENCODERS = ("libx264", "libx265", "libvpx-vp9", "libsvtav1")
+# What a training imports, and open_clip, which it imports late; anything missing or broken shows here.
+ESSENTIAL_IMPORTS = {"training code": "train.build", "text tower": "open_clip.transformer"}
+OPTIONAL_KERNELS = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}
+KERNEL_TOLERANCE = 0.02
+IMPORT_TIMEOUT_S = 300.0  # a cold shared disk
+_REINSTALL = "pip install --upgrade --force-reinstall"
+_INSTALL = "pip install --editable . in the repository"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Args:
+        name: what was looked at.
+        value: what was found.
+        problem: why it does not work and what to do, in one line; None where it works.
+        essential: no training is possible while there is a problem.
+    """
+
+    name: str
+    value: str
+    problem: str | None = None
+    essential: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything found.
+
+    Args:
+        sections: findings by title.
+        decoder: what `--decoder auto` takes.
+        why: the reason.
+    """
+
+    sections: dict[str, list[Finding]]
+    decoder: str
+    why: str
+
+    @property
+    def obstacles(self) -> list[Finding]:
+        """What keeps this environment from training at all."""
+        return [f for findings in self.sections.values() for f in findings if f.essential and f.problem]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options.
+
+    Args:
+        parser: of the subcommand.
+    """
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs and bug reports")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Examine this machine and print what was found; status 1 when it cannot train at all.
+
+    Args:
+        options: parsed arguments.
+    """
+    report = examine()
+    print("\n".join([json.dumps(as_plain(report), indent=2)] if options.json else table_lines(report)))
+    return 1 if report.obstacles else 0
+
+
+def examine() -> Report:
+    """Try everything; what runs in processes of its own runs meanwhile."""
+    with ThreadPoolExecutor(max_workers=6) as pool:
+        nvdec = pool.submit(support.codec_support, 0)
+        cpu_codecs = pool.submit(support.cpu_codec_support)
+        dali = pool.submit(support.dali_cpu_problem)
+        imports = [
+            pool.submit(_import_finding, *i, _INSTALL, essential=True) for i in ESSENTIAL_IMPORTS.items()
+        ]
+        kernels = [pool.submit(_optional_finding, *names) for names in OPTIONAL_KERNELS.items()]
+        sections = {
+            "machine": machine_findings(),
+            "PyTorch": torch_findings(),
+            "attention": [*attention_findings(), *(kernel.result() for kernel in kernels)],
+            "decoding on GPU 0": [_nvcuvid_finding(), *_codec_findings("NVDEC", nvdec.result())],
+            "decoding on the CPU": [
+                *ffmpeg_findings(),
+                *_codec_findings("cpu-fused", cpu_codecs.result(), one_must_work=True),
+                _dali_finding(dali.result()),
+            ],
+            "software": [*(done.result() for done in imports), *requirement_findings()],
+        }
+    h264 = nvdec.result()["h264"]
+    return Report(sections, *support.auto_decoder(None if h264 == WORKS else h264))
+
+
+def as_plain(report: Report) -> dict[str, Any]:
+    """Return a report as JSON has it.
+
+    Args:
+        report: what was found.
+    """
+    return {
+        "can_train": not report.obstacles,
+        "decoder_auto": {"decoder": report.decoder, "why": report.why},
+        "sections": {
+            title: {f.name: {name: getattr(f, name) for name in FIELDS} for f in findings}
+            for title, findings in report.sections.items()
+        },
+    }
+
+
+def table_lines(report: Report) -> Iterator[str]:
+    """Yield a report's lines; a problem stands once below the lines that share it.
+
+    Args:
+        report: what was found.
+    """
+    width = max(len(f.name) for findings in report.sections.values() for f in findings)
+    for title, findings in report.sections.items():
+        yield title
+        for problem, sharing in groupby(findings, key=lambda f: f.problem):
+            yield from (f"{'!' if problem else ' '} {f.name:<{width}}  {f.value}" for f in sharing)
+            if problem:
+                yield f"    -> {problem}"
+        yield ""
+    yield f"--decoder auto takes {report.decoder}: {report.why}"
+    names = ", ".join(finding.name for finding in report.obstacles)
+    yield f"This environment cannot train: see {names}" if names else "This environment can train."
+
+
+def machine_findings() -> list[Finding]:
+    """Look at the machine: system, cores, memory, shared memory, disk."""
+    ring = "the loader keeps batches there (0.6 GiB a rank for 256 clips of 4 frames)"
+    return [
+        Finding("platform", platform.platform()),
+        Finding("Python", platform.python_version()),
+        Finding("cores", f"{available_cores()} usable of {os.cpu_count()}"),
+        Finding("memory", _memory()),
+        _space_finding("shared memory", Path("/dev/shm"), 1, f"{ring}; start containers with --shm-size=16g"),
+        _space_finding("disk", Path.cwd(), 5, "a checkpoint of ViT-B takes 2; set output_dir elsewhere"),
+    ]
+
+
+def _space_finding(name: str, place: Path, enough_gib: float, advice: str) -> Finding:
+    """Look at the free space of a file system."""
+    if not place.exists():  # /dev/shm, where the system is not Linux
+        return Finding(name, f"no {place} on this system")
+    usage = shutil.disk_usage(place)
+    value = f"{place}: {usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free"
+    short = usage.free < enough_gib * GIB
+    return Finding(name, value, f"less than {enough_gib:g} GiB free, {advice}" if short else None)
+
+
+def _memory() -> str:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    parts = [f"{total:.1f} GiB"]
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
+    if available:
+        parts.append(f"{int(available[1]) * 1024 / GIB:.1f} GiB available")
+    limit = _text("/sys/fs/cgroup/memory.max").strip()
+    if limit.isdigit():
+        parts.append(f"this container may use {int(limit) / GIB:.1f} GiB")
+    return ", ".join(parts)
+
+
+def _text(path: str) -> str:
+    """Content of a file; empty where there is none to read."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def torch_findings() -> list[Finding]:
+    """Look at PyTorch, the driver and the GPUs."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [Finding("torch", "broken", f"{error}; {_REINSTALL} torch", essential=True)]
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    problem = support.cuda_problem(0)
+    found = [Finding("torch", f"{torch.__version__}, {build}"), Finding("driver", _driver())]
+    if problem:
+        return [*found, Finding("GPU", "none", problem)]
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        size, kind = f"{facts.total_memory / GIB:.1f} GiB", f"compute capability {facts.major}.{facts.minor}"
+        found.append(Finding(f"GPU {number}", f"{facts.name}, {size}, {kind}"))
+    return found
+
+
+def _driver() -> str:
+    version = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", _text("/proc/driver/nvidia/version"))
+    cuda = support.driver_cuda_version()
+    if cuda is None:
+        return "none"
+    return f"{version[0] if version else 'version unknown'}, knows CUDA {cuda[0]}.{cuda[1]}"
+
+
+def attention_findings() -> list[Finding]:
+    """Call PyTorch's attention kernels, forward and backward, in the precision that a training has here."""
+    try:
+        import torch
+        from torch.nn.attention import SDPBackend
+
+        from avion_dali.engine.precision import AUTOCAST_DTYPES, resolve_precision
+    except (ImportError, OSError) as error:
+        return [Finding("sdpa", "not tried", f"{error}; see software below", essential=True)]
+    device = torch.device("cpu" if support.cuda_problem(0) else "cuda")
+    precision = resolve_precision("auto", device)
+    backends = {
+        "math": SDPBackend.MATH,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+    }
+    found = []
+    for name, backend in backends.items():
+        if device.type == "cpu" and name in ("efficient", "cudnn"):
+            found.append(Finding(f"sdpa {name}", "for GPUs only"))
+            continue
+        problem = kernel_problem(backend, device, AUTOCAST_DTYPES[precision])
+        value = "does not work" if problem else f"{WORKS} ({precision} on {device})"
+        found.append(Finding(f"sdpa {name}", value, problem, essential=name == "math"))
+    return found
+
+
+def kernel_problem(backend: SDPBackend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Find out whether one of PyTorch's attention kernels works.
+
+    Args:
+        backend: the kernel.
+        device: where to call it.
+        dtype: of queries, keys and values.
+
+    Returns:
+        None when it does and agrees with the plain computation, else one line that says why not.
+    """
+    import torch
+    from torch.nn.attention import sdpa_kernel
+
+    from avion_dali.models.attention import attend
+
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(3, 1, 12, 197, 64, generator=generator)
+    qkv = [t.to(device, dtype).requires_grad_() for t in exact]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with sdpa_kernel(backend):
+                mixed = attend(*qkv)
+            mixed.sum().backward()
+            mixed_BHNK = mixed.detach().float().cpu()
+        except RuntimeError as error:
+            return f"{_kernel_reason(error, caught)}; PyTorch takes another kernel by itself"
+    weights = (exact[0] @ exact[1].transpose(-1, -2) / 8).softmax(-1)
+    difference = float((mixed_BHNK - weights @ exact[2]).abs().max())
+    if difference <= KERNEL_TOLERANCE:
+        return None
+    return f"its results are wrong by up to {difference:.3g}; report it to PyTorch, and update PyTorch"
+
+
+def _kernel_reason(error: RuntimeError, caught: Sequence[warnings.WarningMessage]) -> str:
+    """PyTorch warns of why it refuses a kernel; its error says only that it did."""
+    said = [str(warning.message).partition(" (Triggered")[0].strip() for warning in caught]
+    reasons = [text for text in said if text and not text.endswith("because:")]
+    return reasons[0] if reasons else str(error).splitlines()[0]
+
+
+def _optional_finding(package: str, module: str) -> Finding:
+    """Import an attention library that may be installed beside PyTorch."""
+    if util.find_spec(module.split(".")[0]) is None:
+        return Finding(package, "not installed, and not needed")
+    return _import_finding(package, module, "not needed: uninstall it, or build it for this PyTorch")
+
+
+def _import_finding(name: str, module: str, advice: str, *, essential: bool = False) -> Finding:
+    """Import a module in a process of its own."""
+    failure = call_apart(import_modules, module, timeout_s=IMPORT_TIMEOUT_S)
+    problem = failure and f"import {module}: {failure}; {advice}"
+    return Finding(name, "cannot be imported" if problem else "can be imported", problem, essential)
+
+
+def _nvcuvid_finding() -> Finding:
+    """Look for the driver's video library; without a driver, that is what to mend."""
+    missing = support.nvcuvid_problem()
+    problem = missing and (support.cuda_problem(0) or missing)
+    return Finding("libnvcuvid", "missing" if problem else "found", problem)
+
+
+def _codec_findings(decoder: str, codecs: dict[str, str], *, one_must_work: bool = False) -> list[Finding]:
+    """Turn the outcome of decoding tiny clips into findings."""
+    essential = one_must_work and WORKS not in codecs.values()
+    return [
+        Finding(f"{decoder} {codec}", WORKS, essential=essential)
+        if outcome == WORKS
+        else Finding(f"{decoder} {codec}", "does not work", outcome, essential)
+        for codec, outcome in codecs.items()
+    ]
+
+
+def ffmpeg_findings() -> list[Finding]:
+    """Look at the FFmpeg inside PyAV."""
+    try:
+        import av
+    except (ImportError, OSError) as error:
+        return [Finding("PyAV", "broken", f"{error}; {_REINSTALL} av", essential=True)]
+
+    def known(names: Sequence[str], mode: Literal["r", "w"]) -> list[str]:
+        return [name for name in names if _codec_exists(name, mode)]
+
+    there = known(ENCODERS, "w")
+    missing = [name for name in ENCODERS if name not in there]
+    problem = f"{', '.join(missing)} missing, so chunks cannot be made with them; {_REINSTALL} av"
+    return [
+        Finding("PyAV", f"{av.__version__} with FFmpeg {av.ffmpeg_version_info}"),
+        Finding("encoders", ", ".join(there) or "none", problem if missing else None),
+        Finding("decoders", ", ".join(known(support.CODECS, "r"))),
+    ]
+
+
+def _codec_exists(name: str, mode: Literal["r", "w"]) -> bool:
+    import av
+
+    try:
+        av.Codec(name, mode)
+    except av.codec.codec.UnknownCodecError:
+        return False
+    return True
+
+
+def _dali_finding(problem: str | None) -> Finding:
+    """Describe DALI on the CPU, where it has neither H.264 nor HEVC."""
+    package = support.dali_package()
+    version = " ".join(package) if package else "not installed by pip"
+    return Finding("DALI vp9", f"{version}, {'does not work' if problem else WORKS}", problem)
+
+
+def requirement_findings() -> list[Finding]:
+    """Compare the installed versions with what this project asks for."""
+    try:
+        from packaging.requirements import Requirement
+
+        lines = metadata.requires("avion_dali") or []
+    except ImportError as error:  # PackageNotFoundError is one too
+        return [Finding("requirements", "unknown", f"versions cannot be checked: {error}; {_INSTALL}")]
+    dali, found = support.dali_package(), []
+    for requirement in map(Requirement, lines):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        # DALI's builds for other CUDA versions are packages of other names.
+        name = dali[0] if dali and requirement.name.startswith("nvidia-dali") else requirement.name
+        versions = [d.version for d in metadata.distributions(name=name)]
+        fits = bool(versions) and requirement.specifier.contains(versions[0], prereleases=True)
+        bounds = f"'{name}{requirement.specifier}'"
+        problem = None if fits else f"{bounds} is asked for; pip install {bounds}"
+        found.append(Finding(name, versions[0] if versions else "missing", problem))
+    return found
