@@ -14,6 +14,8 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from avion_dali.data.bitstream import nal_length_size
 from avion_dali.data.packet_index import StreamFacts
 from avion_dali.decode.source import PartPackets, RunPackets
@@ -43,13 +45,13 @@ class MiniClip:
     """One clip as a file for DALI.
 
     Args:
-        data: the mp4.
+        data: the mp4; bytes, or uint8 that lies elsewhere.
         frame_ids: place of each wanted frame in the order that the mp4 is shown in, ascending: the frames of
             the first part, then those of the next.
         colorspace: FFmpeg's AVColorSpace number of its stream, which DALI does not look at.
     """
 
-    data: bytes
+    data: bytes | np.ndarray
     frame_ids: tuple[int, ...]
     colorspace: int
 

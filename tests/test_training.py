@@ -160,7 +160,7 @@ def test_two_ranks_train_like_one(dataset: Path, tmp_path: Path) -> None:
         (["--data.num_frames", "two"], "data.num_frames"),
         (["--data.num_frames", "0"], "data.num_frames = 0 is not allowed; it must be >= 1"),
         (["--decoder", "nvdec"], "cpu-fused"),
-        (["--decoder", "dali"], "not in this version yet"),
+        (["--decoder", "dali"], "avion-dali chunk --profile vp9"),
         (["--optim.global_batch", "10"], "optim.global_batch = 10 must be a multiple"),
         (["--optim.global_batch", "64"], "24 samples, fewer than one global batch"),
         (["--data.train_manifest", "/nowhere"], "/nowhere is not a manifest"),

@@ -77,6 +77,7 @@ class ToySamplewise:
 class ToyStats:
     delivered: int = 0
     replaced: int = 0
+    decoded_on_cpu: int = 0
     failures: dict[str, int] = field(default_factory=dict)
 
 

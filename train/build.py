@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -106,7 +107,8 @@ def pretraining(config: TrainConfig, distributed: Distributed) -> Iterator[Train
             settings=LoopSettings.from_config(
                 config,
                 best_metric=BEST_METRIC if evaluate else "",
-                decoder=loaders.decoder,
+                decoder=loaders.decoder.name,
+                decoder_reason=loaders.decoder.reason,
                 data=resume_facts(config, train_manifest, eval_manifest),
             ),
             distributed=distributed,
@@ -172,6 +174,8 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Re
     restore_model(model, weights, source=options.checkpoint)
     model.eval()
     loaders = Loaders(config, distributed)
+    if distributed.is_main:
+        print(f"decoder: {loaders.decoder.name} ({loaders.decoder.reason})", file=sys.stderr)
     try:
         evaluate = retrieval_evaluator(model, loaders, manifest)
         return evaluate(freeze_first_frame if options.frozen_frames else None)

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_manifest(commands.add_parser("manifest", help="make a manifest from chunks and annotations"))
     check.add_arguments(commands.add_parser("check", help="find chunks that are damaged or decode wrongly"))
     plan.add_arguments(commands.add_parser("plan", help="predict clips/s here, and say what binds"))
-    env.add_arguments(commands.add_parser("env", help="say what works on this machine, and why not what does not"))
+    env.add_arguments(commands.add_parser("env", help="say what works on this machine, and why not"))
     demo_parser = commands.add_parser("demo", help="train and evaluate on procedural videos, with a report")
     demo_parser.add_argument("--output-dir", default="runs/demo", help="folder of the run")
     decoder_help = "how clips are decoded; dali makes VP9 chunks, which it decodes without a GPU, too"

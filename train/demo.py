@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avion_dali.config import Decoder, TrainConfig
+from avion_dali.data.profiles import ProfileName
 from train.arguments import parse_options, run_command
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class DemoOptions:
 
     Args:
         output_dir: folder for the data, the run and the report.
-        decoder: how clips are decoded.
+        decoder: how clips are decoded; `dali` makes VP9 chunks, which it decodes without a GPU as well.
     """
 
     output_dir: str = "runs/demo"
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(DemoOptions, argv, prog="python -m train.demo", description=__doc__ or "")
     output = Path(options.output_dir)
     with stage("videos, chunks and manifests"):
-        train_folder, heldout_folder = make_data(output / "data")
+        train_folder, heldout_folder = make_data(output / "data", chunk_profile(options.decoder))
     config = demo_config(output, train_folder, heldout_folder, options.decoder)
     numbers = train_and_report(config)
     print(
@@ -101,11 +102,21 @@ def stage(name: str) -> Iterator[None]:
     print(f"--- {name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
-def make_data(folder: Path) -> tuple[Path, Path]:
+def chunk_profile(decoder: Decoder) -> ProfileName:
+    """Return how the demo's chunks are encoded: for DALI so that it decodes them without a GPU, too.
+
+    Args:
+        decoder: how clips are decoded.
+    """
+    return "vp9" if decoder == "dali" else "balanced"
+
+
+def make_data(folder: Path, profile: ProfileName) -> tuple[Path, Path]:
     """Make the data set through the same steps as for anybody's own videos; finished parts are kept.
 
     Args:
-        folder: where videos, chunks and manifests go.
+        folder: where videos go, and below it the profile's chunks and manifests.
+        profile: how chunks are encoded.
 
     Returns:
         The training and the held-out manifest.
@@ -115,15 +126,16 @@ def make_data(folder: Path) -> tuple[Path, Path]:
     from avion_dali.data.synthetic import make_videos
     from avion_dali.datasets.captions import build_captions_manifest
 
-    manifests = folder / "manifest_train", folder / "manifest_heldout"
+    chunks = folder / profile / "chunks"
+    manifests = folder / profile / "manifest_train", folder / profile / "manifest_heldout"
     if all((m / "manifest.json").exists() for m in manifests):
         return manifests
     dataset = make_videos(folder / "videos")
-    report = chunk_videos(list(dataset.videos), folder / "chunks", settings=ChunkSettings(short_side=128))
+    report = chunk_videos(list(dataset.videos), chunks, settings=ChunkSettings(profile, short_side=128))
     if report.failed:
         raise UserError(f"chunking failed: {report.failed[0].video}: {report.failed[0].failed}")
     for csv, manifest in zip((dataset.train_csv, dataset.heldout_csv), manifests, strict=True):
-        build_captions_manifest(folder / "chunks", csv, manifest)
+        build_captions_manifest(chunks, csv, manifest)
     return manifests
 
 

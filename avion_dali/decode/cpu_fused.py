@@ -13,6 +13,8 @@ from avion_dali.decode.rendering import forget_graphs, fused_view
 def decode_clip(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
     """Decode a clip into an array, decoding only the packets it needs.
 
+    Decoders and graphs are kept for the next clip, so a process calls this from one thread.
+
     Args:
         request: the clip.
         frames_VTHWC: uint8 array of `request.frames_shape`, written in place.

@@ -54,6 +54,10 @@ class LoaderStats(Protocol):
     def replaced(self) -> int:
         """Clips of these that stand in for one that could not be read."""
 
+    @property
+    def decoded_on_cpu(self) -> int:
+        """Clips of these that the decoder in use left to `cpu-fused`."""
+
 
 class ClipLoader(Protocol):
     """Delivers this rank's micro-batches in an order that depends on seed, epoch and step alone."""
@@ -312,7 +316,7 @@ class TrainLoop:
         """One row, after everything outstanding was checked; every rank takes part."""
         self.guard.check()
         stats = self.loader.stats
-        counts = {"delivered": stats.delivered, "replaced": stats.replaced}
+        counts = {name: getattr(stats, name) for name in ("delivered", "replaced", "decoded_on_cpu")}
         row = {
             "epoch": (self.step - 1) // self.loader.steps_per_epoch,
             **row_over_ranks(numbers, self.timer.window(), counts),

@@ -19,6 +19,7 @@ class LoopSettings:
         run: seed, precision and intervals.
         config: the whole configuration as plain values, kept in checkpoints and the log.
         decoder: name of the decoder in use, for the log.
+        decoder_reason: why it is this one, for the log's header.
         best_metric: key of the evaluation to maximise; `checkpoint_best.pt` follows it. Empty for none.
         data: what else a resumed run must share with the interrupted one, such as the manifest's
             fingerprint.
@@ -30,6 +31,7 @@ class LoopSettings:
     run: RunConfig
     config: dict[str, Any] = field(default_factory=dict)
     decoder: str = ""
+    decoder_reason: str = ""
     best_metric: str = ""
     data: dict[str, int | float | str] = field(default_factory=dict)
     tensorboard: bool = True
@@ -41,6 +43,7 @@ class LoopSettings:
         *,
         best_metric: str = "",
         decoder: str = "",
+        decoder_reason: str = "",
         data: dict[str, int | float | str] | None = None,
     ) -> LoopSettings:
         """The parts of a training's configuration that the loop needs.
@@ -49,6 +52,7 @@ class LoopSettings:
             config: the training's configuration.
             best_metric: see the class.
             decoder: the decoder in use; by default the configured name.
+            decoder_reason: see the class.
             data: see the class.
 
         Returns:
@@ -60,6 +64,7 @@ class LoopSettings:
             run=config.run,
             config=asdict(config),
             decoder=decoder or config.decoder,
+            decoder_reason=decoder_reason,
             best_metric=best_metric,
             data=data or {},
         )
@@ -73,6 +78,7 @@ class LoopSettings:
         return {
             "config": self.config,
             "decoder": self.decoder,
+            "decoder_reason": self.decoder_reason,
             "global_batch": self.optim.global_batch,
             "micro_batch": self.optim.micro_batch,
             "learning_rate": self.optim.learning_rate,

@@ -26,6 +26,7 @@ class LoaderStats:
         invalid: rows delivered as invalid (evaluation only).
         failures: failed clips by kind.
         decode_s: seconds workers spent on delivered clips.
+        decoded_on_cpu: clips that `--decoder dali` left to `cpu-fused`.
     """
 
     delivered: int = 0
@@ -33,6 +34,7 @@ class LoaderStats:
     invalid: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     decode_s: float = 0.0
+    decoded_on_cpu: int = 0
 
 
 class FaultPolicy:

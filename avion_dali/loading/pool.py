@@ -91,7 +91,7 @@ class DecodePool:
 
         Args:
             task: a function importable by name.
-            arguments: what it is called with; they travel to the process.
+            *arguments: what it is called with; they travel to the process.
 
         Returns:
             What to wait for with `wait`.

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
@@ -58,21 +59,40 @@ def decode_into(decode_clip: DecodeClip, request: ClipRequest, memory_name: str,
     """
     start = time.perf_counter()
     shape = request.frames_shape
-    frames = _memory(memory_name)[offset : offset + int(np.prod(shape))]
-    try:
+    frames = attached_memory(memory_name)[offset : offset + int(np.prod(shape))]
+    with failures_as_decode_errors(request, decoder=decode_clip.__module__.rsplit(".", 1)[-1]):
         decode_clip(request, frames.reshape(shape))
-    except DecodeError:
-        raise
-    except Exception as error:  # the process boundary: whatever a file provokes costs one clip, not the run
-        part = request.parts[0]
-        name = decode_clip.__module__.rsplit(".", 1)[-1]
-        cause = f"{type(error).__name__}: {error}"
-        raise DecodeError(part.chunk.path, part.frame_ids, decoder=name, kind="corrupt", cause=cause) from error
     return time.perf_counter() - start
 
 
-def _memory(name: str) -> np.ndarray:
-    """Return shared memory as flat uint8, attached once per process."""
+@contextmanager
+def failures_as_decode_errors(request: ClipRequest, *, decoder: str) -> Iterator[None]:
+    """Turn whatever a clip's files provoke inside the `with` block into a `DecodeError`.
+
+    Args:
+        request: the clip.
+        decoder: name that errors carry.
+
+    Raises:
+        DecodeError: when anything fails.
+    """
+    try:
+        yield
+    except DecodeError:
+        raise
+    except Exception as error:  # the process boundary: whatever a file provokes costs one clip, not the run
+        part, cause = request.parts[0], f"{type(error).__name__}: {error}"
+        raise DecodeError(
+            part.chunk.path, part.frame_ids, decoder=decoder, kind="corrupt", cause=cause
+        ) from error
+
+
+def attached_memory(name: str) -> np.ndarray:
+    """Return shared memory as flat uint8, attached once per process.
+
+    Args:
+        name: of the memory.
+    """
     if name not in _attached:
         memory = SharedMemory(name)
         _attached[name] = memory, np.frombuffer(memoryview(memory.buf or b""), np.uint8)

@@ -1,0 +1,80 @@
+"""What DALI decodes, by device, and which packets it would count wrongly. Light: decode workers import it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from avion_dali.data.bitstream import nal_length_size
+from avion_dali.decode.source import PartPackets
+from pipelines.mini_clip import UnfitForMiniClipError
+
+Device = Literal["cpu", "mixed"]
+
+# The FFmpeg inside DALI has no H.264 and no HEVC decoder. On NVDEC, DALI takes the pixel range of JPEG pictures
+# from where JPEG has none (DALI 2.4, frames_decoder_gpu.cc), so MJPEG is left to the CPU.
+DECODABLE: dict[Device, frozenset[str]] = {
+    "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
+    "mixed": frozenset({"h264", "hevc", "vp8", "vp9"}),
+}
+
+
+def require_decodable(parts: Sequence[PartPackets], *, device: Device) -> None:
+    """Check that DALI gives the frames of these packets, each at its place.
+
+    On NVDEC, DALI gives every decoded picture the time of its packet: a packet must hold one picture and show
+    it (DALI 2.4, frames_decoder_gpu.cc; read there, not seen happening).
+
+    Args:
+        parts: packets of a clip's parts.
+        device: where DALI will decode them.
+
+    Raises:
+        UnfitForMiniClipError: when it does not; the message says why.
+    """
+    for part in parts:
+        codec = part.stream.codec
+        if codec not in DECODABLE[device]:
+            where = "without a GPU" if device == "cpu" else "on a GPU"
+            raise UnfitForMiniClipError(f"DALI does not decode {codec} {where}")
+        payloads = [payload for run in part.runs for payload in run.payloads] if device == "mixed" else []
+        if codec == "vp9" and not all(map(shows_one_picture, payloads)):
+            raise UnfitForMiniClipError("it has hidden pictures, which DALI takes for frames on a GPU")
+        length_size = nal_length_size(codec, part.stream.extradata)
+        if codec == "h264" and any(holds_two_fields(payload, length_size) for payload in payloads):
+            raise UnfitForMiniClipError("it is interlaced, and DALI takes fields for frames on a GPU")
+
+
+def shows_one_picture(payload: bytes) -> bool:
+    """Tell whether a VP9 packet is one coded picture that is shown.
+
+    Source: VP9 bitstream specification 0.6, section 6.2 (show_existing_frame, show_frame) and annex B (the
+    marker that ends a superframe). Profile 3 has one bit more ahead; its pictures are taken as hidden.
+
+    Args:
+        payload: the packet, not empty.
+    """
+    first, last = payload[0], payload[-1]
+    if last & 0xE0 == 0xC0:
+        index_bytes = 2 + ((last >> 3 & 3) + 1) * ((last & 7) + 1)
+        if len(payload) >= index_bytes and payload[-index_bytes] == last:
+            return False
+    return first & 0x30 != 0x30 and first & 0x0A == 0x02
+
+
+def holds_two_fields(payload: bytes, length_size: int) -> bool:
+    """Tell whether an H.264 packet holds two pictures: the fields of an interlaced frame.
+
+    Each picture begins with a slice whose first macroblock is 0, written as a single bit 1 (ITU-T H.264,
+    section 7.3.3).
+
+    Args:
+        payload: the packet.
+        length_size: bytes of each NAL unit's length.
+    """
+    at, pictures = length_size, 0
+    while length_size and at + 1 < len(payload):
+        if payload[at] & 0x1F in (1, 2, 5) and payload[at + 1] & 0x80:
+            pictures += 1
+        at += int.from_bytes(payload[at - length_size : at], "big") + length_size
+    return pictures > 1

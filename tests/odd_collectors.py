@@ -1,0 +1,47 @@
+"""Tasks for the tests of DALI's loader; workers import them by name: as light as a worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from typing import Any
+
+from avion_dali.contracts import ClipRequest
+from avion_dali.loading.pool import DecodePool, Ticket
+from avion_dali.loading.worker import attached_memory
+from pipelines.codecs import Device
+from pipelines.worker import CollectedClip, Place, collect_into
+
+KILLED, REFUSED = 6, (9, 10)  # sample ids
+
+
+def collect_oddly(request: ClipRequest, place: Place, device: Device) -> CollectedClip:
+    """Collect a clip, but kill the process at one sample, and spoil the mini clips of some others."""
+    if request.sample_id == KILLED:
+        os.kill(os.getpid(), signal.SIGKILL)
+    clip = collect_into(request, place, device)
+    if request.sample_id in REFUSED and clip.mini_clip is not None:
+        attached_memory(place.memory_name)[place.offset : place.offset + clip.num_bytes] = 0
+    return clip
+
+
+def collect_refused(request: ClipRequest, place: Place, device: Device) -> CollectedClip:
+    """Spoil every mini clip."""
+    clip = collect_into(request, place, device)
+    assert clip.mini_clip is not None
+    return replace(clip, mini_clip=replace(clip.mini_clip, frame_ids=(9999,)))
+
+
+class OddPool(DecodePool):
+    """A pool that has clips collected oddly."""
+
+    def schedule(self, task: Any, *arguments: Any) -> Ticket:
+        return super().schedule(collect_oddly, *arguments)
+
+
+class RefusedPool(DecodePool):
+    """A pool whose clips DALI refuses, all of them."""
+
+    def schedule(self, task: Any, *arguments: Any) -> Ticket:
+        return super().schedule(collect_refused, *arguments)
