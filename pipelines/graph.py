@@ -23,9 +23,9 @@ the message says otherwise; the older executor stays dead. DALI's iterator, howe
 in the place of one that raised: after `prefetch_depth` of them it ends early (StopIteration), with no batch
 lost, and goes on after its `reset`.
 
-On a CPU a VP9 clip of 4 frames of 512x288 takes 18.1 ms (`benchmarks/dali.py`): 13.5 to decode it to whole RGB
-pictures, 0.4 for `slice`, 4.0 for `resize`, which computes with plain floating point, 0.1 for the rest. Whole,
-`cpu-fused` takes 12.8, of which cropping, scaling and RGB together are 0.7.
+On a CPU a VP9 clip of 4 frames of 512x288 takes about 20 ms (`benchmarks/dali.py`): 15 to decode it to whole
+RGB pictures, 4 for `resize`, which computes with plain floating point, 0.5 for `slice`, 0.1 for the rest.
+`cpu-fused` takes 14, of which cropping, scaling and RGB together are 0.7.
 """
 
 from __future__ import annotations
