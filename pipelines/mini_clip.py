@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from avion_dali.data.bitstream import nal_length_size
+from avion_dali.data.bitstream import brings_parameter_sets, nal_length_size
 from avion_dali.data.packet_index import StreamFacts
 from avion_dali.decode.source import PartPackets, RunPackets
 
@@ -90,6 +90,16 @@ def _check(stream: StreamFacts, parts: Sequence[PartPackets], runs: Sequence[Run
     # order counts are resumed, and frames come out in another order.
     if not all(run.clean for run in runs):
         raise UnfitForMiniClipError("it starts at a keyframe inside an open GOP")
+    if len(runs) > 1 and any(_brings_parameter_sets(stream, run) for run in runs):
+        raise UnfitForMiniClipError("its keyframes bring parameter sets of their own")
+
+
+def _brings_parameter_sets(stream: StreamFacts, run: RunPackets) -> bool:
+    """Tell whether a run leaves a decoder with other parameter sets than the stream's."""
+    length_size = nal_length_size(stream.codec, stream.extradata)
+    return brings_parameter_sets(
+        run.payloads[0], codec=stream.codec, length_size=length_size, known=stream.extradata
+    )
 
 
 class _Timeline:

@@ -136,6 +136,18 @@ def test_keyframes_of_open_gops_are_refused(videos: dict[str, Path], style: str)
     np.testing.assert_array_equal(decoded(mini.data)[mini.frame_ids[1]], expected[4])
 
 
+def test_parameter_sets_inside_the_stream_are_refused_where_they_would_spread(
+    videos: dict[str, Path], tmp_path: Path
+) -> None:
+    """A keyframe's own parameter sets outlive its run; one run alone may have them."""
+    small = make_videos.write_video(tmp_path / "a.mp4", frames=30, gop=15, size=(128, 96))
+    other = make_videos.write_video(tmp_path / "b.mp4", frames=30, gop=15, options={"preset": "ultrafast"})
+    joined = make_videos.join_videos(tmp_path / "c.mp4", small, other, repeat=True)
+    with pytest.raises(UnfitForMiniClipError, match="of their own"):
+        build_mini_clip([packets_of(joined, (5, 40))])
+    build_mini_clip([packets_of(joined, (40,))])
+
+
 def test_parts_that_differ_are_refused(videos: dict[str, Path]) -> None:
     parts = [packets_of(videos[style], (0, 5)) for style in ("balanced", "vp9", "x264-default")]
     for other in parts[1:]:
