@@ -289,19 +289,17 @@ def _decode_with_dali(request: ClipRequest, backend: Backend, device_index: int)
     """Return frames (V, T, H, W, C), uint8, or what DALI cannot do."""
     import numpy as np
 
-    from avion_dali.decode.source import gather_packets
-    from pipelines.codecs import Device, require_decodable
-    from pipelines.mini_clip import UnfitForMiniClipError, build_mini_clip
+    from pipelines.codecs import Device
+    from pipelines.mini_clip import UnfitForMiniClipError
+    from pipelines.worker import collect_mini_clip
 
     device: Device = "mixed" if backend == "nvdec" else "cpu"
-    parts = [gather_packets(part, decoder="dali") for part in request.parts]
     try:
-        require_decodable(parts, device=device)
-        mini_clip = build_mini_clip(parts)
+        mini_clip = collect_mini_clip(request, device)
     except UnfitForMiniClipError as error:
         return str(error)
     try:
-        from pipelines.graph import GraphSettings, build_graph, graph_inputs
+        from pipelines.graph import GraphSettings, build_graph, failure_cause, graph_inputs
     except (ImportError, OSError) as error:
         return f"DALI cannot be imported: {error}"
     inputs = graph_inputs([(request, mini_clip)])
@@ -318,13 +316,7 @@ def _decode_with_dali(request: ClipRequest, backend: Backend, device_index: int)
         frames, _ = build_graph(lambda: inputs, settings).run()
         return np.array(frames.as_cpu().as_tensor())[0]
     except RuntimeError as error:  # all that DALI raises
-        return _main_line(str(error))
-
-
-def _main_line(message: str) -> str:
-    """Return the line of DALI's message that says what happened; the others say where."""
-    before, found, after = message.partition("encountered:")
-    return (after if found else before).strip().splitlines()[0]
+        return failure_cause(error)
 
 
 def _paint(number: int) -> np.ndarray:

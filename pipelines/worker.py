@@ -70,7 +70,7 @@ def collect_into(request: ClipRequest, place: Place, device: Device) -> Collecte
     memory = attached_memory(place.memory_name)[place.offset : place.offset + place.num_bytes]
     with failures_as_decode_errors(request, decoder="dali"):
         try:
-            mini_clip = _mini_clip(request, device)
+            mini_clip = collect_mini_clip(request, device)
         except (UnfitForMiniClipError, UnorderedStreamError) as unfit:
             shape = request.frames_shape
             cpu_fused.decode_clip(request, memory[: int(np.prod(shape))].reshape(shape))
@@ -82,7 +82,18 @@ def collect_into(request: ClipRequest, place: Place, device: Device) -> Collecte
     return CollectedClip(replace(mini_clip, data=b""), num_bytes, time.perf_counter() - start)
 
 
-def _mini_clip(request: ClipRequest, device: Device) -> MiniClip:
+def collect_mini_clip(request: ClipRequest, device: Device) -> MiniClip:
+    """Read a clip's packets and write them as a mini clip.
+
+    Args:
+        request: the clip.
+        device: where DALI will decode.
+
+    Raises:
+        DecodeError: when a chunk cannot be read.
+        UnfitForMiniClipError: when DALI would not give the clip's frames from it.
+        UnorderedStreamError: when a container without index tells no order.
+    """
     parts = [gather_packets(part, decoder="dali") for part in request.parts]
     require_decodable(parts, device=device)
     return build_mini_clip(parts)

@@ -14,7 +14,7 @@ import torch
 
 from avion_dali.contracts import ClipRequest
 from avion_dali.decode import cpu_fused
-from pipelines import codecs, support
+from pipelines import support, worker
 from pipelines.apart import call_apart, import_modules
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ def test_dali_decodes_on_the_cpu(codec: str) -> None:
 def test_what_dali_cannot_decode_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert support.decode_problem("h264", "dali-cpu") == "DALI does not decode h264 without a GPU"
     assert support.decode_problem("mjpeg", "nvdec") == "DALI does not decode mjpeg on a GPU"
-    monkeypatch.setattr(codecs, "require_decodable", lambda parts, device: None)
+    monkeypatch.setattr(worker, "require_decodable", lambda parts, device: None)
     assert "Failed to create video decoder" in str(support.decode_problem("h264", "dali-cpu"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain
 
 from av.container import InputContainer
 from av.packet import Packet, PacketSideData
@@ -22,9 +22,9 @@ from avion_dali.decode.source import (
     RunPackets,
     UnorderedStreamError,
     damage_as_decode_error,
+    decode_strictly_from_start,
     gather_packets,
     opened,
-    packet_traits,
     read_table,
 )
 
@@ -142,11 +142,7 @@ def _read_by_counting(part: ClipPart, decoder: str) -> list[VideoFrame]:
 
 
 def _pick(part: ClipPart, container: InputContainer, stream: VideoStream) -> list[VideoFrame]:
-    container.seek(0)
-    first = (packet for packet in container.demux(stream) if packet.size and packet.is_keyframe)
-    if all(packet_traits(packet, stream).entry == Entry.CLEAN for packet in islice(first, 1)):
-        stream.codec_context.options = STRICT
-    container.seek(0)
+    decode_strictly_from_start(container, stream)
     wanted, frames = set(part.frame_ids), []
     for index, frame in enumerate(container.decode(stream)):
         if index in wanted:

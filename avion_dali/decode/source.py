@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, islice
 from typing import BinaryIO, cast
 
 import av
@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 
 from avion_dali.contracts import ClipPart, DecodeError, FailureKind, PacketIndexRef
 from avion_dali.data.bitstream import Entry, PictureTraits, nal_length_size, picture_traits, shows_picture
-from avion_dali.data.indexing import TraitsReader, stream_facts, tells_order
+from avion_dali.data.indexing import STRICT, TraitsReader, stream_facts, tells_order
 from avion_dali.data.packet_index import (
     IndexBlock,
     IndexDamagedError,
@@ -92,10 +92,11 @@ def gather_packets(part: ClipPart, *, decoder: str) -> PartPackets:
     if part.chunk.index is not None:
         return _gather_indexed(part, part.chunk.index, decoder)
     with opened(part, decoder=decoder) as (container, stream):
+        facts = stream_facts(stream)
         table, packets = read_table(part, container, stream)
         runs = plan_runs(table, part.frame_ids)
-        runs = drop_unneeded(runs, _with_references(table, runs, packets, stream))
-        return PartPackets(stream_facts(stream), tuple(run_packets(run, table, packets) for run in runs))
+        runs = drop_unneeded(runs, _with_references(table, runs, packets, facts))
+        return PartPackets(facts, tuple(run_packets(run, table, packets) for run in runs))
 
 
 def _gather_indexed(part: ClipPart, ref: PacketIndexRef, decoder: str) -> PartPackets:
@@ -294,24 +295,33 @@ def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[
 
 
 def _with_references(
-    table: PacketTable, runs: Sequence[Run], packets: Sequence[Packet], stream: VideoStream
+    table: PacketTable, runs: Sequence[Run], packets: Sequence[Packet], stream: StreamFacts
 ) -> PacketTable:
     """Look into the packets of some runs for what may be dropped of them."""
     is_reference, layer = table.is_reference.copy(), table.layer.copy()
     for position in (p for run in runs for p in run.positions):
-        traits = packet_traits(packets[position], stream)
+        traits = _packet_traits(packets[position], stream)
         is_reference[position], layer[position] = traits.is_reference, traits.layer
     return replace(table, is_reference=is_reference, layer=layer)
 
 
-def packet_traits(packet: Packet, stream: VideoStream) -> PictureTraits:
-    """Read a demuxed packet's header bits.
+def decode_strictly_from_start(container: InputContainer, stream: VideoStream) -> None:
+    """Go to a file's beginning; its decoder fails on damage from then on, where the first keyframe allows.
 
     Args:
-        packet: one coded picture.
-        stream: the stream it belongs to.
+        container: the open file.
+        stream: its video stream.
     """
-    context = stream.codec_context
-    codec = context.codec.canonical_name
-    length_size = nal_length_size(codec, context.extradata or b"")
-    return picture_traits(bytes(packet), codec=codec, length_size=length_size, is_keyframe=packet.is_keyframe)
+    container.seek(0)
+    facts = stream_facts(stream)
+    keyframes = (packet for packet in container.demux(stream) if packet.size and packet.is_keyframe)
+    if all(_packet_traits(packet, facts).entry == Entry.CLEAN for packet in islice(keyframes, 1)):
+        stream.codec_context.options = STRICT
+    container.seek(0)
+
+
+def _packet_traits(packet: Packet, stream: StreamFacts) -> PictureTraits:
+    length_size = nal_length_size(stream.codec, stream.extradata)
+    return picture_traits(
+        bytes(packet), codec=stream.codec, length_size=length_size, is_keyframe=packet.is_keyframe
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import chain
 
 import av
 import numpy as np
@@ -20,7 +20,7 @@ from avion_dali.data.bitstream import Entry
 from avion_dali.data.indexing import STRICT, make_decoder, make_packet, stream_facts
 from avion_dali.data.packet_index import IndexBlock, IndexDamagedError, PacketIndex, StreamFacts
 from avion_dali.data.probe import ChunkFacts, color_range_name, colorspace_name, open_video, probe_chunk
-from avion_dali.decode.source import packet_traits
+from avion_dali.decode.source import decode_strictly_from_start
 from avion_dali.inspection.findings import FileReport, Finding, Target
 
 MAX_GOP_SECONDS = 5.0
@@ -258,10 +258,7 @@ def _decode_container(facts: ChunkFacts) -> set[int]:
     """Decode a file that cannot have an index, and return the ids of the frames it gives."""
     count = 0
     with open_video(facts.path) as (container, stream):
-        keyframes = (p for p in container.demux(stream) if p.size and p.is_keyframe)
-        if all(packet_traits(p, stream).entry == Entry.CLEAN for p in islice(keyframes, 1)):
-            stream.codec_context.options = STRICT
-        container.seek(0)
+        decode_strictly_from_start(container, stream)
         try:
             for frame in container.decode(stream):
                 count = _sound(count, frame, facts) + 1
