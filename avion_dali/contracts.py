@@ -159,6 +159,7 @@ class ClipRequest:
         frame_size: side of the square output in pixels.
         tokens: text token ids, or empty.
         label: class index, or -1.
+        caption_id: which of the manifest's captions the tokens are, or -1.
 
     Raises:
         ValueError: when the parts do not fit together.
@@ -173,6 +174,7 @@ class ClipRequest:
     frame_size: int
     tokens: tuple[int, ...] = ()
     label: int = -1
+    caption_id: int = -1
 
     def __post_init__(self) -> None:
         available = sum(len(part.frame_ids) for part in self.parts)
@@ -230,6 +232,8 @@ class ClipBatch:
             (its frames are zeros and must not be scored).
         epoch: the epoch the batch belongs to.
         errors: the failures met while filling this batch.
+        caption_ids: int64 array (B,), which of the manifest's captions each row's text is, -1 for none of
+            them; or None.
     """
 
     frames_BTHWC: torch.Tensor
@@ -240,6 +244,7 @@ class ClipBatch:
     valid: np.ndarray
     epoch: int = 0
     errors: tuple[ClipError, ...] = field(default=())
+    caption_ids: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         rows, views = len(self.sample_ids), len(self.view_ids)
@@ -250,9 +255,11 @@ class ClipBatch:
             )
         if frames.shape[0] != views or (rows and views % rows) or len(self.valid) != rows:
             raise ValueError(f"{frames.shape[0]} clips, {views} views and {rows} samples do not fit")
-        for name, tensor in (("tokens_BL", self.tokens_BL), ("labels_B", self.labels_B)):
-            if tensor is not None and tensor.shape[0] != rows:
-                raise ValueError(f"{name} has {tensor.shape[0]} rows, the batch has {rows}")
+        texts_and_classes = ("tokens_BL", "labels_B", "caption_ids")
+        for name in texts_and_classes:
+            values = getattr(self, name)
+            if values is not None and values.shape[0] != rows:
+                raise ValueError(f"{name} has {values.shape[0]} rows, the batch has {rows}")
 
     def __len__(self) -> int:
         return len(self.sample_ids)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from operator import attrgetter
 from pathlib import Path
 
 import make_videos
@@ -16,15 +17,26 @@ from train.cli import build_parser, list_videos, main
 
 TRAIN_OPTIONS = {
     "": "output_dir decoder resume",
-    "data": "train_manifest eval_manifest num_frames frame_size crop_scale crop_ratio flip_probability "
-    "normalization workers prefetch_batches clip_timeout_s max_bad_fraction",
-    "model": "size embed_dim activation norm_eps context_length drop_path patch_dropout checkpointing "
-    "train_logit_scale",
-    "optim": "global_batch micro_batch epochs learning_rate schedule warmup_epochs warmup_learning_rate "
-    "final_learning_rate weight_decay beta1 beta2 eps clip_grad_norm",
-    "run": "seed precision log_every eval_every save_every max_steps",
+    "data": "train_manifest eval_manifest num_frames frame_size sampling stride crop crop_scale crop_ratio "
+    "flip_probability repeats eval_clips eval_crops text relevancy_threshold normalization workers "
+    "prefetch_batches clip_timeout_s max_bad_fraction",
+    "augment": "color_jitter rand_augment_ops rand_augment_magnitude erasing_probability",
+    "model": "encoder size weights temporal_resize embed_dim activation norm_eps context_length drop_path "
+    "drop_path_schedule patch_dropout attention checkpoint_every compile train_logit_scale",
+    "objective": "name contrastive max_margin classification masked_video",
+    "objective.contrastive": "local_loss",
+    "objective.max_margin": "loss margin relaxation",
+    "objective.classification": "dropout label_smoothing mixup cutmix mix_probability switch_probability",
+    "objective.masked_video": "mask_ratio decoder_depth normalize_target",
+    "optim": "optimizer global_batch micro_batch epochs learning_rate rate_batch schedule warmup_epochs "
+    "warmup_learning_rate final_learning_rate layer_decay weight_decay beta1 beta2 eps clip_grad_norm ema_decay",
+    "run": "seed precision sharding log_every eval_every save_every save_minutes keep_last spike_factor "
+    "on_spike max_steps",
 }
-EVALUATE_OPTIONS = "checkpoint manifest decoder workers micro_batch frozen_frames output output_dir"
+EVALUATE_OPTIONS = (
+    "checkpoint manifest decoder workers micro_batch num_frames eval_clips eval_crops frozen_frames output "
+    "output_dir"
+)
 COMMANDS = {
     "chunk": "--output --profile --chunk-seconds --short-side --jobs --root",
     "manifest captions": "--chunks --annotations --output --skip-bad-rows --jobs",
@@ -52,7 +64,7 @@ def subcommands(parser: argparse.ArgumentParser, prefix: str = "") -> dict[str, 
 
 def test_options_of_training_and_evaluation() -> None:
     config = TrainConfig()
-    sections = {section: names(type(getattr(config, section))) for section in TRAIN_OPTIONS if section}
+    sections = {name: names(type(attrgetter(name)(config))) for name in TRAIN_OPTIONS if name}
     top = [name for name in names(TrainConfig) if name not in sections]
     assert {"": top} | sections == {section: text.split() for section, text in TRAIN_OPTIONS.items()}
     assert names(EvaluateConfig) == EVALUATE_OPTIONS.split()

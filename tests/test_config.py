@@ -29,7 +29,7 @@ BAD = [
     ("data", "max_bad_fraction", 1.01),
     ("data", "max_bad_fraction", -0.01),
     ("model", "embed_dim", 0),
-    ("model", "norm_eps", 0.0),
+    ("model", "norm_eps", -1.0),
     ("model", "context_length", 1),
     ("model", "context_length", 78),
     ("model", "drop_path", 1.0),

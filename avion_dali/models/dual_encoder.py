@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from avion_dali.config import ModelConfig
+from avion_dali.config import Activation, ModelConfig
 from avion_dali.models.presets import PRESETS
 from avion_dali.models.text import TextTowerConfig, build_text_tower
 from avion_dali.models.vit import VideoTower, VideoTowerConfig
@@ -102,7 +102,8 @@ def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int)
     Raises:
         UserError: when the frame size is not a multiple of the patch size.
     """
-    preset, checkpointing = PRESETS[config.size], config.checkpointing == "full"
+    preset, checkpointing = PRESETS[config.size], config.checkpoint_every == 1
+    activation: Activation = "gelu" if config.activation == "auto" else config.activation
     visual = VideoTower(
         VideoTowerConfig(
             image_size=frame_size,
@@ -112,8 +113,8 @@ def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int)
             layers=preset.video_layers,
             heads=preset.video_heads,
             embed_dim=config.embed_dim,
-            activation=config.activation,
-            norm_eps=config.norm_eps,
+            activation=activation,
+            norm_eps=config.norm_eps or 1e-6,
             drop_path=config.drop_path,
             patch_dropout=config.patch_dropout,
             checkpointing=checkpointing,
@@ -127,7 +128,7 @@ def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int)
             layers=preset.text_layers,
             heads=preset.text_heads,
             embed_dim=config.embed_dim,
-            activation=config.activation,
+            activation=activation,
             checkpointing=checkpointing,
         )
     )

@@ -1,0 +1,107 @@
+"""What each entry point is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from avion_dali.config.checks import require
+from avion_dali.config.data import AugmentConfig, DataConfig, Decoder
+from avion_dali.config.model import ModelConfig
+from avion_dali.config.objective import ObjectiveConfig
+from avion_dali.config.optim import OptimConfig, RunConfig
+from avion_dali.contracts import UserError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training needs.
+
+    Args:
+        output_dir: folder of this run: checkpoints, logs, report.
+        decoder: how clips are decoded, see the README.
+        resume: `auto` continues from `output_dir` when it holds a checkpoint, `never` refuses such a folder.
+        data: where clips come from.
+        augment: what is done to them on the device.
+        model: the model.
+        objective: what is minimised.
+        optim: batches and optimizer.
+        run: seed, precision, intervals.
+    """
+
+    output_dir: str = "runs/pretrain"
+    decoder: Decoder = "auto"
+    resume: Literal["auto", "never"] = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> TrainConfig:
+        """Rebuild a configuration from the plain values kept in a checkpoint.
+
+        Args:
+            values: what `dataclasses.asdict` made of a configuration.
+
+        Raises:
+            UserError: when a key is not one of this version's.
+        """
+        try:
+            built: TrainConfig = _from_plain(cls, values)
+        except TypeError as error:
+            raise UserError(f"the checkpoint's configuration is of another version: {error}") from error
+        return built
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate, and how.
+
+    Args:
+        checkpoint: a checkpoint of a training, or its exported safetensors.
+        manifest: manifest to evaluate on; by default the evaluation manifest of the training.
+        decoder: how clips are decoded.
+        workers: decode processes per rank; 0 takes the machine's cores divided by the ranks on it.
+        micro_batch: clips per forward pass.
+        num_frames: frames of a clip; 0 as trained. Frame positions are interpolated.
+        eval_clips: clips per row; 0 as trained.
+        eval_crops: windows per clip, 1 or 3; 0 as trained.
+        frozen_frames: control: feed each clip's first frame repeated.
+        output: file for the metrics as JSON; empty for none.
+        output_dir: folder for `quarantine.jsonl`; by default the training's.
+    """
+
+    checkpoint: str
+    manifest: str = ""
+    decoder: Decoder = "auto"
+    workers: int = 0
+    micro_batch: int = 64
+    num_frames: int = 0
+    eval_clips: int = 0
+    eval_crops: Literal[0, 1, 3] = 0
+    frozen_frames: bool = False
+    output: str = ""
+    output_dir: str = ""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, "workers", self.workers, ">= 0 (0: one per core)")
+        require(self.micro_batch >= 1, "micro_batch", self.micro_batch, ">= 1")
+        require(self.num_frames >= 0, "num_frames", self.num_frames, ">= 0 (0: as trained)")
+        require(self.eval_clips >= 0, "eval_clips", self.eval_clips, ">= 0 (0: as trained)")
+
+
+def _from_plain(kind: Any, values: dict[str, Any]) -> Any:
+    """Build a dataclass from plain values: sections are dataclasses too, and files hold lists for tuples."""
+    types = typing.get_type_hints(kind)
+
+    def built(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(types.get(name)):
+            return _from_plain(types[name], value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{name: built(name, value) for name, value in values.items()})

@@ -1,0 +1,114 @@
+"""Where clips come from, how they are drawn, and what is done to them on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from avion_dali.config.checks import require
+
+Decoder = Literal["dali", "cpu-fused", "paper-fused", "reference", "auto"]
+CPU_DECODERS: tuple[str, ...] = ("cpu-fused", "paper-fused", "reference")
+Normalization = Literal["openai", "openai-avion", "imagenet"]
+Sampling = Literal["segments", "strided", "dense"]
+Crop = Literal["random-resized", "simple-random", "multi-scale", "centre"]
+TextSource = Literal["own", "relevant"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where clips come from and how they are drawn.
+
+    Args:
+        train_manifest: folder made by `avion-dali manifest`; empty for evaluation only.
+        eval_manifest: folder of the held-out manifest; empty to train without evaluation.
+        num_frames: frames of a clip (T).
+        frame_size: side of a frame in pixels after cropping.
+        sampling: which frames make a clip: `segments` takes one from each of T equal parts of the row's span
+            (AVION, LaViLa); `strided` every `stride`-th frame from a random start (VideoMAE pre-training);
+            `dense` T frames spread over a random window of T x `stride` (VideoMAE fine-tuning).
+        stride: source frames between neighbours, for `strided` and `dense`.
+        crop: how training windows are drawn: `random-resized`; `simple-random`, a square as high as the frame
+            after a small reflection-free margin (DeiT III); `multi-scale`, one of 13 places in one of four sizes
+            (VideoMAE pre-training); `centre`.
+        crop_scale: random-resized-crop area range, as shares of the frame.
+        crop_ratio: random-resized-crop aspect range (width / height), drawn log-uniformly.
+        flip_probability: chance that a training clip is mirrored left to right.
+        repeats: training views of one decoded clip, each with a window and flip of its own (repeated
+            augmentation); batch sizes count clips, so the model sees `repeats` times as many.
+        eval_clips: evaluation clips per row, spread evenly over its span; scores are averaged.
+        eval_crops: evaluation windows per clip along the longer side, 1 (centre) or 3.
+        text: text of a training clip: `own` draws one of its row's narrations; `relevant` one of the
+            manifest's captions whose relevancy to the row exceeds `relevancy_threshold`.
+        relevancy_threshold: see `text`.
+        normalization: pixel mean and deviation; see `avion_dali/device_ops/normalize.py`.
+        workers: decode processes per rank; 0 takes the machine's cores divided by the ranks on it.
+        prefetch_batches: micro-batches decoded ahead of the model.
+        clip_timeout_s: seconds after which a clip's worker is killed and the clip replaced.
+        max_bad_fraction: share of clips that may fail before the run stops.
+    """
+
+    train_manifest: str = ""
+    eval_manifest: str = ""
+    num_frames: int = 4
+    frame_size: int = 224
+    sampling: Sampling = "segments"
+    stride: int = 4
+    crop: Crop = "random-resized"
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    flip_probability: float = 0.0
+    repeats: int = 1
+    eval_clips: int = 1
+    eval_crops: Literal[1, 3] = 1
+    text: TextSource = "own"
+    relevancy_threshold: float = 0.1
+    normalization: Normalization = "openai"
+    workers: int = 0
+    prefetch_batches: int = 3
+    clip_timeout_s: float = 30.0
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        require(self.num_frames >= 1, "data.num_frames", self.num_frames, ">= 1")
+        require(self.frame_size >= 16, "data.frame_size", self.frame_size, ">= 16 pixels")
+        require(self.stride >= 1, "data.stride", self.stride, ">= 1")
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        require(0 < low <= high, "data.crop_ratio", self.crop_ratio, "two ratios 0 < low <= high")
+        require(0 <= self.flip_probability <= 1, "data.flip_probability", self.flip_probability, "in [0, 1]")
+        require(self.repeats >= 1, "data.repeats", self.repeats, ">= 1")
+        require(self.eval_clips >= 1, "data.eval_clips", self.eval_clips, ">= 1")
+        require(self.eval_crops in (1, 3), "data.eval_crops", self.eval_crops, "1 or 3")
+        threshold = self.relevancy_threshold
+        require(0 <= threshold < 1, "data.relevancy_threshold", threshold, "in [0, 1)")
+        require(self.workers >= 0, "data.workers", self.workers, ">= 0 (0: one per core)")
+        require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, ">= 1")
+        require(self.clip_timeout_s > 0, "data.clip_timeout_s", self.clip_timeout_s, "> 0 seconds")
+        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to the pixels of training clips on the device; the same for all frames of a clip.
+
+    Args:
+        color_jitter: strength of random brightness, contrast and saturation; 0 for none.
+        rand_augment_ops: RandAugment operations per clip; 0 for none.
+        rand_augment_magnitude: their strength, 0 to 10.
+        erasing_probability: chance that a box of the clip is filled with noise.
+    """
+
+    color_jitter: float = 0.0
+    rand_augment_ops: int = 0
+    rand_augment_magnitude: int = 7
+    erasing_probability: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.color_jitter <= 1, "augment.color_jitter", self.color_jitter, "in [0, 1]")
+        require(self.rand_augment_ops >= 0, "augment.rand_augment_ops", self.rand_augment_ops, ">= 0 (0: none)")
+        magnitude = self.rand_augment_magnitude
+        require(0 <= magnitude <= 10, "augment.rand_augment_magnitude", magnitude, "in [0, 10]")
+        chance = self.erasing_probability
+        require(0 <= chance <= 1, "augment.erasing_probability", chance, "in [0, 1]")

@@ -1,0 +1,66 @@
+"""The networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from avion_dali.config.checks import require
+
+ModelSize = Literal["tiny", "vit_b16", "vit_l14", "vit_l14_336"]
+Encoder = Literal["vit", "timesformer", "videomae"]
+Activation = Literal["gelu", "quick_gelu"]
+AttentionBackend = Literal["auto", "sdpa", "flash-attn", "xformers", "math"]
+TemporalResize = Literal["interpolate", "truncate"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The video encoder and, for retrieval, the text tower beside it.
+
+    Args:
+        encoder: `vit` (AVION), `timesformer` (LaViLa) or `videomae` (tubelets, mean of tokens).
+        size: a row of `avion_dali/models/presets.py`.
+        weights: what to start from: empty for random weights; a file (a checkpoint or safetensors of this
+            project, of AVION, LaViLa, EgoVLP or VideoMAE, or open_clip's); or `open_clip:NAME/PRETRAINED`,
+            such as `open_clip:ViT-B-16/openai`.
+        temporal_resize: how frame positions of these weights fit fewer frames: `interpolate`, or `truncate`
+            as AVION does.
+        embed_dim: width of the shared video-text space.
+        activation: `gelu` (exact) or `quick_gelu`; `auto` takes what the weights were trained with, else `gelu`.
+            AVION's released models ran OpenAI's weights with `gelu`; name it to repeat that.
+        norm_eps: LayerNorm epsilon of the video tower; 0 takes that of the weights, else 1e-6.
+        context_length: text tokens the text tower sees.
+        drop_path: stochastic depth rate.
+        drop_path_schedule: `constant` over the blocks (AVION) or `linear` from 0 to the rate.
+        patch_dropout: share of patch tokens dropped in training (`vit` only).
+        attention: kernel of the video encoder's attention; `auto` takes the best that works here.
+        checkpoint_every: recompute the activations of every n-th block in the backward pass: 0 none, 1 all.
+        compile: run torch.compile on each block.
+        train_logit_scale: learn the temperature (the published recipe freezes it at 1/0.07).
+    """
+
+    encoder: Encoder = "vit"
+    size: ModelSize = "vit_b16"
+    weights: str = ""
+    temporal_resize: TemporalResize = "interpolate"
+    embed_dim: int = 256
+    activation: Literal["auto", "gelu", "quick_gelu"] = "auto"
+    norm_eps: float = 0.0
+    context_length: int = 77
+    drop_path: float = 0.0
+    drop_path_schedule: Literal["constant", "linear"] = "constant"
+    patch_dropout: float = 0.0
+    attention: AttentionBackend = "auto"
+    checkpoint_every: int = 0
+    compile: bool = False
+    train_logit_scale: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.embed_dim >= 1, "model.embed_dim", self.embed_dim, ">= 1")
+        require(self.norm_eps >= 0, "model.norm_eps", self.norm_eps, ">= 0 (0: that of the weights, else 1e-6)")
+        require(2 <= self.context_length <= 77, "model.context_length", self.context_length, "in [2, 77]")
+        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "in [0, 1)")
+        require(0 <= self.patch_dropout < 1, "model.patch_dropout", self.patch_dropout, "in [0, 1)")
+        every = self.checkpoint_every
+        require(every >= 0, "model.checkpoint_every", every, ">= 0 (0: none, 1: all blocks)")

@@ -1,0 +1,117 @@
+"""Batch sizes, the optimizer, and how a run proceeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from avion_dali.config.checks import require
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Batch sizes, the optimizer and the learning-rate schedule.
+
+    Args:
+        optimizer: `adamw`, `lion` (Chen et al. 2023, arXiv 2302.06675) or `sgd` with momentum `beta1`.
+        global_batch: clips per optimizer step over all ranks.
+        micro_batch: clips per forward pass on one rank; accumulation follows from both.
+        epochs: passes over the training manifest.
+        learning_rate: peak rate.
+        rate_batch: batch that all rates below are stated for: they are multiplied by `global_batch` /
+            `rate_batch`. 0 takes them as they stand.
+        schedule: `cosine` (after warm-up) or `constant`.
+        warmup_epochs: epochs of linear warm-up from `warmup_learning_rate`; may be fractional.
+        warmup_learning_rate: rate of the first step.
+        final_learning_rate: what the cosine falls to.
+        layer_decay: factor on the rate from one block to the block before it; 1 for none.
+        weight_decay: decay of matrices (norms, biases and position tables are exempt).
+        beta1: first-moment decay; SGD's momentum.
+        beta2: second-moment decay.
+        eps: AdamW epsilon.
+        clip_grad_norm: largest gradient norm; 0 for none.
+        ema_decay: keep an average of the weights with this decay per step and evaluate it; 0 for none.
+    """
+
+    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
+    global_batch: int = 256
+    micro_batch: int = 256
+    epochs: int = 5
+    learning_rate: float = 3e-5
+    rate_batch: int = 0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float = 0.0
+    warmup_learning_rate: float = 1e-6
+    final_learning_rate: float = 1e-5
+    layer_decay: float = 1.0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad_norm: float = 0.0
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.micro_batch >= 1, "optim.micro_batch", self.micro_batch, ">= 1")
+        require(self.global_batch >= 1, "optim.global_batch", self.global_batch, ">= 1")
+        require(self.epochs >= 1, "optim.epochs", self.epochs, ">= 1")
+        require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "> 0")
+        require(self.rate_batch >= 0, "optim.rate_batch", self.rate_batch, ">= 0 (0: rates as they stand)")
+        require(
+            0 <= self.warmup_epochs <= self.epochs, "optim.warmup_epochs", self.warmup_epochs, "in [0, epochs]"
+        )
+        for name in ("warmup_learning_rate", "final_learning_rate", "eps"):
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), ">= 0")
+        require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "in (0, 1] (1: none)")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
+        for name in ("beta1", "beta2", "ema_decay"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
+        require(self.clip_grad_norm >= 0, "optim.clip_grad_norm", self.clip_grad_norm, ">= 0 (0: none)")
+
+    @property
+    def rate_factor(self) -> float:
+        """What all learning rates are multiplied by."""
+        return self.global_batch / self.rate_batch if self.rate_batch else 1.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Seed, precision and how often things happen.
+
+    Args:
+        seed: decides every random choice of data, initialisation and regularisation.
+        precision: `auto` takes bf16 on GPUs that have it, fp16 with a scaler on older ones, fp32 on CPU.
+        sharding: how several ranks share the model: `replicate` (DDP) or `shard` (FSDP2: parameters, gradients
+            and optimizer state in equal parts).
+        log_every: optimizer steps between log rows.
+        eval_every: epochs between evaluations.
+        save_every: optimizer steps between checkpoints within an epoch; 0 for none.
+        save_minutes: minutes between checkpoints within an epoch; 0 for none.
+        keep_last: numbered checkpoints kept beside the latest and the best; 0 for none.
+        spike_factor: a step whose loss exceeds this multiple of the recent median is a spike; 0 looks for none.
+        on_spike: `log` it, leave that step's update out (`skip`), or `stop`.
+        max_steps: stop after this many optimizer steps; 0 runs all epochs.
+    """
+
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    sharding: Literal["replicate", "shard"] = "replicate"
+    log_every: int = 10
+    eval_every: int = 1
+    save_every: int = 0
+    save_minutes: float = 0.0
+    keep_last: int = 0
+    spike_factor: float = 0.0
+    on_spike: Literal["log", "skip", "stop"] = "log"
+    max_steps: int = 0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "run.seed", self.seed, "in [0, 2^63)")
+        require(self.log_every >= 1, "run.log_every", self.log_every, ">= 1")
+        require(self.eval_every >= 1, "run.eval_every", self.eval_every, ">= 1")
+        require(self.save_every >= 0, "run.save_every", self.save_every, ">= 0 (0: at epoch ends only)")
+        require(self.save_minutes >= 0, "run.save_minutes", self.save_minutes, ">= 0 (0: at epoch ends only)")
+        require(self.keep_last >= 0, "run.keep_last", self.keep_last, ">= 0 (0: none)")
+        factor = self.spike_factor
+        require(factor == 0 or factor > 1, "run.spike_factor", factor, "> 1, or 0 to look for none")
+        require(self.max_steps >= 0, "run.max_steps", self.max_steps, ">= 0 (0: all epochs)")
