@@ -29,7 +29,8 @@ TRAIN_OPTIONS = {
     "objective.classification": "dropout label_smoothing mixup cutmix mix_probability switch_probability",
     "objective.masked_video": "mask_ratio decoder_depth normalize_target",
     "optim": "optimizer global_batch micro_batch epochs learning_rate rate_batch schedule warmup_epochs "
-    "warmup_learning_rate final_learning_rate layer_decay weight_decay beta1 beta2 eps clip_grad_norm ema_decay",
+    "warmup_learning_rate final_learning_rate layer_decay weight_decay beta1 beta2 eps clip_grad_norm "
+    "ema_decay",
     "run": "seed precision sharding log_every eval_every save_every save_minutes keep_last spike_factor "
     "on_spike max_steps",
 }

@@ -27,8 +27,8 @@ class ModelConfig:
         temporal_resize: how frame positions of these weights fit fewer frames: `interpolate`, or `truncate`
             as AVION does.
         embed_dim: width of the shared video-text space.
-        activation: `gelu` (exact) or `quick_gelu`; `auto` takes what the weights were trained with, else `gelu`.
-            AVION's released models ran OpenAI's weights with `gelu`; name it to repeat that.
+        activation: `gelu` (exact) or `quick_gelu`; `auto` takes what the weights were trained with, else
+            `gelu`. AVION's released models ran OpenAI's weights with `gelu`; name it to repeat that.
         norm_eps: LayerNorm epsilon of the video tower; 0 takes that of the weights, else 1e-6.
         context_length: text tokens the text tower sees.
         drop_path: stochastic depth rate.
