@@ -28,9 +28,9 @@ class DataConfig:
             (AVION, LaViLa); `strided` every `stride`-th frame from a random start (VideoMAE pre-training);
             `dense` T frames spread over a random window of T x `stride` (VideoMAE fine-tuning).
         stride: source frames between neighbours, for `strided` and `dense`.
-        crop: how training windows are drawn: `random-resized`; `simple-random`, a square as high as the frame at
-            a random place (DeiT III); `multi-scale`, one of 13 places in one of four sizes (VideoMAE pre-training);
-            `centre`.
+        crop: how training windows are drawn: `random-resized`; `simple-random`, a square as high as the
+            frame at a random place (DeiT III); `multi-scale`, one of 13 places in one of four sizes
+            (VideoMAE pre-training); `centre`.
         crop_scale: random-resized-crop area range, as shares of the frame.
         crop_ratio: random-resized-crop aspect range (width / height), drawn log-uniformly.
         flip_probability: chance that a training clip is mirrored left to right.

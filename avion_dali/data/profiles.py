@@ -63,8 +63,8 @@ PROFILES: dict[ProfileName, EncodeProfile] = {
             "x264-params": f"keyint=48:min-keyint=48:{_FIXED}:{_THOROUGH}:cabac=0:aq-strength=0.6",
         },
     ),
-    # No deblocking filter either, which smooth pictures pay for with a lower quality number, and keyframes further
-    # apart.
+    # No deblocking filter either, which smooth pictures pay for with a lower quality number, and
+    # keyframes further apart.
     "fast": EncodeProfile(
         "libx264",
         64,
