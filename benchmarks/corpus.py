@@ -177,7 +177,7 @@ def kind_manifest(chunks: Path, folder: Path, kind: ClipKind, *, samples: int = 
         latest = max(float(found[chunk].ref.num_frames / found[chunk].fps) - kind.seconds, 0)
         start = found[chunk].start_s + float(rng.uniform(0, latest))
         tokens = (START_TOKEN, *rng.integers(1, 40_000, 5).tolist(), END_TOKEN)
-        rows.append(Sample(chunk, 1, start, start + kind.seconds, f"clip {number}", tokens))
+        rows.append(Sample(chunk, 1, start, start + kind.seconds, (f"clip {number}",), (tokens,)))
     write_manifest(folder, chunk_root=chunks, chunks=found, samples=rows)
     return Manifest(folder)
 

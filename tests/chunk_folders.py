@@ -37,7 +37,7 @@ def chunk_rows(video: str, frame_counts: Sequence[int], *, fps: Fraction | int, 
 
 
 def sample_row(start_s: float, end_s: float, *, first: int = 0, count: int = 1, text: str = "cut") -> Sample:
-    return Sample(first, count, float(start_s), float(end_s), text, (49406, len(text), 49407))
+    return Sample(first, count, float(start_s), float(end_s), (text,), ((49406, len(text), 49407),))
 
 
 def write_random_manifest(folder: Path, *, num_samples: int, seed: int = 0) -> Path:

@@ -99,7 +99,7 @@ def chunk_manifest(folder: Path, clips: Mapping[Path, Sequence[float]]) -> Manif
             chunks.append(Chunk(ref, path.stem, 0.0, Fraction(facts.fps), facts.codec))
             for start in seconds:
                 text = f"{path.stem} {start}"
-                samples.append(Sample(row, 1, start, start + 0.9, text, (1, 2 + len(samples))))
+                samples.append(Sample(row, 1, start, start + 0.9, (text,), ((1, 2 + len(samples)),)))
         index.finish()
     write_manifest(folder, chunk_root=folder, chunks=chunks, samples=samples)
     return Manifest(folder)

@@ -1,17 +1,39 @@
+import importlib.util
 import math
+import types
 
 import pytest
 import torch
 from torch import nn
 
 from avion_dali.contracts import UserError
-from avion_dali.models.attention import SelfAttention, attend
+from avion_dali.models import attention
+from avion_dali.models.attention import FusedAttention, SelfAttention, attend, resolve_attention
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+PACKAGES = {"flash-attn": "flash_attn", "xformers": "xformers"}
 
 
-def test_attend_equals_the_written_formula():
-    q, k, v = torch.randn(3, 2, 4, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@pytest.fixture(autouse=True)
+def _nothing_found_out_before():
+    attention._package_problem.cache_clear()
+    yield
+    attention._package_problem.cache_clear()
+
+
+def make_qkv(dtype: torch.dtype = torch.float64, queries: int = 7) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, queries, 5, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 4, 7, 5, generator=generator, dtype=torch.float64)
+    return [t.to(dtype) for t in (q, k, v)]
+
+
+@pytest.mark.parametrize("queries", [7, 1])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "math"])
+def test_attend_equals_the_written_formula(backend, queries):
+    q, k, v = make_qkv(queries=queries)
     weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(5), dim=-1)
-    assert torch.allclose(attend(q, k, v), weights @ v, atol=1e-12)
+    assert torch.allclose(attend(q, k, v, backend), weights @ v, atol=1e-12)
 
 
 def test_attend_with_equal_keys_averages_the_values():
@@ -20,17 +42,115 @@ def test_attend_with_equal_keys_averages_the_values():
     assert torch.allclose(mixed, v.mean(dim=2, keepdim=True).expand_as(v), atol=1e-6)
 
 
-def test_self_attention_takes_the_weights_and_gives_the_numbers_of_torch():
+def test_gradients_of_both_kernels_agree():
+    grads = []
+    for backend in ("sdpa", "math"):
+        qkv = [t.requires_grad_() for t in make_qkv()]
+        attend(*qkv, backend).sin().sum().backward()
+        grads.append([t.grad for t in qkv])
+    for fused, plain in zip(*grads, strict=True):
+        assert torch.allclose(fused, plain, atol=1e-10)
+
+
+def test_half_precision_stays_near_the_formula_and_keeps_its_matrix_in_half():
+    exact = attend(*make_qkv(), "math")
+    for backend in ("sdpa", "math"):
+        mixed = attend(*make_qkv(torch.bfloat16), backend)
+        assert mixed.dtype == torch.bfloat16
+        assert torch.allclose(mixed.double(), exact, atol=0.03)
+
+
+@pytest.mark.parametrize("backend", PACKAGES)
+def test_backends_of_other_packages_say_why_they_cannot_run_here(backend):
+    if importlib.util.find_spec(PACKAGES[backend]) and torch.cuda.is_available():
+        pytest.skip(f"{backend} can run here")
+    with pytest.raises(UserError, match=rf"{backend}.* cannot run here: .*(imported|GPU).*auto or sdpa"):
+        resolve_attention(backend, CPU, torch.bfloat16)
+    with pytest.raises(UserError, match="cannot run here"):
+        attend(*make_qkv(torch.float32), backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", PACKAGES)
+def test_backends_of_other_packages_equal_the_formula(backend):
+    pytest.importorskip(PACKAGES[backend], reason=f"{backend} is not installed")
+    q, k, v = (torch.randn(2, 3, 50, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    expected = attend(q.float(), k.float(), v.float(), "math")
+    assert torch.allclose(attend(q[:, :, :9], k, v, backend).float(), expected[:, :, :9], atol=0.03)
+
+
+class FakePackage(types.ModuleType):
+    """A package with flash-attn's function, on CPUs."""
+
+    def __init__(self, problem: str = "") -> None:
+        super().__init__("flash_attn")
+        self.problem, self.shapes = problem, []
+
+    def flash_attn_func(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.shapes.append((tuple(q.shape), tuple(k.shape)))
+        if self.problem:
+            raise RuntimeError(self.problem)
+        return attend(*(t.transpose(1, 2) for t in (q, k, v)), "math").transpose(1, 2)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, package: FakePackage) -> None:
+    """Pretend that a package is there and that `cuda` is a device, memory excepted."""
+    monkeypatch.setattr(attention.importlib, "import_module", lambda name: package)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **how: zeros(*shape, **how))
+
+
+def test_a_package_that_works_is_taken_on_a_gpu_in_half_precision_only(monkeypatch):
+    install(monkeypatch, FakePackage())
+    assert resolve_attention("auto", CUDA, torch.bfloat16) == "flash-attn"
+    assert resolve_attention("auto", CUDA, torch.float32) == "sdpa"
+    assert resolve_attention("auto", CPU, torch.bfloat16) == "sdpa"
+    assert resolve_attention("flash-attn", CUDA, torch.float16) == "flash-attn"
+    with pytest.raises(UserError, match="float16 and bfloat16, not torch.float32"):
+        resolve_attention("flash-attn", CUDA, torch.float32)
+
+
+def test_a_package_whose_kernel_fails_is_not_taken(monkeypatch):
+    install(monkeypatch, FakePackage("only supports Ampere GPUs or newer.\nmore"))
+    assert resolve_attention("auto", CUDA, torch.bfloat16) == "sdpa"
+    with pytest.raises(UserError, match="here: only supports Ampere GPUs or newer.; set it"):
+        resolve_attention("flash-attn", CUDA, torch.bfloat16)
+
+
+def test_a_package_gets_heads_behind_tokens(monkeypatch):
+    package = FakePackage()
+    install(monkeypatch, package)
+    monkeypatch.setattr(attention, "resolve_attention", lambda name, *where: name)
+    q, k, v = make_qkv(queries=3)
+    mixed = attend(q, k, v, "flash-attn")
+    assert package.shapes == [((2, 3, 4, 5), (2, 7, 4, 5))]
+    assert torch.allclose(mixed, attend(q, k, v, "math"))
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(UserError, match="none of auto, sdpa"):
+        resolve_attention("paged", CPU, torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+def test_self_attention_takes_the_weights_and_gives_the_numbers_of_torch(backend):
     torch.manual_seed(2)
     theirs = nn.MultiheadAttention(24, 3, batch_first=True).train()  # eval would take a fused inference path
     nn.init.normal_(theirs.in_proj_bias)
     nn.init.normal_(theirs.out_proj.bias)
-    ours = SelfAttention(24, 3)
+    ours = SelfAttention(24, 3, backend=backend)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(2, 9, 24)
-    assert torch.allclose(ours(x), theirs(x, x, x, need_weights=False)[0], atol=1e-6)
+    expected = theirs(x, x, x, need_weights=False)[0]
+    assert torch.allclose(ours(x), expected, atol=1e-6)
+    names = {"qkv.weight": "in_proj_weight", "qkv.bias": "in_proj_bias"}
+    names |= {"proj.weight": "out_proj.weight", "proj.bias": "out_proj.bias"}
+    fused = FusedAttention(24, 3, backend=backend)
+    fused.load_state_dict({ours: theirs.state_dict()[name] for ours, name in names.items()}, strict=True)
+    assert torch.allclose(fused(x), expected, atol=1e-6)
 
 
-def test_width_must_divide_into_heads():
+@pytest.mark.parametrize("kind", [SelfAttention, FusedAttention])
+def test_width_must_divide_into_heads(kind):
     with pytest.raises(UserError, match="width 10 does not divide into 3 heads"):
-        SelfAttention(10, 3)
+        kind(10, 3)

@@ -12,8 +12,9 @@ from chunk_folders import copy_chunks
 
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
-from avion_dali.datasets import captions
-from avion_dali.datasets.captions import BuildReport, build_captions_manifest, read_rows
+from avion_dali.datasets import building
+from avion_dali.datasets.building import BuildReport
+from avion_dali.datasets.captions import build_captions_manifest, read_rows
 
 HEADER = "video,start,end,text\n"
 GOOD: list[dict[str, Any]] = [
@@ -45,7 +46,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def light_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Letters as ids: the real tokenizer takes seconds to import and has its own tests."""
     monkeypatch.setattr(
-        captions, "clip_tokenizer", lambda: lambda text: (49406, *(ord(c) % 1000 for c in text), 49407)
+        building, "clip_tokenizer", lambda: lambda text: (49406, *(ord(c) % 1000 for c in text), 49407)
     )
 
 
@@ -90,13 +91,13 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def test_good_rows_become_samples(tmp_path: Path, chunks: Path, kind: str, encoding: str) -> None:
     annotations = WRITERS[kind](tmp_path / f"rows.{kind}", GOOD, encoding=encoding)
     report = build(chunks, annotations)
-    assert (report.num_samples, report.num_chunks, report.rejected, report.unusable) == (3, 8, (), ())
+    assert (report.num_samples, report.num_chunks, report.rejected, report.unusable) == (3, 8, {}, ())
     opened = Manifest(tmp_path / "out")
     first, second, third = (opened.sample(i) for i in range(3))
     assert opened.chunk(first.first_chunk).ref.path == str(chunks / "kitchen.mp4" / "0.mp4")
     assert (first.num_chunks, first.start_s, first.end_s, first.text) == (2, 0.5, 1.5, "cut the onion")
     assert (first.verb, first.nouns) == ("cut", ("onion",))
-    assert first.tokens == (49406, *(ord(c) % 1000 for c in "cut the onion"), 49407)
+    assert first.tokens[0] == (49406, *(ord(c) % 1000 for c in "cut the onion"), 49407)
     assert (second.text, second.verb, second.nouns, second.end_s) == (GOOD[1]["text"], "", (), 1.0)
     assert opened.chunk(third.first_chunk).video == "P01/P01_01.MP4"
     assert third.nouns == ("hand", "left foot")
@@ -135,7 +136,7 @@ def test_a_bad_row_refuses_the_file_and_says_why(
     with pytest.raises(UserError) as caught:
         build(chunks, annotations)
     line = 3 if kind == "csv" else 2
-    for words in (str(annotations), "1 rows", f"line {line}", row["video"], reason, "--skip-bad-rows"):
+    for words in (str(annotations), "1 of 2 rows", f"line {line}", row["video"], reason, "--skip-bad-rows"):
         assert words in str(caught.value)
     (rejected,) = lines_of(tmp_path / "out" / "rejected.jsonl")
     assert (rejected["line"], rejected["video"]) == (line, row["video"])
@@ -150,7 +151,7 @@ def test_skipping_keeps_the_good_rows_and_lists_the_bad(tmp_path: Path, chunks: 
     report = build(chunks, WRITERS[kind](tmp_path / f"rows.{kind}", mixed), skip_bad_rows=True)
     opened = Manifest(tmp_path / "out")
     assert [opened.sample(i).text for i in range(report.num_samples)] == [row["text"] for row in GOOD]
-    assert opened.info["rejected_rows"] == len(report.rejected) == len(BAD)
+    assert opened.info["rejected_rows"] == sum(report.rejected.values()) == len(BAD)
     listed = lines_of(tmp_path / "out" / "rejected.jsonl")
     header = 1 if kind == "csv" else 0
     assert [row["line"] for row in listed] == [header + 2 + i for i in range(len(BAD))]
@@ -160,7 +161,7 @@ def test_skipping_keeps_the_good_rows_and_lists_the_bad(tmp_path: Path, chunks: 
 
 def test_the_message_shows_a_few_rows_and_points_to_the_rest(tmp_path: Path, chunks: Path) -> None:
     bad = [BAD[1][0]] * 12
-    with pytest.raises(UserError, match="12 rows") as caught:
+    with pytest.raises(UserError, match="12 of 12 rows") as caught:
         build(chunks, write_csv(tmp_path / "rows.csv", bad))
     assert str(caught.value).count("line ") == 5
     assert f"7 more in {tmp_path / 'out' / 'rejected.jsonl'}" in str(caught.value)
@@ -168,12 +169,12 @@ def test_the_message_shows_a_few_rows_and_points_to_the_rest(tmp_path: Path, chu
 
 
 def test_nothing_usable_is_an_error_even_when_skipping(tmp_path: Path, chunks: Path) -> None:
-    with pytest.raises(UserError, match=r"no row can be used.*rejected\.jsonl"):
+    with pytest.raises(UserError, match=r"no annotation row can be used.*rejected\.jsonl"):
         build(chunks, write_csv(tmp_path / "rows.csv", [BAD[0][0]]), skip_bad_rows=True)
     assert len(lines_of(tmp_path / "out" / "rejected.jsonl")) == 1
     for text in ("video,start,end,text\n", "video,start,end,text"):
         (tmp_path / "empty.csv").write_text(text)
-        with pytest.raises(UserError, match="no row"):
+        with pytest.raises(UserError, match="the files have none"):
             build(chunks, tmp_path / "empty.csv", skip_bad_rows=True)
 
 
@@ -188,7 +189,8 @@ def test_a_mended_file_leaves_no_old_list_behind(tmp_path: Path, chunks: Path) -
 def test_a_row_that_ends_in_a_missing_chunk_is_rejected(tmp_path: Path, chunks: Path) -> None:
     row = {"video": "holed", "start": 0.4, "end": 1.9, "text": "x"}
     report = build(chunks, write_csv(tmp_path / "rows.csv", [GOOD[0], row]), skip_bad_rows=True)
-    assert [r.video for r in report.rejected] == ["holed"]
+    assert sum(report.rejected.values()) == 1
+    assert [row["video"] for row in lines_of(tmp_path / "out" / "rejected.jsonl")] == ["holed"]
 
 
 def damaged_folder(root: Path, chunk_file: Path) -> Path:
@@ -206,13 +208,13 @@ def test_rows_on_unusable_chunks_are_rejected_and_the_files_listed(tmp_path: Pat
     root = damaged_folder(tmp_path / "chunks", chunk_file)
     rows = [{"video": "v", "start": s + 0.6, "end": s + 0.9, "text": f"second {s}"} for s in range(9)]
     annotations = write_csv(tmp_path / "rows.csv", rows)
-    with pytest.raises(UserError, match="4 rows") as caught:
+    with pytest.raises(UserError, match="4 of 9 rows") as caught:
         build(root, annotations)
     for words in ("1.mp4: corrupt", "3.mp4: corrupt", "5.mp4: corrupt", "7.mp4: rotated by 180 degrees"):
         assert words in str(caught.value)
     report = build(root, annotations, skip_bad_rows=True)
     assert [Path(u.path).name for u in report.unusable] == ["1.mp4", "3.mp4", "5.mp4", "7.mp4"]
-    assert [r.line for r in report.rejected] == [3, 5, 7, 9]
+    assert [row["line"] for row in lines_of(tmp_path / "out" / "rejected.jsonl")] == [3, 5, 7, 9]
     opened = Manifest(tmp_path / "out")
     assert [opened.sample(i).text for i in range(5)] == [f"second {s}" for s in (0, 2, 4, 6, 8)]
     assert [row["path"] for row in lines_of(tmp_path / "out" / "unusable_chunks.jsonl")] == [
@@ -296,7 +298,7 @@ def test_line_ends_of_any_system(tmp_path: Path, newline: str) -> None:
 def test_a_row_without_text_can_be_skipped(tmp_path: Path, chunks: Path, kind: str) -> None:
     rows = [GOOD[0], {**GOOD[1], "text": ""}]
     report = build(chunks, WRITERS[kind](tmp_path / f"rows.{kind}", rows), skip_bad_rows=True)
-    assert (report.num_samples, len(report.rejected)) == (1, 1)
+    assert (report.num_samples, sum(report.rejected.values())) == (1, 1)
 
 
 def test_rows_after_an_unclosed_quote_are_not_lost_silently(tmp_path: Path, chunks: Path) -> None:
@@ -355,17 +357,81 @@ def test_rows_that_would_lose_words_are_rejected(tmp_path: Path, chunks: Path, r
         build(chunks, tmp_path / "rows.csv")
 
 
-@pytest.mark.parametrize("change", [{"text": {"a": 1}}, {"text": ["p"]}, {"verb": ["a"]}, {"start": True}])
+@pytest.mark.parametrize(
+    "change", [{"text": {"a": 1}}, {"text": [["p"]]}, {"label": ["a"]}, {"verb": ["a"]}, {"start": True}]
+)
 def test_json_values_of_other_types_are_rejected(tmp_path: Path, chunks: Path, change: dict[str, Any]) -> None:
     row = {"video": "garden", "start": 0, "end": 1, "text": "dig", **change}
     with pytest.raises(UserError, match="should be a text or a number"):
         build(chunks, write_jsonl(tmp_path / "rows.jsonl", [row]))
 
 
-def test_clips_without_classes_are_counted(tmp_path: Path, chunks: Path) -> None:
+def test_clips_without_classes_are_told(tmp_path: Path, chunks: Path) -> None:
     plain = {"video": "garden", "start": 0, "end": 1, "text": "dig"}
     rows = [{**plain, "verb": "dig", "noun": "hole"}, {**plain, "verb": "dig"}, plain]
-    assert build(chunks, write_jsonl(tmp_path / "rows.jsonl", rows)).without_classes == 2
+    (note,) = build(chunks, write_jsonl(tmp_path / "rows.jsonl", rows)).notes
+    assert note.startswith("2 clips lack a verb or a noun")
+    assert build(chunks, write_jsonl(tmp_path / "none.jsonl", [plain])).notes == ()
+
+
+def test_a_row_may_have_several_texts_in_json(tmp_path: Path, chunks: Path) -> None:
+    rows = [{"video": "garden", "start": 0, "end": 1, "text": ["dig", " digs a hole ", ""]}]
+    build(chunks, write_jsonl(tmp_path / "rows.jsonl", rows))
+    sample = Manifest(tmp_path / "out").sample(0)
+    assert sample.texts == ("dig", "digs a hole")
+    assert [len(ids) for ids in sample.tokens] == [5, 13]
+
+
+LABELLED = "video,start,end,label\ngarden,0,1,10:2\ngarden,0,1,2:1\ngarden,0,1,0:9\ngarden,0,1,0:10\n"
+
+
+def test_labels_are_numbered_as_sorted_strings_and_need_no_text(tmp_path: Path, chunks: Path) -> None:
+    (tmp_path / "rows.csv").write_text(LABELLED)
+    build(chunks, tmp_path / "rows.csv")
+    opened = Manifest(tmp_path / "out")
+    assert opened.classes.names == ("0:10", "0:9", "10:2", "2:1")
+    assert [sample.label for sample in opened.samples()] == [2, 3, 1, 0]
+    assert {sample.texts for sample in opened.samples()} == {()}
+
+
+def test_labels_of_rejected_rows_are_classes_too(tmp_path: Path, chunks: Path) -> None:
+    """So that what is missing from a chunk folder does not renumber the classes."""
+    (tmp_path / "rows.csv").write_text(LABELLED + "attic,0,1,0:1\n")
+    build(chunks, tmp_path / "rows.csv", skip_bad_rows=True)
+    opened = Manifest(tmp_path / "out")
+    assert opened.classes.names == ("0:1", "0:10", "0:9", "10:2", "2:1")
+    assert [sample.label for sample in opened.samples()] == [3, 4, 2, 1]
+
+
+def test_held_out_rows_take_the_classes_of_the_training_rows(tmp_path: Path, chunks: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "train" / "rows.csv").write_text(LABELLED)
+    build(chunks, tmp_path / "train" / "rows.csv")
+    held_out = tmp_path / "test" / "rows.csv"
+    held_out.write_text("video,start,end,label\ngarden,0,1,2:1\ngarden,0,1,7:7\n")
+    with pytest.raises(UserError, match="line 3.*label '7:7' is no class of the training manifest"):
+        build(chunks, held_out, classes_from=tmp_path / "train" / "out")
+    report = build(chunks, held_out, classes_from=tmp_path / "train" / "out", skip_bad_rows=True)
+    assert report.rejected == {"unknown class": 1}
+    opened = Manifest(tmp_path / "test" / "out")
+    assert opened.classes == Manifest(tmp_path / "train" / "out").classes
+    assert [sample.label for sample in opened.samples()] == [3]
+
+
+def test_classes_from_a_manifest_without_any_is_a_user_error(tmp_path: Path, chunks: Path) -> None:
+    build(chunks, write_csv(tmp_path / "rows.csv", GOOD))
+    assert Manifest(tmp_path / "out").classes is None
+    with pytest.raises(UserError, match="out has no classes"):
+        build(chunks, tmp_path / "rows.csv", classes_from=tmp_path / "out")
+
+
+def test_a_malformed_file_is_refused_before_chunks_are_probed(tmp_path: Path, chunks: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD[0]) + "\n{\n")
+    probed: list[int] = []
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        build(chunks, tmp_path / "rows.jsonl", on_progress=probed.append)
+    assert probed == []
 
 
 def test_an_output_that_cannot_be_written_is_a_user_error(tmp_path: Path, chunks: Path) -> None:

@@ -11,7 +11,9 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from avion_dali.config import AugmentConfig
 from avion_dali.contracts import ClipBatch, UserError
+from avion_dali.device_ops.randomness import StepKey
 from avion_dali.models.dual_encoder import DualEncoder
 from avion_dali.models.text import TextTowerConfig, build_text_tower
 from avion_dali.models.vit import VideoTower, VideoTowerConfig
@@ -19,6 +21,7 @@ from avion_dali.objectives.contrastive import Contrastive, info_nce
 from avion_dali.objectives.gather import gather_with_grad, world_size
 
 CLIPS = 8
+KEY = StepKey(seed=0, step=5)
 VIDEO = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
 TEXT = torch.tensor([[0.8, 0.6], [0.0, 1.0], [0.6, -0.8]])
 
@@ -52,12 +55,14 @@ def make_batch(first: int = 0, last: int = CLIPS) -> ClipBatch:
     )
 
 
-def step(model: nn.Module, batches: list[ClipBatch]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def step(
+    model: nn.Module, batches: list[ClipBatch], **options: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """One training step without an optimizer: report (with the loss) and the parameters' gradients."""
-    objective = Contrastive("openai")
+    objective = Contrastive("openai", **options)
     model.zero_grad()
     if len(batches) == 1:
-        loss, report = objective.loss(objective.outputs(model, batches[0]))
+        loss, report = objective.loss(objective.outputs(model, batches[0], KEY))
         loss.backward()
     else:
         loss, report = cached_feature_step(objective, model, batches)
@@ -67,7 +72,7 @@ def step(model: nn.Module, batches: list[ClipBatch]) -> tuple[dict[str, torch.Te
 
 def cached_feature_step(objective, model, batches):
     with torch.no_grad():
-        parts = [objective.outputs(model, batch) for batch in batches]
+        parts = [objective.outputs(model, batch, KEY) for batch in batches]
     leaves = tuple(torch.cat(rows).requires_grad_() for rows in zip(*parts, strict=True))
     loss, report = objective.loss(leaves)
     loss.backward()
@@ -76,7 +81,7 @@ def cached_feature_step(objective, model, batches):
     for i, (batch, rows) in enumerate(zip(batches, grads, strict=True)):
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = i == len(batches) - 1  # what `no_sync` sets
-        torch.autograd.backward(objective.outputs(model, batch), rows)
+        torch.autograd.backward(objective.outputs(model, batch, KEY), rows)
     return loss, report
 
 
@@ -92,6 +97,8 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
     results = {
         "one": step(model, [make_batch(mine, mine + share)]),
         "cached": step(model, [make_batch(mine, half), make_batch(half, mine + share)]),
+        "local": step(model, [make_batch(mine, mine + share)], local_loss=True),
+        "local cached": step(model, [make_batch(mine, half), make_batch(half, mine + share)], local_loss=True),
     }
     x = torch.full((2, 3), float(rank), requires_grad=True)
     gathered = gather_with_grad(x)
@@ -130,7 +137,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 def single() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The same step in one process on the whole batch, by the plain formula."""
     model, batch = make_model(), make_batch()
-    video, text, _ = Contrastive("openai").outputs(model, batch)
+    video, text, _ = Contrastive("openai").outputs(model, batch, KEY)
     logits = model.logit_scale.exp() * video @ text.t()
     log_p = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()
     loss = -log_p.mean() / 2
@@ -187,6 +194,15 @@ def test_every_rank_gets_the_loss_and_gradient_of_the_global_batch(ranks, single
         assert_same_step(results[way], single)
 
 
+@pytest.mark.parametrize("way", ["local", "local cached"])
+def test_local_losses_average_to_the_global_one_with_its_gradient(ranks, single, way):
+    (first, first_grads), (second, second_grads) = (results[way] for results in ranks)
+    assert abs(float(first["loss"] - second["loss"])) > 1e-3, "each rank scores clips of its own"
+    mean = {name: (first[name] + second[name]) / 2 for name in first}
+    for grads in (first_grads, second_grads):
+        assert_same_step((mean, grads), single)
+
+
 def test_gather_stacks_in_rank_order_and_sums_gradients(ranks):
     for rank, results in enumerate(ranks):
         gathered, grad = results["gather"]
@@ -207,16 +223,18 @@ def test_outputs_take_the_precision_of_autocast():
     model = make_model()
     model.visual.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     objective = Contrastive("openai")
-    outputs = objective.outputs(model, make_batch())
+    outputs = objective.outputs(model, make_batch(), KEY)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = objective.outputs(model, make_batch())
+        half = objective.outputs(model, make_batch(), KEY)
     assert seen == [torch.float32, torch.bfloat16]
     assert all(len(rows) == CLIPS and rows.dtype == torch.float32 for rows in (*outputs, *half))
     assert torch.allclose(outputs[0], half[0], atol=0.05)
 
 
 def test_normalization_is_applied():
-    outputs = [Contrastive(name).outputs(make_model(), make_batch())[0] for name in ("openai", "openai-avion")]
+    outputs = [
+        Contrastive(name).outputs(make_model(), make_batch(), KEY)[0] for name in ("openai", "openai-avion")
+    ]
     assert not torch.allclose(*outputs, atol=1e-4)
 
 
@@ -224,8 +242,18 @@ def test_batch_without_texts_or_with_views_is_refused():
     batch = make_batch()
     batch.tokens_BL = None
     with pytest.raises(UserError, match="needs texts"):
-        Contrastive("openai").outputs(make_model(), batch)
+        Contrastive("openai").outputs(make_model(), batch, KEY)
     views = make_batch()
-    views.sample_ids = views.sample_ids[:4]
-    with pytest.raises(ValueError, match="one view a clip"):
-        Contrastive("openai").outputs(make_model(), views)
+    views.sample_ids = views.sample_ids[:4]  # of which each then has two views
+    with pytest.raises(UserError, match=r"one view a clip.*data\.repeats"):
+        Contrastive("openai").outputs(make_model(), views, KEY)
+
+
+def test_augmentation_changes_the_clips_and_is_repeated_by_its_key():
+    objective, model = Contrastive("openai", augment=AugmentConfig(color_jitter=0.5)), make_model().eval()
+    whole = objective.outputs(model, make_batch(), KEY)[0]
+    halves = [objective.outputs(model, make_batch(*span), KEY)[0] for span in ((0, 3), (3, CLIPS))]
+    assert torch.allclose(whole, torch.cat(halves), atol=1e-6)
+    plain = Contrastive("openai").outputs(model, make_batch(), KEY)[0]
+    other = objective.outputs(model, make_batch(), KEY._replace(step=6))[0]
+    assert not torch.allclose(whole, plain, atol=1e-4) and not torch.allclose(whole, other, atol=1e-4)

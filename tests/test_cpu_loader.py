@@ -39,7 +39,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Sixty clips of one chunk that does not exist: these decoders never open it."""
     folder = tmp_path_factory.mktemp("painted")
     ref = ChunkRef(str(folder / "a.mp4" / "0.mp4"), 1, 1800, 64, 48)
-    samples = [Sample(0, 1, i, i + 1.0, f"text {i}", tokens=(1, 2 + i, 99)) for i in range(SAMPLES)]
+    samples = [Sample(0, 1, i, i + 1.0, (f"text {i}",), ((1, 2 + i, 99),)) for i in range(SAMPLES)]
     chunks = [Chunk(ref, "a.mp4", 0.0, Fraction(30), "h264")]
     write_manifest(folder / "m", chunk_root=folder, chunks=chunks, samples=samples)
     return Manifest(folder / "m")
@@ -221,7 +221,7 @@ def test_a_pipe_that_never_answers_is_a_timeout_and_the_next_clip_is_right(tmp_p
         facts = probe_chunk(path)
         ref = ChunkRef(str(path), facts.size_bytes, facts.num_frames, facts.width, facts.height)
         chunks.append(Chunk(ref, f"{name}.mp4", 0.0, facts.fps, facts.codec))
-        samples.append(Sample(row, 1, 0.2, 0.9, name, tokens=(1, 2)))
+        samples.append(Sample(row, 1, 0.2, 0.9, (name,), ((1, 2),)))
     write_manifest(tmp_path / "m", chunk_root=tmp_path, chunks=chunks, samples=samples)
     Path(chunks[0].ref.path).unlink()
     os.mkfifo(chunks[0].ref.path)

@@ -112,6 +112,36 @@ def test_activation_reaches_both_towers():
             assert name in kinds and not kinds & ({"GELU", "QuickGELU"} - {name})
 
 
+def test_activation_settles_by_encoder_when_nothing_else_says():
+    for encoder, name in (("vit", "GELU"), ("timesformer", "QuickGELU")):
+        kinds = {type(module).__name__ for module in make_model(encoder=encoder).modules()}
+        assert name in kinds and not kinds & ({"GELU", "QuickGELU"} - {name})
+
+
+def test_timesformer_as_video_tower():
+    model = make_model(encoder="timesformer")
+    video, text, _ = model(*make_inputs())
+    assert video.shape == text.shape == (3, 32)
+    assert torch.allclose(video.norm(dim=1), torch.ones(3), atol=1e-5)
+    (video * text.roll(1, dims=0)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_options_reach_the_video_tower():
+    model = make_model(drop_path=0.3, drop_path_schedule="linear", attention="math", norm_eps=1e-5)
+    blocks = model.visual.transformer.resblocks
+    assert [block.drop_path_rate for block in blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert {block.attn.backend for block in blocks} == {"math"}
+    assert {block.ln_1.eps for block in blocks} == {1e-5}
+
+
+def test_compile_covers_both_towers(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled.append(call) or call)
+    make_model(compile=True)
+    assert len(compiled) == 4 + 2
+
+
 def test_text_tower_is_a_causal_pre_norm_transformer():
     """Against torch's own encoder layers, given the same weights."""
     torch.manual_seed(0)

@@ -24,7 +24,9 @@ ROWS = [
 def manifest_of(folder: Path, rows: list[tuple[str, str, tuple[str, ...]]]) -> Manifest:
     ref = ChunkRef(str(folder / "a" / "0.mp4"), 1, 900, 64, 48)
     samples = [
-        Sample(0, 1, i, i + 1.0, text, (1, 10 + sorted({r[0] for r in rows}).index(text), 99), verb, nouns)
+        Sample(
+            0, 1, i, i + 1.0, (text,), ((1, 10 + sorted({r[0] for r in rows}).index(text), 99),), verb, nouns
+        )
         for i, (text, verb, nouns) in enumerate(rows)
     ]
     write_manifest(

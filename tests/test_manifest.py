@@ -21,9 +21,9 @@ CHUNKS = [
     chunk_row("日本語 ビデオ.mp4", 7.5, num_frames=3, fps=Fraction(25), frame_times=np.array([0.0, 0.1, 0.35])),
 ]
 SAMPLES = [
-    Sample(0, 2, 1.25, 16.5, "#C C picks the knife", (49406, 258, 49407), "pick", ("knife", "hand")),
-    Sample(2, 1, 0.0, 0.1, 'naïve 😀 \u2028 "quoted", a;b\nline', (49406, 65535), "", ()),
-    Sample(1, 1, 15.0, 15.0, "x"),
+    Sample(0, 2, 1.25, 16.5, ("#C C picks the knife",), ((49406, 258, 49407),), "pick", ("knife", "hand")),
+    Sample(2, 1, 0.0, 0.1, ('naïve 😀 \u2028 "quoted", a;b\nline', "", "é"), ((49406, 65535), (), (7,))),
+    Sample(1, 1, 15.0, 15.0),
 ]
 
 
@@ -62,7 +62,7 @@ def test_round_trip_keeps_every_value(tmp_path: Path) -> None:
 def test_rows_have_plain_types(tmp_path: Path) -> None:
     row = Manifest(write(tmp_path)).sample(0)
     assert [type(v) for v in (row.first_chunk, row.num_chunks, row.start_s)] == [int, int, float]
-    assert {type(t) for t in row.tokens} == {int}
+    assert {type(t) for ids in row.tokens for t in ids} == {int}
 
 
 @pytest.mark.parametrize("count", [0, 1, 6, 7, 8, 20, 21, 22])
@@ -219,7 +219,7 @@ def test_manifest_json_is_readable_and_cannot_be_overruled_by_info(tmp_path: Pat
     assert isinstance(facts.pop("fingerprint"), int)
     assert facts == {
         "note": "é",
-        "format_version": 2,
+        "format_version": 3,
         "index_bytes": 0,
         "chunk_root": "/chunks",
         "num_chunks": 3,

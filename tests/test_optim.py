@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW and the learning-rate schedule."""
+"""Parameter groups, the optimizers and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from torch import nn
 from avion_dali.config import ModelConfig, OptimConfig
 from avion_dali.contracts import UserError
 from avion_dali.engine.optim import (
+    LayerScales,
     build_optimizer,
+    describe_rates,
     learning_rate_schedule,
     parameter_groups,
     set_learning_rate,
 )
+from avion_dali.models.classifier import build_classifier
 from avion_dali.models.dual_encoder import build_dual_encoder
 
 
@@ -113,3 +116,135 @@ def test_learning_rate_reaches_every_group_with_its_own_scale():
     optimizer = build_optimizer(groups, OptimConfig())
     set_learning_rate(optimizer, 0.4)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.4]
+
+
+def one_parameter(values: list[float], config: OptimConfig) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    weight = nn.Parameter(torch.tensor([values], dtype=torch.float64))
+    return weight, build_optimizer([{"params": [weight], "weight_decay": config.weight_decay}], config)
+
+
+def test_lion_takes_the_published_steps():
+    """Vector computed with the released implementation."""
+    config = OptimConfig(optimizer="lion", learning_rate=0.1, beta1=0.9, beta2=0.95, weight_decay=0.05)
+    weight, optimizer = one_parameter([1.0, -2.0, 0.5], config)
+    steps = [
+        ([0.3, -0.1, 0.0], [0.895, -1.89, 0.4975], [0.015, -0.005, 0.0]),
+        ([-4.0, 0.2, 0.0], [0.990525, -1.980550, 0.495012], [-0.18575, 0.00525, 0.0]),
+    ]
+    for grad, expected, moment in steps:
+        weight.grad = torch.tensor([grad], dtype=torch.float64)
+        optimizer.step()
+        np.testing.assert_allclose(weight.detach().numpy()[0], expected, atol=1e-6)
+        np.testing.assert_allclose(optimizer.state[weight]["exp_avg"].numpy()[0], moment, atol=1e-9)
+
+
+def test_lion_goes_on_from_its_saved_state():
+    config = OptimConfig(optimizer="lion", learning_rate=0.1)
+    grads = torch.tensor([[[0.3, -0.1]], [[-0.2, 0.1]], [[0.1, 0.1]]], dtype=torch.float64)
+
+    def train(weight: nn.Parameter, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        for grad in grads[first:last]:
+            weight.grad = grad
+            optimizer.step()
+
+    straight = one_parameter([1.0, 2.0], config)
+    train(*straight, 0, 3)
+    part = one_parameter([1.0, 2.0], config)
+    train(*part, 0, 2)
+    resumed = one_parameter(part[0].detach()[0].tolist(), config)
+    resumed[1].load_state_dict(part[1].state_dict())
+    train(*resumed, 2, 3)
+    assert torch.equal(resumed[0], straight[0])
+
+
+def test_lion_passes_parameters_without_gradient_over_and_runs_a_closure():
+    config = OptimConfig(optimizer="lion", learning_rate=0.1, weight_decay=0.5)
+    weight, optimizer = one_parameter([1.0, 2.0], config)
+    assert optimizer.step() is None
+    assert weight.tolist() == [[1.0, 2.0]]
+    assert optimizer.step(lambda: 3.0) == 3.0
+
+
+def test_sgd_has_momentum_and_coupled_decay():
+    config = OptimConfig(optimizer="sgd", learning_rate=0.1, beta1=0.9, weight_decay=0.5)
+    weight, optimizer = one_parameter([1.0, -2.0], config)
+    value, speed = np.array([1.0, -2.0]), np.zeros(2)
+    for grad in ([0.3, -0.1], [0.2, 0.4]):
+        weight.grad = torch.tensor([grad], dtype=torch.float64)
+        optimizer.step()
+        speed = 0.9 * speed + (np.array(grad) + 0.5 * value)
+        value = value - 0.1 * speed
+    np.testing.assert_allclose(weight.detach().numpy()[0], value, rtol=1e-9)
+
+
+def test_layer_decay_vector():
+    """Of a tower with 12 blocks at 0.75, as VideoMAE fine-tunes."""
+    names = [f"visual.blocks.{i}.norm1.weight" for i in range(12)]
+    scales = LayerScales([*names, "visual.patch_embed.proj.weight", "visual.fc_norm.weight"], 0.75)
+    assert scales.of("visual.patch_embed.proj.weight") == pytest.approx(0.023757, abs=5e-7)
+    assert scales.of("visual.blocks.0.mlp.fc1.weight") == pytest.approx(0.031676, abs=5e-7)
+    assert scales.of("visual.blocks.11.norm1.weight") == 0.75
+    assert scales.of("visual.fc_norm.weight") == scales.of("fc_cls.weight") == 1.0
+
+
+@pytest.mark.parametrize("encoder", ["vit", "timesformer", "videomae"])
+def test_layers_of_all_encoders_are_known(encoder):
+    model = build_classifier(
+        ModelConfig(encoder=encoder, size="tiny"), num_classes=5, num_frames=2, frame_size=32, dropout=0.0
+    )
+    groups = parameter_groups(model, 0.1, layer_decay=0.5)
+    scale_of = {name: group["lr_scale"] for group in groups for name in names_of(model, group)}
+    assert scale_of.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    last = {name for name, scale in scale_of.items() if scale == 1.0}
+    assert {"fc_cls.weight", "fc_cls.bias"} <= last
+    assert all(name.startswith(("fc_cls", "visual.ln_post", "visual.norm", "visual.fc_norm")) for name in last)
+    stem = {name.removeprefix("visual.").split(".")[0] for name, scale in scale_of.items() if scale == 0.5**5}
+    tables = {"class_embedding", "positional_embedding", "temporal_embedding"}
+    others = {"cls_token", "pos_embed", "temporal_embed", "patch_embed", "ln_pre", "conv1"}
+    assert stem and stem <= tables | others
+    for name, scale in scale_of.items():
+        if "blocks." in name:
+            assert scale == 0.5 ** (4 - int(name.split("blocks.")[1].split(".")[0])), name
+    decays = {name: group["weight_decay"] for group in groups for name in names_of(model, group)}
+    plain = {name: g["weight_decay"] for g in parameter_groups(model, 0.1) for name in names_of(model, g)}
+    assert decays == plain
+
+
+def test_both_towers_of_a_dual_encoder_have_layers_of_their_own():
+    model = build_dual_encoder(ModelConfig(size="tiny"), num_frames=2, frame_size=32)  # 4 and 2 blocks
+    scales = LayerScales([name for name, _ in model.named_parameters()], 0.5)
+    assert scales.of("visual.conv1.weight") == 0.5**5
+    assert scales.of("textual.token_embedding.weight") == 0.5**3
+    assert scales.of("textual.transformer.resblocks.1.ln_1.weight") == 0.5
+    assert scales.of("visual.image_projection") == scales.of("logit_scale") == 1.0
+
+
+CLASSIFICATION = OptimConfig(
+    optimizer="sgd",
+    global_batch=512,
+    epochs=100,
+    learning_rate=3e-3,
+    rate_batch=128,
+    warmup_epochs=2,
+    warmup_learning_rate=1e-6,
+    final_learning_rate=1e-5,
+)
+
+
+def test_rates_are_stated_for_a_batch_and_scaled_to_the_run():
+    """The effective values of AVION's recognition recipe."""
+    rates = learning_rate_schedule(CLASSIFICATION, 131)
+    assert rates[0] == pytest.approx(4e-6) and rates.max() == pytest.approx(0.012)
+    assert rates[-1] == pytest.approx(4e-5, rel=0.01) and rates[-1] > 4e-5
+    assert build_optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], CLASSIFICATION).defaults["lr"] == 0.012
+    plain = learning_rate_schedule(replace(CLASSIFICATION, rate_batch=0), 131)
+    np.testing.assert_allclose(rates, 4 * plain)
+
+
+def test_rates_are_described():
+    assert describe_rates(CLASSIFICATION) == (
+        "learning rate 0.012 = 0.003 x 512 / 128 (optim.global_batch / optim.rate_batch), "
+        "after 2 epochs of warm-up from 4e-06, then a cosine to 4e-05"
+    )
+    config = OptimConfig(schedule="constant", layer_decay=0.75)
+    assert describe_rates(config) == "learning rate 3e-05, then constant; layer decay 0.75"

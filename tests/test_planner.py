@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chunk_folders import NTSC_30, NTSC_60, chunk_row, chunk_rows, sample_row, write_random_manifest
+from chunk_folders import NTSC_30, NTSC_60, chunk_row, chunk_rows, write_random_manifest
 
 from avion_dali.contracts import ClipRequest
 from avion_dali.data.crops import center_square_window
+from avion_dali.data.frames import segment_frame_ids
 from avion_dali.data.manifest import Chunk, Manifest
-from avion_dali.data.planner import ClipRules, Planner, draw_view, locate_frames
+from avion_dali.data.planner import ClipRules, Planner, draw_views, locate_frames
 from avion_dali.data.randomness import generator
 
 COUNT = 1000
@@ -57,8 +58,9 @@ def plan_span(
     chunks: list[Chunk], start_s: float, end_s: float, *, num_frames: int = 4, rng: np.random.Generator | None
 ) -> ClipRequest:
     """The request of a span over all given chunks, without a manifest."""
-    sample = sample_row(start_s, end_s, count=len(chunks))
-    parts, gather = locate_frames(sample, chunks, num_frames, rng)
+    parts, gather = locate_frames(
+        start_s, end_s, chunks, choose=lambda total: segment_frame_ids(0, total, num_frames, rng)
+    )
     window = center_square_window(chunks[0].ref.width, chunks[0].ref.height)
     return ClipRequest(0, 0, parts, gather, (window,), (False,), 224)
 
@@ -120,7 +122,7 @@ def test_training_frames_are_drawn_anew_each_epoch_around_the_middles(manifest: 
 def test_a_request_carries_its_row(manifest: Manifest, planned: list[ClipRequest]) -> None:
     for i, request in enumerate(planned):
         row = manifest.sample(i)
-        assert (request.sample_id, request.epoch, request.tokens) == (i, 2, row.tokens)
+        assert (request.sample_id, request.epoch, request.tokens) == (i, 2, row.tokens[0])
         assert request.frames_shape == RULES.clip_shape == (1, 4, 224, 224, 3)
         allowed = {manifest.chunk(row.first_chunk + k).ref for k in range(row.num_chunks)}
         assert {part.chunk for part in request.parts} <= allowed
@@ -154,14 +156,13 @@ def test_evaluation_takes_middles_and_the_centre_square_in_every_epoch(manifest:
 @pytest.mark.parametrize(("probability", "low", "high"), [(0.0, 0, 0), (1.0, 400, 400), (0.5, 160, 240)])
 def test_flips_happen_as_often_as_asked(probability: float, low: int, high: int) -> None:
     rules = ClipRules(num_frames=4, frame_size=224, training=True, flip_probability=probability)
-    chunk = chunk_row("a", 0)
-    draws = [draw_view(chunk, rules, generator("clip", seed=0, epoch=0, index=i))[1] for i in range(400)]
-    assert low <= sum(draws) <= high
+    draws = [draw_views(320, 256, rules, generator("clip", seed=0, epoch=0, index=i))[1] for i in range(400)]
+    assert low <= sum(flip for (flip,) in draws) <= high
 
 
 def test_crop_ranges_of_the_rules_are_obeyed() -> None:
     rules = ClipRules(4, 224, training=True, crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0))
-    window, _ = draw_view(chunk_row("a", 0), rules, generator("clip", seed=0, epoch=0))
+    (window,), _ = draw_views(320, 256, rules, generator("clip", seed=0, epoch=0))
     assert window.width == window.height == 144  # a quarter of 320 x 256 is 143.1 squared
 
 
@@ -274,6 +275,6 @@ def test_tiny_frames_can_be_planned(tmp_path: Path) -> None:
     for i, size in enumerate([(16, 16), (17, 19), (2, 2)]):
         for k in range(50):
             rng = generator("clip", seed=0, epoch=i, index=k)
-            window, _ = draw_view(chunk_row("a", 0, size=size), RULES, rng)
+            (window,), _ = draw_views(*size, RULES, rng)
             assert window.x + window.width <= size[0]
             assert window.y + window.height <= size[1]

@@ -4,11 +4,15 @@ from typing import get_args
 
 import pytest
 import torch
+from golden_fill import shape_table, videomae_flash_name
 
-from avion_dali.config import ModelConfig, ModelSize
+from avion_dali.config import Encoder, ModelConfig, ModelSize
+from avion_dali.models.classifier import build_classifier
 from avion_dali.models.convert import remap_avion_keys
 from avion_dali.models.dual_encoder import build_dual_encoder
+from avion_dali.models.masked_video import build_masked_video
 from avion_dali.models.presets import PRESETS
+from avion_dali.models.towers import build_video_tower
 
 TABLES = json.loads((Path(__file__).parent / "clip_shapes.json").read_text())
 SIZES = {
@@ -40,6 +44,60 @@ def test_names_and_shapes_are_those_of_published_checkpoints(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
+def shapes_and_count(model: torch.nn.Module) -> tuple[dict[str, tuple[int, ...]], int]:
+    shapes = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
+    return shapes, sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("size", "entries", "parameters"),
+    [("vit_b16", 224, 114_169_344), ("vit_l14", 440, 403_994_624), ("vit_l14_336", 440, 404_322_304)],
+)
+def test_timesformers_are_those_of_lavila(size, entries, parameters):
+    with torch.device("meta"):
+        tower = build_video_tower(
+            ModelConfig(encoder="timesformer", size=size),
+            num_frames=4,
+            frame_size=PRESETS[size].image_size,
+            embed_dim=None,
+        )
+    shapes, count = shapes_and_count(tower)
+    assert (len(shapes), count) == (entries, parameters)
+    if size == "vit_b16":
+        assert shapes == shape_table("LaViLa_TSF_B_visual_T4")
+
+
+def in_their_style(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Our VideoMAE's shapes as in AVION's files with flash attention and a linear patch embedding."""
+    theirs = {}
+    for key, shape in shapes.items():
+        name = videomae_flash_name(key.removeprefix("visual.").replace("fc_cls", "head"))
+        theirs[name] = (768, 1536) if shape == (768, 3, 2, 16, 16) else shape
+    return theirs
+
+
+def test_videomae_is_that_of_avion():
+    config = ModelConfig(encoder="videomae", size="vit_b16")
+    with torch.device("meta"):
+        masked = build_masked_video(config, num_frames=16, frame_size=224, decoder_depth=4)
+        tuned = build_classifier(config, num_classes=400, num_frames=16, frame_size=224, dropout=0.0)
+    assert masked.time_slots * masked.places == 1568
+    shapes, count = shapes_and_count(masked)
+    assert (len(shapes), count) == (202, 94_221_696)
+    assert in_their_style(shapes) == shape_table("VIDEOMAE_VITB16_dec4_flash_channellast")
+    shapes, count = shapes_and_count(tuned)
+    assert count == 86_544_016
+    assert in_their_style(shapes) == shape_table("vit_base_patch16_224_k400_flash_channellast")
+
+
+def test_classifier_is_that_of_avion():
+    with torch.device("meta"):
+        model = build_classifier(
+            ModelConfig(size="vit_b16"), num_classes=3806, num_frames=4, frame_size=224, dropout=0.5
+        )
+    assert shapes_and_count(model)[1] == 88_729_310
+
+
 def test_every_size_has_a_preset_that_fits_its_own_frames():
     assert set(PRESETS) == set(get_args(ModelSize))
     for preset in PRESETS.values():
@@ -52,3 +110,12 @@ def test_tiny_runs_on_a_laptop():
     video_parameters = sum(parameter.numel() for parameter in model.visual.parameters())
     assert video_parameters < 2_500_000
     assert model.visual(torch.zeros(1, 3, 4, 64, 64)).shape == (1, 256)
+
+
+@pytest.mark.parametrize("encoder", get_args(Encoder))
+def test_tiny_comes_with_every_encoder(encoder):
+    config = ModelConfig(encoder=encoder, size="tiny")
+    tower = build_video_tower(config, num_frames=4, frame_size=64, embed_dim=24)
+    clips = torch.zeros(2, 3, 4, 64, 64)
+    assert tower(clips).shape == (2, 24) and tower.features(clips).shape == (2, tower.width) == (2, 192)
+    assert torch.allclose(tower(clips), tower.features(clips) @ tower.image_projection)

@@ -1,18 +1,20 @@
 import dataclasses
+import functools
 
 import pytest
 import torch
 from torch import nn
 
 from avion_dali.contracts import UserError
-from avion_dali.models.vit import (
+from avion_dali.models.blocks import (
     ACTIVATIONS,
     PatchEmbedding,
-    VideoTower,
     VideoTowerConfig,
-    drop_patches,
+    cut_patches,
     drop_path,
+    run_blocks,
 )
+from avion_dali.models.vit import VideoTower, drop_patches
 
 SMALL = VideoTowerConfig(
     image_size=16, patch_size=4, num_frames=3, width=32, layers=2, heads=4, embed_dim=8, norm_eps=1e-5
@@ -48,6 +50,24 @@ def test_patch_embedding_is_the_strided_convolution_of_every_frame(channels_last
         for t in range(3)
     ]
     assert torch.allclose(embedding(frames), torch.cat(expected, dim=1), atol=1e-5)
+
+
+def test_tube_embedding_is_the_strided_convolution():
+    torch.manual_seed(1)
+    embedding = PatchEmbedding(4, 32, patch_frames=2, bias=True)
+    nn.init.normal_(embedding.weight)
+    nn.init.normal_(embedding.bias)
+    frames = torch.randn(2, 3, 6, 8, 12)
+    expected = nn.functional.conv3d(frames, embedding.weight, embedding.bias, stride=(2, 4, 4))
+    assert torch.allclose(embedding(frames), expected.flatten(2).transpose(1, 2), atol=1e-5)
+
+
+def test_cut_patches_keeps_every_value_and_dtype():
+    frames = torch.arange(3 * 4 * 4 * 6).reshape(1, 3, 4, 4, 6).byte()
+    patches = cut_patches(frames, patch_size=2, patch_frames=2)
+    assert patches.shape == (1, 2 * 2 * 3, 24) and patches.dtype == torch.uint8
+    tube = frames[0, :, 2:4, 0:2, 4:6]  # second time slot, first row, third column
+    assert torch.equal(patches[0, 6 + 2], tube.permute(1, 2, 3, 0).flatten())
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -150,10 +170,20 @@ def test_drop_path_acts_in_training_only():
     assert torch.equal(tower.eval()(make_clips()), make_tower()(make_clips()))
 
 
-def test_checkpointing_gives_the_same_gradients_with_randomness_on():
+def test_linear_drop_path_grows_with_depth():
+    config = dataclasses.replace(SMALL, layers=4, drop_path=0.3, drop_path_schedule="linear")
+    rates = [block.drop_path_rate for block in VideoTower(config).transformer.resblocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    constant = make_tower(layers=4, drop_path=0.3)
+    assert [block.drop_path_rate for block in constant.transformer.resblocks] == [0.3] * 4
+    assert dataclasses.replace(config, layers=1).drop_path_rate(0) == 0.0
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpointing_gives_the_same_gradients_with_randomness_on(every):
     grads = []
-    for checkpointing in (False, True):
-        tower = make_tower(checkpointing=checkpointing, drop_path=0.3, patch_dropout=0.3)
+    for checkpoint_every in (0, every):
+        tower = make_tower(checkpoint_every=checkpoint_every, drop_path=0.3, patch_dropout=0.3)
         torch.manual_seed(5)
         tower(make_clips(clips=6)).square().sum().backward()
         grads.append([parameter.grad for parameter in tower.parameters()])
@@ -163,13 +193,68 @@ def test_checkpointing_gives_the_same_gradients_with_randomness_on():
 
 def test_checkpointing_really_recomputes():
     calls = []
-    tower = make_tower(checkpointing=True)
+    tower = make_tower(checkpoint_every=1)
     tower.transformer.resblocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     tower(make_clips()).sum().backward()
     assert len(calls) == 2
     with torch.no_grad():
         tower(make_clips())
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize(("every", "recomputed"), [(0, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])
+def test_every_nth_block_is_recomputed(every, recomputed):
+    calls = []
+    blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+    for i, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
+    run_blocks(blocks, torch.randn(1, 2, 4), checkpoint_every=every).sum().backward()
+    assert sorted(calls) == sorted([*range(5), *recomputed])
+
+
+def test_features_are_what_is_projected():
+    tower, clips = make_tower(), make_clips()
+    randomize(tower)
+    assert tower.width == 32 and tower.features(clips).shape == (2, 32)
+    assert torch.allclose(tower(clips), tower.features(clips) @ tower.image_projection)
+    bare = make_tower(embed_dim=None)
+    assert torch.equal(bare(clips), bare.features(clips)) and not hasattr(bare, "image_projection")
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_any_number_of_frames(frames):
+    tower = make_tower(num_frames=frames)
+    assert tower(make_clips(frames)).shape == (2, 8)
+
+
+def test_every_attention_kernel_gives_the_same_output():
+    clips = make_clips()
+    expected = make_tower(attention="math")(clips)
+    for attention in ("auto", "sdpa"):
+        assert torch.allclose(make_tower(attention=attention)(clips), expected, atol=1e-6)
+
+
+def test_compile_reaches_every_block_and_keeps_names(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled.append(call) or call)
+    names = make_tower(layers=3, compile=True).state_dict().keys()
+    assert len(compiled) == 3
+    assert names == make_tower(layers=3).state_dict().keys()
+    assert len(compiled) == 3
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 1])
+def test_blocks_are_traced_whole(monkeypatch, checkpoint_every):
+    """Dynamo without a code generator: one graph a block, the same gradients."""
+    whole = functools.partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: whole(call))
+    grads = []
+    for compiled in (False, True):
+        tower = make_tower(compile=compiled, checkpoint_every=checkpoint_every)
+        tower(make_clips()).square().sum().backward()
+        grads.append([parameter.grad for parameter in tower.parameters()])
+    for plain, traced in zip(*grads, strict=True):
+        assert torch.allclose(plain, traced, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 16, 16), (2, 3, 3, 16, 12), (3, 3, 16, 16)])

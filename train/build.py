@@ -3,81 +3,33 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
+from torch import nn
 
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
-from avion_dali.engine.checkpoint import export_safetensors, find_checkpoint, read_weights, restore_model
+from avion_dali.engine.checkpoint import export_safetensors, find_checkpoint
 from avion_dali.engine.distributed import Distributed, require_agreement
-from avion_dali.engine.evaluate import (
-    FramesTransform,
-    RetrievalResult,
-    build_gallery,
-    evaluate_retrieval,
-    freeze_first_frame,
-)
-from avion_dali.engine.loop import LoopSettings, TrainLoop
-from avion_dali.engine.optim import build_optimizer, parameter_groups
-from avion_dali.engine.precision import resolve_precision
-from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
-from avion_dali.objectives.contrastive import Contrastive
+from avion_dali.engine.evaluate import FramesTransform, freeze_first_frame
+from avion_dali.engine.loop import TrainLoop
+from avion_dali.engine.optim import build_optimizer, describe_rates, parameter_groups
+from avion_dali.engine.settings import LoopSettings
+from avion_dali.models.start import apply_start, open_start, settle
 from train.loaders import Loaders
+from train.tasks import BEST_METRIC, EvaluationResult, Task, build_evaluation, build_model, build_task, class_count
 
-BEST_METRIC = "map_avg"
-
-
-def build_model(config: TrainConfig, device: torch.device) -> DualEncoder:
-    """Create the model with weights drawn from the run's seed.
-
-    Args:
-        config: the run's configuration.
-        device: where it goes.
-    """
-    torch.manual_seed(config.run.seed)
-    model = build_dual_encoder(
-        config.model, num_frames=config.data.num_frames, frame_size=config.data.frame_size
-    )
-    return model.to(device)
-
-
-def retrieval_evaluator(
-    model: DualEncoder, loaders: Loaders, manifest: Manifest
-) -> Callable[[FramesTransform | None], RetrievalResult]:
-    """Return a function that evaluates the model as it stands; its argument changes the frames.
-
-    Args:
-        model: the bare dual encoder.
-        loaders: this rank's loaders.
-        manifest: the evaluation manifest.
-    """
-    gallery = build_gallery(manifest)
-    config, distributed = loaders.config, loaders.distributed
-    # One loader for all evaluations: workers keep the shared memory of every loader they have served.
-    loader = loaders.evaluation(manifest)
-
-    def evaluate(transform: FramesTransform | None = None) -> RetrievalResult:
-        return evaluate_retrieval(
-            model,
-            loader.batches(0, loader.steps_per_epoch),
-            gallery,
-            normalization=config.data.normalization,
-            precision=resolve_precision(config.run.precision, distributed.device),
-            distributed=distributed,
-            transform=transform,
-        )
-
-    return evaluate
+Evaluator = Callable[[FramesTransform | None], EvaluationResult]
 
 
 @contextmanager
-def pretraining(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLoop]:
-    """Build a video-text pre-training, resumed where its folder holds a checkpoint.
+def training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLoop]:
+    """Build a training, resumed where its folder holds a checkpoint.
 
     Args:
         config: the run's configuration.
@@ -87,7 +39,7 @@ def pretraining(config: TrainConfig, distributed: Distributed) -> Iterator[Train
         The loop, ready to run.
 
     Raises:
-        UserError: when a manifest or checkpoint does not fit.
+        UserError: when a manifest, the weights to start from or a checkpoint do not fit.
     """
     if not config.data.train_manifest:
         raise UserError("config: data.train_manifest is not set; make one with `avion-dali manifest captions`")
@@ -95,35 +47,74 @@ def pretraining(config: TrainConfig, distributed: Distributed) -> Iterator[Train
     latest = find_checkpoint(output_dir, config.resume)
     train_manifest = Manifest(config.data.train_manifest)
     eval_manifest = Manifest(config.data.eval_manifest) if config.data.eval_manifest else None
-    model = build_model(config, distributed.device)
+    _require_same_classes(train_manifest, eval_manifest)
+    config, task = _start(config, train_manifest, distributed, fresh=latest is None)
     loaders = Loaders(config, distributed)
     try:
-        evaluate = retrieval_evaluator(model, loaders, eval_manifest) if eval_manifest else None
-        loop = TrainLoop(
-            model,
-            build_optimizer(parameter_groups(model, config.optim.weight_decay), config.optim),
-            objective=Contrastive(config.data.normalization),
-            loader=loaders.training(train_manifest),
-            settings=LoopSettings.from_config(
-                config,
-                best_metric=BEST_METRIC if evaluate else "",
-                decoder=loaders.decoder.name,
-                decoder_reason=loaders.decoder.reason,
-                data=resume_facts(config, train_manifest, eval_manifest),
-            ),
-            distributed=distributed,
-            evaluate=(lambda: evaluate(None).metrics()) if evaluate else None,
-            after_step=model.clamp_logit_scale,
-        )
+        loop = _build_loop(config, task, loaders, (train_manifest, eval_manifest))
         if latest is not None:
             loop.restore(latest)
-        weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+        weights = sum(float(p.detach().double().abs().sum()) for p in task.model.parameters())
         require_agreement({"step": loop.step, "sum of all weights": weights, **loop.order})
         yield loop
         if distributed.is_main:
-            export_safetensors(model, output_dir / "weights.safetensors", {"config": asdict(config)})
+            header = {"config": asdict(config), "classes": classes_fingerprint(train_manifest)}
+            export_safetensors(task.model, output_dir / "weights.safetensors", header)
     finally:
         loaders.close()
+
+
+def _start(
+    config: TrainConfig, manifest: Manifest, distributed: Distributed, *, fresh: bool
+) -> tuple[TrainConfig, Task]:
+    """Settle what the weights to start from decide, build the task and, for a fresh run, load them."""
+    start = open_start(config.model.weights) if config.model.weights else None
+    config = replace(config, model=settle(config.model, start.facts if start else None))
+    task = build_task(config, manifest, distributed.device)
+    if start and fresh:
+        report = apply_start(task.model, start, temporal_resize=config.model.temporal_resize)
+        if distributed.is_main:
+            print(report.describe(), file=sys.stderr)
+    return config, task
+
+
+def _build_loop(
+    config: TrainConfig, task: Task, loaders: Loaders, manifests: tuple[Manifest, Manifest | None]
+) -> TrainLoop:
+    train_manifest, eval_manifest = manifests
+    evaluate = evaluator(config, task.model, loaders, eval_manifest) if eval_manifest else None
+    settings = LoopSettings.from_config(
+        config,
+        best_metric=BEST_METRIC[config.objective.name] if evaluate else "",
+        decoder=loaders.decoder.name,
+        decoder_reason=loaders.decoder.reason,
+        data=resume_facts(config, train_manifest, eval_manifest),
+    )
+    return TrainLoop(
+        task.model,
+        build_optimizer(parameter_groups(task.model, config.optim), config.optim),
+        objective=task.objective,
+        loader=loaders.training(train_manifest),
+        settings=settings,
+        distributed=loaders.distributed,
+        evaluate=(lambda: evaluate(None).metrics()) if evaluate else None,
+        after_step=task.after_step,
+    )
+
+
+def evaluator(config: TrainConfig, model: nn.Module, loaders: Loaders, manifest: Manifest) -> Evaluator:
+    """Return a function that scores the model as it stands; its argument changes the frames.
+
+    Args:
+        config: the run's configuration.
+        model: the bare model.
+        loaders: this rank's loaders.
+        manifest: the evaluation manifest.
+    """
+    evaluate = build_evaluation(config, model, manifest, loaders.distributed)
+    # One loader for all evaluations: workers keep the shared memory of every loader they have served.
+    loader = loaders.evaluation(manifest)
+    return lambda transform: evaluate(loader.batches(0, loader.steps_per_epoch), transform)
 
 
 def resume_facts(
@@ -136,18 +127,37 @@ def resume_facts(
         train_manifest: the training manifest.
         eval_manifest: the evaluation manifest, whose scores the best checkpoint is chosen by.
     """
+    data = ("num_frames", "frame_size", "normalization", "sampling", "stride", "repeats")
     return {
         "data.train_manifest": train_manifest.fingerprint,
         "data.eval_manifest": eval_manifest.fingerprint if eval_manifest else 0,
-        "data.num_frames": config.data.num_frames,
-        "data.frame_size": config.data.frame_size,
-        "data.normalization": config.data.normalization,
+        **{f"data.{name}": getattr(config.data, name) for name in data},
+        "objective.name": config.objective.name,
+        "model.encoder": config.model.encoder,
         "model.activation": config.model.activation,
         "model.norm_eps": config.model.norm_eps,
+        "classes": classes_fingerprint(train_manifest),
     }
 
 
-def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> RetrievalResult:
+def classes_fingerprint(manifest: Manifest) -> int:
+    """Return a checksum of a manifest's class names in label order; 0 without classes.
+
+    Args:
+        manifest: a manifest.
+    """
+    return zlib.crc32("\n".join(manifest.classes.names).encode()) if manifest.classes else 0
+
+
+def _require_same_classes(train_manifest: Manifest, eval_manifest: Manifest | None) -> None:
+    if eval_manifest and classes_fingerprint(train_manifest) != classes_fingerprint(eval_manifest):
+        raise UserError(
+            f"{train_manifest.folder} and {eval_manifest.folder} number their classes differently; build the "
+            "held-out manifest with `--classes-from` the training manifest"
+        )
+
+
+def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> EvaluationResult:
     """Load a checkpoint and evaluate it as its own configuration says.
 
     Args:
@@ -157,27 +167,44 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Re
     Raises:
         UserError: when the file or the manifest cannot be used.
     """
-    weights, header = read_weights(Path(options.checkpoint))
-    trained = TrainConfig.from_plain(header["config"])
-    config = replace(
-        trained,
-        decoder=options.decoder,
-        output_dir=options.output_dir or trained.output_dir,
-        data=replace(trained.data, workers=options.workers),
-        optim=replace(trained.optim, micro_batch=options.micro_batch),
-    )
+    start = open_start(options.checkpoint)
+    config = evaluation_config(TrainConfig.from_plain(start.config), options)
     folder = options.manifest or config.data.eval_manifest
     if not folder:
         raise UserError(f"{options.checkpoint} was trained without an evaluation manifest; give --manifest")
     manifest = Manifest(folder)
-    model = build_model(config, distributed.device)
-    restore_model(model, weights, source=options.checkpoint)
+    num_classes = class_count(manifest) if config.objective.name == "classification" else 0
+    model = build_model(config, distributed.device, num_classes=num_classes)
+    apply_start(model, start, temporal_resize=config.model.temporal_resize)
     model.eval()
     loaders = Loaders(config, distributed)
     if distributed.is_main:
         print(f"decoder: {loaders.decoder.name} ({loaders.decoder.reason})", file=sys.stderr)
     try:
-        evaluate = retrieval_evaluator(model, loaders, manifest)
+        evaluate = evaluator(config, model, loaders, manifest)
         return evaluate(freeze_first_frame if options.frozen_frames else None)
     finally:
         loaders.close()
+
+
+def evaluation_config(trained: TrainConfig, options: EvaluateConfig) -> TrainConfig:
+    """Return the configuration of a training, changed as an evaluation asks.
+
+    Args:
+        trained: the training's configuration.
+        options: what to change; zeros and empty texts change nothing.
+    """
+    data = replace(
+        trained.data,
+        workers=options.workers,
+        num_frames=options.num_frames or trained.data.num_frames,
+        eval_clips=options.eval_clips or trained.data.eval_clips,
+        eval_crops=options.eval_crops or trained.data.eval_crops,
+    )
+    return replace(
+        trained,
+        decoder=options.decoder,
+        output_dir=options.output_dir or trained.output_dir,
+        data=data,
+        optim=replace(trained.optim, micro_batch=options.micro_batch),
+    )

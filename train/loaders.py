@@ -155,16 +155,9 @@ class Loaders:
 
     def _build(self, manifest: Manifest, *, training: bool, global_batch: int) -> ClipLoader:
         config, distributed = self.config, self.distributed
-        rules = ClipRules(
-            num_frames=config.data.num_frames,
-            frame_size=config.data.frame_size,
-            training=training,
-            crop_scale=config.data.crop_scale,
-            crop_ratio=config.data.crop_ratio,
-            flip_probability=config.data.flip_probability,
-        )
+        planner = Planner(manifest, ClipRules.from_config(config.data, training=training), seed=config.run.seed)
         schedule = BatchSchedule(
-            num_samples=manifest.num_samples,
+            num_samples=planner.num_rows,
             global_batch=global_batch,
             micro_batch=config.optim.micro_batch,
             rank=distributed.rank,
@@ -172,14 +165,14 @@ class Loaders:
             seed=config.run.seed,
             training=training,
         )
+        has_texts = config.objective.name in ("contrastive", "max-margin")
         settings = LoaderSettings(
             device=torch.device(distributed.device),
-            context_length=config.model.context_length,
+            context_length=config.model.context_length if has_texts else 0,
             prefetch_batches=config.data.prefetch_batches,
             max_bad_fraction=config.data.max_bad_fraction,
             quarantine=Path(config.output_dir) / "quarantine.jsonl",
         )
-        planner = Planner(manifest, rules, seed=config.run.seed)
         loader = self._loader(planner, schedule, settings)
         self._open.append(loader)
         return loader

@@ -1,9 +1,10 @@
-"""Pre-train a video-text dual encoder.
+"""Pre-train a video-text dual encoder (`contrastive`) or a video encoder alone (`masked-video`).
 
 python -m train.pretrain --config configs/pretrain_tiny.yaml --data.train_manifest M --decoder cpu-fused
 torchrun --nproc_per_node=8 -m train.pretrain --config ... --decoder cpu-fused
 """
 
+from avion_dali.contracts import UserError
 from train.arguments import parse_options, run_command
 
 
@@ -13,14 +14,38 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments; None takes the process's.
     """
+    return train_from_command_line(
+        argv, prog="train.pretrain", description=__doc__ or "", objectives=("contrastive", "masked-video")
+    )
+
+
+def train_from_command_line(
+    argv: list[str] | None, *, prog: str, description: str, objectives: tuple[str, ...]
+) -> int:
+    """Parse, build, run, close; for all entry points that train.
+
+    Args:
+        argv: arguments; None takes the process's.
+        prog: name of the entry point.
+        description: its help.
+        objectives: what it trains.
+
+    Raises:
+        UserError: when the configuration names another objective, or cannot be used.
+    """
     from avion_dali.config import TrainConfig
 
-    config = parse_options(TrainConfig, argv, prog="python -m train.pretrain", description=__doc__ or "")
+    config = parse_options(TrainConfig, argv, prog=f"python -m {prog}", description=description)
+    if config.objective.name not in objectives:
+        raise UserError(
+            f"objective.name = {config.objective.name} is trained by another entry point; python -m {prog} takes "
+            f"{' and '.join(objectives)}"
+        )
     # Decode workers re-import this module: everything heavy waits until here.
     from avion_dali.engine.distributed import distributed_session
-    from train.build import pretraining
+    from train.build import training
 
-    with distributed_session() as distributed, pretraining(config, distributed) as loop:
+    with distributed_session() as distributed, training(config, distributed) as loop:
         if loop.step >= loop.last_step:
             print(f"{config.output_dir} has all its {loop.last_step} steps; raise optim.epochs to train on")
         loop.run()

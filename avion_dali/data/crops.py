@@ -9,6 +9,11 @@ import numpy as np
 from avion_dali.contracts import CropWindow
 
 _ATTEMPTS = 10
+_SCALES = (1.0, 0.875, 0.75, 0.66)
+_SCALE_PAIRS = tuple((a, b) for i, a in enumerate(_SCALES) for j, b in enumerate(_SCALES) if abs(i - j) <= 1)
+_SNAP_PIXELS = 2
+# Corners, middles of the edges, centre, and the centres of the quarters, in quarters of the free room.
+_PLACES = tuple((x, y) for y in range(5) for x in range(5) if x % 2 == y % 2)
 
 
 def _even(value: float) -> int:
@@ -39,8 +44,9 @@ def random_resized_window(
     """
     log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
     for _ in range(_ATTEMPTS):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(*log_ratio))
+        # What `Generator.uniform` computes, at a third of its cost: most draws do not fit a wide frame.
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * rng.random())
         # Nearest even size: flooring would shrink the mean area below the drawn one.
         w, h = _even(math.sqrt(area * aspect) + 1), _even(math.sqrt(area / aspect) + 1)
         if 0 < w <= width and 0 < h <= height:
@@ -49,6 +55,64 @@ def random_resized_window(
             return CropWindow(x, y, w, h)
     aspect = min(max(width / height, ratio[0]), ratio[1])
     return _centred(width, height, min(width, height * aspect), min(height, width / aspect))
+
+
+def simple_random_window(width: int, height: int, *, rng: np.random.Generator) -> CropWindow:
+    """Draw a square as large as the short side, at a place uniform over the even positions.
+
+    This is the simple random crop of DeiT III (arXiv 2204.07118, section 3.2: the short side is resized to the
+    training size, then a random square is taken) without its four pixels of reflected padding: a window shows
+    pixels of the frame only. So it moves along the longer side alone.
+
+    Args:
+        width: source width in pixels, >= 2.
+        height: source height in pixels, >= 2.
+        rng: the clip's generator.
+    """
+    side = _even(min(width, height))
+    x = 2 * int(rng.integers(0, (width - side) // 2 + 1))
+    y = 2 * int(rng.integers(0, (height - side) // 2 + 1))
+    return CropWindow(x, y, side, side)
+
+
+def multi_scale_window(width: int, height: int, *, frame_size: int, rng: np.random.Generator) -> CropWindow:
+    """Draw one of ten window shapes and one of 13 places (TSN, arXiv 1608.00859, section 4.1).
+
+    Width and height are shares 1, .875, .75 or .66 of the short side, no more than one step apart; a length
+    within two pixels of `frame_size` becomes that, which spares the resizing. The places are the corners, the
+    middles of the edges, the centre, and half way from it to the corners; all on the even grid.
+
+    Args:
+        width: source width in pixels, >= 4.
+        height: source height in pixels, >= 4.
+        frame_size: side of the output in pixels.
+        rng: the clip's generator.
+    """
+    base = min(width, height)
+    shares = _SCALE_PAIRS[int(rng.integers(len(_SCALE_PAIRS)))]
+    w, h = (_even(_snapped(int(base * share), frame_size, base)) for share in shares)
+    column, row = _PLACES[int(rng.integers(len(_PLACES)))]
+    return CropWindow(_even(column * ((width - w) // 4)), _even(row * ((height - h) // 4)), w, h)
+
+
+def _snapped(length: int, target: int, limit: int) -> int:
+    return target if abs(length - target) <= _SNAP_PIXELS and target <= limit else length
+
+
+def side_square_windows(width: int, height: int) -> tuple[CropWindow, CropWindow, CropWindow]:
+    """Return the largest squares at both ends and at the centre of the longer side (three-crop testing).
+
+    Args:
+        width: source width in pixels, >= 2.
+        height: source height in pixels, >= 2.
+
+    Returns:
+        Left, centre and right, or top, centre and bottom; on the even grid.
+    """
+    side = _even(min(width, height))
+    right, bottom = (_even(width - side), 0) if width >= height else (0, _even(height - side))
+    ends = CropWindow(0, 0, side, side), CropWindow(right, bottom, side, side)
+    return ends[0], center_square_window(width, height), ends[1]
 
 
 def center_square_window(width: int, height: int) -> CropWindow:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 
@@ -28,11 +30,28 @@ def segment_frame_ids(
     """
     if stop <= start:
         raise ValueError(f"cannot sample {num_frames} frames from the empty range [{start}, {stop})")
-    edges = np.linspace(start, stop, num_frames + 1)
-    positions = (edges[:-1] + edges[1:]) / 2
+    positions = _segment_middles(start, stop, num_frames)
     if rng is not None:
-        positions += (rng.random(num_frames) - 0.5) * (stop - start - 1) / num_frames
+        positions = positions + (rng.random(num_frames) - 0.5) * (stop - start - 1) / num_frames
     return positions.astype(np.int64)
+
+
+@lru_cache(maxsize=4096)  # spans of a data set have few lengths
+def _segment_middles(start: int, stop: int, num_frames: int) -> np.ndarray:
+    edges = np.linspace(start, stop, num_frames + 1)
+    return (edges[:-1] + edges[1:]) / 2
+
+
+def segment_of(num_source: int, part: int, num_parts: int) -> tuple[int, int]:
+    """Return the frames [first, stop) of one of `num_parts` equal parts; parts of few frames share some.
+
+    Args:
+        num_source: frames of the whole, >= 1.
+        part: which part, in [0, num_parts).
+        num_parts: how many.
+    """
+    first = part * num_source // num_parts
+    return first, max((part + 1) * num_source // num_parts, first + 1)
 
 
 def strided_frame_ids(
@@ -98,6 +117,23 @@ def view_start_frames(num_source: int, num_frames: int, stride: int, num_views: 
     return [int(k * step) for k in range(num_views)]
 
 
+def view_frame_ids(num_source: int, num_frames: int, stride: int, start: int) -> np.ndarray:
+    """Return every `stride`-th frame from `start`; past the end the last one repeats.
+
+    This is a clip of VideoMAE's multi-view test (arXiv 2203.12602, appendix A).
+
+    Args:
+        num_source: frames of the video, >= 1.
+        num_frames: clip length T.
+        stride: source frames between neighbours.
+        start: see `view_start_frames`.
+
+    Returns:
+        int64 array (T,), non-decreasing, each in [0, num_source).
+    """
+    return np.minimum(start + stride * np.arange(num_frames), num_source - 1)
+
+
 def frame_at(seconds: float, *, fps: float, num_frames: int, frame_times: np.ndarray | None = None) -> int:
     """Return the frame of one chunk that stands for a moment, clamped to the chunk.
 
@@ -111,7 +147,7 @@ def frame_at(seconds: float, *, fps: float, num_frames: int, frame_times: np.nda
         The nearest frame of a constant rate, the frame on show of a variable one.
     """
     if frame_times is None:
-        frame = int(np.round(seconds * fps))
+        frame = round(seconds * fps)
     else:
         frame = int(np.searchsorted(frame_times, seconds, side="right")) - 1
     return min(max(frame, 0), num_frames - 1)
@@ -133,7 +169,7 @@ def frame_range_in_seconds(
         (first, stop), 0 <= first <= stop <= num_frames; empty when no frame lies inside.
     """
     if frame_times is None:
-        first, stop = int(np.round(start_s * fps)), int(np.round(end_s * fps))
+        first, stop = round(start_s * fps), round(end_s * fps)  # half to even, as numpy does
     else:
         first, stop = (int(i) for i in np.searchsorted(frame_times, [start_s, end_s]))
     first = min(max(first, 0), num_frames)

@@ -86,7 +86,27 @@ def scan_chunks(
     Raises:
         UserError: when the folder is missing or holds no chunk.
     """
-    files = find_chunk_files(folder)
+    return probe_files(find_chunk_files(folder), jobs=jobs, index=index, on_progress=on_progress)
+
+
+def probe_files(
+    files: list[ChunkFile],
+    *,
+    jobs: int,
+    index: IndexWriter | None = None,
+    on_progress: Callable[[int], object] | None = None,
+) -> tuple[list[Chunk], list[UnusableChunk]]:
+    """Probe files in parallel, chunks or whole videos.
+
+    Args:
+        files: (video, start in seconds, file), sorted by (video, start).
+        jobs: processes.
+        index: takes the packet index of each usable file; without one, none are made.
+        on_progress: called with the number of files done.
+
+    Returns:
+        The usable files as chunks, in the order given, and those that are not, with reasons.
+    """
     chunks: list[Chunk] = []
     unusable: list[UnusableChunk] = []
     probe = partial(_probe, index=index is not None)

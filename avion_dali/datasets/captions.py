@@ -1,61 +1,29 @@
-"""The generic annotation file: CSV or JSON lines with video, start, end, text and optional verb, noun."""
+"""The generic annotation file: CSV or JSON lines with video, start, end, text, and optional classes."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from avion_dali.contracts import UserError
-from avion_dali.cores import available_cores
-from avion_dali.data.manifest import IndexWriter, Sample, write_manifest
-from avion_dali.data.scanning import UnusableChunk, scan_chunks
-from avion_dali.data.text import clip_tokenizer
-from avion_dali.datasets.spans import ChunkLookup, SpanError
+from avion_dali.data.classes import ClassTable
+from avion_dali.data.manifest import Manifest, Sample
+from avion_dali.datasets.building import (
+    AnnotationRow,
+    BuildReport,
+    BuildSettings,
+    ManifestBuild,
+    RejectedRow,
+    manifest_build,
+)
+from avion_dali.datasets.spans import SpanError
 
-REQUIRED_COLUMNS = ("video", "start", "end", "text")
-# A record batch of the longest texts must stay below Arrow's 2 GB of strings; a caption has a few dozen.
-MAX_TEXT_LENGTH = 8_000
-_SHOWN = 5
-
-
-@dataclass(frozen=True, slots=True)
-class RejectedRow:
-    """An annotation row that cannot be used.
-
-    Args:
-        line: its line in the file, from 1.
-        video: the video it names.
-        reason: why not.
-    """
-
-    line: int
-    video: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class BuildReport:
-    """What a manifest was made of.
-
-    Args:
-        num_samples: clips in the manifest.
-        num_chunks: chunk files in the manifest.
-        without_classes: of these clips, those without a verb or a noun; evaluation grades relevancy by classes
-            only when every clip has both.
-        rejected: annotation rows left out.
-        unusable: chunk files left out.
-    """
-
-    num_samples: int
-    num_chunks: int
-    without_classes: int
-    rejected: tuple[RejectedRow, ...]
-    unusable: tuple[UnusableChunk, ...]
+SPAN_COLUMNS = ("video", "start", "end")
 
 
 def build_captions_manifest(
@@ -66,18 +34,24 @@ def build_captions_manifest(
     skip_bad_rows: bool = False,
     jobs: int = 0,
     on_progress: Callable[[int], object] | None = None,
+    classes_from: str | Path | None = None,
 ) -> BuildReport:
-    """Make a manifest of chunks and captions.
+    """Make a manifest of chunks and annotated spans.
 
-    Rows that cannot be used are listed in `<output>/rejected.jsonl`, so nothing is lost silently.
+    Rows that cannot be used are listed in `<output>/rejected.jsonl`, so nothing is lost silently. The file is
+    read twice and never held: once to refuse what is malformed before any chunk is probed, and to number the
+    labels; once to put its rows on the chunks.
 
     Args:
         chunk_root: folder of `<video>/<start second>.mp4` chunks.
-        annotations: `.csv` (with a header) or `.jsonl` file; `noun` may hold several, parted by `;`.
+        annotations: `.csv` (with a header) or `.jsonl` file. `noun` may hold several, parted by `;`; in JSON it
+            may be a list, and so may `text`. A row needs a `text` or a `label`, the name of its class.
         output: manifest folder to write.
         skip_bad_rows: leave unusable rows out instead of refusing the file.
         jobs: probing processes; 0 takes all cores.
         on_progress: called with the number of probed chunk files.
+        classes_from: a manifest whose classes the labels are: the training one, for held-out rows. By default
+            all labels of the file are the classes, sorted as strings.
 
     Returns:
         What went in and what was left out.
@@ -85,27 +59,57 @@ def build_captions_manifest(
     Raises:
         UserError: when a file or column is missing, or rows are unusable and not to be skipped.
     """
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; --output names the manifest's folder")
-    rows = list(read_rows(Path(annotations)))
-    with _writable(folder), IndexWriter(folder) as index:
-        chunks, unusable = scan_chunks(
-            chunk_root, jobs=jobs or available_cores(), index=index, on_progress=on_progress
+    path = Path(annotations)
+    names = _label_names(path)
+    classes = ClassTable(tuple(sorted(names))) if names else None
+    if classes_from is not None:
+        classes = Manifest(classes_from).classes
+        if classes is None:
+            raise UserError(f"{classes_from} has no classes; name the training manifest of labelled clips")
+    settings = BuildSettings(Path(chunk_root), Path(output), skip_bad_rows, jobs, on_chunk=on_progress)
+    with manifest_build(settings) as build:
+        counts = _Counts()
+        samples = counts.seen(_placed(build, _annotation_rows(path, classes), path))
+        report = build.finish(samples, source=str(annotations), classes=classes)
+    return replace(report, notes=counts.notes())
+
+
+@dataclass
+class _Counts:
+    """Counts the clips whose captions cannot be graded by classes, as they pass."""
+
+    samples: int = 0
+    ungraded: int = 0
+
+    def seen(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            self.samples += 1
+            self.ungraded += not (sample.verb and sample.nouns)
+            yield sample
+
+    def notes(self) -> tuple[str, ...]:
+        if not 0 < self.ungraded < self.samples:
+            return ()
+        return (
+            f"{self.ungraded} clips lack a verb or a noun: an evaluation on this manifest takes a caption as "
+            "relevant to the clips of the very same text only",
         )
-        samples, rejected = _place(rows, ChunkLookup(chunks))
-        _write_jsonl(folder / "rejected.jsonl", [asdict(r) for r in rejected])
-        _write_jsonl(folder / "unusable_chunks.jsonl", [asdict(u) for u in unusable])
-        if rejected and not skip_bad_rows:
-            raise UserError(_refusal(annotations, rejected, unusable, folder))
-        if not samples:
-            where = f"reasons are in {folder / 'rejected.jsonl'}" if rejected else "the file has none"
-            raise UserError(f"{annotations}: no row can be used; {where}")
-        info = {"annotations": str(annotations), "rejected_rows": len(rejected)}
-        index.finish()
-        write_manifest(folder, chunk_root=chunk_root, chunks=chunks, samples=samples, info=info)
-    without_classes = sum(not (s.verb and s.nouns) for s in samples)
-    return BuildReport(len(samples), len(chunks), without_classes, tuple(rejected), tuple(unusable))
+
+
+def _placed(build: ManifestBuild, rows: Iterator[AnnotationRow | RejectedRow], path: Path) -> Iterator[Sample]:
+    try:
+        yield from build.place(rows)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _label_names(path: Path) -> set[str]:
+    """Return all labels of a file, those of rows that will be rejected included; checks the file on the way."""
+    names: set[str] = set()
+    for _, row in read_rows(path):
+        with suppress(SpanError):  # told with the row
+            names.add(_words(row.get("label")))
+    return names - {""}
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -131,11 +135,14 @@ def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     # Strict: a quote that is never closed is an error, not one text that swallows all rows after it.
     reader = csv.DictReader(file, strict=True)
     try:
-        absent = [name for name in REQUIRED_COLUMNS if name not in (reader.fieldnames or ())]
+        header = reader.fieldnames or ()
+        absent = [name for name in SPAN_COLUMNS if name not in header]
+        if "text" not in header and "label" not in header:
+            absent.append("text")
         if absent:
             raise UserError(
-                f"{path}: column {', '.join(absent)} is missing; the header must name "
-                f"{', '.join(REQUIRED_COLUMNS)}, parted by commas, and is {','.join(reader.fieldnames or ())!r}"
+                f"{path}: column {', '.join(absent)} is missing; the header must name video, start, end, text "
+                f"(or label instead of text), parted by commas, and is {','.join(header)!r}"
             )
         for row in reader:
             yield reader.line_num, row
@@ -156,40 +163,42 @@ def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]
         yield line, row
 
 
-def _place(
-    rows: list[tuple[int, dict[str, Any]]], lookup: ChunkLookup
-) -> tuple[list[Sample], list[RejectedRow]]:
-    tokenize = clip_tokenizer()
-    samples, rejected = [], []
-    for line, row in rows:
+def _annotation_rows(path: Path, classes: ClassTable | None) -> Iterator[AnnotationRow | RejectedRow]:
+    labels = {name: label for label, name in enumerate(classes.names)} if classes else {}
+    for line, row in read_rows(path):
         try:
-            samples.append(_sample(row, lookup, tokenize))
+            yield _annotation_row(line, row, labels)
         except SpanError as error:
-            rejected.append(RejectedRow(line, str(row.get("video") or ""), str(error)))
-    return samples, rejected
+            yield RejectedRow(line, str(row.get("video") or ""), str(error), error.kind)
 
 
-def _sample(row: dict[str, Any], lookup: ChunkLookup, tokenize: Callable[[str], tuple[int, ...]]) -> Sample:
-    missing = [name for name in REQUIRED_COLUMNS if not _words(row.get(name))]
+def _annotation_row(line: int, row: dict[str, Any], labels: dict[str, int]) -> AnnotationRow:
+    label, texts = _words(row.get("label")), _listed(row.get("text"))
+    missing = [name for name in SPAN_COLUMNS if not _words(row.get(name))]
+    if not any(texts) and not label:
+        missing.append("text")
     if missing:
         raise SpanError(f"{', '.join(missing)} is missing")
     if None in row:
         raise SpanError("has more fields than the header; a text with commas needs quotes")
-    if len(_words(row["text"])) > MAX_TEXT_LENGTH:
-        raise SpanError(f"its text is longer than {MAX_TEXT_LENGTH} characters")
-    text, verb, noun = _words(row["text"]), _words(row.get("verb")), row.get("noun")
-    first, count, end_s = lookup.locate(_words(row["video"]), _seconds(row["start"]), _seconds(row["end"]))
-    nouns = noun if isinstance(noun, list) else _words(noun).split(";")
-    return Sample(
-        first_chunk=first,
-        num_chunks=count,
+    if label and label not in labels:
+        raise SpanError(f"label {label!r} is no class of the training manifest", "unknown class")
+    noun = row.get("noun")
+    return AnnotationRow(
+        line=line,
+        video=_words(row["video"]),
         start_s=_seconds(row["start"]),
-        end_s=end_s,
-        text=text,
-        tokens=tokenize(text),
-        verb=verb,
-        nouns=tuple(word for word in map(_words, nouns) if word),
+        end_s=_seconds(row["end"]),
+        texts=texts,
+        verb=_words(row.get("verb")),
+        nouns=_listed(noun if isinstance(noun, list) else _words(noun).split(";")),
+        label=labels[label] if label else -1,
     )
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    """Return the texts of a field that holds one or a JSON list of them, without empty ones."""
+    return tuple(filter(None, map(_words, value if isinstance(value, list) else [value])))
 
 
 def _words(value: Any) -> str:
@@ -209,31 +218,3 @@ def _seconds(value: Any) -> float:
         return float(_words(value))
     except ValueError:
         raise SpanError(f"{value!r} is not a number of seconds") from None
-
-
-def _refusal(
-    annotations: str | Path, rejected: list[RejectedRow], unusable: list[UnusableChunk], folder: Path
-) -> str:
-    lines = [f"  line {r.line}, video {r.video!r}: {r.reason}" for r in rejected[:_SHOWN]]
-    if len(rejected) > _SHOWN:
-        lines.append(f"  and {len(rejected) - _SHOWN} more in {folder / 'rejected.jsonl'}")
-    lines += [f"  chunk {u.path}: {u.reason}" for u in unusable[:_SHOWN]]
-    return (
-        f"{annotations}: {len(rejected)} rows cannot be used:\n"
-        + "\n".join(lines)
-        + "\nmend them, or leave them out with --skip-bad-rows"
-    )
-
-
-@contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"the manifest could not be written to {folder}: {error}") from error
-
-
-def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.unlink(missing_ok=True)
-    if rows:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))

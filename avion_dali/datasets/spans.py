@@ -23,7 +23,16 @@ _VIDEO_SUFFIXES = CHUNK_SUFFIXES | {".m4v", ".mpg", ".mpeg", ".ts"}
 
 
 class SpanError(ValueError):
-    """A span cannot be used; the message says why."""
+    """A row or its span cannot be used.
+
+    Args:
+        reason: why, in words.
+        kind: the class of reason that reports count by.
+    """
+
+    def __init__(self, reason: str, kind: str = "malformed row") -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +78,58 @@ class ChunkLookup:
                 a chunk of it is missing.
         """
         if not (np.isfinite(start_s) and np.isfinite(end_s)) or start_s < 0:
-            raise SpanError(f"start {start_s} and end {end_s} must be seconds >= 0")
+            raise SpanError(f"start {start_s} and end {end_s} must be seconds >= 0", "bad times")
         if end_s < start_s:
-            raise SpanError(f"ends at {end_s:g} s, before its start at {start_s:g} s")
+            raise SpanError(f"ends at {end_s:g} s, before its start at {start_s:g} s", "bad times")
         known = self._find(video)
         video_end = float(known.ends[-1])
         if start_s >= video_end or end_s > video_end + PAST_END_TOLERANCE_S:
-            raise SpanError(f"span {start_s:g}-{end_s:g} s lies past the end of the video ({video_end:.2f} s)")
+            where = f"lies past the end of the video ({video_end:.2f} s)"
+            raise SpanError(f"span {start_s:g}-{end_s:g} s {where}", "past the end")
         end_s = min(end_s, video_end)
         first = int(np.searchsorted(known.starts, start_s, side="right")) - 1
         last = max(int(np.searchsorted(known.starts, end_s, side="left")) - 1, first)
         self._check(known, first, last, (start_s, end_s))
         return known.first_row + first, last - first + 1, end_s
 
+    def locate_whole(self, video: str) -> tuple[int, int, float]:
+        """Return (first chunk row, number of chunks, end in seconds) of a whole video.
+
+        Args:
+            video: the video's name, as for `locate`.
+
+        Raises:
+            SpanError: when the video is unknown or a chunk of it is missing.
+        """
+        return self.locate(video, 0.0, float(self._find(video).ends[-1]))
+
+    def has(self, video: str) -> bool:
+        """Return whether there is a video of this very name.
+
+        Args:
+            video: the video's name as in the chunk folder.
+        """
+        return video in self._videos
+
+    def knows(self, video: str) -> bool:
+        """Return whether `locate` finds a video of this name.
+
+        Args:
+            video: the video's name.
+        """
+        return video in self._videos or bool(self._candidates(video))
+
+    def _candidates(self, video: str) -> list[str]:
+        return self._names.get(video) or self._names.get(_without_suffix(video), [])
+
     def _find(self, video: str) -> _VideoChunks:
         if video in self._videos:
             return self._videos[video]
-        names = self._names.get(video) or self._names.get(_without_suffix(video), [])
+        names = self._candidates(video)
         if len(names) > 1:
-            raise SpanError(f"video {video!r} could be any of {', '.join(names[:3])}")
+            raise SpanError(f"video {video!r} could be any of {', '.join(names[:3])}", "ambiguous video")
         if not names:
-            raise SpanError(f"video {video!r} has no chunks")
+            raise SpanError(f"video {video!r} has no chunks", "unknown video")
         return self._videos[names[0]]
 
     def _check(self, known: _VideoChunks, first: int, last: int, span: tuple[float, float]) -> None:
@@ -98,10 +138,10 @@ class ChunkLookup:
         if touched.any():
             hole = int(np.argmax(touched))
             where = f"{known.hole_starts[hole]:g}-{known.hole_ends[hole]:g} s"
-            raise SpanError(f"the chunk that holds {where} is missing")
+            raise SpanError(f"the chunk that holds {where} is missing", "missing chunk")
         refs = [self._chunks[known.first_row + i].ref for i in range(first, last + 1)]
         if len({(r.width, r.height) for r in refs}) > 1:
-            raise SpanError("its chunks differ in frame size")
+            raise SpanError("its chunks differ in frame size", "mixed frame sizes")
 
 
 def _video_chunks(chunks: Sequence[Chunk], rows: list[int]) -> _VideoChunks:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from avion_dali.engine.sharding import is_sharded, keeps_gradients_local
+
 Outputs = tuple[torch.Tensor, ...]
 Report = Mapping[str, torch.Tensor | float]
 _UINT64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -39,8 +41,15 @@ def micro_seed(seed: int, step: int, *, rank: int, micro: int) -> int:
 
 
 def averages_gradients(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Context of one micro-batch's forward and backward: gradients are averaged over ranks in the last only."""
-    if last or not isinstance(model, DistributedDataParallel):
+    """Context of one micro-batch's forward and backward: gradients are averaged over ranks in the last only.
+
+    Sharded gradients are whole until then, in exchange for sending them once a step.
+    """
+    if last:
+        return nullcontext()
+    if is_sharded(model):
+        return keeps_gradients_local(model)
+    if not isinstance(model, DistributedDataParallel):
         return nullcontext()
     no_sync: AbstractContextManager[None] = model.no_sync()
     return no_sync

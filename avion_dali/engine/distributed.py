@@ -16,13 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from avion_dali.contracts import UserError
+from avion_dali.engine.heartbeat import Heartbeat
 
 COLLECTIVE_TIMEOUT_S = 600.0
-"""How long a rank waits for the others: longer than writing a large checkpoint takes. A rank that dies does
-not need it: gloo sees the closed connection at once, and torchrun ends the other ranks within seconds."""
+"""How long a rank waits for ranks that are alive but do something else: longer than writing a large checkpoint
+takes. Ranks that are dead or stopped are noticed much sooner, see `heartbeat.py`."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,18 @@ def shutdown() -> None:
 
 @contextmanager
 def distributed_session(*, use_cuda: bool | None = None) -> Iterator[Distributed]:
-    """`init_distributed` for a `with` block; leaves the process group only when the block succeeded."""
-    yield init_distributed(use_cuda=use_cuda)
+    """`init_distributed` for a `with` block, with a watch over the other ranks.
+
+    Leaves the process group only when the block succeeded.
+    """
+    distributed = init_distributed(use_cuda=use_cuda)
+    if distributed.world_size == 1:
+        yield distributed
+        return
+    with Heartbeat(distributed.rank, distributed.world_size):
+        barrier()  # every rank beats before the first is missed
+        yield distributed
+        barrier()  # the rank that keeps the store leaves last
     shutdown()
 
 
@@ -181,16 +193,16 @@ def require_agreement(facts: Mapping[str, Any]) -> None:
 
 
 def data_parallel(model: nn.Module, distributed: Distributed) -> nn.Module:
-    """The model under `DistributedDataParallel`; the model itself in a single process.
+    """The model under `DistributedDataParallel`; the model itself in a single process, and when it is sharded.
 
     Args:
-        model: the model, already on the device of this rank.
+        model: the model, already on the device of this rank; sharded before, where it shall be.
         distributed: the place of this process.
 
     Returns:
         What the objective calls; the parameters are the model's own.
     """
-    if distributed.world_size == 1:
+    if distributed.world_size == 1 or isinstance(model, FSDPModule):
         return model
     device_ids = [distributed.device] if distributed.device.type == "cuda" else None
     return DistributedDataParallel(

@@ -1,4 +1,4 @@
-"""Zero-shot retrieval between the clips and the captions of a manifest."""
+"""Retrieval between the clips and the captions of a manifest: EPIC-KITCHENS-100's protocol for any data."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from typing import cast
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from avion_dali.config import Normalization
 from avion_dali.contracts import ClipBatch, UserError
-from avion_dali.data.manifest import Manifest, Sample
+from avion_dali.data.manifest import Manifest
+from avion_dali.data.relevancy import open_captions
 from avion_dali.data.text import pad_tokens
 from avion_dali.device_ops.normalize import normalize_frames
-from avion_dali.engine.distributed import Distributed, all_gather_rows
+from avion_dali.engine.distributed import Distributed
+from avion_dali.engine.per_sample import SampleSums
 from avion_dali.engine.precision import Precision, autocast
-from avion_dali.metrics.retrieval import RetrievalScores, relevancy_from_classes, retrieval_scores
+from avion_dali.metrics.retrieval import RetrievalScores, retrieval_scores
 from avion_dali.models.dual_encoder import DualEncoder
 
 FramesTransform = Callable[[torch.Tensor], torch.Tensor]
 _TEXTS_PER_PASS = 256
+_CLIPS_PER_BLOCK = 2048
 
 
 @dataclass(frozen=True)
@@ -77,24 +81,13 @@ class RetrievalResult:
 def build_gallery(manifest: Manifest) -> Gallery:
     """Collect a manifest's unique captions and grade them against its clips.
 
-    When every clip has verb and noun classes, relevancy is the mean of verb equality and noun overlap
-    (`relevancy_from_classes`). Without, a caption is relevant (1) to the clips that carry its very text.
+    See `avion_dali.data.relevancy.open_captions` for what is relevant to what.
 
     Args:
         manifest: the evaluation manifest.
     """
-    samples = [manifest.sample(row) for row in range(manifest.num_samples)]
-    unique: dict[tuple[str, str, tuple[str, ...]], Sample] = {}
-    for sample in samples:
-        unique.setdefault((sample.text, sample.verb, sample.nouns), sample)
-    captions = list(unique.values())
-    if all(s.verb and s.nouns for s in samples):
-        relevancy = relevancy_from_classes(*_classes(samples, captions))
-    else:
-        number = {text: i for i, text in enumerate(dict.fromkeys(c.text for c in captions))}
-        rows, columns = ([number[s.text] for s in group] for group in (samples, captions))
-        relevancy = np.equal.outer(rows, columns).astype(np.float32)
-    return Gallery(tuple(c.text for c in captions), tuple(c.tokens for c in captions), relevancy)
+    captions = open_captions(manifest)
+    return Gallery(captions.texts, captions.tokens, captions.relevancy(np.arange(manifest.num_samples)))
 
 
 def evaluate_retrieval(
@@ -109,9 +102,13 @@ def evaluate_retrieval(
 ) -> RetrievalResult:
     """Embed all clips and captions and score the retrieval in both directions.
 
+    The vectors of a row's clips and crops are averaged and made unit vectors again. Similarity and relevancy
+    are float32 (clips, captions): for EPIC-KITCHENS-100's 9,668 clips and 3,842 captions 149 MB each, on the
+    CPU of every rank; the device holds a block of similarities at a time.
+
     Args:
         model: the bare dual encoder, in evaluation mode.
-        batches: this rank's share of the manifest's clips.
+        batches: this rank's share of the manifest's clips, any number of clips a row and crops a clip.
         gallery: the captions.
         normalization: pixel mean and deviation.
         precision: of the forward passes.
@@ -122,33 +119,27 @@ def evaluate_retrieval(
         UserError: when not one clip could be read.
     """
     device = distributed.device
-    features, ids, unreadable = [], [], 0
+    sums = SampleSums()
     with torch.inference_mode():
         for batch in batches:
             if not len(batch):  # the last share of a rank may be empty
                 continue
-            valid = torch.from_numpy(batch.valid)
-            unreadable += int((~valid).sum())
             frames = batch.frames_BTHWC if transform is None else transform(batch.frames_BTHWC)
             with autocast(precision, device):
-                embedded = model.encode_video(normalize_frames(frames, normalization))
-            features.append(embedded.float()[valid.to(device)])
-            ids.append(torch.from_numpy(batch.sample_ids)[valid].to(device))
+                sums.add(batch, model.encode_video(normalize_frames(frames, normalization)))
         with autocast(precision, device):
             text_TD = _embed_texts(model, gallery, device)
-        width = text_TD.shape[1]
-        video_VD = all_gather_rows(torch.cat([text_TD.new_zeros(0, width), *features]))
-        sample_ids = all_gather_rows(torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *ids]))
-        lost = int(all_gather_rows(torch.tensor([unreadable], device=device)).sum())
-        similarity = (video_VD @ text_TD.T).cpu().numpy()
-    rows = sample_ids.cpu().numpy()
-    if not len(rows):
-        raise UserError(f"not one of {lost} evaluation clips could be read; see quarantine.jsonl")
-    order = np.argsort(rows)
-    rows, similarity = rows[order], similarity[order]
-    relevancy = gallery.relevancy_VT[rows]
+        clips = sums.gather(text_TD.shape[1], device)
+        rows = clips.sample_ids
+        if not len(rows):
+            raise UserError(
+                f"not one of {clips.unreadable} evaluation clips could be read; see quarantine.jsonl"
+            )
+        similarity = _similarity(torch.from_numpy(clips.means_SX).to(device), text_TD)
+    everything = len(rows) == len(gallery.relevancy_VT)
+    relevancy = gallery.relevancy_VT if everything else gallery.relevancy_VT[rows]
     scores = retrieval_scores(similarity, relevancy)
-    return RetrievalResult(scores, similarity, relevancy, rows, gallery.texts, lost)
+    return RetrievalResult(scores, similarity, relevancy, rows, gallery.texts, clips.unreadable)
 
 
 def freeze_first_frame(frames_BTHWC: torch.Tensor) -> torch.Tensor:
@@ -160,19 +151,12 @@ def freeze_first_frame(frames_BTHWC: torch.Tensor) -> torch.Tensor:
     return frames_BTHWC[:, :1].expand_as(frames_BTHWC).contiguous()
 
 
+def _similarity(video_VD: torch.Tensor, text_TD: torch.Tensor) -> np.ndarray:
+    """Cosines of clips (any length) and captions (unit length), float32 (V, T) on the CPU."""
+    blocks = functional.normalize(video_VD, dim=1).split(_CLIPS_PER_BLOCK)
+    return torch.cat([(block @ text_TD.T).cpu() for block in blocks]).numpy()
+
+
 def _embed_texts(model: DualEncoder, gallery: Gallery, device: torch.device) -> torch.Tensor:
     tokens_TL = torch.from_numpy(pad_tokens(gallery.tokens, cast(int, model.textual.context_length))).to(device)
     return torch.cat([model.encode_text(part).float() for part in tokens_TL.split(_TEXTS_PER_PASS)])
-
-
-def _classes(
-    samples: list[Sample], captions: list[Sample]
-) -> tuple[list[int], list[list[int]], list[int], list[list[int]]]:
-    """Number the verbs and nouns: (verbs, nouns) of the clips, then of the captions."""
-    verbs = {verb: i for i, verb in enumerate(sorted({s.verb for s in samples}))}
-    nouns = {noun: i for i, noun in enumerate(sorted({n for s in samples for n in s.nouns}))}
-
-    def numbered(rows: list[Sample]) -> tuple[list[int], list[list[int]]]:
-        return [verbs[s.verb] for s in rows], [[nouns[n] for n in s.nouns] for s in rows]
-
-    return (*numbered(samples), *numbered(captions))

@@ -1,7 +1,8 @@
-"""AdamW's parameter groups and the learning rate of every step."""
+"""Optimizers, their parameter groups, and the learning rate of every step."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 
 from avion_dali.config import OptimConfig
 from avion_dali.contracts import UserError
+from avion_dali.engine.lion import Lion
 
 UNDECAYED_TABLES = frozenset(
     {
@@ -33,53 +35,95 @@ def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and name.rpartition(".")[2] not in UNDECAYED_TABLES
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into one group with weight decay and one without.
+class LayerScales:
+    """How much slower each layer learns than the head, for the towers of this library.
+
+    Source: layer-wise decay as in BEiT (Bao et al. 2021, arXiv 2106.08254) and VideoMAE's fine-tuning. A
+    tower of L blocks has L + 2 layers: its patch (or token) embedding, position tables, learned tokens and the
+    norm right after them are layer 0, block i is i + 1, and what follows the blocks is L + 1, as is whatever
+    belongs to no tower; the factor of layer l is decay^(L + 1 - l).
+
+    Args:
+        names: all parameter names of the model.
+        decay: factor from one layer to the one before, in (0, 1].
+    """
+
+    _BLOCK = re.compile(r"(.*?)(?:transformer\.)?(?:resblocks|blocks)\.(\d+)\.")
+    _STEM = frozenset({"conv1", "patch_embed", "ln_pre", "token_embedding"}) | UNDECAYED_TABLES
+
+    def __init__(self, names: list[str], decay: float) -> None:
+        self.decay = decay
+        self.blocks: dict[str, int] = {}
+        for match in filter(None, map(self._BLOCK.match, names)):
+            self.blocks[match[1]] = max(self.blocks.get(match[1], 0), int(match[2]) + 1)
+
+    def of(self, name: str) -> float:
+        """The factor of one parameter.
+
+        Args:
+            name: its name.
+        """
+        match = self._BLOCK.match(name)
+        if match:
+            return float(self.decay ** (self.blocks[match[1]] - int(match[2])))
+        towers = [tower for tower in self.blocks if name.startswith(tower)]
+        tower = max(towers, key=len, default=None)
+        if tower is None or name[len(tower) :].split(".")[0] not in self._STEM:
+            return 1.0
+        return float(self.decay ** (self.blocks[tower] + 1))
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Split the trainable parameters by weight decay and, with layer decay, by layer.
 
     Args:
         model: the model; parameters with `requires_grad=False` are left out.
-        weight_decay: decay of the first group.
+        weight_decay: decay of the groups of matrices; the others have none.
+        layer_decay: factor on the rate from one block to the block before, see `LayerScales`; 1 for none.
 
     Returns:
-        Groups as `torch.optim` takes them, in the model's own order; empty groups are left out.
+        Groups as `torch.optim` takes them, in the model's own order; with layer decay each has the `lr_scale`
+        of its layer, see `set_learning_rate`. Without, matrices are the first group and the rest the second.
 
     Raises:
         UserError: nothing is trainable.
     """
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (decayed if _is_decayed(name, parameter) else undecayed).append(parameter)
-    if not decayed and not undecayed:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
         raise UserError("the model has no trainable parameter; unfreeze at least one part of it")
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
+    scales = LayerScales([name for name, _ in model.named_parameters()], layer_decay)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        groups.setdefault((scales.of(name), not _is_decayed(name, parameter)), []).append(parameter)
+    return [
+        {"params": groups[scale, is_exempt], "weight_decay": 0.0 if is_exempt else weight_decay}
+        | ({"lr_scale": scale} if layer_decay < 1 else {})
+        for scale, is_exempt in sorted(groups)
     ]
-    return [group for group in groups if group["params"]]
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over parameter groups.
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """Create the configured optimizer over parameter groups.
 
-    The fused kernel is used: on GPUs one launch per group and no device sync under a gradient scaler, on CPUs
-    one pass over each parameter instead of six.
+    The fused kernels are used where there are any: on GPUs one launch per group and no device sync under a
+    gradient scaler, on CPUs one pass over each parameter instead of six. SGD adds the decay to the gradient
+    (as AVION's recipe does), the others decay the weights themselves.
 
     Args:
-        groups: as made by `parameter_groups`; a group may carry `lr_scale`, see `set_learning_rate`.
-        config: betas, epsilon and peak learning rate.
+        groups: as made by `parameter_groups`.
+        config: which optimizer, its constants and the peak learning rate.
 
     Returns:
         The optimizer.
     """
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    rate, betas = config.learning_rate * config.rate_factor, (config.beta1, config.beta2)
+    if config.optimizer == "lion":
+        return Lion(groups, lr=rate, betas=betas)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=config.beta1, fused=True)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.eps, fused=True)
 
 
 def learning_rate_schedule(config: OptimConfig, steps_per_epoch: int) -> np.ndarray:
@@ -89,6 +133,9 @@ def learning_rate_schedule(config: OptimConfig, steps_per_epoch: int) -> np.ndar
     towards `final_learning_rate`, which it never quite reaches; so the peak appears twice (AVION,
     arXiv 2309.16669, released recipe). `constant` keeps the peak after the warm-up.
 
+    All rates are those of the configuration times `rate_factor`, the ends like the peak (AVION's classification
+    recipe: 0.003 for a batch of 128 becomes 0.012 for 512, and 1e-6 and 1e-5 become 4e-6 and 4e-5).
+
     Args:
         config: peak, ends, warm-up and epochs.
         steps_per_epoch: optimizer steps of one epoch.
@@ -96,15 +143,40 @@ def learning_rate_schedule(config: OptimConfig, steps_per_epoch: int) -> np.ndar
     Returns:
         float64 array (epochs * steps_per_epoch,).
     """
+    first, peak, final = scaled_rates(config)
     total = config.epochs * steps_per_epoch
     warmup = min(int(config.warmup_epochs * steps_per_epoch), total)
-    rising = np.linspace(config.warmup_learning_rate, config.learning_rate, warmup)
+    rising = np.linspace(first, peak, warmup)
     rest = total - warmup
     if config.schedule == "constant":
-        return np.concatenate([rising, np.full(rest, config.learning_rate)])
+        return np.concatenate([rising, np.full(rest, peak)])
     phase = np.pi * np.arange(rest) / max(rest, 1)
-    span = config.learning_rate - config.final_learning_rate
-    return np.concatenate([rising, config.final_learning_rate + span * (1 + np.cos(phase)) / 2])
+    return np.concatenate([rising, final + (peak - final) * (1 + np.cos(phase)) / 2])
+
+
+def scaled_rates(config: OptimConfig) -> tuple[float, float, float]:
+    """The rates of the first step, the peak and the end, scaled to the global batch."""
+    rates = (config.warmup_learning_rate, config.learning_rate, config.final_learning_rate)
+    first, peak, final = (rate * config.rate_factor for rate in rates)
+    return first, peak, final
+
+
+def describe_rates(config: OptimConfig) -> str:
+    """One line on the learning rate and where it comes from, to be printed when a training starts.
+
+    Args:
+        config: the configuration.
+    """
+    first, peak, final = scaled_rates(config)
+    text = f"learning rate {peak:g}"
+    if config.rate_batch:
+        text += f" = {config.learning_rate:g} x {config.global_batch} / {config.rate_batch}"
+        text += " (optim.global_batch / optim.rate_batch)"
+    if config.warmup_epochs:
+        epochs = "epoch" if config.warmup_epochs == 1 else "epochs"
+        text += f", after {config.warmup_epochs:g} {epochs} of warm-up from {first:g}"
+    text += f", then a cosine to {final:g}" if config.schedule == "cosine" else ", then constant"
+    return text + (f"; layer decay {config.layer_decay:g}" if config.layer_decay < 1 else "")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

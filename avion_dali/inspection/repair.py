@@ -1,7 +1,8 @@
 """Leave the clips of bad chunks out of a manifest.
 
-The chunk table stays as it is, so that chunks keep their row numbers; the sample table loses rows. What it was
-is kept beside it, and later repairs start from that: chunks that were restored give their clips back.
+The chunk table stays as it is, so that chunks keep their row numbers; the sample table, and stored relevancies
+with it, loses rows. What they were is kept beside them, and later repairs start from that: chunks that were
+restored give their clips back.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import numpy as np
 import pyarrow as pa
 
 from avion_dali.contracts import UserError
+from avion_dali.data.classes import RELEVANCY_FILE, sha256_of, write_relevancy
 from avion_dali.data.manifest import ROWS_PER_BATCH, SAMPLE_SCHEMA, Manifest, tables_fingerprint
 
 BAD_CHUNKS_FILE = "bad_chunks.jsonl"
 _CHUNKS, _SAMPLES, _INFO = "chunks.arrow", "samples.arrow", "manifest.json"
 _SAMPLES_BEFORE, _INFO_BEFORE = "samples.before-repair.arrow", "manifest.before-repair.json"
+_RELEVANCY_BEFORE = "relevancy.before-repair.npy"
+# What a repair changes, and the names under which the first one keeps it; manifest.json goes first.
+_KEPT = {_INFO: _INFO_BEFORE, _SAMPLES: _SAMPLES_BEFORE, RELEVANCY_FILE: _RELEVANCY_BEFORE}
 _REMOVED = "removed_samples"  # the key in manifest.json that tells a repaired manifest
 
 
@@ -59,11 +64,13 @@ def repair_manifest(folder: str | Path, bad_chunks: Mapping[str, Sequence[str]])
     manifest = Manifest(folder)
     bad_rows = _rows_of(manifest, bad_chunks)
     bad_before_N = _count_before(bad_rows, manifest.num_chunks)
-    before = (folder / _SAMPLES_BEFORE, folder / _INFO_BEFORE)
-    is_repaired = _REMOVED in manifest.info and all(path.exists() for path in before)
-    source = before[0] if is_repaired else folder / _SAMPLES
-    good = [int(is_good_R.sum()) for _, is_good_R in _sorted_out(source, bad_before_N)]
-    kept, touched = sum(good), sum(batch.num_rows for batch in _batches(source)) - sum(good)
+    kept_files = {name: old for name, old in _KEPT.items() if name != RELEVANCY_FILE or _is_graded(manifest)}
+    is_repaired = _REMOVED in manifest.info and all((folder / old).exists() for old in kept_files.values())
+    source = folder / (_SAMPLES_BEFORE if is_repaired else _SAMPLES)
+    is_good_N = np.concatenate(
+        [np.zeros(0, bool), *(is_good_R for _, is_good_R in _sorted_out(source, bad_before_N))]
+    )
+    kept, touched = int(is_good_N.sum()), int((~is_good_N).sum())
     if touched and not kept:
         raise UserError(
             f"{folder}: no clip is left without the {len(bad_rows)} bad chunks, so nothing was changed; are "
@@ -76,10 +83,25 @@ def repair_manifest(folder: str | Path, bad_chunks: Mapping[str, Sequence[str]])
         _write_samples(partial, _sorted_out(source, bad_before_N))
         fingerprint = tables_fingerprint(folder / _CHUNKS, partial)
         info = {**manifest.info, "num_samples": kept, "fingerprint": fingerprint, _REMOVED: removed}
-        _swap(folder, partial, info=info, keep_old=not is_repaired)
+        partials = {_SAMPLES: partial}
+        if _is_graded(manifest):
+            partials[RELEVANCY_FILE] = folder / "relevancy.good.npy"
+            _write_grades(partials[RELEVANCY_FILE], folder, is_good_N, is_repaired=is_repaired)
+            info["relevancy_sha256"] = sha256_of(partials[RELEVANCY_FILE])
+        _swap(folder, partials, info=info, keep=() if is_repaired else kept_files)
     elif is_repaired:
-        _restore(folder, manifest.info)
-    return RepairReport(kept, removed, _undo_command(folder) if touched else "")
+        _restore(folder, kept_files, manifest.info)
+    return RepairReport(kept, removed, _undo_command(folder, kept_files) if touched else "")
+
+
+def _is_graded(manifest: Manifest) -> bool:
+    return bool(manifest.info.get("num_captions"))
+
+
+def _write_grades(path: Path, folder: Path, is_good_N: np.ndarray, *, is_repaired: bool) -> None:
+    """Write the relevancies of the good rows."""
+    source = folder / (_RELEVANCY_BEFORE if is_repaired else RELEVANCY_FILE)
+    write_relevancy(path, np.load(source, mmap_mode="r"), np.flatnonzero(is_good_N))
 
 
 def _rows_of(manifest: Manifest, bad_chunks: Mapping[str, Sequence[str]]) -> dict[int, str]:
@@ -130,21 +152,23 @@ def _write_samples(path: Path, batches: Iterable[tuple[pa.RecordBatch, np.ndarra
             writer.write_table(waiting.combine_chunks())
 
 
-def _swap(folder: Path, samples: Path, *, info: dict[str, Any], keep_old: bool) -> None:
-    """Put a new sample table in place; `manifest.json` goes first and comes last."""
-    if keep_old:
-        os.replace(folder / _INFO, folder / _INFO_BEFORE)
-        os.replace(folder / _SAMPLES, folder / _SAMPLES_BEFORE)
+def _swap(folder: Path, partials: Mapping[str, Path], *, info: dict[str, Any], keep: Iterable[str]) -> None:
+    """Put new files in place; `manifest.json` goes first and comes last."""
+    for name in keep:
+        os.replace(folder / name, folder / _KEPT[name])
     (folder / _INFO).unlink(missing_ok=True)
-    os.replace(samples, folder / _SAMPLES)
+    for name, partial in partials.items():
+        os.replace(partial, folder / name)
     _write_info(folder, info)
 
 
-def _restore(folder: Path, info: dict[str, Any]) -> None:
-    """Put the sample table of before any repair back."""
+def _restore(folder: Path, kept: Mapping[str, str], info: dict[str, Any]) -> None:
+    """Put the files of before any repair back."""
     before = json.loads((folder / _INFO_BEFORE).read_text())
     (folder / _INFO).unlink()
-    os.replace(folder / _SAMPLES_BEFORE, folder / _SAMPLES)
+    for name in kept:
+        if name != _INFO:
+            os.replace(folder / _KEPT[name], folder / name)
     _write_info(folder, {**before, "chunk_root": info["chunk_root"]})  # the chunks may have moved since
     for name in (_INFO_BEFORE, BAD_CHUNKS_FILE):
         (folder / name).unlink(missing_ok=True)
@@ -161,10 +185,10 @@ def _write_bad_chunks(path: Path, rows: Mapping[int, str], bad_chunks: Mapping[s
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _undo_command(folder: Path) -> str:
+def _undo_command(folder: Path, kept: Mapping[str, str]) -> str:
     def quoted(name: str) -> str:
         return shlex.quote(str(folder / name))
 
-    pairs = ((_SAMPLES_BEFORE, _SAMPLES), (_INFO_BEFORE, _INFO))
-    moves = [f"mv {quoted(old)} {quoted(new)}" for old, new in pairs]
+    names = [*(name for name in kept if name != _INFO), _INFO]
+    moves = [f"mv {quoted(_KEPT[name])} {quoted(name)}" for name in names]
     return " && ".join([*moves, f"rm {quoted(BAD_CHUNKS_FILE)}"])

@@ -238,7 +238,7 @@ def _draw_samples(
         low, high = (max(length - clip_seconds, 0), length) if crosses else (0, length - clip_seconds)
         start = float(rng.uniform(low, high))
         touched = max(math.ceil((start + clip_seconds) / length), 1)
-        yield Sample(number, touched, start, start + clip_seconds, "a clip", _TOKENS)
+        yield Sample(number, touched, start, start + clip_seconds, ("a clip",), (_TOKENS,))
 
 
 def _seconds(chunk: Chunk) -> float:

@@ -73,7 +73,7 @@ class BatchFiller:
     """Fills the micro-batches of one rank.
 
     Args:
-        planner: turns sample ids into requests.
+        planner: turns the schedule's rows into requests.
         schedule: which samples form which micro-batch.
         pool: decode processes, possibly shared with other loaders.
         settings: prefetching, fault limits.
@@ -197,12 +197,13 @@ class BatchFiller:
         return ClipBatch(
             frames_BTHWC=frames_BTHWC,
             tokens_BL=self._tokens(pending.requests),
-            labels_B=None,
+            labels_B=self._labels(pending.requests),
             sample_ids=np.array([r.sample_id for r in pending.requests], dtype=np.int64),
             view_ids=np.tile(np.arange(self._planner.rules.clip_shape[0]), rows),
             valid=pending.valid,
             epoch=pending.epoch,
             errors=tuple(pending.errors),
+            caption_ids=_ids_or_none([r.caption_id for r in pending.requests]),
         )
 
     def _begin(self, step: int, micro: int, slot: int) -> PendingBatch:
@@ -238,3 +239,14 @@ class BatchFiller:
             return None
         padded = pad_tokens([r.tokens for r in requests], self.settings.context_length)
         return torch.from_numpy(padded).to(self.settings.device, non_blocking=True)
+
+    def _labels(self, requests: list[ClipRequest]) -> torch.Tensor | None:
+        labels = _ids_or_none([r.label for r in requests])
+        if labels is None:
+            return None
+        return torch.from_numpy(labels).to(self.settings.device, non_blocking=True)
+
+
+def _ids_or_none(ids: list[int]) -> np.ndarray | None:
+    """Return ids as an int64 array; None when no row has one."""
+    return np.array(ids, dtype=np.int64) if any(number >= 0 for number in ids) else None

@@ -1,32 +1,148 @@
-"""Self-attention over the tokens of a clip.
+"""Attention between the tokens of a clip.
 
-`attend` is the one place where attention is computed, so that another kernel is a change in one function.
-Axes: B clips, N tokens, H heads, K width of one head, D width of the tower.
+`attend` is the one place where attention is computed, whatever the encoder, so that another kernel is a change
+in one function. Axes: B clips, N queries, M keys, H heads, K width of one head, D width of the tower.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib
+import math
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from avion_dali.config import AttentionBackend
 from avion_dali.contracts import UserError
 
+Kernel = Literal["sdpa", "flash-attn", "xformers", "math"]
 
-def attend(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor) -> Tensor:
+# Kernels of other packages: module, function, and what to install.
+_PACKAGES: Final[dict[str, tuple[str, str, str]]] = {
+    "flash-attn": ("flash_attn", "flash_attn_func", "flash-attn"),
+    "xformers": ("xformers.ops", "memory_efficient_attention", "xformers"),
+}
+_HALF: Final = (torch.float16, torch.bfloat16)
+
+
+def resolve_attention(name: AttentionBackend, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """Choose the kernel that a backend's name means here.
+
+    Args:
+        name: the backend asked for; `auto` is flash-attn on a GPU in half precision where it works, else
+            PyTorch's own `scaled_dot_product_attention`.
+        device: where queries, keys and values are.
+        dtype: their type, under autocast that of the autocast.
+
+    Returns:
+        The kernel's name.
+
+    Raises:
+        UserError: when the backend was asked for by name and cannot run; the message says why.
+    """
+    if name == "auto":
+        if device.type != "cuda" or dtype not in _HALF:
+            return "sdpa"
+        return "sdpa" if _package_problem("flash-attn", str(device), dtype) else "flash-attn"
+    if name in ("sdpa", "math"):
+        return name
+    if name not in _PACKAGES:
+        raise UserError(f"model.attention = {name!r} is none of auto, sdpa, flash-attn, xformers, math")
+    problem = _package_problem(name, str(device), dtype)
+    if problem:
+        raise UserError(f"model.attention = {name!r} cannot run here: {problem}; set it to auto or sdpa")
+    return name
+
+
+@torch.compiler.assume_constant_result  # a fact about the machine, not part of a compiled block
+@functools.cache
+def _package_problem(name: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why a package's kernel cannot run, or None when it does; found out by calling it once."""
+    module, _, package = _PACKAGES[name]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"{module} cannot be imported ({error}); pip install {package}"
+    if torch.device(device).type != "cuda":
+        return f"its kernels need a GPU, and the model is on {device}"
+    if name == "flash-attn" and dtype not in _HALF:
+        return f"it computes in float16 and bfloat16, not {dtype}; set run.precision to bf16"
+    trial_BNHK = torch.zeros(1, 8, 1, 64, device=device, dtype=dtype)
+    try:
+        _package_kernel(name, trial_BNHK, trial_BNHK, trial_BNHK)
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def _package_kernel(name: str, q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
+    """Call another package's kernel; both keep heads behind tokens and scale by 1 / sqrt(K)."""
+    module, function, _ = _PACKAGES[name]
+    mixed_BNHK: Tensor = getattr(importlib.import_module(module), function)(q_BNHK, k_BMHK, v_BMHK)
+    return mixed_BNHK
+
+
+def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, backend: AttentionBackend = "auto") -> Tensor:
     """Scaled dot-product attention, softmax(q k^T / sqrt(K)) v, without mask or dropout.
 
-    Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1.
+    Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1. All kernels but `math` keep no N x M matrix
+    (Dao et al. 2022, arXiv 2205.14135).
 
     Args:
         q_BHNK: queries, float (B, H, N, K).
-        k_BHNK: keys, same shape and dtype.
-        v_BHNK: values, same shape and dtype.
+        k_BHMK: keys, float (B, H, M, K), of the same dtype.
+        v_BHMK: values, same shape and dtype as the keys.
+        backend: which kernel, see `resolve_attention`.
 
     Returns:
         Float (B, H, N, K): for every query the weighted mean of the values.
+
+    Raises:
+        UserError: when the kernel cannot run here.
     """
-    return functional.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK)
+    kernel = resolve_attention(backend, q_BHNK.device, q_BHNK.dtype)
+    if kernel == "sdpa":
+        return functional.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK)
+    if kernel == "math":
+        return _attend_plainly(q_BHNK, k_BHMK, v_BHMK)
+    q_BNHK, k_BMHK, v_BMHK = (t.transpose(1, 2) for t in (q_BHNK, k_BHMK, v_BHMK))
+    return _package_kernel(kernel, q_BNHK, k_BMHK, v_BMHK).transpose(1, 2)
+
+
+def _attend_plainly(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor) -> Tensor:
+    """The formula as it is written, which keeps the N x M matrix for the backward pass."""
+    scores_BHNM = (q_BHNK / math.sqrt(q_BHNK.shape[-1])) @ k_BHMK.transpose(-1, -2)
+    # With the type named, autocast keeps the matrix in half precision; inside, softmax computes in float32.
+    weights_BHNM = torch.softmax(scores_BHNM, dim=-1, dtype=scores_BHNM.dtype)
+    return weights_BHNM @ v_BHMK
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Check that a width divides into heads.
+
+    Args:
+        width: token width D.
+        heads: number of heads.
+
+    Raises:
+        UserError: when it does not.
+    """
+    if width % heads:
+        raise UserError(f"attention: width {width} does not divide into {heads} heads; change one of them")
+
+
+def split_heads(qkv_BNX: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut a joint projection, float (B, N, 3 D), into queries, keys and values (B, H, N, K), without a copy."""
+    q_BHNK, k_BHNK, v_BHNK = qkv_BNX.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q_BHNK, k_BHNK, v_BHNK
+
+
+def join_heads(mixed_BHNK: Tensor) -> Tensor:
+    """Heads side by side again: float (B, H, N, K) -> (B, N, D)."""
+    return mixed_BHNK.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -36,20 +152,20 @@ class SelfAttention(nn.Module):
     weights, which therefore load without renaming.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, backend: AttentionBackend = "auto") -> None:
         """Create the projections; `VideoTower` initialises them.
 
         Args:
             width: token width D.
             heads: number of heads; divides `width`.
+            backend: attention kernel.
 
         Raises:
             UserError: when the width does not divide into the heads.
         """
         super().__init__()
-        if width % heads:
-            raise UserError(f"attention: width {width} does not divide into {heads} heads; change one of them")
-        self.heads = heads
+        check_heads(width, heads)
+        self.heads, self.backend = heads, backend
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -57,7 +173,33 @@ class SelfAttention(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         """Mix the tokens of each clip: float (B, N, D) -> (B, N, D)."""
         qkv_BNX = functional.linear(x_BND, self.in_proj_weight, self.in_proj_bias)
-        q_BHNK, k_BHNK, v_BHNK = qkv_BNX.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed_BHNK = attend(q_BHNK, k_BHNK, v_BHNK)
-        projected: Tensor = self.out_proj(mixed_BHNK.transpose(1, 2).flatten(2))
+        mixed_BHNK = attend(*split_heads(qkv_BNX, self.heads), self.backend)
+        projected: Tensor = self.out_proj(join_heads(mixed_BHNK))
+        return projected
+
+
+class FusedAttention(nn.Module):
+    """Multi-head self-attention with timm's parameter names, `qkv` and `proj`, as VideoMAE has them."""
+
+    def __init__(self, width: int, heads: int, *, backend: AttentionBackend = "auto") -> None:
+        """Create the projections; the tower initialises them.
+
+        Args:
+            width: token width D.
+            heads: number of heads; divides `width`.
+            backend: attention kernel.
+
+        Raises:
+            UserError: when the width does not divide into the heads.
+        """
+        super().__init__()
+        check_heads(width, heads)
+        self.heads, self.backend = heads, backend
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Mix the tokens of each clip: float (B, N, D) -> (B, N, D)."""
+        mixed_BHNK = attend(*split_heads(self.qkv(x_BND), self.heads), self.backend)
+        projected: Tensor = self.proj(join_heads(mixed_BHNK))
         return projected

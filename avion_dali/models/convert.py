@@ -1,101 +1,139 @@
-"""Weights of other projects in our parameter names.
+"""Weights of other projects in our parameter names, and back; what a file holds is told by its names.
 
-AVION stores the video tower in two styles, depending on the flags of the training; ours is the plain one,
-which is also OpenAI's and open_clip's. Axes: T frames, D width.
+Families: `avion` (dual encoders and classifiers), `open_clip` (OpenAI's too), `lavila` and `egovlp`
+(TimeSformer), `videomae` (the original's and AVION's), `avion_dali` (this project's files).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Final, Literal
 
 from torch import Tensor
-from torch.nn import functional
 
 from avion_dali.contracts import UserError
-
-_BLOCK_RENAMES: Final[tuple[tuple[str, str], ...]] = (
-    (".attn.Wqkv.weight", ".attn.in_proj_weight"),
-    (".attn.Wqkv.bias", ".attn.in_proj_bias"),
-    (".mlp.fc1.", ".mlp.c_fc."),
-    (".mlp.fc2.", ".mlp.c_proj."),
+from avion_dali.models.convert_clip import (
+    TEXT_ROOTS,
+    open_clip_to_ours,
+    remap_avion_keys,
+    strip_wrappers,
+    to_avion_flash,
+    to_open_clip,
 )
+from avion_dali.models.convert_lavila import egovlp_to_ours, lavila_to_ours, to_lavila
+from avion_dali.models.convert_videomae import to_avion_videomae, to_videomae, videomae_to_ours
+
+Family = Literal["avion_dali", "avion", "open_clip", "lavila", "egovlp", "videomae"]
+Layout = Literal["avion-flash", "avion-plain", "open_clip", "lavila", "videomae"]
+LAYOUTS: Final[tuple[Layout, ...]] = ("avion-flash", "avion-plain", "open_clip", "lavila", "videomae")
 
 
-def remap_avion_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and reshape the weights of an AVION dual encoder to ours.
-
-    Both of AVION's styles are accepted (flash or plain attention, linear or convolutional patch embedding),
-    with or without the `module.` that data-parallel training leaves in names. The tensors are shared with
-    the input, not copied.
+def identify(state_dict: Mapping[str, Tensor]) -> Family:
+    """Tell whose names a state dict has.
 
     Args:
         state_dict: parameter name to tensor.
 
     Returns:
-        A dict that `DualEncoder.load_state_dict` takes when sizes, frames and embedding width agree.
+        The family. Ours are `avion`'s plain names, `lavila`'s under `visual.`, and VideoMAE's.
 
     Raises:
-        UserError: when two names become one, or the patch embedding is not that of square RGB patches.
+        UserError: when the names are none of a known family's; shows some.
     """
-    remapped: dict[str, Tensor] = {}
-    for key, tensor in state_dict.items():
-        name = _our_name(key)
-        if name in remapped:
-            raise UserError(f"weights: {key!r} and another entry both mean {name!r}; the file mixes two styles")
-        is_patch_embedding = name == "conv1.weight" or name.endswith(".conv1.weight")
-        remapped[name] = _as_convolution(name, tensor) if is_patch_embedding else tensor
-    return remapped
+    names = {strip_wrappers(key) for key in state_dict}
+    if any(name.startswith("video_model.") for name in names):
+        return "egovlp"
+    if any(".timeattn." in name for name in names):
+        return "lavila"
+    if names & {"mask_token", "encoder.patch_embed.proj.weight", "patch_embed.proj.weight"}:
+        return "videomae"
+    if any(name.startswith("backbone.blocks.") for name in names):
+        return "videomae"
+    if "visual.conv1.weight" in names:
+        foreign = "visual.proj" in names or any(name.startswith(("text.", *TEXT_ROOTS)) for name in names)
+        return "open_clip" if foreign else "avion"
+    shown = ", ".join(sorted(names)[:4])
+    raise UserError(
+        f"weights: the names ({shown}, ...) are none of AVION's, LaViLa's, EgoVLP's, VideoMAE's, or of an "
+        "open_clip model with a plain ViT; other models cannot be loaded"
+    )
 
 
-def _our_name(key: str) -> str:
-    """The name this project gives to an AVION parameter."""
-    name = key.replace("module.", "")
-    if ".resblocks." in name:
-        for theirs, ours in _BLOCK_RENAMES:
-            name = name.replace(theirs, ours)
-    return name
-
-
-def _as_convolution(name: str, weight: Tensor) -> Tensor:
-    """A linear patch embedding (D, 3*P*P), channels before rows before columns, as (D, 3, P, P)."""
-    if weight.ndim != 2:
-        return weight
-    side = math.isqrt(weight.shape[1] // 3)
-    if 3 * side * side != weight.shape[1]:
-        raise UserError(f"weights: {name} has shape {tuple(weight.shape)}, not that of square RGB patches")
-    return weight.unflatten(1, (3, side, side))
-
-
-def resize_temporal_embedding(
-    temporal_TD: Tensor, num_frames: int, *, shrink: Literal["interpolate", "truncate"] = "interpolate"
-) -> Tensor:
-    """Fit frame positions to another number of frames.
-
-    More frames are interpolated linearly between the centres of the old ones, the ends held. Fewer frames are
-    interpolated likewise, which keeps the span of a clip, or cut to the first rows as AVION does.
+def to_ours(state_dict: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Rename and reshape weights to this project's names.
 
     Args:
-        temporal_TD: frame positions, float (T, D).
-        num_frames: frames wanted, >= 1.
-        shrink: what to do when `num_frames` < T.
+        state_dict: parameter name to tensor, as the family names them.
+        family: from `identify`.
 
     Returns:
-        Float (num_frames, D), dtype kept; the input itself when nothing changes.
+        Our name to tensor, and what is left over, name to reason. Tensors share memory where they can. Video
+        towers are `visual.*`, text towers `textual.*`, heads `fc_cls.*`; masked-video models keep `encoder.*`
+        and `decoder.*`.
 
     Raises:
-        ValueError: when the shape or the number is not usable.
+        UserError: when the weights are of a variant that is not supported, or damaged; says which are.
     """
-    if temporal_TD.ndim != 2 or num_frames < 1:
-        raise ValueError(f"cannot fit frame positions {tuple(temporal_TD.shape)} to {num_frames} frames")
-    loaded = temporal_TD.shape[0]
-    if loaded == num_frames:
-        return temporal_TD
-    if loaded > num_frames and shrink == "truncate":
-        return temporal_TD[:num_frames]
-    # (T, D) -> (1, D, T): interpolation runs along the last axis; float32 because fp16 has no CPU kernel.
-    resized_1DT = functional.interpolate(
-        temporal_TD.float().t().unsqueeze(0), size=num_frames, mode="linear", align_corners=False
+    if family == "avion_dali":
+        return {strip_wrappers(name): tensor for name, tensor in state_dict.items()}, {}
+    if family == "avion":
+        return remap_avion_keys(state_dict), {}
+    if family == "open_clip":
+        return open_clip_to_ours(state_dict)
+    if family == "lavila":
+        return lavila_to_ours(state_dict)
+    if family == "egovlp":
+        return egovlp_to_ours(state_dict)
+    pretraining = any(strip_wrappers(name).startswith(("mask_token", "decoder.")) for name in state_dict)
+    if not pretraining:  # an encoder saved alone keeps its prefix
+        state_dict = {strip_wrappers(name).removeprefix("encoder."): t for name, t in state_dict.items()}
+    return videomae_to_ours(state_dict, pretraining=pretraining), {}
+
+
+def from_ours(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Rename and reshape this project's weights to another project's names.
+
+    Args:
+        state: our name to tensor.
+        layout: whose names: `avion-flash` and `avion-plain` (AVION with and without flash attention and fast
+            patch embedding; its VideoMAE too), `open_clip`, `lavila`, or `videomae` (the original's).
+
+    Returns:
+        Their name to tensor. `to_ours` gives back the same, but for biases of keys that VideoMAE lacks.
+
+    Raises:
+        UserError: when that project has no such model.
+    """
+    encoder = encoder_of_names(state)
+    if encoder == "videomae" and layout in ("avion-plain", "videomae"):
+        return to_videomae(state)
+    if encoder == "videomae" and layout == "avion-flash":
+        return to_avion_videomae(state)
+    if encoder == "timesformer" and layout == "lavila":
+        return to_lavila(state)
+    if encoder == "vit" and layout in ("avion-flash", "avion-plain"):
+        return to_avion_flash(state) if layout == "avion-flash" else dict(state)
+    if encoder == "vit" and layout == "open_clip" and "logit_scale" in state:
+        return to_open_clip(state)
+    kind = "dual encoder" if "logit_scale" in state else "classifier" if "fc_cls.weight" in state else "model"
+    raise UserError(
+        f"a {kind} with the {encoder} encoder cannot be written as {layout}, which has no such model"
     )
-    return resized_1DT.squeeze(0).t().contiguous().to(temporal_TD.dtype)
+
+
+def encoder_of_names(state: Mapping[str, Tensor]) -> Literal["vit", "timesformer", "videomae"]:
+    """Tell which video encoder a state dict in our names has.
+
+    Args:
+        state: our name to tensor.
+
+    Raises:
+        UserError: when it has none.
+    """
+    if "visual.class_embedding" in state:
+        return "vit"
+    if "visual.cls_token" in state:
+        return "timesformer"
+    if "visual.patch_embed.proj.weight" in state or "encoder.patch_embed.proj.weight" in state:
+        return "videomae"
+    raise UserError(f"weights: there is no video encoder in ({', '.join(list(state)[:4])}, ...)")

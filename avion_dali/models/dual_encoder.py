@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from avion_dali.config import Activation, ModelConfig
+from avion_dali.config import ModelConfig
 from avion_dali.models.presets import PRESETS
 from avion_dali.models.text import TextTowerConfig, build_text_tower
-from avion_dali.models.vit import VideoTower, VideoTowerConfig
+from avion_dali.models.towers import build_video_tower, settled_activation
 
 # Temperature 0.07 at the start, scale at most 100: Radford et al. 2021, arXiv 2103.00020, section 2.5.
 INITIAL_LOGIT_SCALE: Final = math.log(1 / 0.07)
@@ -92,7 +92,7 @@ def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int)
     """Create a dual encoder with fresh weights, drawn from torch's default generator.
 
     Args:
-        config: size and options.
+        config: encoder, size and options.
         num_frames: frames of a clip (T).
         frame_size: side of a frame in pixels; any multiple of the size's patch.
 
@@ -102,24 +102,8 @@ def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int)
     Raises:
         UserError: when the frame size is not a multiple of the patch size.
     """
-    preset, checkpointing = PRESETS[config.size], config.checkpoint_every == 1
-    activation: Activation = "gelu" if config.activation == "auto" else config.activation
-    visual = VideoTower(
-        VideoTowerConfig(
-            image_size=frame_size,
-            patch_size=preset.patch_size,
-            num_frames=num_frames,
-            width=preset.video_width,
-            layers=preset.video_layers,
-            heads=preset.video_heads,
-            embed_dim=config.embed_dim,
-            activation=activation,
-            norm_eps=config.norm_eps or 1e-6,
-            drop_path=config.drop_path,
-            patch_dropout=config.patch_dropout,
-            checkpointing=checkpointing,
-        )
-    )
+    preset = PRESETS[config.size]
+    visual = build_video_tower(config, num_frames=num_frames, frame_size=frame_size, embed_dim=config.embed_dim)
     textual = build_text_tower(
         TextTowerConfig(
             context_length=config.context_length,
@@ -128,8 +112,9 @@ def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int)
             layers=preset.text_layers,
             heads=preset.text_heads,
             embed_dim=config.embed_dim,
-            activation=activation,
-            checkpointing=checkpointing,
+            activation=settled_activation(config),
+            checkpointing=config.checkpoint_every == 1,
+            compile=config.compile,
         )
     )
     return DualEncoder(visual, textual, train_logit_scale=config.train_logit_scale)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from avion_dali.config import Activation
 from avion_dali.contracts import UserError
-from avion_dali.models.vit import ACTIVATIONS, Activation
+from avion_dali.models.blocks import ACTIVATIONS, compile_blocks
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class TextTowerConfig:
         embed_dim: width of the output (D).
         activation: `gelu` (exact) or `quick_gelu` (OpenAI weights).
         checkpointing: recompute every block's activations in the backward pass.
+        compile: run torch.compile on each block.
 
     Raises:
         UserError: when the width does not divide into the heads.
@@ -39,6 +41,7 @@ class TextTowerConfig:
     embed_dim: int
     activation: Activation = "gelu"
     checkpointing: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -69,4 +72,5 @@ def build_text_tower(config: TextTowerConfig) -> nn.Module:
         act_layer=ACTIVATIONS[config.activation],
     )
     tower.set_grad_checkpointing(config.checkpointing)
+    compile_blocks(tower.transformer.resblocks, enabled=config.compile)
     return tower

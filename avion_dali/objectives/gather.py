@@ -57,6 +57,28 @@ def gather_with_grad(x_BD: Tensor) -> Tensor:
     return gathered
 
 
+def rank() -> int:
+    """Number of this process among those that train together; 0 without a process group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather_rows(x_BD: Tensor) -> Tensor:
+    """Stack the rows of all ranks in rank order, without gradient.
+
+    Args:
+        x_BD: this rank's rows, (B, ...), equally many on every rank.
+
+    Returns:
+        (world_size * B, ...), detached.
+    """
+    x_BD = x_BD.detach()
+    if world_size() == 1:
+        return x_BD
+    x_GD = x_BD.new_empty(world_size() * x_BD.shape[0], *x_BD.shape[1:])
+    dist.all_gather_into_tensor(x_GD, x_BD.contiguous())
+    return x_GD
+
+
 def check_equal_rows(rows: int, device: torch.device) -> None:
     """Make sure that all ranks hold equally many rows; every rank must call it.
 
@@ -79,3 +101,31 @@ def check_equal_rows(rows: int, device: torch.device) -> None:
             f"the ranks hold {counts} clips of one step; all must hold equally many: "
             "make optim.global_batch a multiple of the number of ranks"
         )
+
+
+class EqualRows:
+    """Refuses steps in which ranks hold different numbers of rows, which the collectives cannot handle.
+
+    Ranks are compared in the first step only; later each compares with its own first, so that no step waits.
+    """
+
+    def __init__(self) -> None:
+        self._rows: int | None = None
+
+    def check(self, rows: int, device: torch.device) -> None:
+        """Compare; every rank must call it in every step.
+
+        Args:
+            rows: rows of this rank.
+            device: where the process group moves tensors.
+
+        Raises:
+            UserError: the numbers differ.
+        """
+        if self._rows is None:
+            check_equal_rows(rows, device)
+            self._rows = rows
+        if world_size() > 1 and rows != self._rows:
+            raise UserError(
+                f"this rank holds {rows} clips in this step and held {self._rows} before; keep it equal"
+            )

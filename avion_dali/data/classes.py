@@ -1,0 +1,197 @@
+"""The closed sets that a manifest's rows may refer to: classes, and captions with graded relevancy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from avion_dali.contracts import UserError
+from avion_dali.data.tables import ROWS_PER_BATCH, MappedTable, write_table
+
+CLASSES_FILE, CAPTIONS_FILE, RELEVANCY_FILE = "classes.json", "captions.arrow", "relevancy.npy"
+_CAPTION_SCHEMA = pa.schema([("text", pa.string()), ("tokens", pa.list_(pa.uint16()))])
+_BLOCK_GRADES = 1 << 24  # grades held at once while writing
+
+
+@dataclass(frozen=True, slots=True)
+class ClassTable:
+    """The classes of a recognition task; a row's label counts these.
+
+    Args:
+        names: class names in label order, each once.
+        verbs: verb id of each class, for actions; else empty.
+        nouns: noun id of each class, for actions; else empty.
+
+    Raises:
+        ValueError: when a name repeats, or the ids do not fit the names.
+    """
+
+    names: tuple[str, ...]
+    verbs: tuple[int, ...] = ()
+    nouns: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("a class name repeats")
+        if self.verbs or self.nouns:
+            sizes = (len(self.names), len(self.verbs), len(self.nouns))
+            if len(set(sizes)) > 1:
+                raise ValueError(f"{sizes[0]} classes need as many verb and noun ids, got {sizes[1:]}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionTable:
+    """Captions that the rows are graded against, to be stored in a manifest.
+
+    Args:
+        texts: the captions.
+        tokens: their token ids, one tuple a caption.
+        relevancy: array (rows, captions) in [0, 1], rows as in the manifest; or the `.npy` file that holds it.
+
+    Raises:
+        ValueError: when texts and tokens differ in number.
+    """
+
+    texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    relevancy: np.ndarray | Path
+
+    def __post_init__(self) -> None:
+        if len(self.texts) != len(self.tokens):
+            raise ValueError(f"{len(self.texts)} captions need as many token lists, got {len(self.tokens)}")
+
+
+def write_classes(folder: Path, classes: ClassTable) -> None:
+    """Store the classes of a manifest.
+
+    Args:
+        folder: the manifest.
+        classes: what to store.
+    """
+    plain = {"names": classes.names, "verbs": classes.verbs, "nouns": classes.nouns}
+    text = json.dumps(plain, ensure_ascii=False, indent=1) + "\n"
+    (folder / CLASSES_FILE).write_text(text, encoding="utf-8")
+
+
+def read_classes(folder: Path) -> ClassTable:
+    """Read the classes of a manifest.
+
+    Args:
+        folder: the manifest.
+
+    Raises:
+        UserError: when they are missing or damaged.
+    """
+    path = folder / CLASSES_FILE
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        return ClassTable(**{name: tuple(plain[name]) for name in ("names", "verbs", "nouns")})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a readable class table ({error}); build the manifest again") from error
+
+
+def write_captions(folder: Path, captions: CaptionTable, *, num_rows: int) -> dict[str, Any]:
+    """Store captions and the rows' grades.
+
+    Args:
+        folder: the manifest.
+        captions: what to store.
+        num_rows: clips of the manifest.
+
+    Returns:
+        Facts for `manifest.json`.
+
+    Raises:
+        UserError: when the grades do not fit the rows or leave [0, 1].
+    """
+    rows = list(zip(captions.texts, captions.tokens, strict=True))
+    write_table(
+        folder / CAPTIONS_FILE,
+        _CAPTION_SCHEMA,
+        rows,
+        lambda block: {"text": [text for text, _ in block], "tokens": [ids for _, ids in block]},
+        rows_per_batch=ROWS_PER_BATCH,
+    )
+    source = captions.relevancy
+    grades_RC = np.load(source, mmap_mode="r") if isinstance(source, Path) else source
+    if grades_RC.shape != (num_rows, len(rows)):
+        raise UserError(
+            f"relevancy of shape {grades_RC.shape} does not fit {num_rows} rows and {len(rows)} captions"
+        )
+    write_relevancy(folder / RELEVANCY_FILE, grades_RC, np.arange(num_rows))
+    return {"num_captions": len(rows), "relevancy_sha256": sha256_of(folder / RELEVANCY_FILE)}
+
+
+def write_relevancy(path: Path, grades_RC: np.ndarray, rows: np.ndarray) -> None:
+    """Write some rows of grades as float32, a block at a time.
+
+    Args:
+        path: the `.npy` file; a new one takes an old one's place.
+        grades_RC: array (rows, captions) in [0, 1].
+        rows: int64 array, which of them, in which order.
+
+    Raises:
+        UserError: when a grade is not in [0, 1].
+    """
+    partial = path.with_suffix(".partial")
+    shape = (len(rows), grades_RC.shape[1])
+    step = max(_BLOCK_GRADES // max(shape[1], 1), 1)
+    with partial.open("wb") as file:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype("<f4")),
+            "fortran_order": False,
+            "shape": shape,
+        }
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(rows), step):
+            block_RC = np.asarray(grades_RC[rows[start : start + step]], dtype="<f4")
+            if not ((block_RC >= 0) & (block_RC <= 1)).all():
+                raise UserError("a relevancy is not in [0, 1]; check the relevancy file")
+            file.write(np.ascontiguousarray(block_RC).data)
+    os.replace(partial, path)
+
+
+def read_captions(folder: Path, *, num_rows: int) -> CaptionTable:
+    """Read stored captions; the grades stay on disk and are mapped.
+
+    Args:
+        folder: the manifest.
+        num_rows: clips of the manifest.
+
+    Raises:
+        UserError: when a file is missing, damaged or of another manifest.
+    """
+    path = folder / RELEVANCY_FILE
+    table = MappedTable(folder / CAPTIONS_FILE, rows_per_batch=ROWS_PER_BATCH)
+    batches = [table.batch(i) for i in range(table.num_batches)]
+    texts = tuple(text for batch in batches for text in batch["text"].to_pylist())
+    tokens = tuple(tuple(ids) for batch in batches for ids in batch["tokens"].to_pylist())
+    try:
+        grades_RC = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); build the manifest again") from error
+    if grades_RC.shape != (num_rows, len(texts)) or grades_RC.dtype != np.float32:
+        raise UserError(
+            f"{path} holds {grades_RC.dtype} of shape {grades_RC.shape}, the manifest has {num_rows} rows and "
+            f"{len(texts)} captions; build it again"
+        )
+    return CaptionTable(texts, tokens, grades_RC)
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,157 @@
+"""Arrow tables on disk: written in record batches of equal size, read through memory maps without copies.
+
+A batch's strings stay far below Arrow's 2 GB limit, and a row is found by division. Opening costs nothing and
+all processes share pages.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import pyarrow as pa
+
+from avion_dali.contracts import UserError
+
+ROWS_PER_BATCH = 65_536
+Row = TypeVar("Row")
+Values = TypeVar("Values")
+
+
+@dataclass(frozen=True, slots=True)
+class Strings:
+    """A column of strings.
+
+    Args:
+        offsets: R + 1 places in `data`.
+        data: UTF-8 bytes of all rows.
+    """
+
+    offsets: memoryview
+    data: memoryview
+
+    def at(self, row: int) -> str:
+        """Return one row's string."""
+        return str(self.data[self.offsets[row] : self.offsets[row + 1]], "utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Lists(Generic[Values]):
+    """A column of lists.
+
+    Args:
+        offsets: R + 1 places in `values`.
+        values: the items of all rows.
+    """
+
+    offsets: memoryview
+    values: Values
+
+    def range(self, row: int) -> range:
+        """Return the places of one row's items."""
+        return range(self.offsets[row], self.offsets[row + 1])
+
+
+class MappedTable:
+    """A memory-mapped Arrow file whose batches all have `rows_per_batch` rows, but for the last.
+
+    Args:
+        path: the file.
+        rows_per_batch: as it was written.
+
+    Raises:
+        UserError: when it is no Arrow file.
+    """
+
+    def __init__(self, path: Path, *, rows_per_batch: int) -> None:
+        try:
+            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path} is not a readable manifest table ({error}); build it again") from error
+        self._rows_per_batch = rows_per_batch
+        self._batches: dict[int, pa.RecordBatch] = {}
+        self.num_batches = self._reader.num_record_batches
+        last = self.num_batches - 1
+        self.num_rows = max(last, 0) * rows_per_batch + (self.batch(last).num_rows if last >= 0 else 0)
+
+    def batch(self, index: int) -> pa.RecordBatch:
+        """Return a record batch."""
+        if index not in self._batches:
+            self._batches[index] = self._reader.get_batch(index)
+        return self._batches[index]
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return which batch holds a row, and where in it.
+
+        Raises:
+            IndexError: when the table has no such row.
+        """
+        if not 0 <= row < self.num_rows:
+            raise IndexError(f"row {row} outside [0, {self.num_rows})")
+        return divmod(row, self._rows_per_batch)
+
+
+def numbers(column: pa.Array) -> memoryview:
+    """Return a zero-copy view of a column of numbers; a memoryview's items are plain numbers, and quick."""
+    return memoryview(column.to_numpy(zero_copy_only=True))
+
+
+def strings(column: pa.Array) -> Strings:
+    """Return a zero-copy view of a column of strings."""
+    _, offsets, data = column.buffers()
+    if offsets is None or not len(column):
+        return Strings(memoryview(b""), memoryview(b""))
+    view = memoryview(offsets).cast("b").cast("i")[column.offset : column.offset + len(column) + 1]
+    return Strings(view, memoryview(data if data is not None else b""))
+
+
+def lists(column: pa.Array, values: Callable[[pa.Array], Values]) -> Lists[Values]:
+    """Return a zero-copy view of a column of lists.
+
+    Args:
+        column: a list array.
+        values: how to view its items.
+    """
+    return Lists(numbers(column.offsets), values(column.values))
+
+
+def write_table(
+    path: Path,
+    schema: pa.Schema,
+    rows: Iterable[Row],
+    columns: Callable[[list[Row]], dict[str, Any]],
+    *,
+    rows_per_batch: int,
+) -> int:
+    """Write rows as they come; only one batch of them is held.
+
+    Args:
+        path: the file; a new one takes an old one's place, so that runs that map the old one keep reading it.
+        schema: of the table.
+        rows: what to write.
+        columns: turns a batch of rows into the values of each column.
+        rows_per_batch: how many rows make a batch.
+
+    Returns:
+        The number of rows.
+    """
+    count = 0
+    partial = path.with_suffix(".partial")
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for block in _blocks(rows, rows_per_batch):
+            values = columns(block)
+            arrays = [pa.array(values[field.name], field.type) for field in schema]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            count += len(block)
+    os.replace(partial, path)
+    return count
+
+
+def _blocks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    remaining = iter(rows)
+    while block := list(islice(remaining, size)):
+        yield block

@@ -1,0 +1,120 @@
+"""Ego4D narrations as EgoVLP, LaViLa and AVION share them: pickled lists of (video, start, end, narration)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from avion_dali.contracts import UserError
+from avion_dali.datasets.building import (
+    AnnotationRow,
+    BuildReport,
+    BuildSettings,
+    RejectedRow,
+    manifest_build,
+)
+from avion_dali.datasets.unpickling import check_pickle, load_pickle
+
+# The fields every row begins with; what follows (likelihoods of generated narrations) is not read.
+_FIELDS = 4
+
+
+class Narrations:
+    """The rows of some pickles, one file in memory at a time.
+
+    Args:
+        paths: the files; their rows follow each other.
+
+    Raises:
+        UserError: when a file is missing or no whole pickle.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        for path in paths:
+            check_pickle(path)
+        self._paths = paths
+        self.blank_texts = 0
+
+    def __iter__(self) -> Iterator[AnnotationRow | RejectedRow]:
+        """Yield the rows; of a row's narrations blank ones are left out and counted.
+
+        Raises:
+            UserError: when a file is damaged, or holds no list of rows.
+        """
+        for path in self._paths:
+            rows = load_pickle(path)
+            if not isinstance(rows, list):
+                raise UserError(
+                    f"{path} holds a {type(rows).__name__}; narrations are a list of (video, start second, end "
+                    "second, narration)"
+                )
+            file = path.name if len(self._paths) > 1 else ""
+            for number, row in enumerate(rows, start=1):
+                yield self._row(row, number, file)
+            # Two corpora do not fit in memory where one does.
+            del rows
+
+    def _row(self, row: Any, number: int, file: str) -> AnnotationRow | RejectedRow:
+        if not isinstance(row, tuple | list) or len(row) < _FIELDS:
+            reason = f"{_short(row)} is no (video, start second, end second, narration)"
+            return RejectedRow(number, "", reason, file=file)
+        video, start_s, end_s, narration = map(_decoded, row[:_FIELDS])
+        name = video if isinstance(video, str) else ""
+        if not name:
+            return RejectedRow(number, name, f"its video is {_short(video)}, not a name", file=file)
+        if not (_is_number(start_s) and _is_number(end_s)):
+            reason = f"times {_short(start_s)} and {_short(end_s)} are not numbers of seconds"
+            return RejectedRow(number, name, reason, "bad times", file)
+        narrations = narration if isinstance(narration, list | tuple) else [narration]
+        texts = [_decoded(text) for text in narrations]
+        if not all(isinstance(text, str) for text in texts):
+            reason = f"its narration is {_short(narration)}, neither text nor a list of texts"
+            return RejectedRow(number, name, reason, file=file)
+        said = tuple(text for text in texts if text.strip())
+        if not said:
+            return RejectedRow(number, name, "its narration is empty", "no text", file)
+        self.blank_texts += len(texts) - len(said)
+        return AnnotationRow(number, name, float(start_s), float(end_s), said, file=file)
+
+
+def build_ego4d_manifest(settings: BuildSettings, annotations: Sequence[Path]) -> BuildReport:
+    """Make a manifest of Ego4D's chunks and narrations.
+
+    Args:
+        settings: how it is built.
+        annotations: pickled narration files; their rows follow each other.
+
+    Returns:
+        What went in and what was left out.
+
+    Raises:
+        UserError: when a file cannot be read, or rows are unusable and not to be skipped.
+    """
+    narrations, source = Narrations(annotations), ", ".join(map(str, annotations))
+    with manifest_build(settings) as build:
+        report = build.finish(build.place(narrations, source=source), source=source)
+    notes = []
+    if narrations.blank_texts:
+        notes.append(f"{narrations.blank_texts} blank narrations among others of their rows were left out")
+    return report.with_notes(*notes)
+
+
+def _decoded(value: Any) -> Any:
+    """Return text that Python 2 pickled as bytes as text, when it is UTF-8."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a number that a float holds (Python's integers may be larger)."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 53)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,207 @@
+"""The files of EPIC-KITCHENS-100: annotations, actions as classes, sentences and relevancy matrices.
+
+Columns are taken by position: their names differ between releases, their order does not. Frame numbers are
+not read: they count frames of the original rate, which some videos do not have; the times hold for all.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from avion_dali.contracts import UserError
+from avion_dali.data.classes import ClassTable
+from avion_dali.datasets.building import AnnotationRow, RejectedRow
+from avion_dali.datasets.unpickling import load_pickle
+
+_ID, _PARTICIPANT, _VIDEO, _START, _STOP, _NARRATION, _VERB, _NOUN, _ALL_NOUNS = 0, 1, 2, 4, 5, 8, 10, 12, 14
+_TIME = re.compile(r"(\d{1,3}):([0-5]?\d):([0-5]?\d(?:\.\d+)?)", re.ASCII)
+_NUMBERS = re.compile(r"\[\s*\d+(?:\s*,\s*\d+)*\s*,?\s*\]", re.ASCII)
+_BLOCK_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Annotations:
+    """The rows of an annotation file, in its order.
+
+    Args:
+        ids: narration id of each row.
+        rows: the rows, those that cannot be read as rejected ones.
+    """
+
+    ids: tuple[str, ...]
+    rows: tuple[AnnotationRow | RejectedRow, ...]
+
+
+def read_annotations(path: Path) -> Annotations:
+    """Read a file of actions; verb and nouns are class numbers, videos are named `<participant>/<video>`.
+
+    Rows of an id that was there before are rejected.
+
+    Args:
+        path: the CSV file.
+
+    Raises:
+        UserError: when the file cannot be read, is no CSV, or has no row.
+    """
+    lines_of: dict[str, int] = {}
+    ids, rows = [], []
+    for line, fields in _csv_rows(path, min_columns=_NOUN + 1):
+        row, name = _annotation_row(line, fields), fields[_ID].strip()
+        if name in lines_of:
+            reason = f"narration id {name} is in line {lines_of[name]} already"
+            row = RejectedRow(line, row.video, reason, "duplicate")
+        lines_of.setdefault(name, line)
+        ids.append(name)
+        rows.append(row)
+    return Annotations(tuple(ids), tuple(rows))
+
+
+def action_classes(paths: Iterable[Path]) -> ClassTable:
+    """Return the actions of some files in label order: `verb:noun` pairs of class numbers sorted as text.
+
+    Sorted as text, `0:10` comes before `0:9`: the order that AVION's and LaViLa's recognition weights have.
+
+    Args:
+        paths: train and validation CSV files.
+
+    Raises:
+        UserError: when a file cannot be read, or a row has no classes.
+    """
+    found: set[str] = set()
+    for path in paths:
+        for line, fields in _csv_rows(path, min_columns=_NOUN + 1):
+            verb, noun = (_class_number(fields, column) for column in (_VERB, _NOUN))
+            if not verb or not noun:
+                raise UserError(f"{path}, line {line}: verb_class and noun_class must be numbers")
+            found.add(f"{verb}:{noun}")
+    names = tuple(sorted(found))
+    pairs = [name.split(":") for name in names]
+    return ClassTable(names, tuple(int(verb) for verb, _ in pairs), tuple(int(noun) for _, noun in pairs))
+
+
+def read_sentences(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return ids and texts of a sentence file, in the order of the relevancy matrix's columns.
+
+    Args:
+        path: the CSV file: id of a clip that says so (or a number), sentence.
+
+    Raises:
+        UserError: when the file cannot be read, a sentence is empty, or an id repeats.
+    """
+    lines_of: dict[str, int] = {}
+    texts = []
+    for line, fields in _csv_rows(path, min_columns=2):
+        if len(fields) < 2 or not fields[0].strip() or not fields[1].strip():
+            raise UserError(f"{path}, line {line}: needs an id and a sentence")
+        if fields[0] in lines_of:
+            raise UserError(f"{path}, line {line}: id {fields[0]} is in line {lines_of[fields[0]]} already")
+        lines_of[fields[0]] = line
+        texts.append(fields[1].strip())
+    return tuple(lines_of), tuple(texts)
+
+
+def load_relevancy(path: Path, *, shape: tuple[int, int]) -> np.ndarray:
+    """Read a pickled relevancy matrix.
+
+    Args:
+        path: the pickle.
+        shape: (rows of the annotation file, rows of the sentence file).
+
+    Returns:
+        Array of that shape, of numbers in [0, 1], as stored.
+
+    Raises:
+        UserError: when it is no matrix of finite numbers in [0, 1], or of another shape.
+    """
+    grades_RC = load_pickle(path)
+    if not isinstance(grades_RC, np.ndarray) or grades_RC.ndim != 2 or grades_RC.dtype.kind not in "fiub":
+        kind = type(grades_RC).__name__
+        if isinstance(grades_RC, np.ndarray):
+            kind = f"{grades_RC.dtype} array of shape {grades_RC.shape}"
+        raise UserError(f"{path} holds a {kind}; a relevancy matrix is a 2-D array of numbers")
+    if grades_RC.shape != shape:
+        raise UserError(
+            f"{path} has shape {grades_RC.shape}, but the annotations have {shape[0]} rows and the sentences "
+            f"{shape[1]}: these files do not belong together (train and test mixed?)"
+        )
+    for start in range(0, len(grades_RC), _BLOCK_ROWS):
+        block_RC = grades_RC[start : start + _BLOCK_ROWS]
+        bad = ~((block_RC >= 0) & (block_RC <= 1))  # NaN is neither
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            value = block_RC[row, column]
+            raise UserError(f"{path}: relevancy {value} of row {start + row}, column {column} is not in [0, 1]")
+    return grades_RC
+
+
+def _annotation_row(line: int, fields: Sequence[str]) -> AnnotationRow | RejectedRow:
+    if len(fields) <= _NOUN:
+        return RejectedRow(line, "", f"has {len(fields)} fields, not {_NOUN + 1} or more")
+    participant, video = fields[_PARTICIPANT].strip(), fields[_VIDEO].strip()
+    name = f"{participant}/{video}"
+    if not participant or not video:
+        return RejectedRow(line, name, "participant or video is missing")
+    times = [_seconds(fields[column]) for column in (_START, _STOP)]
+    if None in times:
+        reason = f"times {fields[_START]!r} and {fields[_STOP]!r} are not HH:MM:SS.ss"
+        return RejectedRow(line, name, reason, "bad times")
+    verb, noun = (_class_number(fields, column) for column in (_VERB, _NOUN))
+    if not verb or not noun:
+        reason = f"verb class {fields[_VERB]!r} and noun class {fields[_NOUN]!r} are not numbers"
+        return RejectedRow(line, name, reason, "unknown class")
+    nouns = _all_nouns(fields, noun)
+    if not nouns:
+        return RejectedRow(line, name, f"noun classes {fields[_ALL_NOUNS]!r} are no list", "unknown class")
+    start_s, stop_s = times
+    assert start_s is not None
+    return AnnotationRow(line, name, start_s, stop_s, (fields[_NARRATION].strip(),), verb, nouns)
+
+
+def _csv_rows(path: Path, *, min_columns: int) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line, fields) of all rows but the header, blank lines passed over."""
+    rows = 0
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            if len(header) < min_columns:
+                raise UserError(
+                    f"{path} has {len(header)} columns in its first line; the published file has {min_columns} "
+                    "or more, parted by commas"
+                )
+            for fields in reader:
+                if fields:
+                    rows += 1
+                    yield reader.line_num, fields
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as CSV: {error}") from error
+    if not rows:
+        raise UserError(f"{path} has no row after its header")
+
+
+def _seconds(text: str) -> float | None:
+    """Return `HH:MM:SS.ss` in seconds; None when it is something else."""
+    parts = _TIME.fullmatch(text.strip())
+    return parts and int(parts[1]) * 3600 + int(parts[2]) * 60 + float(parts[3])
+
+
+def _class_number(fields: Sequence[str], column: int) -> str:
+    """Return a class number as text without leading zeros; empty when it is none."""
+    text = fields[column].strip() if column < len(fields) else ""
+    return str(int(text)) if text.isascii() and text.isdigit() else ""
+
+
+def _all_nouns(fields: Sequence[str], noun: str) -> tuple[str, ...]:
+    """Return all noun classes, the main one first; empty when their list is none."""
+    text = fields[_ALL_NOUNS].strip() if len(fields) > _ALL_NOUNS else ""
+    if not text:
+        return (noun,)
+    if not _NUMBERS.fullmatch(text):
+        return ()
+    return tuple(dict.fromkeys([noun, *(str(int(number)) for number in re.findall(r"\d+", text))]))

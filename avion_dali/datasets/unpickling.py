@@ -1,0 +1,245 @@
+"""Pickled annotations read as data: built-in values and numpy arrays, nothing that runs code.
+
+A pickle is a program that may call any function it names (Python library reference, module `pickle`). Here it
+gets none: names of numpy's own reconstruction functions lead to stand-ins that check what they are given,
+and every other name is refused. numpy's `__setstate__` of dtypes and arrays, which trusts its input, is
+never handed a state from the file.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from avion_dali.contracts import UserError
+
+# What a damaged file makes the unpickler or a stand-in raise.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+)
+_PLAIN_KINDS = frozenset("biufSU")
+_HINT = "it may be cut short, or be something else (a web page, a pointer of git-lfs); fetch it again"
+_PROTOCOL_2, _STOP = b"\x80", b"."
+_OLD_PROTOCOLS = b"(]}lcdt"  # first opcodes of lists, tuples, dicts and arrays without a protocol mark
+
+
+class _Refused(pickle.UnpicklingError):
+    """The file asks for something that is no data."""
+
+
+def check_pickle(path: Path) -> None:
+    """Refuse early what cannot be a whole pickle, by its first and last byte.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: when it is missing, empty, no pickle or cut short.
+    """
+    with _opened(path) as file:
+        first = file.read(1)
+        if not first:
+            raise UserError(f"{path} is empty; fetch it again")
+        file.seek(-1, 2)
+        if (first != _PROTOCOL_2 and first not in _OLD_PROTOCOLS) or file.read(1) != _STOP:
+            raise UserError(f"{path} is not a whole pickle: {_HINT}")
+
+
+def load_pickle(path: Path) -> Any:
+    """Read a pickle of plain values and numpy arrays.
+
+    Args:
+        path: the file, of any protocol, also one of Python 2 (whose byte strings stay bytes).
+
+    Returns:
+        Lists, tuples, dicts, sets, strings, bytes, numbers, booleans, None; numpy scalars as Python numbers;
+        numpy arrays of numbers or text as such.
+
+    Raises:
+        UserError: when the file is missing, damaged, or asks for anything else, which is named.
+    """
+    check_pickle(path)
+    with _opened(path) as file, _without_collection():
+        try:
+            value = _DataUnpickler(file, encoding="bytes").load()
+        except _Refused as error:
+            raise UserError(
+                f"{path} holds {error}, which is no plain data; only lists, tuples, dicts, texts, numbers and "
+                "numpy arrays of these are read, because a pickle can run code. Convert it where it was made"
+            ) from None
+        except _DAMAGE as error:
+            raise UserError(f"{path} is not a readable pickle ({error}): {_HINT}") from error
+    return value.view(np.ndarray) if isinstance(value, np.ndarray) else value
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Pause the search for cycles, which would walk millions of new tuples again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class _StandIn:
+    """A callable that a pickle may use and can do nothing else to."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("a function was given a state")
+
+
+class _Dtype:
+    """A numpy dtype of plain numbers or text, by its code and byte order."""
+
+    __slots__ = ("_code", "_order")
+
+    def __init__(self, code: str) -> None:
+        self._code, self._order = code, "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Take the byte order, second in the state; the rest restates the code."""
+        order = _as_text(state[1])
+        if order not in ("<", ">", "|", "="):
+            raise pickle.UnpicklingError(f"{order!r} is no byte order")
+        self._order = order
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The real dtype."""
+        return np.dtype(self._order + self._code)
+
+
+class _Array(np.ndarray):
+    """An array that is filled by its state, as numpy pickles it."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Take (version, shape, dtype, column-major, bytes)."""
+        shape, dtype, by_columns, data = state[-4:]
+        raw, real, sizes = _checked(data, dtype, shape)
+        checked: Any = (1, sizes, real, bool(by_columns), raw)  # numpy's stub asks for another type
+        super().__setstate__(checked)
+
+
+def _new_array(*_: object) -> np.ndarray:
+    return np.zeros(0, np.uint8).view(_Array)
+
+
+def _new_dtype(code: Any, *_: object) -> _Dtype:
+    name = _as_text(code)
+    try:
+        plain = np.dtype(name)
+    except TypeError:
+        raise _Refused(f"a numpy array of {name}") from None
+    if plain.kind not in _PLAIN_KINDS:
+        raise _Refused(f"a numpy array of {plain.name}")
+    return _Dtype(name)
+
+
+def _checked(data: Any, dtype: Any, shape: Any) -> tuple[Any, np.dtype[Any], tuple[int, ...]]:
+    """Return an array's bytes, dtype and shape when they fit each other."""
+    if not isinstance(dtype, _Dtype):
+        raise pickle.UnpicklingError("an array without a dtype")
+    raw = data.encode("latin1") if isinstance(data, str) else data
+    sizes = tuple(int(size) for size in shape)
+    if min(sizes, default=0) < 0 or memoryview(raw).nbytes != math.prod(sizes) * dtype.dtype.itemsize:
+        raise pickle.UnpicklingError(f"an array of shape {sizes} does not fit its bytes")
+    return raw, dtype.dtype, sizes
+
+
+def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray:
+    """Return an array over bytes, read-only."""
+    raw, real, sizes = _checked(data, dtype, shape)
+    return np.ndarray(sizes, real, raw, order="F" if _as_text(order) == "F" else "C")
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    """Return a numpy scalar as a Python value."""
+    return _frombuffer(data, dtype, ())[()].item()
+
+
+def _bytes_of(text: Any, encoding: Any) -> bytes:
+    """Return bytes that an old protocol stores as text."""
+    if _as_text(encoding) not in ("latin1", "latin-1"):
+        raise _Refused(f"text to be encoded as {encoding!r}")
+    return str(text).encode("latin1")
+
+
+def _as_text(value: Any) -> str:
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+
+
+def _allowed() -> dict[tuple[str, str], _StandIn]:
+    """Return what each admitted name leads to; numpy 2 moved its modules from `core` to `_core`."""
+    found = {
+        ("numpy", "ndarray"): _StandIn(_new_array),
+        ("numpy", "dtype"): _StandIn(_new_dtype),
+        ("_codecs", "encode"): _StandIn(_bytes_of),
+    }
+    for core in ("numpy.core", "numpy._core"):
+        found[f"{core}.multiarray", "_reconstruct"] = _StandIn(_new_array)
+        found[f"{core}.multiarray", "scalar"] = _StandIn(_scalar)
+        found[f"{core}.numeric", "_frombuffer"] = _StandIn(_frombuffer)
+    # Containers that only newer protocols have opcodes for.
+    for module in ("builtins", "__builtin__"):
+        found[module, "set"] = _StandIn(set)
+        found[module, "frozenset"] = _StandIn(frozenset)
+        found[module, "bytearray"] = _StandIn(_byte_array)
+        found[module, "bytes"] = _StandIn(_empty_bytes)
+    return found
+
+
+def _byte_array(data: Any = b"", encoding: Any = "latin1") -> bytearray:
+    """Return a bytearray of given bytes; a bare number, which would reserve as much memory, is an error."""
+    return bytearray(_bytes_of(data, encoding) if isinstance(data, str) else memoryview(data))
+
+
+def _empty_bytes() -> bytes:
+    """Return what old protocols call the type for."""
+    return b""
+
+
+class _DataUnpickler(pickle.Unpickler):
+    """Resolves admitted names alone."""
+
+    _found = _allowed()
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._found[module, name]
+        except KeyError:
+            raise _Refused(f"{module}.{name}") from None

@@ -1,0 +1,150 @@
+"""Colour jitter and RandAugment of decoded clips, with torchvision's operations.
+
+What is done to a clip is drawn once and done to all its frames; operations that look at the picture first
+(automatic contrast, equalisation, the mean that contrast turns about) look at each frame by itself, as those of
+VideoMAE do. Axes: B clips, T frames, H W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from avion_dali.config import AugmentConfig
+from avion_dali.device_ops.randomness import StepKey, step_generator
+
+# Chance that a drawn operation is done, and deviation of its magnitude: those of timm and PyTorchVideo.
+APPLY_PROBABILITY: Final = 0.5
+MAGNITUDE_STD: Final = 0.5
+MAX_MAGNITUDE: Final = 10.0
+_FILL: Final = [124.0, 116.0, 104.0]  # the mean of ImageNet, where rotation or shift uncover the border
+_MAX_ROTATION: Final = 30.0  # degrees
+_MAX_SHEAR: Final = 0.3
+_MAX_SHIFT: Final = 0.45  # share of a side
+_MAX_ENHANCEMENT: Final = 0.9
+
+
+def augment_frames(frames_BTHWC: Tensor, config: AugmentConfig, key: StepKey, clip_ids: np.ndarray) -> Tensor:
+    """Apply RandAugment, then colour jitter, each clip by its own random numbers.
+
+    RandAugment (Cubuk et al. 2019, arXiv 1909.13719) draws `rand_augment_ops` times, with replacement, from
+    `OPERATIONS`. It follows timm's `rand-m7-n4-mstd0.5-inc1`, which VideoMAE names: each drawn operation is
+    done with probability 1/2, at a magnitude of normal distribution around `rand_augment_magnitude` with
+    deviation 1/2, clipped to 0..10. What differs: `SolarizeAdd` is not among the operations; posterisation
+    leaves at least one bit; tensors are resampled with bilinear filters, where VideoMAE resamples pictures of
+    PIL with bicubic ones; and it is done after cropping and resizing, where VideoMAE does it before.
+
+    Colour jitter multiplies brightness, contrast and saturation, in random order, by factors uniform in
+    1 - s .. 1 + s, as in DeiT III (Touvron et al. 2022, arXiv 2204.07118, "3-Augment": s = 0.3).
+
+    Args:
+        frames_BTHWC: decoded frames, uint8 (B, T, H, W, 3), RGB.
+        config: what to do.
+        key: seed and step.
+        clip_ids: int64 array (B,), sample id times views plus view: names each clip's random numbers.
+
+    Returns:
+        uint8 (B, T, H, W, 3) on the same device; the very tensor given when there is nothing to do.
+
+    Raises:
+        ValueError: when there is not one id a clip.
+    """
+    if config.color_jitter == 0 and config.rand_augment_ops == 0:
+        return frames_BTHWC
+    if len(clip_ids) != len(frames_BTHWC):
+        raise ValueError(f"{len(frames_BTHWC)} clips need as many ids, got {len(clip_ids)}")
+    augmented_BTHWC = frames_BTHWC.clone()
+    for row, clip_id in enumerate(clip_ids):
+        generator = step_generator("augment", key, index=int(clip_id))
+        frames_TCHW = frames_BTHWC[row].permute(0, 3, 1, 2)
+        frames_TCHW = _rand_augment(frames_TCHW, config, generator)
+        frames_TCHW = _jitter_color(frames_TCHW, config.color_jitter, generator)
+        augmented_BTHWC[row] = frames_TCHW.permute(0, 2, 3, 1)
+    return augmented_BTHWC
+
+
+def _rand_augment(frames_TCHW: Tensor, config: AugmentConfig, generator: np.random.Generator) -> Tensor:
+    operations = tuple(OPERATIONS.values())
+    for _ in range(config.rand_augment_ops):
+        operation = operations[generator.integers(len(operations))]
+        magnitude = generator.normal(config.rand_augment_magnitude, MAGNITUDE_STD)
+        sign = 1.0 if generator.random() < 0.5 else -1.0
+        if generator.random() < APPLY_PROBABILITY:
+            strength = float(np.clip(magnitude, 0.0, MAX_MAGNITUDE)) / MAX_MAGNITUDE
+            frames_TCHW = operation(frames_TCHW, strength, sign)
+    return frames_TCHW
+
+
+def _jitter_color(frames_TCHW: Tensor, strength: float, generator: np.random.Generator) -> Tensor:
+    if strength == 0:
+        return frames_TCHW
+    adjustments = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
+    for i in generator.permutation(len(adjustments)):
+        frames_TCHW = adjustments[i](frames_TCHW, generator.uniform(1.0 - strength, 1.0 + strength))
+    return frames_TCHW
+
+
+# From frames, a strength in [0, 1] and a sign to new frames; some have no use for the latter two.
+Operation = Callable[[Tensor, float, float], Tensor]
+
+
+def _enhanced(adjust: Callable[[Tensor, float], Tensor]) -> Operation:
+    """An operation that moves away from the picture in either direction, never past a tenth of it."""
+
+    def enhance(frames_TCHW: Tensor, strength: float, sign: float) -> Tensor:
+        return adjust(frames_TCHW, max(0.1, 1.0 + sign * _MAX_ENHANCEMENT * strength))
+
+    return enhance
+
+
+def _posterize(frames_TCHW: Tensor, strength: float, _sign: float) -> Tensor:
+    return functional.posterize(frames_TCHW, max(1, 4 - int(4 * strength)))
+
+
+def _solarize(frames_TCHW: Tensor, strength: float, _sign: float) -> Tensor:
+    threshold = 256 - int(256 * strength)
+    return functional.solarize(frames_TCHW, threshold) if threshold <= 255 else frames_TCHW
+
+
+def _rotate(frames_TCHW: Tensor, strength: float, sign: float) -> Tensor:
+    angle = sign * _MAX_ROTATION * strength
+    return functional.rotate(frames_TCHW, angle, InterpolationMode.BILINEAR, fill=_FILL)
+
+
+def _affine(frames_TCHW: Tensor, *, shear: tuple[float, float], shift: tuple[float, float]) -> Tensor:
+    """Shear by pixels across for one along, about the upper left corner, or shift by shares of the sides."""
+    height, width = frames_TCHW.shape[-2:]
+    return functional.affine(
+        frames_TCHW,
+        angle=0.0,
+        translate=[shift[0] * width, shift[1] * height],
+        scale=1.0,
+        shear=[math.degrees(math.atan(slope)) for slope in shear],
+        interpolation=InterpolationMode.BILINEAR,
+        fill=_FILL,
+        center=[0.0, 0.0],
+    )
+
+
+OPERATIONS: Final[dict[str, Operation]] = {
+    "auto-contrast": lambda frames, _strength, _sign: functional.autocontrast(frames),
+    "equalize": lambda frames, _strength, _sign: functional.equalize(frames),
+    "invert": lambda frames, _strength, _sign: functional.invert(frames),
+    "rotate": _rotate,
+    "posterize": _posterize,
+    "solarize": _solarize,
+    "saturation": _enhanced(functional.adjust_saturation),
+    "contrast": _enhanced(functional.adjust_contrast),
+    "brightness": _enhanced(functional.adjust_brightness),
+    "sharpness": _enhanced(functional.adjust_sharpness),
+    "shear-x": lambda frames, s, sign: _affine(frames, shear=(sign * _MAX_SHEAR * s, 0.0), shift=(0.0, 0.0)),
+    "shear-y": lambda frames, s, sign: _affine(frames, shear=(0.0, sign * _MAX_SHEAR * s), shift=(0.0, 0.0)),
+    "shift-x": lambda frames, s, sign: _affine(frames, shear=(0.0, 0.0), shift=(sign * _MAX_SHIFT * s, 0.0)),
+    "shift-y": lambda frames, s, sign: _affine(frames, shear=(0.0, 0.0), shift=(0.0, sign * _MAX_SHIFT * s)),
+}

@@ -1,0 +1,170 @@
+"""Parameters, gradients and optimizer state in equal parts over the ranks (FSDP2).
+
+Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", arXiv 2304.11277; here the
+per-parameter form, `torch.distributed.fsdp.fully_shard`. A block's parameters are gathered when it computes
+and given back after. Files never hold parts: whole tensors are gathered before anything is written, so a
+checkpoint fits any number of ranks, sharded or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from avion_dali.config import RunConfig
+from avion_dali.contracts import UserError
+from avion_dali.engine.distributed import Distributed
+from avion_dali.engine.precision import resolve_precision
+
+FORWARD_METHODS = ("encode_video", "encode_text", "features")
+"""Methods besides `forward` that compute with a model's parameters."""
+
+
+def shard_model(model: nn.Module, run: RunConfig, distributed: Distributed) -> None:
+    """Share a model over all ranks, in place, when the run asks for it; call it before the optimizer is made.
+
+    Every block is a unit of its own, what remains is another. Under bf16 the blocks' parameters travel and
+    compute as bf16; gradients are summed in float32, and everything outside the blocks stays float32, so the
+    residual stream has the precision it has without sharding. Scalars (a temperature) cannot be cut; every
+    rank keeps them, see `average_whole_gradients`.
+
+    Args:
+        model: the bare model, equal on all ranks, on this rank's device.
+        run: sharding and precision.
+        distributed: this rank among all; a single process is left as it is.
+
+    Raises:
+        UserError: fp16, whose loss scaler does not know shards.
+    """
+    if run.sharding != "shard" or distributed.world_size == 1:
+        return
+    precision = resolve_precision(run.precision, distributed.device)
+    if precision == "fp16":
+        raise UserError("run.sharding = shard needs run.precision = bf16 or fp32; or take run.sharding = replicate")
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    scalars = {p for p in model.parameters() if p.ndim == 0}
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
+    for name in FORWARD_METHODS:
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks: the members of the outermost module lists."""
+    blocks = []
+    for child in model.children():
+        blocks.extend(child if isinstance(child, nn.ModuleList) else _blocks(child))
+    return blocks
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard_model` has shared this model."""
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Hold the whole model on every rank for a `with` block, so that ranks may call it unequally often.
+
+    An evaluation's last batch may be empty on some ranks, and every forward pass of shards needs all ranks.
+    Costs the memory of the whole model, in the precision it computes in.
+
+    Args:
+        model: the bare model, sharded or not; its weights must not change inside the block.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            unit.reshard()
+
+
+@contextmanager
+def keeps_gradients_local(model: nn.Module) -> Iterator[None]:
+    """Leave the gradients of a `with` block on their rank; the next backward outside of it adds them in."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average over ranks the gradients that sharding leaves alone, those of unsharded scalars."""
+    for parameter in parameters:
+        if parameter.grad is not None and not isinstance(parameter, DTensor):
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The 2-norm () over all gradients, of all ranks' parts where they are sharded; then a collective."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    parts = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
+    rest = [grad for grad in grads if not isinstance(grad, DTensor)]
+    if not parts:
+        return nn.utils.get_total_norm(rest)
+    square = nn.utils.get_total_norm(parts).square()
+    dist.all_reduce(square)
+    return (square + nn.utils.get_total_norm(rest).square()).sqrt() if rest else square.sqrt()
+
+
+def weight_sum(model: nn.Module) -> float:
+    """Sum of the absolute weights, to compare over ranks; that of this rank's parts where they are sharded."""
+    tensors = [p.detach() for p in model.parameters()]
+    whole = [t for t in tensors if not isinstance(t, DTensor)]
+    return sum(float(tensor.double().abs().sum()) for tensor in whole)
+
+
+def gathered(state: Any, *, keep: bool) -> Any:
+    """A state dict with whole tensors in the place of shards; every rank must call it when there are any.
+
+    Args:
+        state: nested dicts and lists of tensors and plain values.
+        keep: hold what was gathered, on the CPU; False on ranks that only take part, whose result is useless.
+
+    Returns:
+        The same structure; what was whole before is the same object.
+    """
+    if isinstance(state, DTensor):
+        whole = state.full_tensor()
+        return whole.cpu() if keep else None
+    if isinstance(state, Mapping):
+        return {key: gathered(value, keep=keep) for key, value in state.items()}
+    if isinstance(state, list):
+        return [gathered(value, keep=keep) for value in state]
+    return state
+
+
+def placed_like(whole: Tensor, own: Tensor) -> Tensor:
+    """Cut this rank's part out of a whole tensor, as `own` is cut; the tensor itself where `own` is whole."""
+    if not isinstance(own, DTensor):
+        return whole
+    # Every rank has read the whole tensor from the file: nothing needs to be sent.
+    return distribute_tensor(
+        whole.to(own.device, own.dtype), own.device_mesh, own.placements, src_data_rank=None
+    )

@@ -1,0 +1,144 @@
+"""Recognition: how often the right class scores highest, also for the verb and the noun of an action.
+
+Definitions are those of the EPIC-KITCHENS-100 action recognition benchmark (Damen et al. 2022, "Rescaling
+Egocentric Vision", arXiv 2006.13256) as AVION evaluates it, so numbers compare with published ones.
+Axes: N samples, K classes, P parts (verbs or nouns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avion_dali.contracts import UserError
+
+Floats = NDArray[np.floating]
+Integers = NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Accuracies as fractions in [0, 1].
+
+    Args:
+        top1: samples whose own class scores highest.
+        top5: samples whose own class is among the five highest.
+        mean_class: mean over the classes that occur of the share of their samples that are right.
+        verb_top1: samples whose verb scores highest, or None without verbs.
+        noun_top1: the same for nouns.
+    """
+
+    top1: float
+    top5: float
+    mean_class: float
+    verb_top1: float | None = None
+    noun_top1: float | None = None
+
+
+def softmax(logits_NK: Floats) -> Floats:
+    """Probabilities of logits, float (N, K) -> (N, K) of the same dtype."""
+    exponentials_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
+    probabilities_NK: Floats = exponentials_NK / exponentials_NK.sum(axis=1, keepdims=True)
+    return probabilities_NK
+
+
+def class_scores(
+    scores_NK: Floats, label_N: Integers, *, verbs: Sequence[int] = (), nouns: Sequence[int] = ()
+) -> ClassScores:
+    """All accuracies of one set of scores.
+
+    Args:
+        scores_NK: one score for every sample and class; probabilities where verbs and nouns are given.
+        label_N: the class of every sample.
+        verbs: verb id of every class, or empty.
+        nouns: noun id of every class, or empty.
+
+    Returns:
+        The accuracies.
+
+    Raises:
+        UserError: shapes do not fit, a score is not finite, or a label is no class.
+    """
+    _check(scores_NK, label_N)
+    return ClassScores(
+        top1=top_k_accuracy(scores_NK, label_N, k=1),
+        top5=top_k_accuracy(scores_NK, label_N, k=5),
+        mean_class=mean_class_accuracy(scores_NK.argmax(axis=1), label_N),
+        verb_top1=part_accuracy(scores_NK, label_N, verbs) if len(verbs) else None,
+        noun_top1=part_accuracy(scores_NK, label_N, nouns) if len(nouns) else None,
+    )
+
+
+def top_k_accuracy(scores_NK: Floats, label_N: Integers, *, k: int) -> float:
+    """Share of samples for whose class fewer than `k` others come first.
+
+    Among equal scores the lower class index comes first, so constant scores are not rewarded.
+
+    Args:
+        scores_NK: float (N, K).
+        label_N: the class of every sample.
+        k: how many classes may be guessed, >= 1.
+    """
+    own_N1 = np.take_along_axis(scores_NK, label_N[:, None], axis=1)
+    is_before_NK = np.arange(scores_NK.shape[1])[None, :] < label_N[:, None]
+    ahead_N = ((scores_NK > own_N1) | ((scores_NK == own_N1) & is_before_NK)).sum(axis=1)
+    return float((ahead_N < k).mean())
+
+
+def mean_class_accuracy(predicted_N: Integers, label_N: Integers) -> float:
+    """Mean over the classes that occur among the labels of the share of their samples that are right.
+
+    Args:
+        predicted_N: the class guessed for every sample.
+        label_N: the class of every sample.
+    """
+    _, class_N, counts = np.unique(label_N, return_inverse=True, return_counts=True)
+    right = np.bincount(class_N, weights=predicted_N == label_N, minlength=len(counts))
+    return float((right / counts).mean())
+
+
+def marginalize(probabilities_NK: Floats, part_K: Sequence[int] | Integers) -> Floats:
+    """Probability of every verb (or noun): the sum over the classes that have it.
+
+    Args:
+        probabilities_NK: of the classes, float (N, K).
+        part_K: verb (or noun) id of every class, >= 0.
+
+    Returns:
+        Float (N, P), P one more than the largest id. An id that no class has gets 0.
+    """
+    part_of_class_K = np.asarray(part_K)
+    has_part_KP = np.zeros((len(part_of_class_K), int(part_of_class_K.max()) + 1), probabilities_NK.dtype)
+    has_part_KP[np.arange(len(part_of_class_K)), part_of_class_K] = 1.0
+    summed_NP: Floats = probabilities_NK @ has_part_KP
+    return summed_NP
+
+
+def part_accuracy(probabilities_NK: Floats, label_N: Integers, part_K: Sequence[int]) -> float:
+    """Share of samples whose most probable verb (or noun) is that of their class.
+
+    Args:
+        probabilities_NK: of the classes, float (N, K).
+        label_N: the class of every sample.
+        part_K: verb (or noun) id of every class.
+    """
+    return float((marginalize(probabilities_NK, part_K).argmax(axis=1) == np.asarray(part_K)[label_N]).mean())
+
+
+def _check(scores_NK: Floats, label_N: Integers) -> None:
+    """Refuse what would give a number without meaning."""
+    if scores_NK.ndim != 2 or len(scores_NK) != len(label_N) or scores_NK.size == 0:
+        raise UserError(
+            f"recognition: scores {scores_NK.shape} must be (samples, classes) with as many samples as there "
+            f"are labels ({len(label_N)}), and not empty"
+        )
+    if not np.isfinite(scores_NK).all():
+        raise UserError("recognition: a score is not finite; the model's weights are broken")
+    if label_N.min() < 0 or label_N.max() >= scores_NK.shape[1]:
+        raise UserError(
+            f"recognition: labels lie in [{label_N.min()}, {label_N.max()}], the model has "
+            f"{scores_NK.shape[1]} classes; every row of the manifest needs a class of the training's table"
+        )

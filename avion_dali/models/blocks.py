@@ -1,0 +1,271 @@
+"""What the video towers have in common: their configuration, patches, stochastic depth and recomputation.
+
+Axes: B clips, C channels, T frames, H W pixels, N tokens, D width, X pixel values of a patch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from avion_dali.config import Activation, AttentionBackend
+from avion_dali.contracts import UserError
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x): the activation OpenAI's CLIP weights were trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply element-wise; shape and dtype are kept."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: Final[dict[Activation, type[nn.Module]]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
+@dataclass(frozen=True)
+class VideoTowerConfig:
+    """Everything that shapes a video tower of any kind.
+
+    Args:
+        image_size: side of the square input frames in pixels.
+        patch_size: side of a patch in pixels; divides `image_size`.
+        num_frames: frames of a clip (T).
+        width: token width (D).
+        layers: number of blocks.
+        heads: attention heads; divides `width`.
+        embed_dim: width of the output; None leaves out the projection, then it is `width`.
+        activation: `gelu` (exact) or `quick_gelu` (OpenAI weights).
+        norm_eps: LayerNorm epsilon; 1e-6 in AVION's checkpoints, 1e-5 in OpenAI's.
+        drop_path: stochastic depth rate.
+        drop_path_schedule: `constant`, the same in every block, as in AVION's published recipes; or `linear`
+            from 0 in the first block to `drop_path` in the last (Huang et al. 2016, arXiv 1603.09382).
+        patch_dropout: share of patch tokens dropped in training, in [0, 1); `VideoTower` only.
+        attention: attention kernel.
+        checkpoint_every: recompute the activations of every n-th block in the backward pass; 0 for none.
+        compile: run torch.compile on each block.
+
+    Raises:
+        UserError: when patches do not tile the frame.
+    """
+
+    image_size: int
+    patch_size: int
+    num_frames: int
+    width: int
+    layers: int
+    heads: int
+    embed_dim: int | None
+    activation: Activation = "gelu"
+    norm_eps: float = 1e-6
+    drop_path: float = 0.0
+    drop_path_schedule: Literal["constant", "linear"] = "constant"
+    patch_dropout: float = 0.0
+    attention: AttentionBackend = "auto"
+    checkpoint_every: int = 0
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.image_size < self.patch_size or self.image_size % self.patch_size:
+            raise UserError(
+                f"video tower: frames of {self.image_size} pixels do not divide into patches of "
+                f"{self.patch_size}; set data.frame_size to a multiple of {self.patch_size}"
+            )
+
+    @property
+    def patches_per_frame(self) -> int:
+        """Patch tokens of one frame."""
+        side: int = self.image_size // self.patch_size
+        return side * side
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one clip as a tower takes it: (3, T, H, W)."""
+        return (3, self.num_frames, self.image_size, self.image_size)
+
+    def drop_path_rate(self, block: int) -> float:
+        """Stochastic depth rate of a block, counted from 0."""
+        if self.drop_path_schedule == "constant":
+            return self.drop_path
+        return self.drop_path * block / max(1, self.layers - 1)
+
+
+def drop_path(x_BND: Tensor, *, rate: float, training: bool) -> Tensor:
+    """Zero whole clips of a residual branch at random, scaled so that the expectation is kept.
+
+    Args:
+        x_BND: a branch's output, float (B, N, D).
+        rate: chance that a clip's branch is zeroed, in [0, 1).
+        training: False returns the input.
+
+    Returns:
+        Float (B, N, D).
+    """
+    if not training or rate == 0.0:
+        return x_BND
+    keep = 1.0 - rate
+    mask_B11 = x_BND.new_empty(x_BND.shape[0], 1, 1).bernoulli_(keep)
+    return x_BND * (mask_B11 / keep)
+
+
+def cut_patches(frames_BCTHW: Tensor, *, patch_size: int, patch_frames: int = 1) -> Tensor:
+    """Cut clips into patches, or into tubes of several frames.
+
+    Args:
+        frames_BCTHW: clips of any dtype (B, C, T, H, W).
+        patch_size: side in pixels; divides H and W.
+        patch_frames: frames of a patch; divides T.
+
+    Returns:
+        Same dtype (B, N, X): patches by time, then row by row; within a patch by frame, row, column and
+        channel. Channels come last because decoded frames lie so in memory: the copy runs along whole rows.
+    """
+    clips, channels, frames, height, width = frames_BCTHW.shape
+    side, depth = patch_size, patch_frames
+    grid = frames_BCTHW.reshape(
+        clips, channels, frames // depth, depth, height // side, side, width // side, side
+    )
+    values = depth * side * side * channels
+    return grid.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(clips, -1, values)
+
+
+class PatchEmbedding(nn.Module):
+    """One linear map for every patch of a clip.
+
+    The weight is stored as a convolution's, `(D, 3, P, P)` or `(D, 3, F, P, P)` for tubes of F frames, to match
+    published checkpoints; it is applied as one matrix product, which is as fast on GPUs and faster on CPUs than
+    a strided convolution.
+    """
+
+    def __init__(self, patch_size: int, width: int, *, patch_frames: int = 0, bias: bool = False) -> None:
+        """Create the weight; the tower initialises it.
+
+        Args:
+            patch_size: side of a patch in pixels (P).
+            width: token width D.
+            patch_frames: frames of a tube (F); 0 for patches of one frame, whose weight has no axis for them.
+            bias: whether a bias is added.
+        """
+        super().__init__()
+        self.patch_size, self.patch_frames = patch_size, max(1, patch_frames)
+        frames = (patch_frames,) if patch_frames else ()
+        self.weight = nn.Parameter(torch.empty(width, 3, *frames, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, frames_BCTHW: Tensor) -> Tensor:
+        """Float (B, 3, T, H, W) -> (B, N, D), in the order of `cut_patches`."""
+        return self.embed(self.cut(frames_BCTHW))
+
+    def cut(self, frames_BCTHW: Tensor) -> Tensor:
+        """The patches that `embed` takes: (B, 3, T, H, W) -> (B, N, X)."""
+        return cut_patches(frames_BCTHW, patch_size=self.patch_size, patch_frames=self.patch_frames)
+
+    def embed(self, patches_BNX: Tensor) -> Tensor:
+        """Float (B, N, X) -> (B, N, D)."""
+        return functional.linear(patches_BNX, self.weight.movedim(1, -1).flatten(1), self.bias)
+
+
+class NamedPatchEmbedding(nn.Module):
+    """A patch embedding whose parameters are named `proj.*`, as timm has them."""
+
+    def __init__(self, patch_size: int, width: int, *, patch_frames: int = 0, bias: bool = False) -> None:
+        """Create the weight; the arguments are those of `PatchEmbedding`."""
+        super().__init__()
+        self.proj = PatchEmbedding(patch_size, width, patch_frames=patch_frames, bias=bias)
+
+    def forward(self, frames_BCTHW: Tensor) -> Tensor:
+        """Float (B, 3, T, H, W) -> (B, N, D)."""
+        tokens_BND: Tensor = self.proj(frames_BCTHW)
+        return tokens_BND
+
+
+def build_mlp(width: int, activation: Activation, *, names: tuple[str, str]) -> nn.Sequential:
+    """Create a block's MLP, four times wider inside.
+
+    Args:
+        width: token width D.
+        activation: between the two matrices.
+        names: of the two matrices, for the parameters' names.
+    """
+    first, second = names
+    return nn.Sequential(
+        OrderedDict[str, nn.Module](
+            [
+                (first, nn.Linear(width, 4 * width)),
+                ("act", ACTIVATIONS[activation]()),
+                (second, nn.Linear(4 * width, width)),
+            ]
+        )
+    )
+
+
+def run_blocks(blocks: nn.ModuleList, x_BND: Tensor, *, checkpoint_every: int) -> Tensor:
+    """Apply blocks in order, keeping only the input of those that are recomputed.
+
+    Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
+
+    Args:
+        blocks: each maps float (B, N, D) to (B, N, D).
+        x_BND: tokens.
+        checkpoint_every: recompute the first block and every n-th after it; 0 for none.
+    """
+    for i, block in enumerate(blocks):
+        if checkpoint_every and i % checkpoint_every == 0 and torch.is_grad_enabled():
+            x_BND = checkpoint(block, x_BND, use_reentrant=False)
+        else:
+            x_BND = block(x_BND)
+    return x_BND
+
+
+def compile_blocks(blocks: nn.ModuleList, *, enabled: bool) -> None:
+    """Have each block compiled at its first call, in place, so that parameters keep their names.
+
+    Blocks are alike: the compiled code of the first serves all whose options agree.
+
+    Args:
+        blocks: blocks of a tower.
+        enabled: False leaves them as they are.
+    """
+    if enabled:
+        for block in blocks:
+            block.compile()
+
+
+@torch.no_grad()
+def init_linear_layers(module: nn.Module) -> None:
+    """Draw fresh weights for all linear maps and norms of a tower, sound for training from scratch.
+
+    Matrices are truncated normal with deviation 0.02 (as in DeiT, Touvron et al. 2021, arXiv 2012.12877),
+    biases zero, LayerNorms the identity.
+
+    Args:
+        module: a tower.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
+        elif isinstance(part, (nn.Linear, PatchEmbedding)):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def check_clip_shape(frames_BCTHW: Tensor, clip_shape: tuple[int, int, int, int]) -> None:
+    """Check that clips are what a tower was built for.
+
+    Args:
+        frames_BCTHW: clips.
+        clip_shape: of one clip, (3, T, H, W).
+
+    Raises:
+        ValueError: when they are not.
+    """
+    if frames_BCTHW.ndim != 5 or frames_BCTHW.shape[1:] != clip_shape:
+        wanted = ", ".join(map(str, clip_shape))
+        raise ValueError(f"the video tower takes clips (B, {wanted}), got {tuple(frames_BCTHW.shape)}")

@@ -1,0 +1,70 @@
+"""A video tower with a linear head: which class a clip shows.
+
+Axes: B clips, C channels, T frames, H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from avion_dali.config import ModelConfig
+from avion_dali.contracts import UserError
+from avion_dali.models.towers import VideoEncoder, build_video_tower
+
+# A head this small starts with equal chances for all classes, and lets the encoder's weights settle first.
+VIDEOMAE_HEAD_SCALE: Final = 0.001
+
+
+class Classifier(nn.Module):
+    """Video tower, dropout, linear head; parameters are named `visual.*` and `fc_cls.*`."""
+
+    def __init__(self, visual: VideoEncoder, num_classes: int, dropout: float = 0.0) -> None:
+        """Put a head on a tower.
+
+        Args:
+            visual: maps float frames (B, 3, T, H, W) to (B, width), and has that `width`.
+            num_classes: classes (K).
+            dropout: share of features zeroed in training.
+
+        Raises:
+            UserError: when there are no classes.
+        """
+        super().__init__()
+        if num_classes < 1:
+            raise UserError("classifier: the manifest has no classes; build it from a dataset with labels")
+        self.visual = visual
+        self.dropout = nn.Dropout(dropout)
+        self.fc_cls = nn.Linear(visual.width, num_classes)
+        nn.init.normal_(self.fc_cls.weight, std=0.01)
+        nn.init.zeros_(self.fc_cls.bias)
+
+    def forward(self, frames_BCTHW: Tensor) -> Tensor:
+        """Normalised frames, float (B, 3, T, H, W) -> logits, float (B, K)."""
+        logits_BK: Tensor = self.fc_cls(self.dropout(self.visual(frames_BCTHW)))
+        return logits_BK
+
+
+def build_classifier(
+    config: ModelConfig, *, num_classes: int, num_frames: int, frame_size: int, dropout: float
+) -> Classifier:
+    """Create a classifier with fresh weights.
+
+    Args:
+        config: encoder, size and options.
+        num_classes: classes (K).
+        num_frames: frames of a clip (T).
+        frame_size: side of a frame in pixels.
+        dropout: before the head.
+
+    Raises:
+        UserError: when frames do not fit the encoder, or there are no classes.
+    """
+    visual = build_video_tower(config, num_frames=num_frames, frame_size=frame_size, embed_dim=None)
+    model = Classifier(visual, num_classes, dropout)
+    if config.encoder == "videomae":
+        with torch.no_grad():
+            nn.init.trunc_normal_(model.fc_cls.weight, std=0.02).mul_(VIDEOMAE_HEAD_SCALE)
+    return model

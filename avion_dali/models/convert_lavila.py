@@ -1,0 +1,134 @@
+"""Names of LaViLa's and EgoVLP's dual encoders (TimeSformer), and ours; CLIP's ViT as a TimeSformer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from torch import Tensor
+
+from avion_dali.contracts import UserError
+from avion_dali.models.convert_clip import CONSTANTS, TEXT_ROOTS, strip_wrappers
+
+_OTHER_TEXT: Final = "of a DistilBERT text tower, which this project does not have"
+_OTHER_SPACE: Final = "leads to the space of the DistilBERT text tower that stays behind"
+_VIT_RENAMES: Final[tuple[tuple[str, str], ...]] = (
+    ("transformer.resblocks.", "blocks."),
+    (".attn.in_proj_", ".attn.qkv."),
+    (".attn.out_proj.", ".attn.proj."),
+    (".ln_1.", ".norm1."),
+    (".ln_2.", ".norm2."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+    ("visual.ln_post.", "visual.norm."),
+    ("visual.conv1.", "visual.patch_embed.proj."),
+)
+
+
+def lavila_to_ours(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Rename the weights of a LaViLa dual encoder, classifier or bare video tower.
+
+    Args:
+        state_dict: parameter name to tensor; CLIP's text tower at the top level.
+
+    Returns:
+        Our name to tensor, sharing memory; and what is left over, name to reason.
+
+    Raises:
+        UserError: when the text part is none of CLIP's.
+    """
+    names = {strip_wrappers(key): tensor for key, tensor in state_dict.items()}
+    if any(name.startswith(("text_decoder.", "img_queries", "img_attn_pool.")) for name in names):
+        raise UserError(
+            "these are the weights of a LaViLa narrator, which writes texts; supported are LaViLa's "
+            "dual encoders with CLIP's text tower (CLIP_OPENAI_TIMESFORMER_BASE, _LARGE, _LARGE_336PX) and its "
+            "classifiers"
+        )
+    if any(".transformer.layer." in name for name in names):
+        raise UserError(
+            "these weights have a DistilBERT text tower (a LaViLa *_DISTILBERT_BASE model); supported are "
+            "CLIP_OPENAI_TIMESFORMER_BASE, _LARGE and _LARGE_336PX, whose text tower is CLIP's, and EgoVLP's "
+            "own files, whose video tower alone is used"
+        )
+    bare = not any(name.startswith("visual.") for name in names)
+    state: dict[str, Tensor] = {}
+    left_over: dict[str, str] = {}
+    for name, tensor in names.items():
+        if name in CONSTANTS:
+            left_over[name] = "a constant, not a weight"
+        elif name.startswith("fc_cls.") and name not in ("fc_cls.weight", "fc_cls.bias"):
+            left_over[name] = "one of several heads"
+        elif name == "image_projection":
+            state["visual.image_projection"] = tensor
+        elif name.startswith(TEXT_ROOTS):
+            state["textual." + name] = tensor
+        else:
+            state["visual." + name if bare else name] = tensor
+    return state, left_over
+
+
+def to_lavila(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names in LaViLa's.
+
+    Args:
+        state: a dual encoder or classifier with a `timesformer` encoder, in our names.
+
+    Returns:
+        Their name to tensor, sharing memory.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        key = "image_projection" if name == "visual.image_projection" else name.removeprefix("textual.")
+        renamed[key] = tensor
+    return renamed
+
+
+def egovlp_to_ours(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Take the video tower of EgoVLP's weights; the text tower and both projections are left over.
+
+    Args:
+        state_dict: parameter name to tensor, under `video_model.`, `text_model.`, `vid_proj.`, `txt_proj.`.
+
+    Returns:
+        Our name to tensor, sharing memory; and what is left over, name to reason.
+    """
+    state: dict[str, Tensor] = {}
+    left_over: dict[str, str] = {}
+    for key, tensor in state_dict.items():
+        name = strip_wrappers(key)
+        if name.startswith("video_model."):
+            state["visual." + name.removeprefix("video_model.")] = tensor
+        elif name.startswith("text_model."):
+            left_over[name] = _OTHER_TEXT
+        elif name.startswith(("vid_proj.", "txt_proj.")):
+            left_over[name] = _OTHER_SPACE
+        else:
+            state[name] = tensor
+    return state, left_over
+
+
+def vit_to_timesformer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename an image model's ViT so that it starts a TimeSformer, as LaViLa starts from OpenAI's weights.
+
+    Attention over time has no counterpart and stays as the model was created: with no effect at first.
+    Source: Zhao et al. 2022 (LaViLa), arXiv 2212.04501.
+
+    Args:
+        state: a model with a `vit` encoder, in our names.
+
+    Returns:
+        The same with the video tower named as a TimeSformer's; other entries as they are.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        if name == "visual.class_embedding":
+            renamed["visual.cls_token"] = tensor[None, None]
+        elif name == "visual.positional_embedding":
+            renamed["visual.pos_embed"] = tensor[None]
+        elif name.startswith("visual."):
+            for theirs, ours in _VIT_RENAMES:
+                name = name.replace(theirs, ours)
+            renamed[name] = tensor
+        else:
+            renamed[name] = tensor
+    return renamed

@@ -1,0 +1,325 @@
+"""Starting from weights that exist: open a file or a published model, settle the options, fill the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from avion_dali.config import Activation, ModelConfig, Normalization, TemporalResize
+from avion_dali.contracts import UserError
+from avion_dali.models.convert import Family, identify, to_ours
+from avion_dali.models.fitting import fit_weights
+from avion_dali.models.presets import PRESETS
+from avion_dali.models.torch_files import find_state_dict, read_torch_file
+from avion_dali.models.towers import settled_activation
+from avion_dali.models.weight_facts import WeightFacts, facts_of
+
+OPEN_CLIP_PREFIX: Final = "open_clip:"
+HEADER_KEY: Final = "avion_dali"
+"""Where a safetensors file of this project says what it is: JSON text in the metadata."""
+_DEFAULT_NORM_EPS: Final = 1e-6
+_SHOWN: Final = 5
+
+
+@dataclass(frozen=True)
+class StartWeights:
+    """Weights to start from.
+
+    Args:
+        state: our name to tensor.
+        facts: what they are.
+        source: where they came from, for messages.
+        left_over: entries of the file that no model here has, name to reason.
+        config: configuration of the training as plain values, in this project's own files; else empty.
+    """
+
+    state: dict[str, Tensor]
+    facts: WeightFacts
+    source: str
+    left_over: dict[str, str]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StartReport:
+    """What became of weights in a model.
+
+    Args:
+        source: where they came from.
+        loaded: parameters filled from the weights.
+        resized: which of them were changed in shape, in words.
+        fresh: parameters as the model was created, name to reason.
+        unused: entries that the model has no use for, name to reason.
+        warnings: where the run departs from what the weights were trained with, in words.
+    """
+
+    source: str
+    loaded: tuple[str, ...]
+    resized: tuple[str, ...]
+    fresh: dict[str, str]
+    unused: dict[str, str]
+    warnings: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Return a few lines for a log: counts, reasons, names."""
+        lines = [f"{self.source}: {len(self.loaded)} of {len(self.loaded) + len(self.fresh)} parameters loaded"]
+        lines += [f"  resized: {change}" for change in self.resized]
+        lines += [f"  fresh: {text}" for text in by_reason(self.fresh)]
+        lines += [f"  unused: {text}" for text in by_reason(self.unused)]
+        return lines + [f"  warning: {text}" for text in self.warnings]
+
+
+def by_reason(names: Mapping[str, str]) -> list[str]:
+    """Put names with one reason together, in words.
+
+    Args:
+        names: name to reason.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, reason in names.items():
+        groups.setdefault(reason, []).append(name)
+    return [f"{few(group)} ({reason})" for reason, group in groups.items()]
+
+
+def few(names: list[str]) -> str:
+    """The first names of a list, and how many more there are.
+
+    Args:
+        names: any number.
+    """
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def open_start(weights: str) -> StartWeights:
+    """Open weights by the name a configuration gives them.
+
+    Args:
+        weights: a file (of this project, AVION, LaViLa, EgoVLP, VideoMAE, OpenAI or open_clip; `torch.save` or
+            safetensors), `open_clip:NAME/PRETRAINED`, which downloads what is not cached, or
+            `open_clip:NAME//FILE`, which tells by NAME what activation the weights in FILE were trained with.
+
+    Raises:
+        UserError: when they cannot be had, read or used; says what is supported.
+    """
+    if weights.startswith(OPEN_CLIP_PREFIX):
+        path, known = _find_open_clip(weights)
+        state, _, more = _read_file(path)
+        family = identify(state)
+        if family != "open_clip":
+            raise UserError(f"{weights}: {path} holds weights of {family}; name the file without open_clip:")
+        return _converted(state, "open_clip", source=weights, known={**known, **more})
+    state, header, known = _read_file(Path(weights))
+    if header:
+        return _own(state, header, source=weights)
+    return _converted(state, identify(state), source=weights, known=known)
+
+
+def _converted(
+    state: Mapping[str, Tensor], family: Family, *, source: str, known: Mapping[str, Any]
+) -> StartWeights:
+    try:
+        ours, left_over = to_ours(state, family)
+        facts = facts_of(ours, family, known=known)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    return StartWeights(ours, facts, source, left_over, config={})
+
+
+def _own(state: Mapping[str, Tensor], header: Mapping[str, Any], *, source: str) -> StartWeights:
+    """Weights that this project wrote: its header says what they were trained with."""
+    family: Family = "avion_dali"
+    known = {k: v for k, v in header.get("weights", {}).items() if k in _TOLD_BY_HEADER}
+    config = header.get("config", {})
+    if config:
+        model, data = config.get("model", {}), config.get("data", {})
+        options = {name: model[name] for name in ("encoder", "activation") if name in model}
+        known = {
+            "activation": settled_activation(ModelConfig(**options)),
+            "norm_eps": model.get("norm_eps") or _DEFAULT_NORM_EPS,
+            "normalization": data.get("normalization"),
+            "num_frames": data.get("num_frames", 0),
+            "frame_size": data.get("frame_size", 0),
+        }
+    elif header.get("layout"):
+        family = identify(state)
+    started = _converted(state, family, source=source, known=known)
+    return replace(started, config=dict(config))
+
+
+_TOLD_BY_HEADER: Final = ("activation", "norm_eps", "normalization", "num_frames", "frame_size")
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """State dict, this project's header (empty in files of others), and facts that the file's form tells."""
+    if path.suffix == ".safetensors":
+        state, header = _read_safetensors(path)
+        return state, header, {}
+    content = read_torch_file(path)
+    if isinstance(content, dict) and str(content.get("format", "")).startswith(HEADER_KEY):
+        return find_state_dict(content, source=str(path)), {"config": content.get("config", {})}, {}
+    state = find_state_dict(content, source=str(path))
+    # Only OpenAI's own files carry this constant, and all their models were trained with QuickGELU.
+    return state, {}, {"activation": "quick_gelu"} if "input_resolution" in state else {}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"there is no weights file at {path}; check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}); get it again") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: its header is damaged; get it again")
+    return state, header
+
+
+def _find_open_clip(weights: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a published model, downloaded when it is not cached, and what its name tells."""
+    name, _, rest = weights.removeprefix(OPEN_CLIP_PREFIX).partition("/")
+    if not name or not rest:
+        raise UserError(
+            f"model.weights = {weights!r}: write open_clip:NAME/PRETRAINED, such as open_clip:ViT-B-16/openai, "
+            "or open_clip:NAME//path/to/file"
+        )
+    quick: Activation = "quick_gelu" if name.endswith("-quickgelu") else "gelu"
+    if rest.startswith("/"):
+        absolute = Path(rest)
+        return absolute if absolute.is_file() else Path(rest.lstrip("/")), {"activation": quick}
+    from open_clip import pretrained  # imported here: it takes seconds
+
+    published = pretrained.get_pretrained_cfg(name, rest)
+    if not published:
+        tags = pretrained.list_pretrained_tags_by_model(name)
+        has = f"open_clip has {name} as: {', '.join(tags)}" if tags else f"open_clip knows no pretrained {name}"
+        raise UserError(f"model.weights = {weights!r}: {has}")
+    try:
+        path = Path(pretrained.download_pretrained(published))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{weights} could not be downloaded ({error}). Where there is no network, copy the file here and "
+            f"set model.weights to open_clip:{name}//path/to/file"
+        ) from error
+    own_statistics = tuple(published.get("mean", ())) == tuple(pretrained.OPENAI_DATASET_MEAN)
+    return path, {
+        "activation": "quick_gelu" if published.get("quick_gelu") else quick,
+        "normalization": "openai" if own_statistics else None,
+    }
+
+
+def settle(config: ModelConfig, facts: WeightFacts) -> ModelConfig:
+    """Fill in what a configuration leaves to the weights.
+
+    Args:
+        config: the model's; its size and encoder must be those of the weights.
+        facts: what the weights are.
+
+    Returns:
+        The same with `activation` and `norm_eps` decided, which is what a run should keep.
+
+    Raises:
+        UserError: when the weights are of another size or encoder; names the setting to change.
+    """
+    image_model = facts.family == "open_clip" and config.encoder == "timesformer"
+    if config.encoder != facts.encoder and not image_model:
+        raise UserError(
+            f"model.encoder = {config.encoder}, but {config.weights or 'the weights'} are of a "
+            f"{facts.encoder}; set model.encoder: {facts.encoder}"
+        )
+    if not facts.fits(config.size):
+        preset = PRESETS[config.size]
+        way_out = f"set model.size: {facts.size}" if facts.size else "no model.size has these dimensions"
+        raise UserError(
+            f"model.size = {config.size} has width {preset.video_width}, {preset.video_layers} blocks and "
+            f"patches of {preset.patch_size} pixels, but {config.weights or 'the weights'} have width "
+            f"{facts.width}, {facts.layers} blocks and patches of {facts.patch_size}; {way_out}"
+        )
+    activation = config.activation
+    if activation == "auto":
+        activation = facts.activation or settled_activation(config)
+    return replace(
+        config, activation=activation, norm_eps=config.norm_eps or facts.norm_eps or _DEFAULT_NORM_EPS
+    )
+
+
+def contradictions(
+    facts: WeightFacts, *, normalization: Normalization | None = None, activation: Activation | None = None
+) -> tuple[str, ...]:
+    """Say where a run departs from what its weights were trained with.
+
+    Args:
+        facts: what the weights are.
+        normalization: pixel statistics of the run; None leaves them out.
+        activation: activation of the run's model; None leaves it out.
+    """
+    found = []
+    if normalization and facts.normalization and normalization != facts.normalization:
+        found.append(
+            f"the weights were trained with data.normalization {facts.normalization}, "
+            f"this run uses {normalization}"
+        )
+    if activation and facts.activation and activation != facts.activation:
+        found.append(
+            f"the weights were trained with model.activation {facts.activation}, this run uses {activation}"
+        )
+    if activation and not facts.activation:
+        found.append(
+            f"the file does not tell the activation of its training, this run uses {activation}; "
+            "open_clip:NAME//FILE tells it by the name"
+        )
+    return tuple(found)
+
+
+def apply_start(
+    model: nn.Module,
+    start: StartWeights,
+    *,
+    temporal_resize: TemporalResize,
+    normalization: Normalization | None = None,
+    activation: Activation | None = None,
+) -> StartReport:
+    """Fill a model from weights: all that is expected, or nothing.
+
+    Args:
+        model: a dual encoder, classifier or masked-video model, just created and not wrapped.
+        start: from `open_start`.
+        temporal_resize: how frame positions fit fewer frames; more frames are interpolated.
+        normalization: pixel statistics of the run, to be compared with those of the weights.
+        activation: activation of the model, to be compared with that of the weights.
+
+    Returns:
+        What was loaded, what stayed fresh and what was left over, each with its reason.
+
+    Raises:
+        UserError: when anything lacks, is left over or differs in shape that no rule expects; names it.
+    """
+    own = model.state_dict()
+    try:
+        fit = fit_weights(own, start.state, start.facts, temporal_resize=temporal_resize)
+    except UserError as error:
+        raise UserError(f"{start.source}: {error}") from error
+    if fit.problems:
+        embed_dim = start.facts.embed_dim
+        hint = f" (their model.embed_dim is {embed_dim})" if embed_dim else ""
+        raise UserError(
+            f"{start.source} does not fit the model: {few(fit.problems)}. Use the model settings the weights "
+            f"were made with{hint}"
+        )
+    model.load_state_dict({**own, **fit.tensors})
+    return StartReport(
+        source=start.source,
+        loaded=tuple(fit.tensors),
+        resized=tuple(fit.resized),
+        fresh=fit.fresh,
+        unused={**start.left_over, **fit.unused},
+        warnings=contradictions(start.facts, normalization=normalization, activation=activation),
+    )

@@ -1,0 +1,191 @@
+"""The video tower of LaViLa: attention over time, then over the places of each frame.
+
+Sources: Bertasius et al. 2021 (TimeSformer), arXiv 2102.05095, section 3; Bain et al. 2021 (Frozen in Time),
+arXiv 2104.00650, section 3.2, for the residual around both. Parameter names and numbers are those of the models
+released with LaViLa (Zhao et al. 2022, arXiv 2212.04501).
+Axes: B clips, C channels, T frames, S places of a frame, H heads (H W pixels in frames), K width of one head,
+G groups of L patches that see each other, N = 1 + T S tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from avion_dali.config import AttentionBackend
+from avion_dali.models.attention import attend, check_heads, join_heads, split_heads
+from avion_dali.models.blocks import (
+    NamedPatchEmbedding,
+    VideoTowerConfig,
+    build_mlp,
+    check_clip_shape,
+    compile_blocks,
+    drop_path,
+    init_linear_layers,
+    run_blocks,
+)
+
+Over = Literal["time", "space"]
+
+# The norm before the blocks is CLIP's and kept its epsilon; the others have timm's.
+PRE_NORM_EPS: Final = 1e-5
+
+
+class DividedAttention(nn.Module):
+    """Attention of each patch to the class token and to the patches of its place, or of its frame.
+
+    The class token itself attends to all tokens. No mask is needed: groups are rows of a batch.
+    """
+
+    def __init__(self, width: int, heads: int, *, over: Over, places: int, backend: AttentionBackend) -> None:
+        """Create the projections; the tower initialises them.
+
+        Args:
+            width: token width D.
+            heads: number of heads; divides `width`.
+            over: `time`, the patches of one place see each other; `space`, those of one frame.
+            places: patches of a frame (S).
+            backend: attention kernel.
+
+        Raises:
+            UserError: when the width does not divide into the heads.
+        """
+        super().__init__()
+        check_heads(width, heads)
+        self.heads, self.over, self.places, self.backend = heads, over, places, backend
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Mix the tokens of each clip: float (B, 1 + T * places, D) -> same shape."""
+        q_BHNK, k_BHNK, v_BHNK = split_heads(self.qkv(x_BND), self.heads)
+        class_BH1K = attend(q_BHNK[:, :, :1], k_BHNK, v_BHNK, self.backend)
+        mixed_BGHLK = attend(
+            self._groups(q_BHNK).flatten(0, 1),
+            self._with_class(k_BHNK),
+            self._with_class(v_BHNK),
+            self.backend,
+        ).unflatten(0, (x_BND.shape[0], -1))
+        # Groups are frames or places; either way back to frame by frame, place by place.
+        order = (0, 2, 1, 3, 4) if self.over == "space" else (0, 2, 3, 1, 4)
+        patches_BHNK = mixed_BGHLK.permute(order).flatten(2, 3)
+        projected: Tensor = self.proj(join_heads(torch.cat([class_BH1K, patches_BHNK], dim=2)))
+        return projected
+
+    def _groups(self, t_BHNK: Tensor) -> Tensor:
+        """Patch tokens by group: (B, H, 1 + T S, K) -> (B, G, H, L, K), a view."""
+        t_BHTSK = t_BHNK[:, :, 1:].unflatten(2, (-1, self.places))
+        return t_BHTSK.permute((0, 2, 1, 3, 4) if self.over == "space" else (0, 3, 1, 2, 4))
+
+    def _with_class(self, t_BHNK: Tensor) -> Tensor:
+        """Patch tokens by group, each group after the class token: (B * G, H, 1 + L, K)."""
+        groups_BGHLK = self._groups(t_BHNK)
+        class_BGH1K = t_BHNK[:, None, :, :1].expand(-1, groups_BGHLK.shape[1], -1, -1, -1)
+        return torch.cat([class_BGH1K, groups_BGHLK], dim=3).flatten(0, 1)
+
+
+class DividedBlock(nn.Module):
+    """Attention over time, then over space, then the MLP; the residual of both attentions is the input."""
+
+    def __init__(self, config: VideoTowerConfig, *, drop_path_rate: float) -> None:
+        """Create one block of the tower the config describes."""
+        super().__init__()
+        width, eps, places = config.width, config.norm_eps, config.patches_per_frame
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = DividedAttention(width, config.heads, over="space", places=places, backend=config.attention)
+        self.timeattn = DividedAttention(
+            width, config.heads, over="time", places=places, backend=config.attention
+        )
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = build_mlp(width, config.activation, names=("fc1", "fc2"))
+        self.norm3 = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Float (B, N, D) -> (B, N, D)."""
+        rate = self.drop_path_rate
+        over_time_BND = self.timeattn(self.norm3(x_BND))
+        over_space_BND = self.attn(self.norm1(x_BND + over_time_BND))
+        x_BND = x_BND + drop_path(over_space_BND, rate=rate, training=self.training)
+        return x_BND + drop_path(self.mlp(self.norm2(x_BND)), rate=rate, training=self.training)
+
+
+class TimeSformer(nn.Module):
+    """Clips to vectors by divided space-time attention.
+
+    Token order is the class token, then frame by frame, row by row. A clip may have fewer frames than the tower
+    was built for: it takes the first frame positions.
+    """
+
+    def __init__(self, config: VideoTowerConfig) -> None:
+        """Create and initialise the tower the config describes."""
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.patches_per_frame, width))
+        self.temporal_embed = nn.Parameter(torch.empty(1, config.num_frames, width))
+        if config.embed_dim is not None:
+            self.image_projection = nn.Parameter(torch.empty(width, config.embed_dim))
+        self.patch_embed = NamedPatchEmbedding(config.patch_size, width)
+        self.ln_pre = nn.LayerNorm(width, eps=PRE_NORM_EPS)
+        self.blocks = nn.ModuleList(
+            DividedBlock(config, drop_path_rate=config.drop_path_rate(i)) for i in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        compile_blocks(self.blocks, enabled=config.compile)
+        self.init_weights()
+
+    @property
+    def width(self) -> int:
+        """Width of `features`."""
+        return self.config.width
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw fresh weights; time has no effect at first.
+
+        Frame positions are zero, and so is what attention over time puts out: its queries, keys and values
+        are zero and its last matrix all ones, through which gradients reach the values (as LaViLa does).
+        """
+        init_linear_layers(self)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.zeros_(self.temporal_embed)
+        for part in self.modules():
+            if isinstance(part, DividedAttention) and part.over == "time":
+                nn.init.zeros_(part.qkv.weight)
+                nn.init.ones_(part.proj.weight)
+        if self.config.embed_dim is not None:
+            nn.init.normal_(self.image_projection, std=self.config.width**-0.5)
+
+    def forward(self, frames_BCTHW: Tensor) -> Tensor:
+        """Encode clips.
+
+        Args:
+            frames_BCTHW: normalised frames, float (B, 3, T, H, W), T at most the config's.
+
+        Returns:
+            Float (B, embed_dim), not normalised; (B, width) without a projection.
+
+        Raises:
+            ValueError: when there are more frames, or H or W differ from the config's.
+        """
+        features_BD = self.features(frames_BCTHW)
+        return features_BD if self.config.embed_dim is None else features_BD @ self.image_projection
+
+    def features(self, frames_BCTHW: Tensor) -> Tensor:
+        """The class token after the last norm: float (B, 3, T, H, W) -> (B, width)."""
+        channels, most, height, width = self.config.clip_shape
+        frames = min(most, frames_BCTHW.shape[2]) if frames_BCTHW.ndim == 5 else most
+        check_clip_shape(frames_BCTHW, (channels, frames, height, width))
+        # (1, T, 1, D) + (1, S, D): every patch gets its frame's position plus its place's.
+        positions_1TSD = self.temporal_embed[:, :frames].unsqueeze(2) + self.pos_embed[:, 1:]
+        x_BND = self.patch_embed(frames_BCTHW) + positions_1TSD.flatten(1, 2)
+        class_11D = self.cls_token + self.pos_embed[:, :1]
+        x_BND = torch.cat([class_11D.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
+        x_BND = run_blocks(self.blocks, self.ln_pre(x_BND), checkpoint_every=self.config.checkpoint_every)
+        pooled: Tensor = self.norm(x_BND[:, 0])
+        return pooled

@@ -1,0 +1,323 @@
+"""Reading files of `torch.save` without running what is pickled in them.
+
+Published checkpoints hold, beside tensors, the objects of the program that wrote them: an argparse.Namespace,
+a pandas DataFrame, numpy scalars, a configuration class. Unpickling these the usual way imports modules and
+calls whatever the file names. Here nothing outside this module is imported or called: tensors and containers
+are rebuilt, a Namespace becomes a dict, other objects become empty placeholders, and a file that asks to call
+anything else is refused by the name of what it asks for.
+"""
+
+from __future__ import annotations
+
+import mmap
+import pickle
+import re
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import torch
+from torch import Tensor
+
+from avion_dali.contracts import UserError
+
+UNREADABLE: Final = (
+    *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, struct.error),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, MemoryError, OverflowError, NotImplementedError),
+)
+"""What reading a damaged, foreign or hostile file raises, depending on where it stumbles."""
+
+_STORAGE_DTYPES: Final[dict[str, torch.dtype]] = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
+_LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
+_ZIP_LOCAL_HEADER: Final = 30  # bytes before the file name in a zip's local header
+
+# Calls that only make data: their result is a placeholder, and they are not worth refusing a file for.
+_DATA_CALL: Final = re.compile(
+    r"""(builtins|__builtin__)\.(set|frozenset|slice|complex|bytearray|list|dict|tuple|int|float|object)
+    | _codecs\.encode | (copyreg|copy_reg)\._reconstructor | torch\.(device|Size)
+    | torch\.jit\._pickle\.build_\w+list | collections\.(defaultdict|Counter|deque)
+    | datetime\.\w+ | pathlib(\._local)?\.\w*Path
+    | (numpy|pandas)\.(\w+\.)*(_\w+|[A-Z]\w*|dtype|ndarray|scalar)""",
+    re.VERBOSE,
+)
+
+
+class _InertType(type):
+    """The type of placeholder classes; calling one is refused unless the call only makes data."""
+
+    origin: str
+
+    def __call__(cls, *args: object, **kwargs: object) -> Any:
+        if not _DATA_CALL.fullmatch(cls.origin):
+            raise pickle.UnpicklingError(f"it asks to call {cls.origin}, which is refused")
+        placeholder: Any = cls
+        return placeholder.__new__(placeholder)
+
+
+class Inert(metaclass=_InertType):
+    """Stands for an object of a class that was not imported; `state` is what it would be set up with."""
+
+    origin = "object"
+    state: Any = None
+
+    def __new__(cls, *_args: object, **_kwargs: object) -> Inert:
+        """Make an empty placeholder, whatever the arguments."""
+        return object.__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+    def __setitem__(self, key: object, value: object) -> None:
+        """Take an entry of a dict-like object, and forget it."""
+
+    def append(self, value: object) -> None:
+        """Take an item of a list-like object, and forget it."""
+
+    def extend(self, values: object) -> None:
+        """Take items of a list-like object, and forget them."""
+
+    add = append
+
+
+class _Namespace(dict[str, Any]):
+    """An argparse.Namespace as a dict."""
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            self.update(state)
+
+
+class _Storage:
+    """Numbers in a row, one dtype; tensors are views of it."""
+
+    def __init__(self, dtype: torch.dtype, content_bytes: Tensor) -> None:
+        self.dtype = dtype
+        self.content_bytes = content_bytes
+
+    def tensor(self, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+        return self.content_bytes.view(self.dtype).as_strided(size, stride, offset)
+
+
+def _rebuild_tensor(
+    storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_rest: object
+) -> Tensor:
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("a tensor without a storage")
+    return storage.tensor(offset, size, stride)  # torch refuses views that leave the storage
+
+
+def _rebuild_parameter(data: Tensor, *_rest: object) -> Tensor:
+    return data
+
+
+_REAL: Final[dict[str, object]] = {
+    "collections.OrderedDict": OrderedDict,
+    "argparse.Namespace": _Namespace,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+}
+
+StorageReader = Callable[[str, torch.dtype, int], _Storage]
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Rebuilds tensors and containers; every other name becomes a placeholder, nothing is imported."""
+
+    def __init__(self, file: BinaryIO, read_storage: StorageReader) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._read_storage = read_storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a name of the pickle.
+
+        Args:
+            module: the module it names.
+            name: the class or function it names.
+        """
+        origin = f"{module}.{name}"
+        if origin in _REAL:
+            return _REAL[origin]
+        if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
+        return _InertType("Inert", (Inert,), {"origin": origin})
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Return a storage of the file.
+
+        Args:
+            pid: `("storage", dtype, key, device, number of elements)`, for old files with one more entry.
+
+        Raises:
+            pickle.UnpicklingError: when it refers to anything else.
+        """
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or len(pid) > 5 and pid[5]:
+            raise pickle.UnpicklingError(f"an outside reference of an unknown kind: {str(pid)[:60]}")
+        if not isinstance(pid[1], torch.dtype) or not isinstance(pid[4], int) or pid[4] < 0:
+            raise pickle.UnpicklingError(f"a storage of an unknown kind: {str(pid)[:60]}")
+        return self._read_storage(str(pid[2]), pid[1], pid[4])
+
+
+def read_torch_file(path: Path) -> Any:
+    """Read a file of `torch.save`, or the parameters of a TorchScript archive, onto the CPU.
+
+    torch's own restricted reader goes first; where it refuses an object, this module's goes on.
+
+    Args:
+        path: the file, in torch's zip format or the one before torch 1.6.
+
+    Returns:
+        What was saved. Objects of other classes are `Inert`, an argparse.Namespace is a dict. Tensors may be
+        read from the file when first used, so it must not be changed meanwhile.
+
+    Raises:
+        UserError: when the file is missing, damaged, no such file, or asks to call something.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file at {path}; check the path")
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip and _check_archive(path):
+            return _read_zip(path)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        except UNREADABLE:
+            return _read_zip(path) if is_zip else _read_legacy(path)
+    except UNREADABLE as error:
+        raise UserError(
+            f"{path} cannot be read as weights ({type(error).__name__}: {_first_line(error)}); it is "
+            "truncated, damaged, no file of torch.save, or not to be trusted. Get it again from its publisher"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:160]
+
+
+def _check_archive(path: Path) -> bool:
+    """Compare checksums, which torch does not (about 1 s per GB); True when this is a TorchScript archive."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"checksum of {damaged} is wrong")
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _read_zip(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        # A private mapping: only the pages of tensors that are used are read, and the file stays as it is.
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+        if pickled is None:
+            raise ValueError("the archive holds no data.pkl")
+        folder = pickled.removesuffix("data.pkl")
+        if folder + "byteorder" in archive.namelist() and archive.read(folder + "byteorder") != b"little":
+            raise ValueError("it was written on a big-endian machine")
+        known: dict[str, _Storage] = {}
+
+        def read_storage(key: str, dtype: torch.dtype, numel: int) -> _Storage:
+            if key not in known:
+                content_bytes = _entry(archive, content, folder + "data/" + key)
+                if content_bytes.numel() < numel * dtype.itemsize:
+                    raise ValueError(f"storage {key} is too short")
+                known[key] = _Storage(dtype, content_bytes[: numel * dtype.itemsize])
+            return _Storage(dtype, known[key].content_bytes)
+
+        with archive.open(pickled) as stream:
+            return _InertUnpickler(stream, read_storage).load()  # type: ignore[arg-type]
+
+
+def _entry(archive: zipfile.ZipFile, content: mmap.mmap, name: str) -> Tensor:
+    """Bytes of a zip's entry, uint8; mapped when they are stored as they are."""
+    info = archive.getinfo(name)
+    if info.file_size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    if info.compress_type != zipfile.ZIP_STORED:
+        return torch.frombuffer(bytearray(archive.read(info)), dtype=torch.uint8)
+    # The local header's name and extra field may be longer than the directory's.
+    lengths = struct.unpack_from("<HH", content, info.header_offset + _ZIP_LOCAL_HEADER - 4)
+    start = info.header_offset + _ZIP_LOCAL_HEADER + sum(lengths)
+    return torch.frombuffer(content, dtype=torch.uint8, count=info.file_size, offset=start)
+
+
+def _read_legacy(path: Path) -> Any:
+    """Read the format before torch 1.6: pickles in a row, then the storages in the order of their keys."""
+    size_bytes = path.stat().st_size
+    storages: dict[str, _Storage] = {}
+
+    def reserve(key: str, dtype: torch.dtype, numel: int) -> _Storage:
+        if numel * dtype.itemsize > size_bytes:
+            raise ValueError(f"storage {key} is longer than the file")
+        if key not in storages:
+            storages[key] = _Storage(dtype, torch.empty(numel * dtype.itemsize, dtype=torch.uint8))
+        return storages[key]
+
+    with open(path, "rb") as file:
+        if _InertUnpickler(file, reserve).load() != _LEGACY_MAGIC:
+            raise ValueError("it does not begin as torch files do")
+        for _ in ("protocol version", "description of the machine"):
+            _InertUnpickler(file, reserve).load()
+        content = _InertUnpickler(file, reserve).load()
+        for key in _InertUnpickler(file, reserve).load():
+            (numel,) = struct.unpack("<q", file.read(8))
+            target = storages[key].content_bytes
+            if numel * storages[key].dtype.itemsize != target.numel():
+                raise ValueError(f"storage {key} has another length than its tensors")
+            if file.readinto(target.numpy().data) != target.numel():
+                raise EOFError(f"storage {key} is cut short")
+    return content
+
+
+def find_state_dict(content: Any, *, source: str) -> dict[str, Tensor]:
+    """The parameters in what a file held.
+
+    Args:
+        content: from `read_torch_file`: a state dict, a dict that holds one as `model`, `module` or
+            `state_dict` (the first there is), or a TorchScript module.
+        source: the file, for messages.
+
+    Returns:
+        Parameter name to tensor.
+
+    Raises:
+        UserError: when there is none, or something in it is no tensor; names it.
+    """
+    if isinstance(content, Inert):
+        state: Any = dict(_tensors_of_module(content, ""))
+    else:
+        state = content
+        if isinstance(content, Mapping):
+            state = next((content[k] for k in ("model", "module", "state_dict") if k in content), content)
+    if not isinstance(state, Mapping) or not state:
+        raise UserError(f"{source} holds no state dict; give a checkpoint that holds a model's weights")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            kind = value.origin if isinstance(value, Inert) else type(value).__name__
+            raise UserError(f"{source}: {key!r} in its state dict is a {kind}, not a tensor; it cannot be used")
+    return dict(state)
+
+
+def _tensors_of_module(module: Inert, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of a TorchScript module and of the modules in it."""
+    if isinstance(module.state, dict):
+        for name, value in module.state.items():
+            if isinstance(value, Tensor):
+                yield f"{prefix}{name}", value
+            elif isinstance(value, Inert):
+                yield from _tensors_of_module(value, f"{prefix}{name}.")

@@ -1,0 +1,143 @@
+"""The encoder of VideoMAE: tubes of two frames through a plain transformer, pooled by their mean.
+
+Source: Tong et al. 2022, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video
+Pre-Training", arXiv 2203.12602, section 3 and appendix. Parameter names are those of its published weights.
+Axes: B clips, C channels, T frames, H W pixels, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from avion_dali.contracts import UserError
+from avion_dali.models.attention import FusedAttention
+from avion_dali.models.blocks import (
+    NamedPatchEmbedding,
+    VideoTowerConfig,
+    build_mlp,
+    check_clip_shape,
+    compile_blocks,
+    drop_path,
+    init_linear_layers,
+    run_blocks,
+)
+from avion_dali.models.positions import sincos_positions
+
+TUBE_FRAMES: Final = 2
+
+
+class FusedBlock(nn.Module):
+    """A pre-norm transformer block, as `vit.Block`, with timm's parameter names."""
+
+    def __init__(self, config: VideoTowerConfig, *, drop_path_rate: float) -> None:
+        """Create one block of the tower the config describes."""
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attn = FusedAttention(config.width, config.heads, backend=config.attention)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = build_mlp(config.width, config.activation, names=("fc1", "fc2"))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Float (B, N, D) -> (B, N, D)."""
+        rate = self.drop_path_rate
+        x_BND = x_BND + drop_path(self.attn(self.norm1(x_BND)), rate=rate, training=self.training)
+        return x_BND + drop_path(self.mlp(self.norm2(x_BND)), rate=rate, training=self.training)
+
+
+def build_blocks(config: VideoTowerConfig) -> nn.ModuleList:
+    """Create the blocks of an encoder or decoder."""
+    blocks = nn.ModuleList(
+        FusedBlock(config, drop_path_rate=config.drop_path_rate(i)) for i in range(config.layers)
+    )
+    compile_blocks(blocks, enabled=config.compile)
+    return blocks
+
+
+def build_tube_embedding(config: VideoTowerConfig) -> NamedPatchEmbedding:
+    """Create the map from tubes to tokens."""
+    return NamedPatchEmbedding(config.patch_size, config.width, patch_frames=TUBE_FRAMES, bias=True)
+
+
+def count_tubes(config: VideoTowerConfig) -> tuple[int, int]:
+    """Count the tubes of a clip.
+
+    Args:
+        config: sizes.
+
+    Returns:
+        Tubes one after another in time, and tubes side by side in a frame.
+
+    Raises:
+        UserError: when the frames do not divide into tubes.
+    """
+    if config.num_frames < TUBE_FRAMES or config.num_frames % TUBE_FRAMES:
+        raise UserError(
+            f"videomae: clips of {config.num_frames} frames do not divide into tubes of {TUBE_FRAMES}; "
+            "set data.num_frames to an even number"
+        )
+    return config.num_frames // TUBE_FRAMES, config.patches_per_frame
+
+
+class VideoMAETower(nn.Module):
+    """Clips to vectors: the mean of all tubes' tokens, then a norm; for fine-tuning.
+
+    Positions are fixed sines and cosines. There is no class token.
+    """
+
+    positions_ND: Tensor
+
+    def __init__(self, config: VideoTowerConfig) -> None:
+        """Create and initialise the tower the config describes.
+
+        Raises:
+            UserError: when the frames do not divide into tubes.
+        """
+        super().__init__()
+        self.config = config
+        slots, places = count_tubes(config)
+        self.patch_embed = build_tube_embedding(config)
+        self.register_buffer("positions_ND", sincos_positions(slots * places, config.width), persistent=False)
+        self.blocks = build_blocks(config)
+        self.fc_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        if config.embed_dim is not None:
+            self.image_projection = nn.Parameter(torch.empty(config.width, config.embed_dim))
+        self.init_weights()
+
+    @property
+    def width(self) -> int:
+        """Width of `features`."""
+        return self.config.width
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw fresh weights."""
+        init_linear_layers(self)
+        if self.config.embed_dim is not None:
+            nn.init.normal_(self.image_projection, std=self.config.width**-0.5)
+
+    def forward(self, frames_BCTHW: Tensor) -> Tensor:
+        """Encode clips.
+
+        Args:
+            frames_BCTHW: normalised frames, float (B, 3, T, H, W); channel-last memory is fastest.
+
+        Returns:
+            Float (B, embed_dim), not normalised; (B, width) without a projection.
+
+        Raises:
+            ValueError: when T, H or W differ from the config's.
+        """
+        features_BD = self.features(frames_BCTHW)
+        return features_BD if self.config.embed_dim is None else features_BD @ self.image_projection
+
+    def features(self, frames_BCTHW: Tensor) -> Tensor:
+        """The mean of the tokens, normed: float (B, 3, T, H, W) -> (B, width)."""
+        check_clip_shape(frames_BCTHW, self.config.clip_shape)
+        x_BND = self.patch_embed(frames_BCTHW) + self.positions_ND
+        x_BND = run_blocks(self.blocks, x_BND, checkpoint_every=self.config.checkpoint_every)
+        pooled: Tensor = self.fc_norm(x_BND.mean(dim=1))
+        return pooled

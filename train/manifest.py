@@ -1,0 +1,144 @@
+"""`avion-dali manifest`: make a manifest from chunks and annotations. Workers re-import it: light."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from avion_dali.contracts import UserError
+
+if TYPE_CHECKING:
+    from avion_dali.datasets.building import BuildReport, BuildSettings
+
+Progress = Callable[[int], object]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the subcommand accepts."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    captions = kinds.add_parser(
+        "captions", help="CSV or JSON lines: video, start, end, text[, verb, noun, label]"
+    )
+    _add_common(captions, annotations=".csv or .jsonl file")
+    captions.add_argument("--classes-from", type=Path, help="manifest whose classes the labels count")
+    ego4d = kinds.add_parser("ego4d", help="pickled narrations of Ego4D, as LaViLa and AVION have them")
+    _add_common(ego4d, annotations=".pkl files; their rows follow each other", several=True)
+    _add_ek100(kinds.add_parser("ek100", help="CSV files of EPIC-KITCHENS-100"))
+    _add_kinetics(kinds.add_parser("kinetics", help="lists `path label` or `path frames label`"))
+
+
+def _add_ek100(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser, annotations="EPIC_100_*.csv")
+    parser.add_argument("--task", required=True, choices=("recognition", "retrieval"))
+    classes = "recognition: the train and the validation file (default: beside the annotations)"
+    parser.add_argument("--classes-from", type=Path, nargs="+", metavar="CSV", default=[], help=classes)
+    parser.add_argument("--sentences", type=Path, help="retrieval: EPIC_100_retrieval_*_sentence.csv")
+    parser.add_argument("--relevancy", type=Path, help="retrieval: caption_relevancy_*.pkl")
+
+
+def _add_kinetics(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser, annotations="the list", chunks=False)
+    root = parser.add_mutually_exclusive_group(required=True)
+    root.add_argument("--videos", type=Path, help="folder that the list's video files lie below")
+    root.add_argument("--chunks", type=Path, help="chunk folder of the listed videos")
+    parser.add_argument("--class-names", type=Path, help="text file, one class name a line in label order")
+
+
+def _add_common(
+    parser: argparse.ArgumentParser, *, annotations: str, several: bool = False, chunks: bool = True
+) -> None:
+    if chunks:
+        parser.add_argument("--chunks", required=True, type=Path, help="chunk folder")
+    number = "+" if several else None
+    parser.add_argument("--annotations", required=True, type=Path, nargs=number, help=annotations)
+    parser.add_argument("--output", required=True, type=Path, help="manifest folder to write")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out")
+    parser.add_argument("--jobs", default=0, type=int, help="probing processes (default: one per core)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make the manifest and say what went in and what was left out."""
+    with _progress() as (on_chunk, on_row):
+        report = _build(options, on_chunk, on_row)
+    print("\n".join(summary(report, options.output)))
+    return 0
+
+
+def _build(options: argparse.Namespace, on_chunk: Progress, on_row: Progress) -> BuildReport:
+    from avion_dali.datasets.building import BuildSettings
+
+    if options.kind == "captions":
+        return _build_captions(options, on_chunk)
+    whole_files = options.kind == "kinetics" and options.videos is not None
+    settings = BuildSettings(
+        chunk_root=options.videos if whole_files else options.chunks,
+        output=options.output,
+        skip_bad_rows=options.skip_bad_rows,
+        jobs=options.jobs,
+        on_chunk=on_chunk,
+        on_row=on_row,
+    )
+    if options.kind == "ego4d":
+        from avion_dali.datasets.ego4d import build_ego4d_manifest
+
+        return build_ego4d_manifest(settings, options.annotations)
+    if options.kind == "ek100":
+        return _build_ek100(options, settings)
+    from avion_dali.datasets.kinetics import build_kinetics_manifest
+
+    return build_kinetics_manifest(
+        settings, options.annotations, whole_files=whole_files, class_names=options.class_names
+    )
+
+
+def _build_captions(options: argparse.Namespace, on_chunk: Progress) -> BuildReport:
+    from avion_dali.datasets.captions import build_captions_manifest
+
+    return build_captions_manifest(
+        options.chunks,
+        options.annotations,
+        options.output,
+        skip_bad_rows=options.skip_bad_rows,
+        jobs=options.jobs,
+        on_progress=on_chunk,
+        classes_from=options.classes_from,
+    )
+
+
+def _build_ek100(options: argparse.Namespace, settings: BuildSettings) -> BuildReport:
+    from avion_dali.datasets.ek100 import Retrieval, build_recognition_manifest, build_retrieval_manifest
+
+    if (options.sentences is None) != (options.relevancy is None):
+        raise UserError("--sentences and --relevancy go together: the matrix has a column for each sentence")
+    if options.task == "recognition":
+        if options.sentences is not None:
+            raise UserError("--sentences and --relevancy are for --task retrieval")
+        return build_recognition_manifest(settings, options.annotations, classes_from=options.classes_from)
+    if options.classes_from:
+        raise UserError("--classes-from is for --task recognition")
+    retrieval = None if options.sentences is None else Retrieval(options.sentences, options.relevancy)
+    return build_retrieval_manifest(settings, options.annotations, retrieval)
+
+
+def summary(report: BuildReport, output: Path) -> list[str]:
+    """Return what is said of a finished manifest."""
+    texts = "" if report.num_texts == report.num_samples else f" with {report.num_texts} texts"
+    lines = [f"{output}: {report.num_samples} clips{texts} over {report.num_chunks} chunks", *report.notes]
+    if report.rejected:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in report.rejected.items())
+        lines.append(f"{sum(report.rejected.values())} rows left out, listed in {output}: {kinds}")
+    if report.unusable:
+        lines.append(f"{len(report.unusable)} chunk files left out, listed in {output}")
+    return lines
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Progress, Progress]]:
+    """Show one bar for files and then one for rows."""
+    from tqdm import tqdm
+
+    with tqdm(unit="file", desc="probing") as files, tqdm(unit="row", desc="rows") as rows:
+        yield lambda done: files.update(done - files.n), lambda done: rows.update(done - rows.n)

@@ -1,0 +1,130 @@
+"""`avion-dali weights`: say what a file of weights is, and write it as safetensors. Light until it runs."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from avion_dali.contracts import UserError
+
+if TYPE_CHECKING:
+    from avion_dali.models.start import StartWeights
+    from avion_dali.models.weight_facts import WeightFacts
+
+LAYOUTS = ("avion-flash", "avion-plain", "open_clip", "lavila", "videomae")
+"""`avion_dali.models.convert.LAYOUTS`, which takes seconds to import."""
+
+# VideoMAE's positions are formulas, so its files do not tell; all its published models took such clips.
+VIDEOMAE_FRAMES = 16
+VIDEOMAE_FRAME_SIZE = 224
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the subcommand accepts."""
+    parser.add_argument(
+        "weights", help="a file, or open_clip:NAME/PRETRAINED, or open_clip:NAME//FILE; as model.weights"
+    )
+    parser.add_argument("--output", type=Path, help="safetensors file to write, in this project's names")
+    parser.add_argument("--to", choices=LAYOUTS, help="write --output in another project's names")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Describe the weights; with --output, write them."""
+    output = options.output
+    if options.to and output is None:
+        raise UserError("--to needs --output, the file to write")
+    if output is not None and output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: safetensors is written; end the name in .safetensors")
+    from avion_dali.models.start import open_start
+
+    start = open_start(options.weights)
+    print("\n".join(description(start)))
+    if output is not None:
+        write(start, output, layout=options.to)
+        print(f"written: {output}{f', in the names of {options.to}' if options.to else ''}")
+    return 0
+
+
+def description(start: StartWeights) -> list[str]:
+    """Return lines that say what weights are."""
+    from avion_dali.models.start import by_reason
+
+    facts = start.facts
+    unknown = "the weights do not tell"
+    frames = f"{facts.num_frames} frames" if facts.num_frames != 1 else "1 frame (an image model)"
+    pixels = f"{facts.frame_size} x {facts.frame_size} pixels"
+    size = f"model.size {facts.size}" if facts.size else "none of model.size"
+    rows = {
+        "family": f"{facts.family}, {facts.role}",
+        "encoder": f"{facts.encoder}, width {facts.width}, {facts.layers} blocks, "
+        f"patches of {facts.patch_size} pixels ({size})",
+        "clips": f"{frames} of {pixels}" if facts.num_frames and facts.frame_size else unknown,
+        "shared space": f"{facts.embed_dim} wide, texts of {facts.context_length} tokens",
+        "classes": str(facts.num_classes),
+        "normalization": facts.normalization or unknown,
+        "activation": facts.activation or unknown,
+        "norm eps": f"{facts.norm_eps:g}" if facts.norm_eps else unknown,
+        "parameters": f"{sum(tensor.numel() for tensor in start.state.values()):,}",
+    }
+    if facts.role != "dual-encoder":
+        del rows["shared space"]
+    if not facts.num_classes:
+        del rows["classes"]
+    lines = [start.source, *(f"  {name:<14} {value}" for name, value in rows.items())]
+    return lines + [f"  {'left over':<14} {text}" for text in by_reason(start.left_over)]
+
+
+def write(start: StartWeights, path: Path, *, layout: str | None) -> None:
+    """Write weights as safetensors with a header that says what they are."""
+    import json
+
+    import safetensors.torch
+
+    from avion_dali.engine.checkpoint import atomic_write, software_versions
+    from avion_dali.models.convert import from_ours
+    from avion_dali.models.start import HEADER_KEY
+
+    header: dict[str, Any] = {"weights": asdict(start.facts), "versions": software_versions()}
+    if layout is None:
+        state = start.state
+        header |= {"config": config} if (config := start.config or plain_config(start.facts)) else {}
+    else:
+        state = from_ours(start.state, layout)  # type: ignore[arg-type]
+        header["layout"] = layout
+    # Copies: safetensors refuses tensors that share memory.
+    copies = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+    metadata = {"format": "pt", HEADER_KEY: json.dumps(header)}
+    content = safetensors.torch.save(copies, metadata=metadata)
+    atomic_write(path, lambda file: file.write(content))
+
+
+def plain_config(facts: WeightFacts) -> dict[str, Any]:
+    """Return the configuration that builds the model of these weights, for `train.evaluate`.
+
+    Empty when there is none: the dimensions are no model.size, or a part of the model is missing.
+    """
+    from avion_dali.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
+
+    if facts.size is None or facts.role == "video-tower":
+        return {}
+    names: dict[str, Any] = {
+        "dual-encoder": "contrastive",
+        "classifier": "classification",
+        "masked-video": "masked-video",
+    }
+    model = ModelConfig(
+        encoder=facts.encoder,
+        size=facts.size,
+        embed_dim=facts.embed_dim or ModelConfig.embed_dim,
+        activation=facts.activation or "auto",
+        norm_eps=facts.norm_eps,
+        context_length=facts.context_length or ModelConfig.context_length,
+    )
+    data = DataConfig(
+        num_frames=facts.num_frames or VIDEOMAE_FRAMES,
+        frame_size=facts.frame_size or VIDEOMAE_FRAME_SIZE,
+        normalization=facts.normalization or DataConfig.normalization,
+    )
+    return asdict(TrainConfig(model=model, data=data, objective=ObjectiveConfig(name=names[facts.role])))
