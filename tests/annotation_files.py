@@ -1,4 +1,4 @@
-"""Tiny annotation files in the formats that data sets are published in, and a tokenizer that needs no import."""
+"""Tiny annotation files in the formats that data sets are published in, and a light tokenizer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 from avion_dali.datasets import building
 from avion_dali.datasets.building import BuildSettings
 
-EPIC_COLUMNS = (
+EPIC_HEADER = (
     "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,"
     "stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes"
-).split(",")
+)
 
 
 def letters(text: str) -> tuple[int, ...]:
@@ -55,21 +55,22 @@ def epic_row(
     nouns: str | None = None,
     video: str = "P01_01",
 ) -> list[Any]:
-    """One row; the strings of verb and noun and the frame numbers are wrong on purpose, nobody may read them."""
+    """One row; the words of verb and noun and the frame numbers are wrong: nobody may read them."""
     participant = video.partition("_")[0]
     all_nouns = f"[{noun}]" if nouns is None else nouns
     times = ("00:00:00.000", start, stop, 99_999, 99_999)
     return [name, participant, video, *times, narration, "?", verb, "?", noun, "['?']", all_nouns]
 
 
-def write_epic(path: Path, rows: Iterable[Sequence[Any]], header: Sequence[str] = EPIC_COLUMNS) -> Path:
+def write_epic(path: Path, rows: Iterable[Sequence[Any]], header: str = EPIC_HEADER) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
+        file.write(header + "\n")
+        csv.writer(file).writerows(rows)
     return path
 
 
 def write_sentences(path: Path, sentences: Iterable[tuple[str, str]]) -> Path:
-    return write_epic(path, sentences, header=("narration_id", "narration"))
+    return write_epic(path, sentences, header="narration_id,narration")
 
 
 def write_relevancy(path: Path, grades_RC: Any, dtype: str = "float64") -> Path:

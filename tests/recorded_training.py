@@ -16,12 +16,12 @@ def main() -> None:
     from avion_dali.contracts import ClipBatch
     from avion_dali.engine.distributed import distributed_session
     from train.arguments import parse_options
-    from train.build import pretraining
+    from train.build import training
 
     record, kill_step = Path(sys.argv[1]), int(sys.argv[2])
     config = parse_options(TrainConfig, sys.argv[3:], prog="recorded_training", description="")
 
-    with distributed_session() as distributed, pretraining(config, distributed) as loop:
+    with distributed_session() as distributed, training(config, distributed) as loop:
         deliver = loop.loader.batches
 
         def batches(first_step: int, last_step: int) -> Iterator[ClipBatch]:

@@ -1,5 +1,6 @@
 import importlib.util
 import math
+import sys
 import types
 
 import pytest
@@ -16,9 +17,10 @@ PACKAGES = {"flash-attn": "flash_attn", "xformers": "xformers"}
 
 @pytest.fixture(autouse=True)
 def _nothing_found_out_before():
-    attention._package_problem.cache_clear()
+    attention._find_problem.cache_clear()
     yield
-    attention._package_problem.cache_clear()
+    attention._find_problem.cache_clear()
+    attention._PACKAGE_KERNELS.clear()
 
 
 def make_qkv(dtype: torch.dtype = torch.float64, queries: int = 7) -> list[torch.Tensor]:
@@ -95,7 +97,7 @@ class FakePackage(types.ModuleType):
 
 def install(monkeypatch: pytest.MonkeyPatch, package: FakePackage) -> None:
     """Pretend that a package is there and that `cuda` is a device, memory excepted."""
-    monkeypatch.setattr(attention.importlib, "import_module", lambda name: package)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **how: zeros(*shape, **how))
 
@@ -120,11 +122,24 @@ def test_a_package_whose_kernel_fails_is_not_taken(monkeypatch):
 def test_a_package_gets_heads_behind_tokens(monkeypatch):
     package = FakePackage()
     install(monkeypatch, package)
+    resolve_attention("flash-attn", CUDA, torch.bfloat16)
     monkeypatch.setattr(attention, "resolve_attention", lambda name, *where: name)
     q, k, v = make_qkv(queries=3)
     mixed = attend(q, k, v, "flash-attn")
-    assert package.shapes == [((2, 3, 4, 5), (2, 7, 4, 5))]
+    assert package.shapes[-1] == ((2, 3, 4, 5), (2, 7, 4, 5))
     assert torch.allclose(mixed, attend(q, k, v, "math"))
+
+
+def test_compiled_code_does_not_look_for_packages(monkeypatch):
+    install(monkeypatch, FakePackage())
+
+    def mix(q, k, v):
+        kernel = resolve_attention("auto", CUDA, torch.bfloat16)
+        return attend(q, k, v) if kernel == "flash-attn" else q
+
+    q, k, v = make_qkv()
+    traced = torch.compile(mix, backend="eager", fullgraph=True)
+    assert torch.allclose(traced(q, k, v), attend(q, k, v, "math"))
 
 
 def test_an_unknown_backend_is_refused():

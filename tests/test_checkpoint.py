@@ -59,7 +59,7 @@ def test_round_trip_and_safe_to_load(tmp_path):
     assert loaded.config["data"]["crop_scale"] == (0.5, 1.0)
     assert loaded.versions["torch"] and loaded.world_size == 2
     raw = torch.load(path, weights_only=True)
-    assert raw["format"] == "avion_dali checkpoint" and raw["format_version"] == 1
+    assert raw["format"] == "avion_dali checkpoint" and raw["format_version"] == 2
 
 
 def test_versions_name_what_numbers_depend_on():

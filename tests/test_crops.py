@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from avion_dali.contracts import CropWindow
-from avion_dali.data.crops import center_square_window, random_resized_window
+from avion_dali.data.crops import (
+    center_square_window,
+    multi_scale_window,
+    random_resized_window,
+    side_square_windows,
+    simple_random_window,
+)
 
 SCALE, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 SIZES = [(16, 16), (320, 256), (127, 95), (341, 256), (17, 33), (2, 2), (3, 2), (1920, 1080)]
@@ -102,25 +108,25 @@ def test_draws_that_never_fit_end_at_the_centred_fallback(
     size: tuple[int, int], ratio: tuple[float, float], expected: CropWindow
 ) -> None:
     class Outermost:
-        """Draws the largest area and the widest aspect, which never fit; offsets must not be asked for."""
+        """Draws four times the frame and the widest aspect, which never fit; no offset must be asked for."""
 
-        def uniform(self, low: float, high: float) -> float:
-            return 4.0 if low == 1.0 else high
+        def random(self) -> float:
+            return 1.0
 
-    window = random_resized_window(*size, scale=(1.0, 1.0), ratio=ratio, rng=Outermost())
+    window = random_resized_window(*size, scale=(4.0, 4.0), ratio=ratio, rng=Outermost())
     assert window == expected
 
 
 @pytest.mark.parametrize(("misses", "expected"), [(9, 128), (10, 320)])
 def test_ten_draws_are_tried_before_the_fallback(misses: int, expected: int) -> None:
     class FitsAfterMisses:
-        """Areas far too large, then a fifth of the frame; the aspect is always 1."""
+        """Areas far too large, then a fifth of the frame; the aspect is the middle of its range, 1."""
 
         def __init__(self) -> None:
-            self.areas = [100.0] * misses + [0.2]
+            self.draws = [100.0, 0.5] * misses + [1 / 9, 0.5]
 
-        def uniform(self, low: float, high: float) -> float:
-            return self.areas.pop(0) if low == 0.1 else 0.0
+        def random(self) -> float:
+            return self.draws.pop(0)
 
         def integers(self, low: int, high: int) -> int:
             return low
@@ -163,3 +169,79 @@ def test_centre_square_is_the_largest_and_centred_up_to_the_grid() -> None:
             assert window.width == window.height == min(width, height) // 2 * 2
             assert 0 <= width - window.width - 2 * window.x <= 3
             assert 0 <= height - window.height - 2 * window.y <= 3
+
+
+def assert_even_and_inside(window: CropWindow, width: int, height: int) -> None:
+    assert all(number % 2 == 0 for number in (window.x, window.y, window.width, window.height))
+    assert window.x + window.width <= width
+    assert window.y + window.height <= height
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_simple_random_windows_are_squares_of_the_short_side(width: int, height: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        window = simple_random_window(width, height, rng=rng)
+        assert_even_and_inside(window, width, height)
+        assert window.width == window.height == min(width, height) // 2 * 2
+
+
+def test_simple_random_places_are_uniform_over_the_even_positions() -> None:
+    rng = np.random.default_rng(0)
+    for size, along in (((40, 20), "x"), ((20, 41), "y")):
+        windows = [simple_random_window(*size, rng=rng) for _ in range(4000)]
+        counts = np.bincount([getattr(w, along) // 2 for w in windows])
+        assert len(counts) == 11
+        np.testing.assert_allclose(counts / 4000, 1 / 11, atol=0.02)
+        assert {getattr(w, "y" if along == "x" else "x") for w in windows} == {0}
+
+
+@pytest.mark.parametrize(("width", "height"), [(320, 256), (341, 256), (256, 340), (16, 16), (1920, 1080)])
+def test_multi_scale_windows_have_ten_shapes_at_thirteen_places(width: int, height: int) -> None:
+    rng = np.random.default_rng(0)
+    windows = [multi_scale_window(width, height, frame_size=224, rng=rng) for _ in range(3000)]
+    for window in windows:
+        assert_even_and_inside(window, width, height)
+    base = min(width, height)
+    lengths = [int(base * share) for share in (1, 0.875, 0.75, 0.66)]
+    lengths = [(224 if abs(n - 224) <= 2 else n) // 2 * 2 for n in lengths]
+    near = {(lengths[i], lengths[j]) for i in range(4) for j in range(4) if abs(i - j) <= 1}
+    assert {(w.width, w.height) for w in windows} == near
+    if min(width, height) > 100:
+        by_shape = {shape: set() for shape in near}
+        for w in windows:
+            by_shape[w.width, w.height].add((w.x, w.y))
+        w, h = lengths[2], lengths[2]
+        steps = (width - w) // 4, (height - h) // 4
+        quarters = {(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 0), (2, 4)}
+        quarters |= {(1, 1), (3, 1), (1, 3), (3, 3)}
+        assert by_shape[w, h] == {(x * steps[0] // 2 * 2, y * steps[1] // 2 * 2) for x, y in quarters}
+
+
+def test_multi_scale_lengths_near_the_output_become_it() -> None:
+    """0.875 of 256 is 224 by itself; of 258 it is 225, and of 260 it is 227, which is too far."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        side: {multi_scale_window(400, side, frame_size=224, rng=rng).width for _ in range(300)}
+        for side in (256, 258, 260)
+    }
+    assert [sorted(shapes[side])[2] for side in (256, 258, 260)] == [224, 224, 226]
+
+
+@pytest.mark.parametrize(
+    ("size", "offsets"),
+    [
+        ((397, 224), (0, 86, 172)),
+        ((224, 397), (0, 86, 172)),
+        ((512, 288), (0, 112, 224)),
+        ((225, 225), (0, 0, 0)),
+    ],
+)
+def test_three_test_crops_lie_along_the_longer_side(size: tuple[int, int], offsets: tuple[int, ...]) -> None:
+    """The recorded offsets of width 397 are 0, 87, 173; here they lie on the even grid."""
+    windows = side_square_windows(*size)
+    assert tuple(max(w.x, w.y) for w in windows) == offsets
+    assert windows[1] == center_square_window(*size)
+    for window in windows:
+        assert_even_and_inside(window, *size)
+        assert window.width == window.height == min(size) // 2 * 2

@@ -149,7 +149,7 @@ def test_one_set_of_files_with_numbers_of_all_ranks(results, two_ranks):
 def test_checkpoint_of_two_ranks_continues_on_one(two_ranks, tmp_path):
     loop = make_loop(tmp_path, loader=ToyLoader(accum_steps=4))
     loop.restore(two_ranks / "run" / LATEST_NAME)
-    assert loop.step == 6 and loop.best_metric == 2.0
+    assert loop.step == 6 and loop.state.best_metric == 2.0
 
 
 def test_a_dead_rank_is_noticed_within_seconds(two_ranks):

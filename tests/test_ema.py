@@ -99,26 +99,31 @@ def one_rank():
     dist.destroy_process_group()
 
 
+def train(model: nn.Module, average: WeightAverage, x: torch.Tensor) -> list[torch.Tensor]:
+    """Two steps, each with an evaluation of the averages after it; what these put out."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    outputs = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).pow(2).sum().backward()
+        optimizer.step()
+        average.update()
+        with torch.no_grad():
+            before = model(x)
+            with average.applied():
+                outputs.append(model(x))
+            assert torch.equal(model(x), before), "the weights are back"
+        assert not torch.allclose(outputs[-1], before)
+    return outputs
+
+
 def test_sharded_weights_are_averaged_swapped_and_resumed_like_whole_ones(one_rank):
     whole, sharded = make_model(), make_model()
     fully_shard(sharded, mesh=one_rank)
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(5))
     averages = [WeightAverage(model, decay=0.5) for model in (whole, sharded)]
-    outputs = []
-    for model, average in zip((whole, sharded), averages, strict=True):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-        for _ in range(2):
-            optimizer.zero_grad()
-            model(x).pow(2).sum().backward()
-            optimizer.step()
-            average.update()
-            with torch.no_grad():
-                before = model(x)
-                with average.applied():
-                    outputs.append(model(x))
-                assert torch.equal(model(x), before), "the weights are back"
-                assert not torch.allclose(outputs[-1], before)
-    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    outputs = [train(model, average, x) for model, average in zip((whole, sharded), averages, strict=True)]
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
     saved = [average.state_dict() for average in averages]
     assert saved[0].keys() == saved[1].keys()
     assert all(torch.equal(saved[1][name], value) for name, value in saved[0].items())

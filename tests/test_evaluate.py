@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from avion_dali.contracts import ChunkRef, ClipBatch, UserError
+from avion_dali.data.classes import CaptionTable
 from avion_dali.data.manifest import Chunk, Manifest, Sample, write_manifest
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.evaluate import build_gallery, evaluate_retrieval, freeze_first_frame
@@ -21,7 +22,9 @@ ROWS = [
 ]
 
 
-def manifest_of(folder: Path, rows: list[tuple[str, str, tuple[str, ...]]]) -> Manifest:
+def manifest_of(
+    folder: Path, rows: list[tuple[str, str, tuple[str, ...]]], captions: CaptionTable | None = None
+) -> Manifest:
     ref = ChunkRef(str(folder / "a" / "0.mp4"), 1, 900, 64, 48)
     samples = [
         Sample(
@@ -30,7 +33,11 @@ def manifest_of(folder: Path, rows: list[tuple[str, str, tuple[str, ...]]]) -> M
         for i, (text, verb, nouns) in enumerate(rows)
     ]
     write_manifest(
-        folder / "m", chunk_root=folder, chunks=[Chunk(ref, "a", 0.0, Fraction(30), "h264")], samples=samples
+        folder / "m",
+        chunk_root=folder,
+        chunks=[Chunk(ref, "a", 0.0, Fraction(30), "h264")],
+        samples=samples,
+        captions=captions,
     )
     return Manifest(folder / "m")
 
@@ -124,3 +131,47 @@ def test_frozen_frames_repeat_the_first_one(tmp_path: Path) -> None:
     frozen = freeze_first_frame(frames)
     for t in range(3):
         torch.testing.assert_close(frozen[:, t], frames[:, 0])
+
+
+def test_clips_of_a_row_are_averaged_wherever_they_are(tmp_path: Path) -> None:
+    """Two clips of two crops each say 0, 0, 0 and 1 of row 3: the mean is nearest to text 0."""
+    manifest = manifest_of(tmp_path, ROWS)
+    views = ClipBatch(
+        batch_of([3] * 4, [0, 1, 1, 2], [True] * 4).frames_BTHWC,
+        None,
+        None,
+        np.array([3, 0]),
+        np.array([0, 1, 0, 1]),
+        np.array([True, True]),
+    )
+    other = ClipBatch(
+        batch_of([3] * 4, [0, 0, 2, 2], [True] * 4).frames_BTHWC,
+        None,
+        None,
+        np.array([3, 1]),
+        np.array([0, 1, 0, 1]),
+        np.array([True, True]),
+    )
+    result = evaluate(manifest, [views, batch_of([2], [1], [True]), other])
+    assert result.sample_ids.tolist() == [0, 1, 2, 3]
+    # Texts 1, 2, 0 in order of appearance. Row 3: three views of 0 and one of 1; row 0: one of 1 and one of 2.
+    expected = [[2**-0.5, 2**-0.5, 0], [0, 1, 0], [1, 0, 0], [10**-0.5, 0, 3 * 10**-0.5]]
+    np.testing.assert_allclose(result.similarity_VT, expected, atol=1e-6)
+
+
+def test_a_row_is_scored_by_the_clips_that_could_be_read(tmp_path: Path) -> None:
+    result = evaluate(manifest_of(tmp_path, ROWS), [batch_of([0, 0, 1], [7, 1, 2], [False, True, False])])
+    assert result.sample_ids.tolist() == [0] and result.unreadable == 2
+    np.testing.assert_allclose(result.similarity_VT, [[1, 0, 0]], atol=1e-6)
+
+
+def test_stored_captions_and_grades_are_the_gallery(tmp_path: Path) -> None:
+    """EPIC-KITCHENS-100's protocol: clips against given captions and a given relevancy matrix."""
+    grades = np.array([[1, 0.25], [0, 1], [1, 0], [0.5, 0.75]], dtype=np.float32)
+    captions = CaptionTable(("cut the carrot", "wash the knife"), ((1, 11, 99), (1, 12, 99)), grades)
+    gallery_manifest = manifest_of(tmp_path, ROWS, captions)
+    result = evaluate(gallery_manifest, [batch_of([0, 1, 2, 3], [1, 2, 1, 0], [True, True, True, False])])
+    assert result.texts == ("cut the carrot", "wash the knife")
+    np.testing.assert_array_equal(result.relevancy_VT, grades[:3])
+    np.testing.assert_allclose(result.similarity_VT, [[1, 0], [0, 1], [1, 0]], atol=1e-6)
+    assert result.metrics()["map_avg"] == pytest.approx(1)

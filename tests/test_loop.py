@@ -168,7 +168,7 @@ def test_evaluation_is_in_eval_mode_every_n_epochs_and_at_the_end(tmp_path):
         seen.append((train_loop.step, train_loop.model.training, torch.is_grad_enabled()))
         return {"score": 0.0}
 
-    train_loop.evaluate = evaluate
+    train_loop.keeper.evaluate = evaluate
     train_loop.run()
     assert seen == [(6, False, False), (12, False, False), (15, False, False)]
     assert train_loop.model.training
@@ -182,7 +182,7 @@ def test_failed_evaluation_costs_no_training_and_is_done_after_resume(tmp_path):
         make_loop(tmp_path, evaluate=fail).run()
     again = make_loop(tmp_path, evaluate=scripted([0.3, 0.2]))
     again.restore(tmp_path / LATEST_NAME)
-    assert again.step == 3 and again.pending_evaluation
+    assert again.step == 3 and again.state.pending_evaluation
     again.run()
     rows = [row for row in read_rows(tmp_path / LOG_NAME) if row["kind"] == "evaluation"]
     assert [(row["step"], row["score"]) for row in rows] == [(3, 0.3), (6, 0.2)]
@@ -245,6 +245,6 @@ def test_settings_come_from_the_training_configuration():
 def test_only_rank_zero_writes(tmp_path):
     # A second rank without a process group: what it does alone must leave no file.
     train_loop = make_loop(tmp_path)
-    train_loop.distributed = Distributed(rank=1, world_size=2)
+    train_loop.distributed = train_loop.keeper.distributed = Distributed(rank=1, world_size=2)
     train_loop.run()
     assert list(tmp_path.iterdir()) == []

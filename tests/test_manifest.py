@@ -1,8 +1,10 @@
 """What is written is read back, rows are found by division, and nothing is copied into memory."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +14,9 @@ import pytest
 from chunk_folders import NTSC_30, chunk_row, sample_row
 
 from avion_dali.contracts import ChunkRef, PacketIndexRef, UserError
+from avion_dali.data import classes as classes_module
 from avion_dali.data import manifest as module
+from avion_dali.data.classes import CaptionTable, ClassTable
 from avion_dali.data.manifest import Chunk, IndexWriter, Manifest, Sample, write_manifest
 
 CHUNKS = [
@@ -24,13 +28,17 @@ SAMPLES = [
     Sample(0, 2, 1.25, 16.5, ("#C C picks the knife",), ((49406, 258, 49407),), "pick", ("knife", "hand")),
     Sample(2, 1, 0.0, 0.1, ('naïve 😀 \u2028 "quoted", a;b\nline', "", "é"), ((49406, 65535), (), (7,))),
     Sample(1, 1, 15.0, 15.0),
+    Sample(1, 1, 15.0, 16.0, label=1),
 ]
+
+
+CLASSES = ClassTable(("0:10", "0:9 é"), verbs=(0, 0), nouns=(10, 9))
 
 
 def write(
     folder: Path, *, chunks: list[Chunk] = CHUNKS, samples: list[Sample] = SAMPLES, **info: object
 ) -> Path:
-    write_manifest(folder, chunk_root="/chunks", chunks=chunks, samples=samples, info=info)
+    write_manifest(folder, chunk_root="/chunks", chunks=chunks, samples=samples, classes=CLASSES, info=info)
     return folder
 
 
@@ -52,8 +60,8 @@ def assert_same_chunk(read: Chunk, written: Chunk) -> None:
 
 def test_round_trip_keeps_every_value(tmp_path: Path) -> None:
     opened = Manifest(write(tmp_path / "deep" / "m", annotations="a.csv"))
-    assert (opened.num_chunks, opened.num_samples) == (3, 3)
-    assert [opened.sample(i) for i in range(3)] == SAMPLES
+    assert (opened.num_chunks, opened.num_samples) == (3, 4)
+    assert [opened.sample(i) for i in range(4)] == list(opened.samples()) == SAMPLES
     for row, chunk in enumerate(CHUNKS):
         assert_same_chunk(opened.chunk(row), chunk)
     assert opened.info["annotations"] == "a.csv"
@@ -63,6 +71,141 @@ def test_rows_have_plain_types(tmp_path: Path) -> None:
     row = Manifest(write(tmp_path)).sample(0)
     assert [type(v) for v in (row.first_chunk, row.num_chunks, row.start_s)] == [int, int, float]
     assert {type(t) for ids in row.tokens for t in ids} == {int}
+
+
+def test_single_columns_say_what_the_row_says(tmp_path: Path) -> None:
+    opened = Manifest(write(tmp_path))
+    for row, sample in enumerate(SAMPLES):
+        span = (sample.first_chunk, sample.num_chunks, sample.start_s, sample.end_s)
+        assert opened.span(row) == span
+        assert opened.label(row) == sample.label
+        assert opened.num_texts(row) == len(sample.texts)
+        assert tuple(opened.tokens(row, k) for k in range(len(sample.texts))) == sample.tokens
+    with pytest.raises(IndexError):
+        opened.tokens(0, 1)
+
+
+def test_the_first_text_stands_for_the_row() -> None:
+    assert [sample.text for sample in SAMPLES[::2]] == ["#C C picks the knife", ""]
+
+
+@pytest.mark.parametrize(("texts", "tokens"), [("x", ((1,),)), (("x",), ()), ((), ((1,),))])
+def test_every_text_needs_its_tokens(texts: object, tokens: object) -> None:
+    with pytest.raises(ValueError, match="one list of tokens each"):
+        Sample(0, 1, 0.0, 1.0, texts, tokens)
+
+
+def test_classes_are_read_back_and_absent_where_there_are_none(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    assert Manifest(folder).classes == CLASSES
+    write_manifest(folder, chunk_root="/chunks", chunks=CHUNKS, samples=SAMPLES[:1])
+    assert Manifest(folder).classes is None
+    assert not (folder / "classes.json").exists()
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"names": ["a", "a"], "verbs": [], "nouns": []}'])
+def test_damaged_classes_are_a_user_error(tmp_path: Path, text: str | None) -> None:
+    path = write(tmp_path) / "classes.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(UserError, match=r"classes\.json.*again"):
+        _ = Manifest(tmp_path).classes
+
+
+@pytest.mark.parametrize("arguments", [(("a", "a"),), (("a", "b"), (1,), (2, 3)), (("a",), (1,))])
+def test_class_tables_that_do_not_fit_are_refused(arguments: tuple[tuple[object, ...], ...]) -> None:
+    with pytest.raises(ValueError, match="class"):
+        ClassTable(*arguments)
+
+
+@pytest.mark.parametrize("label", [2, -2])
+def test_a_label_outside_the_classes_is_refused(tmp_path: Path, label: int) -> None:
+    with pytest.raises(ValueError, match=f"label {label} is none of the 2 classes"):
+        write(tmp_path, samples=[Sample(0, 1, 0.0, 1.0, label=label)])
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        Manifest(tmp_path)
+
+
+def captions_of(relevancy: object) -> CaptionTable:
+    return CaptionTable(("cut", "wash é"), ((1, 2), ()), relevancy)
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_grades_are_stored_as_float32_with_their_checksum(tmp_path: Path, as_file: bool) -> None:
+    grades = np.random.default_rng(0).random((4, 2))
+    if as_file:
+        np.save(tmp_path / "grades.npy", grades)
+    captions = captions_of(tmp_path / "grades.npy" if as_file else grades)
+    write_manifest(
+        tmp_path / "m",
+        chunk_root="/chunks",
+        chunks=CHUNKS,
+        samples=SAMPLES[:3] + SAMPLES[:1],
+        captions=captions,
+    )
+    stored = np.load(tmp_path / "m" / "relevancy.npy")
+    assert stored.dtype == np.float32
+    np.testing.assert_array_equal(stored, grades.astype(np.float32))
+    info = Manifest(tmp_path / "m").info
+    assert info["num_captions"] == 2
+    assert (
+        info["relevancy_sha256"] == hashlib.sha256((tmp_path / "m" / "relevancy.npy").read_bytes()).hexdigest()
+    )
+    write(tmp_path / "m")  # built again without captions
+    assert not {"captions.arrow", "relevancy.npy"} & {path.name for path in (tmp_path / "m").iterdir()}
+
+
+def test_grades_are_written_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classes_module, "_BLOCK_GRADES", 5)
+    grades = np.random.default_rng(0).random((3, 2))
+    write_manifest(
+        tmp_path, chunk_root="/chunks", chunks=CHUNKS, samples=SAMPLES[:3], captions=captions_of(grades)
+    )
+    np.testing.assert_array_equal(np.load(tmp_path / "relevancy.npy"), grades.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("grades", "message"),
+    [
+        (np.zeros((2, 2)), r"shape \(2, 2\) does not fit 3 rows and 2 captions"),
+        (np.zeros((3, 3)), "does not fit"),
+        (np.full((3, 2), 1.5), r"not in \[0, 1\]"),
+        (np.full((3, 2), -0.1), r"not in \[0, 1\]"),
+        (np.full((3, 2), np.nan), r"not in \[0, 1\]"),
+    ],
+)
+def test_grades_that_do_not_fit_are_refused(tmp_path: Path, grades: np.ndarray, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        write_manifest(
+            tmp_path, chunk_root="/chunks", chunks=CHUNKS, samples=SAMPLES[:3], captions=captions_of(grades)
+        )
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        Manifest(tmp_path)
+
+
+def test_rows_are_streamed_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than a batch of rows is alive at a time."""
+    monkeypatch.setattr(module, "ROWS_PER_BATCH", 10)
+    alive = weakref.WeakSet()
+    most = 0
+
+    class Row:
+        def __init__(self, sample: Sample) -> None:
+            self._sample = sample
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._sample, name)
+
+    def rows() -> Iterator[Row]:
+        nonlocal most
+        for i in range(200):
+            row = Row(sample_row(i, i + 1))
+            alive.add(row)
+            most = max(most, len(alive))
+            yield row
+
+    write(tmp_path, samples=rows())
+    assert Manifest(tmp_path).num_samples == 200
+    assert most <= 21
 
 
 @pytest.mark.parametrize("count", [0, 1, 6, 7, 8, 20, 21, 22])
@@ -81,12 +224,13 @@ def test_rows_are_found_across_record_batches(
         assert reader.num_record_batches == -(-count // 7)
 
 
-@pytest.mark.parametrize("row", [-1, 3, 10**9])
+@pytest.mark.parametrize("row", [-1, 4, 10**9])
 def test_rows_outside_the_table_are_index_errors(tmp_path: Path, row: int) -> None:
     opened = Manifest(write(tmp_path))
+    for of_sample in (opened.sample, opened.span, opened.label, opened.num_texts):
+        with pytest.raises(IndexError, match=r"\[0, 4\)"):
+            of_sample(row)
     with pytest.raises(IndexError, match=r"\[0, 3\)"):
-        opened.sample(row)
-    with pytest.raises(IndexError):
         opened.chunk(row)
 
 
@@ -223,7 +367,8 @@ def test_manifest_json_is_readable_and_cannot_be_overruled_by_info(tmp_path: Pat
         "index_bytes": 0,
         "chunk_root": "/chunks",
         "num_chunks": 3,
-        "num_samples": 3,
+        "num_samples": 4,
+        "num_classes": 2,
     }
 
 

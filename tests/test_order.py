@@ -31,48 +31,55 @@ def global_batch(
 
 @pytest.mark.parametrize("num_samples", [1, 2, 37, 1000])
 def test_an_epoch_is_a_permutation(num_samples: int) -> None:
-    order = epoch_order(num_samples, seed=0, epoch=0, shuffle=True)
-    assert order.dtype == np.int64
+    order = epoch_order(num_samples, seed=0, epoch=0)
+    assert order.dtype == np.int32
     assert sorted(order.tolist()) == list(range(num_samples))
 
 
 def test_every_epoch_and_seed_has_another_order() -> None:
     orders = {
-        tuple(epoch_order(200, seed=seed, epoch=epoch, shuffle=True).tolist())
-        for seed in range(3)
-        for epoch in range(10)
+        tuple(epoch_order(200, seed=seed, epoch=epoch).tolist()) for seed in range(3) for epoch in range(10)
     }
     assert len(orders) == 30
     assert tuple(range(200)) not in orders
 
 
 def test_order_is_the_same_after_others_were_asked_for() -> None:
-    first = epoch_order(100, seed=1, epoch=0, shuffle=True).tolist()
+    first = epoch_order(100, seed=1, epoch=0).tolist()
     for epoch in range(1, 6):
-        epoch_order(100, seed=1, epoch=epoch, shuffle=True)
-    assert epoch_order(100, seed=1, epoch=0, shuffle=True).tolist() == first
+        epoch_order(100, seed=1, epoch=epoch)
+    assert epoch_order(100, seed=1, epoch=0).tolist() == first
 
 
 def test_order_is_recorded_so_that_a_run_can_be_repeated_later() -> None:
-    assert epoch_order(10, seed=0, epoch=0, shuffle=True).tolist() == RECORDED[0]
-    assert epoch_order(10, seed=7, epoch=3, shuffle=True).tolist() == RECORDED[1]
+    assert epoch_order(10, seed=0, epoch=0).tolist() == RECORDED[0]
+    assert epoch_order(10, seed=7, epoch=3).tolist() == RECORDED[1]
 
 
 def test_shuffling_favours_no_position() -> None:
     places = np.zeros((6, 6))
     for epoch in range(3000):
-        places[np.arange(6), epoch_order(6, seed=0, epoch=epoch, shuffle=True)] += 1
+        places[np.arange(6), epoch_order(6, seed=0, epoch=epoch)] += 1
     assert ((places - 500) ** 2 / 500).sum() < 25 + 4 * np.sqrt(50)
 
 
 def test_order_cannot_be_changed_by_a_caller() -> None:
     with pytest.raises(ValueError, match="read-only"):
-        epoch_order(10, seed=0, epoch=0, shuffle=True)[0] = 5
+        epoch_order(10, seed=0, epoch=0)[0] = 5
 
 
 def test_evaluation_keeps_the_manifest_order_in_every_epoch() -> None:
+    schedule = BatchSchedule(num_samples=9, global_batch=4, micro_batch=4, seed=5, training=False)
     for epoch in (0, 4):
-        assert epoch_order(9, seed=5, epoch=epoch, shuffle=False).tolist() == list(range(9))
+        drawn = [schedule.micro_batch_ids(3 * epoch + step, 0) for step in range(3)]
+        assert [number for number, _ in drawn] == [epoch] * 3
+        assert [ids.tolist() for _, ids in drawn] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_ids_are_64_bit_whatever_the_order_is_kept_in(training: bool) -> None:
+    schedule = BatchSchedule(num_samples=9, global_batch=4, micro_batch=2, training=training)
+    assert schedule.micro_batch_ids(0, 1)[1].dtype == np.int64
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -82,7 +89,7 @@ def test_a_global_batch_is_the_same_for_any_world(num_samples: int, training: bo
     for step in range(3 * one.steps_per_epoch):
         epoch, ids = one.micro_batch_ids(step, 0)
         position = step % one.steps_per_epoch * 8
-        whole = epoch_order(num_samples, seed=3, epoch=epoch, shuffle=training)
+        whole = epoch_order(num_samples, seed=3, epoch=epoch) if training else np.arange(num_samples)
         assert ids.tolist() == whole[position : position + 8].tolist()
         for world_size, micro_batch in LAYOUTS:
             lists = global_batch(

@@ -1,19 +1,23 @@
 """A repaired manifest holds exactly the clips that touch no bad chunk, and what was there can be had back."""
 
+import hashlib
 import json
 import subprocess
 import zlib
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
-from chunk_folders import chunk_row, sample_row, write_random_manifest
+from chunk_folders import chunk_row, chunk_rows, sample_row, write_random_manifest
 
 from avion_dali.contracts import UserError
 from avion_dali.data import manifest as manifest_module
+from avion_dali.data.classes import CaptionTable
 from avion_dali.data.manifest import Manifest, Sample, write_manifest
 from avion_dali.data.planner import ClipRules, Planner
+from avion_dali.data.relevancy import open_captions
 from avion_dali.inspection import repair as module
 from avion_dali.inspection.repair import BAD_CHUNKS_FILE, RepairReport, repair_manifest
 
@@ -204,3 +208,36 @@ def test_an_interruption_leaves_no_mixed_manifest(folder: Path, monkeypatch: pyt
         for name, data in before.items():
             (folder / name).write_bytes(data)
     assert states == ["old", "none", "none", "none", "new"]
+
+
+def graded_manifest(folder: Path) -> np.ndarray:
+    """Six one-second rows on three chunks of 15 s, with grades that tell the rows."""
+    chunks = chunk_rows("a", (450, 450, 450), fps=30)
+    samples = [sample_row(7.5 * i, 7.5 * i + 1, first=i // 2) for i in range(6)]
+    grades = (np.arange(12).reshape(6, 2) / 16).astype(np.float32)
+    captions = CaptionTable(("a", "b"), ((1,), (2,)), grades)
+    write_manifest(folder, chunk_root="/chunks", chunks=chunks, samples=samples, captions=captions)
+    return grades
+
+
+def test_grades_lose_the_rows_that_samples_lose(tmp_path: Path) -> None:
+    grades, before = graded_manifest(tmp_path), contents(tmp_path)
+    done = repair_manifest(tmp_path, {"/chunks/a/15.mp4": ["truncated"]})
+    repaired = Manifest(tmp_path)
+    assert [s.start_s for s in repaired.samples()] == [0, 7.5, 30, 37.5]
+    np.testing.assert_array_equal(open_captions(repaired).relevancy(np.arange(4)), grades[[0, 1, 4, 5]])
+    digest = hashlib.sha256((tmp_path / "relevancy.npy").read_bytes()).hexdigest()
+    assert repaired.info["relevancy_sha256"] == digest
+    # A later repair starts from what there was first.
+    repair_manifest(tmp_path, {"/chunks/a/30.mp4": ["truncated"]})
+    np.testing.assert_array_equal(open_captions(Manifest(tmp_path)).relevancy(np.arange(4)), grades[:4])
+    subprocess.run(done.undo, shell=True, check=True)
+    assert contents(tmp_path) == before
+
+
+def test_restored_chunks_give_grades_back(tmp_path: Path) -> None:
+    graded_manifest(tmp_path)
+    before = contents(tmp_path)
+    repair_manifest(tmp_path, {"/chunks/a/15.mp4": ["truncated"]})
+    repair_manifest(tmp_path, {})
+    assert contents(tmp_path) == before

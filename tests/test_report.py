@@ -164,7 +164,8 @@ def test_empty_run_is_still_a_page(tmp_path):
     write_report(tmp_path / "r.html", make_data(rows=[], metrics={}, gallery=(), versions={}))
     page = Page((tmp_path / "r.html").read_text())
     assert not page.all("svg") and "Loss: the log has no such row." in page.texts
-    assert "No gallery was made for this run." in page.texts
+    assert "Texts and the videos found for them" not in page.texts
+    assert "None." in page.texts
 
 
 def test_equal_data_gives_equal_files(tmp_path, source):

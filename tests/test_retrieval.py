@@ -10,7 +10,6 @@ from avion_dali.metrics.retrieval import (
     chance_scores,
     mean_average_precision,
     ndcg,
-    relevancy_from_classes,
     retrieval_scores,
 )
 
@@ -164,31 +163,6 @@ def test_chance_scores_lie_where_shuffling_puts_them():
     assert chance_scores(relevancy, permutations=30, seed=4) != chance
     with pytest.raises(ValueError, match="permutations"):
         chance_scores(relevancy, permutations=0)
-
-
-def test_relevancy_is_the_mean_of_verb_equality_and_noun_overlap():
-    relevancy = relevancy_from_classes([1, 2], [[10, 11], [12]], [1, 1, 2], [(11, 10, 10), (10, 13, 14), ()])
-    assert relevancy.dtype == np.float32
-    assert relevancy == pytest.approx(np.array([[1.0, 0.5 + 0.25 / 2, 0.0], [0.0, 0.0, 0.5]]))
-    assert relevancy_from_classes([5], [[]], [5, 6], [[], []]).tolist() == [[1.0, 0.5]]
-
-
-def test_relevancy_against_sets_and_exactly_one_for_equals():
-    generator = np.random.default_rng(4)
-    verbs = generator.integers(0, 4, 50)
-    nouns = [generator.integers(0, 12, generator.integers(1, 6)).tolist() for _ in range(50)]
-    relevancy = relevancy_from_classes(verbs, nouns, verbs[:30], nouns[:30])
-    for q in range(50):
-        for g in range(30):
-            a, b = set(nouns[q]), set(nouns[g])
-            expected = ((verbs[q] == verbs[g]) + len(a & b) / len(a | b)) / 2
-            assert relevancy[q, g] == pytest.approx(expected, abs=1e-6)
-            assert (relevancy[q, g] == 1.0) == (verbs[q] == verbs[g] and a == b)
-
-
-def test_captions_need_one_verb_and_one_noun_set():
-    with pytest.raises(ValueError, match="one verb"):
-        relevancy_from_classes([1, 2], [[1]], [1], [[1]])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import gc
 import os
 import pickle
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def touch(path: str) -> None:
 
 EVIL = [
     (lambda path: Calls(os.system, f"touch {path}"), "posix.system|nt.system"),
-    (lambda path: Calls(eval, f"open({path!r}, 'w')"), "builtins.eval"),
+    (lambda path: Calls(eval, f"open({path!r}, 'w')"), "eval"),
     (lambda path: Calls(touch, path), "test_unpickling.touch"),
     (lambda path: [("uid", 1.0, 2.0, Calls(open, path, "w"))], "open"),
     (lambda path: datetime.date(2020, 1, 1), "datetime.date"),
@@ -97,7 +98,7 @@ EVIL = [
     (lambda path: np.zeros(2, [("a", "f8"), ("b", "O")]), "numpy array of void"),
     (lambda path: np.datetime64("2020"), "datetime64"),
     (lambda path: touch, "test_unpickling.touch"),
-    (lambda path: Calls(getattr, np, "load"), "builtins.getattr"),
+    (lambda path: Calls(getattr, np, "load"), "getattr"),
 ]
 
 
@@ -151,9 +152,18 @@ def test_misuse_of_what_is_admitted_is_an_error(tmp_path: Path, name: str) -> No
     assert load_pickle(tmp_path / "y.pkl").tolist() == [0, 1, 2]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded on Linux")
+def test_a_table_of_billions_of_entries_is_not_made(tmp_path: Path) -> None:
+    (tmp_path / "x.pkl").write_bytes(HEAD + b"]r\xff\xff\xff\x7f.")
+    with pytest.raises(UserError, match="more memory than there is"):
+        load_pickle(tmp_path / "x.pkl")
+    size = 300_000_000
+    assert memoryview(bytearray(size)).nbytes == size  # the bound ends with the reading
+
+
 def test_a_file_cut_anywhere_is_a_user_error(tmp_path: Path) -> None:
     path = tmp_path / "x.pkl"
-    for value, protocol in ((ROWS, 0), (ROWS, 4), (ARRAYS[0], 2), (ARRAYS[0], 5)):
+    for value, protocol in ((ROWS[:1], 0), (ROWS, 4), (ARRAYS[7], 2), (ARRAYS[7], 5)):
         data = pickle.dumps(value, protocol)
         for size in range(len(data)):
             path.write_bytes(data[:size])
@@ -162,12 +172,12 @@ def test_a_file_cut_anywhere_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_damage_is_a_user_error_or_another_value(tmp_path: Path) -> None:
-    """2,000 files with changed bytes: no other exception, and the process lives."""
+    """500 files with changed bytes: no other exception, and the process lives."""
     rng = random.Random(0)
     path = tmp_path / "x.pkl"
-    sources = [pickle.dumps(value, protocol) for value in (ROWS, *ARRAYS[:6]) for protocol in (0, 2, 4, 5)]
+    sources = [pickle.dumps(value, protocol) for value in (ROWS, *ARRAYS[:2]) for protocol in (0, 2, 4, 5)]
     errors = 0
-    for _ in range(2000):
+    for _ in range(500):
         data = bytearray(rng.choice(sources))
         for _ in range(rng.randint(1, 4)):
             data[rng.randrange(len(data))] = rng.randrange(256)
@@ -176,7 +186,7 @@ def test_damage_is_a_user_error_or_another_value(tmp_path: Path) -> None:
             load_pickle(path)
         except UserError:
             errors += 1
-    assert 200 < errors < 2000
+    assert 50 < errors < 500
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from avion_dali.config import OptimConfig, RunConfig
 from avion_dali.contracts import ClipBatch
+from avion_dali.device_ops.randomness import StepKey
 from avion_dali.engine.accumulate import micro_seed
 from avion_dali.engine.loop import TrainLoop
 from avion_dali.engine.optim import build_optimizer, parameter_groups
@@ -48,7 +49,7 @@ class ToyContrastive:
 
     couples_samples = True
 
-    def outputs(self, model: nn.Module, batch: ClipBatch) -> tuple[torch.Tensor, ...]:
+    def outputs(self, model: nn.Module, batch: ClipBatch, key: StepKey) -> tuple[torch.Tensor, ...]:
         return model(batch.frames_BTHWC, batch.tokens_BL)
 
     def loss(self, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -65,7 +66,7 @@ class ToySamplewise:
 
     couples_samples = False
 
-    def outputs(self, model: nn.Module, batch: ClipBatch) -> tuple[torch.Tensor, ...]:
+    def outputs(self, model: nn.Module, batch: ClipBatch, key: StepKey) -> tuple[torch.Tensor, ...]:
         video_BD, text_BD, scale_B = model(batch.frames_BTHWC, batch.tokens_BL)
         return (((video_BD - text_BD) ** 2).sum(dim=1) * scale_B,)
 
@@ -169,7 +170,7 @@ def reference_gradients(objective, *, micro_batches: int, ranks: int = 1) -> dic
     for rank in range(ranks):
         for micro in range(micro_batches):
             torch.manual_seed(micro_seed(3, 0, rank=rank, micro=micro))
-            outputs.append(objective.outputs(model, toy_batch(0, micro, rank)))
+            outputs.append(objective.outputs(model, toy_batch(0, micro, rank), StepKey(3, 0)))
     loss, _ = objective.loss(tuple(torch.cat(parts) for parts in zip(*outputs, strict=True)))
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}

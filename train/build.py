@@ -6,23 +6,35 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from avion_dali.config import EvaluateConfig, TrainConfig
+from avion_dali.config import EvaluateConfig, ModelConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
-from avion_dali.engine.checkpoint import export_safetensors, find_checkpoint
+from avion_dali.engine.checkpoint import find_checkpoint
 from avion_dali.engine.distributed import Distributed, require_agreement
 from avion_dali.engine.evaluate import FramesTransform, freeze_first_frame
 from avion_dali.engine.loop import TrainLoop
-from avion_dali.engine.optim import build_optimizer, describe_rates, parameter_groups
+from avion_dali.engine.optim import build_optimizer, parameter_groups
 from avion_dali.engine.settings import LoopSettings
-from avion_dali.models.start import apply_start, open_start, settle
+from avion_dali.engine.sharding import shard_model, weight_sum
+from avion_dali.models.blocks import VideoTowerConfig
+from avion_dali.models.start import StartReport, StartWeights, apply_start, open_start, settle
+from avion_dali.models.towers import settled_activation
 from train.loaders import Loaders
-from train.tasks import BEST_METRIC, EvaluationResult, Task, build_evaluation, build_model, build_task, class_count
+from train.tasks import (
+    BEST_METRIC,
+    EvaluationResult,
+    Task,
+    build_evaluation,
+    build_model,
+    build_task,
+    class_table,
+)
+from train.weights import plain_config
 
 Evaluator = Callable[[FramesTransform | None], EvaluationResult]
 
@@ -42,46 +54,79 @@ def training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLoo
         UserError: when a manifest, the weights to start from or a checkpoint do not fit.
     """
     if not config.data.train_manifest:
-        raise UserError("config: data.train_manifest is not set; make one with `avion-dali manifest captions`")
+        raise UserError("config: data.train_manifest is not set; make one with `avion-dali manifest`")
     output_dir = Path(config.output_dir)
     latest = find_checkpoint(output_dir, config.resume)
     train_manifest = Manifest(config.data.train_manifest)
     eval_manifest = Manifest(config.data.eval_manifest) if config.data.eval_manifest else None
-    _require_same_classes(train_manifest, eval_manifest)
-    config, task = _start(config, train_manifest, distributed, fresh=latest is None)
+    if config.objective.name == "classification" and eval_manifest:
+        require_same_classes(train_manifest, eval_manifest)
+    config, task = _start(config, train_manifest, distributed, latest)
     loaders = Loaders(config, distributed)
     try:
         loop = _build_loop(config, task, loaders, (train_manifest, eval_manifest))
         if latest is not None:
             loop.restore(latest)
-        weights = sum(float(p.detach().double().abs().sum()) for p in task.model.parameters())
-        require_agreement({"step": loop.step, "sum of all weights": weights, **loop.order})
+        require_agreement({"step": loop.step, "sum of all weights": weight_sum(task.model), **loop.order})
         yield loop
-        if distributed.is_main:
-            header = {"config": asdict(config), "classes": classes_fingerprint(train_manifest)}
-            export_safetensors(task.model, output_dir / "weights.safetensors", header)
+        if loop.step >= loop.last_step:
+            loop.export(output_dir / "weights.safetensors")
     finally:
         loaders.close()
 
 
 def _start(
-    config: TrainConfig, manifest: Manifest, distributed: Distributed, *, fresh: bool
+    config: TrainConfig, manifest: Manifest, distributed: Distributed, latest: Path | None
 ) -> tuple[TrainConfig, Task]:
-    """Settle what the weights to start from decide, build the task and, for a fresh run, load them."""
-    start = open_start(config.model.weights) if config.model.weights else None
-    config = replace(config, model=settle(config.model, start.facts if start else None))
+    """Settle what weights decide and build the task; a fresh run is filled with the weights it starts from.
+
+    A run that goes on is settled by its checkpoint: what it once started from need not exist any more.
+    """
+    source = str(latest) if latest else config.model.weights
+    start = open_start(source) if source else None
+    config = replace(config, model=settle(config.model, start.facts) if start else settled(config.model))
     task = build_task(config, manifest, distributed.device)
-    if start and fresh:
-        report = apply_start(task.model, start, temporal_resize=config.model.temporal_resize)
+    if start and not latest:
+        report = fill_model(task.model, start, config)
         if distributed.is_main:
-            print(report.describe(), file=sys.stderr)
+            print("\n".join(report.lines()), file=sys.stderr)
+    shard_model(task.model, config.run, distributed)
     return config, task
+
+
+def settled(model: ModelConfig) -> ModelConfig:
+    """Decide what a configuration leaves open, for a model that starts from random weights.
+
+    Args:
+        model: the model's configuration.
+    """
+    return replace(
+        model, activation=settled_activation(model), norm_eps=model.norm_eps or VideoTowerConfig.norm_eps
+    )
+
+
+def fill_model(model: nn.Module, start: StartWeights, config: TrainConfig) -> StartReport:
+    """Load weights into the model of a configuration; positions are fitted to its frames.
+
+    Args:
+        model: as the configuration describes it.
+        start: the weights.
+        config: the run's configuration.
+    """
+    return apply_start(
+        model,
+        start,
+        temporal_resize=config.model.temporal_resize,
+        normalization=config.data.normalization,
+        activation=settled_activation(config.model),
+    )
 
 
 def _build_loop(
     config: TrainConfig, task: Task, loaders: Loaders, manifests: tuple[Manifest, Manifest | None]
 ) -> TrainLoop:
     train_manifest, eval_manifest = manifests
+    groups = parameter_groups(task.model, config.optim.weight_decay, layer_decay=config.optim.layer_decay)
     evaluate = evaluator(config, task.model, loaders, eval_manifest) if eval_manifest else None
     settings = LoopSettings.from_config(
         config,
@@ -92,7 +137,7 @@ def _build_loop(
     )
     return TrainLoop(
         task.model,
-        build_optimizer(parameter_groups(task.model, config.optim), config.optim),
+        build_optimizer(groups, config.optim),
         objective=task.objective,
         loader=loaders.training(train_manifest),
         settings=settings,
@@ -149,8 +194,17 @@ def classes_fingerprint(manifest: Manifest) -> int:
     return zlib.crc32("\n".join(manifest.classes.names).encode()) if manifest.classes else 0
 
 
-def _require_same_classes(train_manifest: Manifest, eval_manifest: Manifest | None) -> None:
-    if eval_manifest and classes_fingerprint(train_manifest) != classes_fingerprint(eval_manifest):
+def require_same_classes(train_manifest: Manifest, eval_manifest: Manifest) -> None:
+    """Refuse an evaluation whose labels mean other classes than the training's.
+
+    Args:
+        train_manifest: the training manifest.
+        eval_manifest: the evaluation manifest.
+
+    Raises:
+        UserError: when their classes differ.
+    """
+    if classes_fingerprint(train_manifest) != classes_fingerprint(eval_manifest):
         raise UserError(
             f"{train_manifest.folder} and {eval_manifest.folder} number their classes differently; build the "
             "held-out manifest with `--classes-from` the training manifest"
@@ -168,14 +222,14 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Ev
         UserError: when the file or the manifest cannot be used.
     """
     start = open_start(options.checkpoint)
-    config = evaluation_config(TrainConfig.from_plain(start.config), options)
+    config = evaluation_config(trained_config(start), options)
     folder = options.manifest or config.data.eval_manifest
     if not folder:
         raise UserError(f"{options.checkpoint} was trained without an evaluation manifest; give --manifest")
     manifest = Manifest(folder)
-    num_classes = class_count(manifest) if config.objective.name == "classification" else 0
+    num_classes = _check_classes(config, manifest) if config.objective.name == "classification" else 0
     model = build_model(config, distributed.device, num_classes=num_classes)
-    apply_start(model, start, temporal_resize=config.model.temporal_resize)
+    fill_model(model, start, config)
     model.eval()
     loaders = Loaders(config, distributed)
     if distributed.is_main:
@@ -185,6 +239,31 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Ev
         return evaluate(freeze_first_frame if options.frozen_frames else None)
     finally:
         loaders.close()
+
+
+def _check_classes(config: TrainConfig, manifest: Manifest) -> int:
+    """Number of classes of a manifest; where the training's is still there, they must be the same."""
+    num_classes = len(class_table(manifest))
+    if config.data.train_manifest and (Path(config.data.train_manifest) / "manifest.json").is_file():
+        require_same_classes(Manifest(config.data.train_manifest), manifest)
+    return num_classes
+
+
+def trained_config(start: StartWeights) -> TrainConfig:
+    """Return the configuration that weights were trained with, as far as they tell.
+
+    Args:
+        start: weights of this project or another.
+
+    Raises:
+        UserError: when the weights are not a whole model.
+    """
+    config = start.config or plain_config(start.facts)
+    if not config:
+        raise UserError(
+            f"{start.source} holds no whole model ({start.facts.role}); train or fine-tune from it first"
+        )
+    return TrainConfig.from_plain(config)
 
 
 def evaluation_config(trained: TrainConfig, options: EvaluateConfig) -> TrainConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from avion_dali.contracts import UserError
 from avion_dali.data.profiles import PROFILES
-from train import check, env, plan
+from train import check, env, manifest, plan, weights
 from train.arguments import run_command
 
 
@@ -21,9 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     commands = {
         "chunk": chunk,
-        "manifest": manifest,
+        "manifest": manifest.run,
         "check": check.run,
         "plan": plan.run,
+        "weights": weights.run,
         "env": env.run,
         "demo": demo,
     }
@@ -35,9 +36,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="avion-dali", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_chunk(commands.add_parser("chunk", help="cut videos into chunks made for random access"))
-    _add_manifest(commands.add_parser("manifest", help="make a manifest from chunks and annotations"))
+    manifest.add_arguments(commands.add_parser("manifest", help="make a manifest from chunks and annotations"))
     check.add_arguments(commands.add_parser("check", help="find chunks that are damaged or decode wrongly"))
     plan.add_arguments(commands.add_parser("plan", help="predict clips/s here, and say what binds"))
+    weights.add_arguments(commands.add_parser("weights", help="say what weights are, and convert them"))
     env.add_arguments(commands.add_parser("env", help="say what works on this machine, and why not"))
     demo_parser = commands.add_parser("demo", help="train and evaluate on procedural videos, with a report")
     demo_parser.add_argument("--output-dir", default="runs/demo", help="folder of the run")
@@ -54,16 +56,6 @@ def _add_chunk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--short-side", default=288, type=int, help="pixels, never upscaled (default 288)")
     parser.add_argument("--jobs", default=0, type=int, help="videos at a time (default: one per core)")
     parser.add_argument("--root", type=Path, help="keep the videos' folders below this one")
-
-
-def _add_manifest(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    captions = kinds.add_parser("captions", help="CSV or JSON lines: video, start, end, text[, verb, noun]")
-    captions.add_argument("--chunks", required=True, type=Path, help="chunk folder")
-    captions.add_argument("--annotations", required=True, type=Path, help=".csv or .jsonl file")
-    captions.add_argument("--output", required=True, type=Path, help="manifest folder to write")
-    captions.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out")
-    captions.add_argument("--jobs", default=0, type=int, help="probing processes (default: one per core)")
 
 
 def chunk(options: argparse.Namespace) -> int:
@@ -106,37 +98,6 @@ def list_videos(paths: list[Path], *, but_not: Path) -> list[Path]:
             raise UserError(f"{path} holds no video ({', '.join(sorted(suffixes))})")
         videos += inside
     return list(dict.fromkeys(videos))
-
-
-def manifest(options: argparse.Namespace) -> int:
-    """Make a manifest of chunks and captions.
-
-    Args:
-        options: parsed arguments.
-    """
-    from tqdm import tqdm
-
-    from avion_dali.datasets.captions import build_captions_manifest
-
-    with tqdm(unit="chunk", desc="probing") as bar:
-        report = build_captions_manifest(
-            options.chunks,
-            options.annotations,
-            options.output,
-            skip_bad_rows=options.skip_bad_rows,
-            jobs=options.jobs,
-            on_progress=lambda done: bar.update(done - bar.n),
-        )
-    print(f"{options.output}: {report.num_samples} clips over {report.num_chunks} chunks")
-    if 0 < report.without_classes < report.num_samples:
-        print(
-            f"{report.without_classes} clips lack a verb or a noun: an evaluation on this manifest takes a "
-            "caption as relevant to the clips of the very same text only"
-        )
-    for name, left_out in (("rows", report.rejected), ("chunk files", report.unusable)):
-        if left_out:
-            print(f"{len(left_out)} {name} left out, listed in {options.output}")
-    return 0
 
 
 def demo(options: argparse.Namespace) -> int:

@@ -163,18 +163,20 @@ def train_and_report(config: TrainConfig) -> DemoNumbers:
     from avion_dali.data.manifest import Manifest
     from avion_dali.engine.checkpoint import LATEST_NAME, software_versions
     from avion_dali.engine.distributed import Distributed
+    from avion_dali.engine.evaluate import RetrievalResult
     from avion_dali.engine.report import ReportData, write_report
     from avion_dali.engine.run_log import LOG_NAME, command_line, read_rows
     from avion_dali.metrics.retrieval import chance_scores
-    from train.build import evaluate_checkpoint, pretraining
+    from train.build import evaluate_checkpoint, training
 
     output, distributed = Path(config.output_dir), Distributed()
-    with stage("training"), pretraining(config, distributed) as loop:
+    with stage("training"), training(config, distributed) as loop:
         loop.run()
     with stage("held-out retrieval"):
         final = EvaluateConfig(checkpoint=str(output / LATEST_NAME), decoder=config.decoder)
         moving = evaluate_checkpoint(final, distributed)
         frozen = evaluate_checkpoint(replace(final, frozen_frames=True), distributed)
+    assert isinstance(moving, RetrievalResult)
     numbers = DemoNumbers(
         map_avg=moving.metrics()["map_avg"],
         chance=chance_scores(moving.relevancy_VT).mean_average_precision.average,

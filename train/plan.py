@@ -253,11 +253,11 @@ def model_demand(options: argparse.Namespace) -> ModelDemand:
 
 def time_model(options: argparse.Namespace, device: torch.device, micro_batch: int) -> tuple[float, float]:
     """Time training steps on clips of noise; returns milliseconds and processor milliseconds of a clip."""
-    import numpy as np
     import torch
 
     from avion_dali.config import DataConfig, ModelConfig, TrainConfig
     from avion_dali.contracts import ClipBatch
+    from avion_dali.device_ops.randomness import StepKey
     from avion_dali.engine.optim import build_optimizer, parameter_groups
     from avion_dali.engine.precision import autocast, gradient_scaler, resolve_precision
     from avion_dali.engine.timing import synchronize
@@ -275,14 +275,14 @@ def time_model(options: argparse.Namespace, device: torch.device, micro_batch: i
         frames_BTHWC=torch.randint(256, size, dtype=torch.uint8, device=device),
         tokens_BL=torch.ones(micro_batch, config.model.context_length, dtype=torch.int64, device=device),
         labels_B=None,
-        sample_ids=np.arange(micro_batch),
-        view_ids=np.zeros(micro_batch, dtype=np.int64),
-        valid=np.ones(micro_batch, dtype=bool),
+        sample_ids=torch.arange(micro_batch).numpy(),
+        view_ids=torch.zeros(micro_batch, dtype=torch.int64).numpy(),
+        valid=torch.ones(micro_batch, dtype=torch.bool).numpy(),
     )
 
     def step() -> None:
         with autocast(precision, device):
-            loss, _ = objective.loss(objective.outputs(model, batch))
+            loss, _ = objective.loss(objective.outputs(model, batch, StepKey(0, 0)))
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -38,18 +38,19 @@ def train_from_command_line(
     config = parse_options(TrainConfig, argv, prog=f"python -m {prog}", description=description)
     if config.objective.name not in objectives:
         raise UserError(
-            f"objective.name = {config.objective.name} is trained by another entry point; python -m {prog} takes "
-            f"{' and '.join(objectives)}"
+            f"python -m {prog} trains {' and '.join(objectives)}; objective.name = {config.objective.name} is "
+            f"for python -m train.{'pretrain' if prog.endswith('finetune') else 'finetune'}"
         )
     # Decode workers re-import this module: everything heavy waits until here.
     from avion_dali.engine.distributed import distributed_session
+    from avion_dali.engine.signals import exit_status
     from train.build import training
 
     with distributed_session() as distributed, training(config, distributed) as loop:
         if loop.step >= loop.last_step:
             print(f"{config.output_dir} has all its {loop.last_step} steps; raise optim.epochs to train on")
-        loop.run()
-    return 0
+        summary = loop.run()
+    return exit_status(summary.stopped_by)
 
 
 if __name__ == "__main__":

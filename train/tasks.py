@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Final, Literal
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import nn
 
-from avion_dali.config import TrainConfig
+from avion_dali.config import ObjectiveName, TrainConfig
 from avion_dali.contracts import ClipBatch, UserError
+from avion_dali.data.classes import ClassTable
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.relevancy import open_captions
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.evaluate import FramesTransform, RetrievalResult, build_gallery, evaluate_retrieval
 from avion_dali.engine.evaluate_classes import ClassResult, evaluate_classes
 from avion_dali.engine.evaluate_masked import MaskedResult, evaluate_masked
-from avion_dali.engine.loop import Objective
 from avion_dali.engine.precision import resolve_precision
+from avion_dali.engine.protocols import Objective
 from avion_dali.models.classifier import build_classifier
-from avion_dali.models.dual_encoder import build_dual_encoder
-from avion_dali.models.masked_video import build_masked_video
+from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
+from avion_dali.models.masked_video import MaskedVideo, build_masked_video
 from avion_dali.objectives.classification import Classification
 from avion_dali.objectives.contrastive import Contrastive
 from avion_dali.objectives.masked_video import MaskedReconstruction
@@ -29,7 +33,7 @@ from avion_dali.objectives.max_margin import MaxMargin
 EvaluationResult = RetrievalResult | ClassResult | MaskedResult
 Evaluate = Callable[[Iterable[ClipBatch], FramesTransform | None], EvaluationResult]
 
-BEST_METRIC = {
+BEST_METRIC: Final[dict[ObjectiveName, str]] = {
     "contrastive": "map_avg",
     "max-margin": "map_avg",
     "classification": "top1",
@@ -50,7 +54,7 @@ class Task:
 
     model: nn.Module
     objective: Objective
-    after_step: Callable[[], None] | None
+    after_step: Callable[[], None] | None = None
 
 
 def build_model(config: TrainConfig, device: torch.device, *, num_classes: int = 0) -> nn.Module:
@@ -60,18 +64,30 @@ def build_model(config: TrainConfig, device: torch.device, *, num_classes: int =
         config: the run's configuration.
         device: where it goes.
         num_classes: of a recognition model.
+
+    Raises:
+        UserError: when the encoder does not fit the objective or the frames.
     """
     torch.manual_seed(config.run.seed)
-    shape = {"num_frames": config.data.num_frames, "frame_size": config.data.frame_size}
-    objective = config.objective
+    objective, frames, size = config.objective, config.data.num_frames, config.data.frame_size
     model: nn.Module
     if objective.name in ("contrastive", "max-margin"):
-        model = build_dual_encoder(config.model, **shape)
+        model = build_dual_encoder(config.model, num_frames=frames, frame_size=size)
     elif objective.name == "classification":
-        dropout = objective.classification.dropout
-        model = build_classifier(config.model, **shape, num_classes=num_classes, dropout=dropout)
+        model = build_classifier(
+            config.model,
+            num_classes=num_classes,
+            num_frames=frames,
+            frame_size=size,
+            dropout=objective.classification.dropout,
+        )
+    elif config.model.encoder != "videomae":
+        raise UserError(
+            f"objective.name = masked-video trains model.encoder videomae, not {config.model.encoder}; set it"
+        )
     else:
-        model = build_masked_video(config.model, **shape, decoder_depth=objective.masked_video.decoder_depth)
+        depth = objective.masked_video.decoder_depth
+        model = build_masked_video(config.model, num_frames=frames, frame_size=size, decoder_depth=depth)
     return model.to(device)
 
 
@@ -84,30 +100,37 @@ def build_task(config: TrainConfig, manifest: Manifest, device: torch.device) ->
         device: where the model goes.
 
     Raises:
-        UserError: when the manifest lacks what the objective needs.
+        UserError: when the manifest lacks what the objective needs, or the parts do not go together.
     """
     objective, normalization = config.objective, config.data.normalization
-    num_classes = class_count(manifest) if objective.name == "classification" else 0
-    model = build_model(config, device, num_classes=num_classes)
-    if objective.name == "contrastive":
-        local = objective.contrastive.local_loss
-        contrastive = Contrastive(normalization, augment=config.augment, local_loss=local)
-        return Task(model, contrastive, model.clamp_logit_scale)
-    if objective.name == "max-margin":
-        captions = open_captions(manifest)
-        return Task(model, MaxMargin(objective.max_margin, normalization, captions), None)
     if objective.name == "classification":
-        settings = {"normalization": normalization, "num_classes": num_classes}
-        return Task(model, Classification(objective.classification, config.augment, **settings), None)
-    masking = {"time_slots": model.time_slots, "places": model.places}
-    reconstruction = MaskedReconstruction(objective.masked_video, normalization=normalization, **masking)
-    return Task(model, reconstruction, None)
+        num_classes = len(class_table(manifest))
+        _require_in_every_row(manifest, "label", objective.name)
+        recognition = Classification(
+            objective.classification, config.augment, normalization=normalization, num_classes=num_classes
+        )
+        return Task(build_model(config, device, num_classes=num_classes), recognition)
+    model = build_model(config, device)
+    if isinstance(model, MaskedVideo):
+        return Task(model, _reconstruction(config, model))
+    assert isinstance(model, DualEncoder)
+    if config.data.text == "own":
+        _require_in_every_row(manifest, "text", objective.name)
+    if objective.name == "max-margin":
+        is_graded = objective.max_margin.loss == "symmetric-multi-similarity"
+        captions = open_captions(manifest) if is_graded else None
+        return Task(model, MaxMargin(objective.max_margin, normalization, captions, augment=config.augment))
+    local_loss = objective.contrastive.local_loss
+    contrastive = Contrastive(normalization, augment=config.augment, local_loss=local_loss)
+    return Task(model, contrastive, model.clamp_logit_scale)
 
 
 def build_evaluation(
     config: TrainConfig, model: nn.Module, manifest: Manifest, distributed: Distributed
 ) -> Evaluate:
     """Return a function that scores the model, as it stands, on batches of a manifest.
+
+    Its second argument changes the frames, see `evaluate_retrieval`.
 
     Args:
         config: the run's configuration.
@@ -118,29 +141,27 @@ def build_evaluation(
     Raises:
         UserError: when the manifest lacks what the evaluation needs.
     """
-    settings = {
-        "normalization": config.data.normalization,
-        "precision": resolve_precision(config.run.precision, distributed.device),
-        "distributed": distributed,
-    }
-    name = config.objective.name
-    if name in ("contrastive", "max-margin"):
+    precision = resolve_precision(config.run.precision, distributed.device)
+    on: dict[str, Any] = {"precision": precision, "distributed": distributed}
+    if isinstance(model, MaskedVideo):
+        objective = _reconstruction(config, model)
+
+        def reconstruct(batches: Iterable[ClipBatch], transform: FramesTransform | None) -> MaskedResult:
+            if transform is not None:
+                raise UserError("frozen_frames is for models that recognise or retrieve; leave it out")
+            return evaluate_masked(model, batches, objective, **on)
+
+        return reconstruct
+    on["normalization"] = config.data.normalization
+    if isinstance(model, DualEncoder):
         gallery = build_gallery(manifest)
-        return lambda batches, transform: evaluate_retrieval(
-            model, batches, gallery, transform=transform, **settings
-        )
-    if name == "classification":
-        class_count(manifest)
-        return lambda batches, transform: evaluate_classes(
-            model, batches, manifest.classes, transform=transform, **settings
-        )
-    return lambda batches, transform: evaluate_masked(
-        model, batches, config.objective.masked_video, transform=transform, **settings
-    )
+        return lambda batches, transform: evaluate_retrieval(model, batches, gallery, transform=transform, **on)
+    classes = class_table(manifest)
+    return lambda batches, transform: evaluate_classes(model, batches, classes, transform=transform, **on)
 
 
-def class_count(manifest: Manifest) -> int:
-    """Return how many classes a manifest's labels have.
+def class_table(manifest: Manifest) -> ClassTable:
+    """Return the classes that a manifest's labels count.
 
     Args:
         manifest: a manifest for recognition.
@@ -150,7 +171,33 @@ def class_count(manifest: Manifest) -> int:
     """
     if manifest.classes is None:
         raise UserError(
-            f"{manifest.folder} has no class labels, which objective.name = classification needs; build it with "
-            "a `label` column, or with `avion-dali manifest ek100 --task recognition` or `kinetics`"
+            f"{manifest.folder} has no class labels, which objective.name = classification needs; build it "
+            "with a `label` column, or with `avion-dali manifest ek100 --task recognition` or `kinetics`"
         )
-    return len(manifest.classes.names)
+    return manifest.classes
+
+
+def _reconstruction(config: TrainConfig, model: MaskedVideo) -> MaskedReconstruction:
+    return MaskedReconstruction(
+        config.objective.masked_video,
+        normalization=config.data.normalization,
+        time_slots=model.time_slots,
+        places=model.places,
+    )
+
+
+def _require_in_every_row(manifest: Manifest, what: Literal["label", "text"], objective: ObjectiveName) -> None:
+    """Look before the training does: a missing label would stop it at some step, a missing text spoil it."""
+    with pa.memory_map(str(manifest.folder / "samples.arrow")) as file:
+        reader = pa.ipc.open_file(file)
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        if what == "label":
+            missing = sum(pc.sum(pc.less(batch["label"], 0)).as_py() or 0 for batch in batches)
+        else:
+            counts = (pc.list_value_length(batch["texts"]) for batch in batches)
+            missing = sum(pc.sum(pc.equal(count, 0)).as_py() or 0 for count in counts)
+    if missing:
+        raise UserError(
+            f"{manifest.folder}: {missing} of {manifest.num_samples} rows have no {what}, and "
+            f"objective.name = {objective} needs one in each; leave them out of the annotations"
+        )

@@ -82,7 +82,8 @@ def write(start: StartWeights, path: Path, *, layout: str | None) -> None:
 
     import safetensors.torch
 
-    from avion_dali.engine.checkpoint import atomic_write, software_versions
+    from avion_dali.engine.checkpoint import software_versions
+    from avion_dali.engine.files import atomic_write
     from avion_dali.models.convert import from_ours
     from avion_dali.models.start import HEADER_KEY
 

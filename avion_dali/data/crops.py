@@ -42,11 +42,11 @@ def random_resized_window(
         ratio: range of width / height.
         rng: the clip's generator.
     """
-    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+    lowest, highest = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_ATTEMPTS):
         # What `Generator.uniform` computes, at a third of its cost: most draws do not fit a wide frame.
         area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
-        aspect = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * rng.random())
+        aspect = math.exp(lowest + (highest - lowest) * rng.random())
         # Nearest even size: flooring would shrink the mean area below the drawn one.
         w, h = _even(math.sqrt(area * aspect) + 1), _even(math.sqrt(area / aspect) + 1)
         if 0 < w <= width and 0 < h <= height:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 Purpose = Literal["order", "clip", "substitute"]
 _PURPOSES: dict[Purpose, int] = {"order": 0, "clip": 1, "substitute": 2}
@@ -24,4 +26,18 @@ def generator(purpose: Purpose, *, seed: int, epoch: int, index: int = 0) -> np.
     """
     # The lowest counter word advances while drawing; the other three name the stream.
     counter = np.array([0, index, epoch, _PURPOSES[purpose]], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter))
+    return np.random.Generator(np.random.Philox(_key(seed), counter=counter))
+
+
+class _Key(ISeedSequence):
+    """A seed as Philox's key. `Philox(key=...)` is the same, but gathers entropy first and throws it away."""
+
+    def __init__(self, seed: int) -> None:
+        self._key = np.array([seed, 0], dtype=np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        """Return the key; Philox asks for it once, as two 64-bit words."""
+        return self._key
+
+
+_key = lru_cache(maxsize=16)(_Key)

@@ -23,7 +23,7 @@ REJECTED_FILE = "rejected.jsonl"
 UNUSABLE_FILE = "unusable_chunks.jsonl"
 # A record batch of the longest texts must stay below Arrow's 2 GB of strings; a narration has a few dozen.
 MAX_TEXT_LENGTH = 8_000
-_SHOWN = 5
+_SHOWN, _SHOWN_NAME = 5, 200
 # Annotators repeat themselves: the token ids of recent texts are kept, in about 100 MB.
 _REMEMBERED_TEXTS = 1 << 18
 
@@ -289,7 +289,9 @@ class ManifestBuild:
         bad, path = self.rejections, self.rejections.path
         if bad.total and not self.settings.skip_bad_rows:
             lines = [f"{source}{bad.total} of {total} rows cannot be used ({bad.describe()}):"]
-            lines += [f"  {_place_of(row)}, video {row.video!r}: {row.reason}" for row in bad.first]
+            lines += [
+                f"  {_place_of(row)}, video {row.video[:_SHOWN_NAME]!r}: {row.reason}" for row in bad.first
+            ]
             if bad.total > _SHOWN:
                 lines.append(f"  and {bad.total - _SHOWN} more in {path}")
             lines += [f"  chunk {u.path}: {u.reason}" for u in self.unusable[:_SHOWN]]

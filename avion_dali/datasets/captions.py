@@ -69,7 +69,7 @@ def build_captions_manifest(
     settings = BuildSettings(Path(chunk_root), Path(output), skip_bad_rows, jobs, on_chunk=on_progress)
     with manifest_build(settings) as build:
         counts = _Counts()
-        samples = counts.seen(_placed(build, _annotation_rows(path, classes), path))
+        samples = counts.seen(_placed(build, annotation_rows(path, classes), path))
         report = build.finish(samples, source=str(annotations), classes=classes)
     return replace(report, notes=counts.notes())
 
@@ -163,7 +163,16 @@ def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]
         yield line, row
 
 
-def _annotation_rows(path: Path, classes: ClassTable | None) -> Iterator[AnnotationRow | RejectedRow]:
+def annotation_rows(path: Path, classes: ClassTable | None) -> Iterator[AnnotationRow | RejectedRow]:
+    """Yield the rows of an annotation file, one at a time.
+
+    Args:
+        path: `.csv` or `.jsonl` file.
+        classes: what its labels name; None for a file without labels.
+
+    Raises:
+        UserError: when the file is missing, of another kind, malformed, or lacks a column.
+    """
     labels = {name: label for label, name in enumerate(classes.names)} if classes else {}
     for line, row in read_rows(path):
         try:

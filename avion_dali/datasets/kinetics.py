@@ -191,7 +191,7 @@ def _whole_file(
     if isinstance(row, RejectedRow):
         return row
     if path is None:
-        reason = "is a folder, not a file; for chunks use --chunks" if (root / row.path).is_dir() else ""
+        reason = "is a folder, not a file; for chunks use --chunks" if os.path.isdir(root / row.path) else ""
         return RejectedRow(row.line, row.path, reason or f"is no file below {root}", "missing file")
     name = _video_name(root, path)
     if not build.lookup.has(name):

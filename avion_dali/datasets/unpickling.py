@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,13 +31,16 @@ _DAMAGE = (
     AttributeError,
     LookupError,
     OverflowError,
-    MemoryError,
     RecursionError,
 )
 _PLAIN_KINDS = frozenset("biufSU")
 _HINT = "it may be cut short, or be something else (a web page, a pointer of git-lfs); fetch it again"
 _PROTOCOL_2, _STOP = b"\x80", b"."
 _OLD_PROTOCOLS = b"(]}lcdt"  # first opcodes of lists, tuples, dicts and arrays without a protocol mark
+
+
+# Address space that reading may take: no pickle of annotations grows by more (empty lists: about 50 times).
+_MEMORY_BASE, _MEMORY_PER_BYTE = 1 << 28, 128
 
 
 class _Refused(pickle.UnpicklingError):
@@ -74,7 +79,7 @@ def load_pickle(path: Path) -> Any:
         UserError: when the file is missing, damaged, or asks for anything else, which is named.
     """
     check_pickle(path)
-    with _opened(path) as file, _without_collection():
+    with _opened(path) as file, _without_collection(), _bounded_memory(path):
         try:
             value = _DataUnpickler(file, encoding="bytes").load()
         except _Refused as error:
@@ -82,6 +87,9 @@ def load_pickle(path: Path) -> Any:
                 f"{path} holds {error}, which is no plain data; only lists, tuples, dicts, texts, numbers and "
                 "numpy arrays of these are read, because a pickle can run code. Convert it where it was made"
             ) from None
+        except MemoryError:
+            reason = "asks for more memory than there is: it is damaged, or too large for this machine"
+            raise UserError(f"{path} {reason}") from None
         except _DAMAGE as error:
             raise UserError(f"{path} is not a readable pickle ({error}): {_HINT}") from error
     return value.view(np.ndarray) if isinstance(value, np.ndarray) else value
@@ -106,6 +114,26 @@ def _without_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def _bounded_memory(path: Path) -> Iterator[None]:
+    """Let an absurd allocation fail, on Linux: a changed byte may ask for a table of 2^32 entries."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    page = os.sysconf("SC_PAGE_SIZE")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * page
+    room = min(_MEMORY_BASE + _MEMORY_PER_BYTE * path.stat().st_size, os.sysconf("SC_PHYS_PAGES") * page)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (used + room, soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 class _StandIn:

@@ -1,37 +1,39 @@
-"""Checkpoints that are whole or absent: written beside, flushed, then renamed into place.
+"""Checkpoints: what they hold, how they are written and read.
 
 A checkpoint holds everything a run needs to continue as if it had never stopped. Random state is not part of
 it: every draw is a pure function of (seed, step, rank), so the position in the order is enough. Files load
 with `torch.load(weights_only=True)`, that is, without running code. `export_safetensors` writes the weights
-alone, with a header that says what they are.
+alone, with a header that says what they are. Tensors in files are whole, however a run shares them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import platform
 import zipfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from avion_dali import __version__
 from avion_dali.contracts import UserError
+from avion_dali.engine.files import atomic_write, temporary
+from avion_dali.engine.sharding import gathered, placed_like
 
 LATEST_NAME = "checkpoint.pt"
 BEST_NAME = "checkpoint_best.pt"
+NUMBERED_PATTERN = "checkpoint_[0-9]*.pt"
 FORMAT = "avion_dali checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER_KEY = "avion_dali"
 _UNREADABLE = (
     *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError),
@@ -71,6 +73,8 @@ class Checkpoint:
         config: the run's configuration as plain values.
         world_size: processes of the run, for the record.
         versions: software that wrote the file, for the record.
+        average: state of the weights' running average; empty without one. Evaluations use these weights.
+        spikes: state of the watch over the loss; empty without one.
     """
 
     model: dict[str, Any]
@@ -83,66 +87,8 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1
     versions: dict[str, str] = field(default_factory=software_versions)
-
-
-def _temporary(path: Path) -> Path:
-    """Where a file is written before it is renamed; one fixed name, so a killed run leaves at most one."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a power cut, where the system can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # some systems cannot open folders
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _os_error_behind(error: BaseException) -> OSError | None:
-    """The operating system's error that caused this one; torch wraps it in a RuntimeError about offsets."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return cause
-
-
-def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that readers and crashes see the old content or the new, never a part.
-
-    Args:
-        path: the file; its folder is made when missing.
-        write: called with the open file.
-
-    Raises:
-        UserError: the file could not be written (full disk, no permission); an older file is untouched.
-    """
-    partial = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        cause = _os_error_behind(error)
-        if cause is None and isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error  # torch's writer puts its own complaint over Ctrl-C
-        if cause is None:
-            raise
-        kept = "the older file is intact" if path.exists() else "no file was left there"
-        raise UserError(
-            f"{path} could not be written: {cause.strerror or cause}; {kept}. Free space or choose another "
-            "output_dir, then resume"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    average: dict[str, Any] = field(default_factory=dict)
+    spikes: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -181,7 +127,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{FORMAT_VERSION}; install a newer release"
         )
     try:
-        return Checkpoint(**{item.name: content[item.name] for item in fields(Checkpoint)})
+        # Files of older versions lack the newer fields, whose defaults then say the right thing.
+        optional = {f.name for f in fields(Checkpoint) if (f.default, f.default_factory) != (MISSING, MISSING)}
+        names = [f.name for f in fields(Checkpoint) if f.name in content or f.name not in optional]
+        return Checkpoint(**{name: content[name] for name in names})
     except KeyError as error:
         raise UserError(f"{path} lacks the entry {error}; it is damaged, use another checkpoint") from error
 
@@ -226,11 +175,12 @@ def find_checkpoint(output_dir: Path, resume: Literal["auto", "never"]) -> Path 
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir = {output_dir} is a file; name a folder")
     for name in (LATEST_NAME, BEST_NAME):
-        _temporary(output_dir / name).unlink(missing_ok=True)
-    latest, best = output_dir / LATEST_NAME, output_dir / BEST_NAME
-    if not latest.exists() and best.exists():
+        temporary(output_dir / name).unlink(missing_ok=True)
+    latest = output_dir / LATEST_NAME
+    others = [path for path in (*numbered_checkpoints(output_dir), output_dir / BEST_NAME) if path.exists()]
+    if not latest.exists() and others:
         raise UserError(
-            f"{output_dir} holds {BEST_NAME} and no {LATEST_NAME}: copy it to {LATEST_NAME} to continue "
+            f"{output_dir} holds {others[0].name} and no {LATEST_NAME}: copy it to {LATEST_NAME} to continue "
             "from it, or use another output_dir; a new run would overwrite it"
         )
     if not latest.exists():
@@ -240,12 +190,22 @@ def find_checkpoint(output_dir: Path, resume: Literal["auto", "never"]) -> Path 
     return latest
 
 
+def numbered_name(step: int) -> str:
+    """File name of the checkpoint that is kept of a step."""
+    return f"checkpoint_{step:08d}.pt"
+
+
+def numbered_checkpoints(output_dir: Path) -> list[Path]:
+    """The numbered checkpoints in a run's folder, newest step first."""
+    return sorted(output_dir.glob(NUMBERED_PATTERN), reverse=True)
+
+
 def restore_model(model: nn.Module, state: Mapping[str, torch.Tensor], *, source: str) -> None:
     """Load weights into a model, all of them or none.
 
     Args:
-        model: the bare model.
-        state: its state dict.
+        model: the bare model, sharded or not.
+        state: its state dict, of whole tensors.
         source: what the weights came from, for messages.
 
     Raises:
@@ -267,7 +227,7 @@ def restore_model(model: nn.Module, state: Mapping[str, torch.Tensor], *, source
             f"{source} holds another model ({'; '.join(found)}). Use the model settings it was trained with "
             "(its config is inside), or another output_dir"
         )
-    model.load_state_dict(dict(state))
+    model.load_state_dict({key: placed_like(state[key], own[key]) for key in own})
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], *, source: str) -> None:
@@ -275,7 +235,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], *
 
     Args:
         optimizer: over the same parameters in the same groups.
-        state: its state dict.
+        state: its state dict, of whole tensors.
         source: what the state came from, for messages.
 
     Raises:
@@ -287,12 +247,26 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], *
         groups = [{**saved, **options} for saved, options in zip(state["param_groups"], own, strict=True)]
         if [len(g["params"]) for g in state["param_groups"]] != [len(g["params"]) for g in own]:
             raise ValueError("their sizes differ")
-        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+        optimizer.load_state_dict({"state": _placed_moments(optimizer, state["state"]), "param_groups": groups})
     except ValueError as error:
         raise UserError(
             f"{source} was trained with other parameter groups ({error}); train the same parameters, or use "
             "another output_dir"
         ) from error
+
+
+def _placed_moments(optimizer: torch.optim.Optimizer, state: Mapping[int, Any]) -> dict[int, Any]:
+    """Cut the moments as their parameters are cut; whatever has another shape (step counts) stays whole."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def placed(value: Any, own: torch.Tensor) -> Any:
+        is_moment = isinstance(value, torch.Tensor) and value.shape == own.shape
+        return placed_like(value, own) if is_moment else value
+
+    return {
+        index: {name: placed(value, parameters[index]) for name, value in moments.items()}
+        for index, moments in state.items()
+    }
 
 
 def check_order(saved: Mapping[str, Any], current: Mapping[str, Any], *, source: str) -> None:
@@ -320,7 +294,7 @@ def _few(keys: list[str], limit: int = 3) -> str:
 
 
 def export_safetensors(model: nn.Module, path: Path, header: Mapping[str, Any]) -> None:
-    """Write the weights alone as safetensors, atomically.
+    """Write the weights alone as safetensors, atomically, on rank 0; every rank calls it when they are sharded.
 
     Args:
         model: the bare model.
@@ -331,10 +305,12 @@ def export_safetensors(model: nn.Module, path: Path, header: Mapping[str, Any]) 
     Raises:
         UserError: the file could not be written.
     """
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    whole = gathered(model.state_dict(), keep=is_main)
+    if not is_main:
+        return
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
-    state = {
-        key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in model.state_dict().items()
-    }
+    state = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in whole.items()}
     text = json.dumps({**header, "versions": software_versions()})
     content = safetensors.torch.save(state, metadata={"format": "pt", HEADER_KEY: text})
     atomic_write(path, lambda file: file.write(content))
@@ -347,7 +323,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         path: a `.safetensors` file of `export_safetensors`, else a checkpoint.
 
     Returns:
-        The model's state, for `restore_model`, and what the file says of itself: `config` (the training's
+        The model's state, for `restore_model` (the running average of the weights where there is one: what
+        evaluations during the training used), and what the file says of itself: `config` (the training's
         configuration as plain values), `versions`, and for a checkpoint `step`.
 
     Raises:
@@ -356,7 +333,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if path.suffix != ".safetensors":
         checkpoint = load_checkpoint(path)
         header = {"config": checkpoint.config, "step": checkpoint.step, "versions": checkpoint.versions}
-        return dict(checkpoint.model), header
+        return {**checkpoint.model, **checkpoint.average}, header
     if not path.is_file():
         raise UserError(f"there is no weights file at {path}; check the path")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -18,6 +19,30 @@ from avion_dali.objectives.masked_video import MaskedReconstruction
 FIXED_MASKS: Final = StepKey(seed=0, step=0)
 
 
+@dataclass(frozen=True)
+class MaskedResult:
+    """Outcome of an evaluation of masked-video pre-training, the same on every rank.
+
+    Args:
+        loss: mean squared error.
+        clips: samples in the mean.
+        unreadable: clips that could not be read and are in no mean.
+    """
+
+    loss: float
+    clips: int
+    unreadable: int
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers to log; `reconstruction` is the error with its sign turned: larger is better."""
+        return {
+            "reconstruction": -self.loss,
+            "loss": self.loss,
+            "clips": float(self.clips),
+            "unreadable": float(self.unreadable),
+        }
+
+
 def evaluate_masked(
     model: nn.Module,
     batches: Iterable[ClipBatch],
@@ -25,7 +50,7 @@ def evaluate_masked(
     *,
     precision: Precision,
     distributed: Distributed,
-) -> dict[str, float]:
+) -> MaskedResult:
     """Mean reconstruction error over a manifest.
 
     A sample's mask depends on its manifest row and crop alone: the same in every evaluation, run and number of
@@ -37,10 +62,6 @@ def evaluate_masked(
         objective: as trained with.
         precision: of the forward passes.
         distributed: this rank among all.
-
-    Returns:
-        The numbers to log: `reconstruction`, the mean squared error with its sign turned, so that larger is
-        better as for all metrics; `loss`, the error itself; `clips`, samples in the mean; `unreadable`.
 
     Raises:
         UserError: when not one clip could be read.
@@ -57,9 +78,4 @@ def evaluate_masked(
     if not len(samples.sample_ids):
         raise UserError(f"not one of {samples.unreadable} evaluation clips could be read; see quarantine.jsonl")
     loss = float(samples.means_SX.mean(dtype="float64"))
-    return {
-        "reconstruction": -loss,
-        "loss": loss,
-        "clips": float(len(samples.sample_ids)),
-        "unreadable": float(samples.unreadable),
-    }
+    return MaskedResult(loss, len(samples.sample_ids), samples.unreadable)

@@ -22,8 +22,8 @@ from types import TracebackType
 import torch.distributed as dist
 
 LIMIT_S = 25.0
-"""How long a number may stand still. torchrun, told by the first rank that ends, gives the others 30 s: together
-that is less than a minute."""
+"""How long a number may stand still. torchrun, told by the first rank that ends, gives the others 30 s more:
+together that is less than a minute."""
 INTERVAL_S = 2.0
 _STORE_TIMEOUT_S = 5.0
 _DONE = "done"
@@ -120,7 +120,7 @@ class Heartbeat:
             count, _, place = value.partition(" ")
             if count != _DONE and now - since > self.limit_s:
                 self.on_loss(
-                    f"rank {other} ({place}) has not given a sign of life for {now - since:.0f} s: its process was "
-                    "killed or stopped, or its machine is out of reach. Start again to continue from the last "
-                    "checkpoint"
+                    f"rank {other} ({place}) has not given a sign of life for {now - since:.0f} s: its process "
+                    "was killed or stopped, or its machine is out of reach. Start again to continue from the "
+                    "last checkpoint"
                 )

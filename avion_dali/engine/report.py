@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from avion_dali.engine.checkpoint import atomic_write
+from avion_dali.engine.files import atomic_write
 
 _INK = "#123457"  # stands for the page's text colour while matplotlib draws
 _LINES = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b")
@@ -68,8 +68,9 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: .6r
 <div class="grid">$charts</div>
 <h2>Numbers</h2>
 <div class="grid">$tables</div>
-<h2>Texts and the videos found for them</h2>
 $gallery
+<h2>Clips that could not be read</h2>
+$unreadable
 <h2>How to repeat this</h2>
 <pre>$command</pre>
 <div class="card">$versions</div>
@@ -124,6 +125,9 @@ class ReportData:
         gallery: texts with the videos found for them; may be empty.
         command: the command that repeats the run.
         versions: software and device, see `checkpoint.software_versions`.
+        resources: what the run has used, name to number or text.
+        unreadable: clips that could not be read, kind to count.
+        unreadable_rows: some of them in words.
     """
 
     title: str
@@ -132,6 +136,9 @@ class ReportData:
     gallery: Sequence[ReportQuery] = ()
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    resources: Mapping[str, float | str] = field(default_factory=dict)
+    unreadable: Mapping[str, int] = field(default_factory=dict)
+    unreadable_rows: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -274,12 +281,19 @@ def _match(match: ReportMatch) -> str:
 
 def _gallery(queries: Sequence[ReportQuery]) -> str:
     if not queries:
-        return '<p class="note">No gallery was made for this run.</p>'
-    return "\n".join(
+        return ""
+    return "<h2>Texts and the videos found for them</h2>\n" + "\n".join(
         f'<div class="card query"><h3>{escape(query.text)}</h3>'
         f'<div class="matches">{"".join(map(_match, query.matches))}</div></div>'
         for query in queries
     )
+
+
+def _unreadable(data: ReportData) -> str:
+    if not data.unreadable:
+        return '<p class="note">None.</p>'
+    rows = "\n".join(map(escape, data.unreadable_rows))
+    return f'<div class="card">{_table("Failures by kind", data.unreadable)}</div><pre>{rows}</pre>'
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -296,12 +310,14 @@ def write_report(path: Path, data: ReportData) -> None:
     evaluations = sum(row["kind"] == "evaluation" for row in data.rows)
     final = f'<div class="card">{_table("Final evaluation", data.metrics)}</div>'
     run = f'<div class="card">{_table("Training", _run_numbers(data.rows))}</div>'
+    used = f'<div class="card">{_table("Resources, all starts together", data.resources)}</div>'
     page = _PAGE.substitute(
         title=escape(data.title),
         subtitle=f"{steps:,} optimizer steps, {evaluations} evaluations",
         charts=_charts(data.rows),
-        tables=final + run,
+        tables=final + run + used,
         gallery=_gallery(data.gallery),
+        unreadable=_unreadable(data),
         command=escape(data.command),
         versions=_table("Software and device", data.versions),
     )

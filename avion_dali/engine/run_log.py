@@ -1,8 +1,9 @@
 """What a run says of itself: one console line and one JSON line per log step, and TensorBoard curves.
 
-`log.jsonl` holds rows of three kinds: `header` (one per start: command, versions, configuration), `train` and
-`evaluation`. When a run resumes at step s, rows written after s by the killed run are dropped, so a step
-appears once and the file reads as if the run had never stopped.
+`log.jsonl` holds rows of five kinds: `header` (one per start: command, versions, configuration), `train`,
+`evaluation`, `spike` (a step whose loss jumped) and `end` (what a start has used in all). When a run resumes at
+step s, rows written after s by the killed run are dropped, so a step appears once and the file reads as if the
+run had never stopped; only what they said of time and energy is kept, as an `end`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -21,8 +23,10 @@ import torch
 from tqdm import tqdm
 
 from avion_dali.contracts import UserError
-from avion_dali.engine.checkpoint import atomic_write, software_versions
+from avion_dali.engine.checkpoint import software_versions
 from avion_dali.engine.distributed import all_gather_rows
+from avion_dali.engine.files import atomic_write
+from avion_dali.engine.precision import LossSpike
 from avion_dali.engine.timing import WindowTiming
 
 if TYPE_CHECKING:
@@ -60,14 +64,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_rows_after(path: Path, step: int, *, evaluation_pending: bool) -> None:
-    """Remove the rows a resumed run will write again."""
+    """Remove the rows a resumed run will write again; what they used was used all the same."""
 
     def is_kept(row: dict[str, Any]) -> bool:
         again = evaluation_pending and row["kind"] == "evaluation" and row["step"] == step
         return row["kind"] == "header" or (row["step"] <= step and not again)
 
-    kept = "".join(json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row))
-    atomic_write(path, lambda file: file.write(kept.encode()))
+    rows = read_rows(path)
+    kept = [row for row in rows if is_kept(row)]
+    if rows and rows[-1]["step"] > step and "elapsed_s" in rows[-1]:
+        used = {name: rows[-1].get(name, 0) for name in ("elapsed_s", "energy_j")}
+        kept.append({"kind": "end", "step": step, **used, "stopped_by": "unknown"})
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def _plain(value: Any) -> Any:
@@ -114,6 +123,16 @@ def row_over_ranks(
         "memory_mb": timing.memory_mb,
         **{name: int(total) for name, total in zip(counts, sums[2:], strict=True)},
     }
+
+
+def sum_over_ranks(number: int, device: torch.device) -> int:
+    """Add a number of every rank; every rank must call it.
+
+    Args:
+        number: this rank's.
+        device: where the ranks' collectives take place.
+    """
+    return int(all_gather_rows(torch.tensor([number], device=device)).sum())
 
 
 class RunLog:
@@ -201,6 +220,27 @@ class RunLog:
             metrics: name to number.
         """
         self._record("evaluation", step, metrics)
+
+    def spikes(self, spikes: Sequence[LossSpike], *, skipped: bool) -> None:
+        """Write one row for each step whose loss jumped.
+
+        Args:
+            spikes: since the last call.
+            skipped: whether these steps left the weights as they were.
+        """
+        for spike in spikes:
+            self._record("spike", spike.step + 1, {**asdict(spike), "step": spike.step + 1, "skipped": skipped})
+
+    def end(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write what this process has used, and what ended it.
+
+        Args:
+            step: optimizer steps done.
+            values: name to number or text.
+        """
+        self._write({"kind": "end", "step": step, **values})
+        if values["stopped_by"]:
+            self._say(f"{values['stopped_by']}: saved and stopped after step {step}; start again to go on")
 
     def advance(self) -> None:
         """Move the progress bar by one step."""

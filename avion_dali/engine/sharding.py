@@ -8,6 +8,7 @@ checkpoint fits any number of ranks, sharded or not.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -53,10 +54,14 @@ def shard_model(model: nn.Module, run: RunConfig, distributed: Distributed) -> N
         return
     precision = resolve_precision(run.precision, distributed.device)
     if precision == "fp16":
-        raise UserError("run.sharding = shard needs run.precision = bf16 or fp32; or take run.sharding = replicate")
+        raise UserError(
+            "run.sharding = shard needs run.precision = bf16 or fp32; or take run.sharding = replicate"
+        )
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Said of the temperature, which leaves the model expanded to a row each; nothing changes it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
@@ -69,7 +74,7 @@ def shard_model(model: nn.Module, run: RunConfig, distributed: Distributed) -> N
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks: the members of the outermost module lists."""
-    blocks = []
+    blocks: list[nn.Module] = []
     for child in model.children():
         blocks.extend(child if isinstance(child, nn.ModuleList) else _blocks(child))
     return blocks

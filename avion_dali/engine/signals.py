@@ -71,7 +71,7 @@ class RankVotes:
     def __init__(self, count: int) -> None:
         self._count = count
         self._pending: tuple[Any, torch.Tensor] | None = None
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def exchange(self, values: Sequence[int]) -> list[int]:
         """Send this rank's values and return what all ranks agree on; every rank must call it equally often.

@@ -3,12 +3,12 @@
 Definitions are those of the EPIC-KITCHENS-100 challenge (Damen et al. 2022, "Rescaling Egocentric Vision",
 arXiv 2006.13256, multi-instance retrieval; code by Wray et al. 2019, "Fine-Grained Action Retrieval Through
 Multiple Parts-of-Speech Embeddings", arXiv 1908.03477), so numbers compare with published ones.
-Axes: Q queries, G gallery items, V clips, T texts, K noun classes.
+Axes: Q queries, G gallery items, V clips, T texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,52 +167,6 @@ def chance_scores(relevancy_VT: Floats, *, permutations: int = 20, seed: int = 0
         binary_mean_average_precision=mean(lambda run: run.binary_mean_average_precision),
         ndcg=mean(lambda run: run.ndcg),
     )
-
-
-def relevancy_from_classes(
-    verb_Q: Sequence[int] | NDArray[np.integer],
-    nouns_Q: Sequence[Collection[int]],
-    verb_G: Sequence[int] | NDArray[np.integer],
-    nouns_G: Sequence[Collection[int]],
-) -> NDArray[np.float32]:
-    """How much two captions mean the same: the mean of verb equality and the overlap of their noun sets.
-
-    Source: arXiv 2006.13256, multi-instance retrieval (after arXiv 1908.03477). The overlap is intersection
-    over union; two empty sets are equal, so it is 1.
-
-    Args:
-        verb_Q: verb class of each query.
-        nouns_Q: noun classes of each query; order and repeats do not matter.
-        verb_G: verb class of each gallery item.
-        nouns_G: noun classes of each gallery item.
-
-    Returns:
-        Float32 (Q, G) in [0, 1]; exactly 1 when verb and noun set are equal.
-
-    Raises:
-        ValueError: when verbs and nouns differ in number.
-    """
-    if len(verb_Q) != len(nouns_Q) or len(verb_G) != len(nouns_G):
-        raise ValueError("every caption needs one verb and one collection of nouns")
-    columns = {
-        noun: k for k, noun in enumerate(sorted({noun for nouns in (*nouns_Q, *nouns_G) for noun in nouns}))
-    }
-    has_noun_QK, has_noun_GK = _indicators(nouns_Q, columns), _indicators(nouns_G, columns)
-    shared_QG = has_noun_QK @ has_noun_GK.T
-    union_QG = has_noun_QK.sum(axis=1)[:, None] + has_noun_GK.sum(axis=1)[None, :] - shared_QG
-    overlap_QG = np.ones_like(shared_QG)
-    np.divide(shared_QG, union_QG, out=overlap_QG, where=union_QG > 0)
-    overlap_QG += np.asarray(verb_Q)[:, None] == np.asarray(verb_G)[None, :]
-    overlap_QG /= 2.0
-    return overlap_QG
-
-
-def _indicators(nouns: Sequence[Collection[int]], columns: dict[int, int]) -> NDArray[np.float32]:
-    """One row a caption, 1.0 in the columns of its nouns: set sizes then come from a matrix product."""
-    has_noun = np.zeros((len(nouns), len(columns)), dtype=np.float32)
-    for row, members in enumerate(nouns):
-        has_noun[row, [columns[noun] for noun in members]] = 1.0
-    return has_noun
 
 
 def _check(similarity_VT: Floats, relevancy_VT: Floats) -> None:

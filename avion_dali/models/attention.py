@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+from collections.abc import Callable
 from typing import Final, Literal
 
 import torch
@@ -19,12 +20,15 @@ from avion_dali.config import AttentionBackend
 from avion_dali.contracts import UserError
 
 Kernel = Literal["sdpa", "flash-attn", "xformers", "math"]
+PackageKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Kernels of other packages: module, function, and what to install.
 _PACKAGES: Final[dict[str, tuple[str, str, str]]] = {
     "flash-attn": ("flash_attn", "flash_attn_func", "flash-attn"),
     "xformers": ("xformers.ops", "memory_efficient_attention", "xformers"),
 }
+# Those found to work here. They keep heads behind tokens, (B, N, H, K), and scale as `attend` does.
+_PACKAGE_KERNELS: Final[dict[str, PackageKernel]] = {}
 _HALF: Final = (torch.float16, torch.bfloat16)
 
 
@@ -57,13 +61,17 @@ def resolve_attention(name: AttentionBackend, device: torch.device, dtype: torch
     return name
 
 
-@torch.compiler.assume_constant_result  # a fact about the machine, not part of a compiled block
-@functools.cache
+@torch.compiler.assume_constant_result  # a fact about the machine: compiled blocks do not look into it
 def _package_problem(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why a package's kernel cannot run, or None when it does; found out by calling it once."""
-    module, _, package = _PACKAGES[name]
+    """Why a package's kernel cannot run, or None when it does; looked for once."""
+    return _find_problem(name, device, dtype)
+
+
+@functools.cache
+def _find_problem(name: str, device: str, dtype: torch.dtype) -> str | None:
+    module, function, package = _PACKAGES[name]
     try:
-        importlib.import_module(module)
+        kernel: PackageKernel = getattr(importlib.import_module(module), function)
     except ImportError as error:
         return f"{module} cannot be imported ({error}); pip install {package}"
     if torch.device(device).type != "cuda":
@@ -72,17 +80,11 @@ def _package_problem(name: str, device: str, dtype: torch.dtype) -> str | None:
         return f"it computes in float16 and bfloat16, not {dtype}; set run.precision to bf16"
     trial_BNHK = torch.zeros(1, 8, 1, 64, device=device, dtype=dtype)
     try:
-        _package_kernel(name, trial_BNHK, trial_BNHK, trial_BNHK)
+        kernel(trial_BNHK, trial_BNHK, trial_BNHK)
     except RuntimeError as error:
         return str(error).strip().splitlines()[0]
+    _PACKAGE_KERNELS[name] = kernel
     return None
-
-
-def _package_kernel(name: str, q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    """Call another package's kernel; both keep heads behind tokens and scale by 1 / sqrt(K)."""
-    module, function, _ = _PACKAGES[name]
-    mixed_BNHK: Tensor = getattr(importlib.import_module(module), function)(q_BNHK, k_BMHK, v_BMHK)
-    return mixed_BNHK
 
 
 def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, backend: AttentionBackend = "auto") -> Tensor:
@@ -109,7 +111,7 @@ def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, backend: AttentionBac
     if kernel == "math":
         return _attend_plainly(q_BHNK, k_BHMK, v_BHMK)
     q_BNHK, k_BMHK, v_BMHK = (t.transpose(1, 2) for t in (q_BHNK, k_BHMK, v_BHMK))
-    return _package_kernel(kernel, q_BNHK, k_BMHK, v_BMHK).transpose(1, 2)
+    return _PACKAGE_KERNELS[kernel](q_BNHK, k_BMHK, v_BMHK).transpose(1, 2)
 
 
 def _attend_plainly(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor) -> Tensor:

@@ -163,7 +163,9 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
         return state, header, {}
     content = read_torch_file(path)
     if isinstance(content, dict) and str(content.get("format", "")).startswith(HEADER_KEY):
-        return find_state_dict(content, source=str(path)), {"config": content.get("config", {})}, {}
+        # The running average, where there is one, is what the training evaluated.
+        state = {**find_state_dict(content, source=str(path)), **content.get("average", {})}
+        return state, {"config": content.get("config", {})}, {}
     state = find_state_dict(content, source=str(path))
     # Only OpenAI's own files carry this constant, and all their models were trained with QuickGELU.
     return state, {}, {"activation": "quick_gelu"} if "input_resolution" in state else {}

@@ -13,6 +13,7 @@ import mmap
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -196,7 +197,9 @@ def read_torch_file(path: Path) -> Any:
         if is_zip and _check_archive(path):
             return _read_zip(path)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about what it will refuse
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except UNREADABLE:
             return _read_zip(path) if is_zip else _read_legacy(path)
     except UNREADABLE as error:

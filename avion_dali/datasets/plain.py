@@ -1,0 +1,61 @@
+"""Videos without annotations to a manifest: each file is one chunk, cut into clips of equal length or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from avion_dali.data.manifest import Chunk
+from avion_dali.datasets.building import (
+    AnnotationRow,
+    BuildReport,
+    BuildSettings,
+    ManifestBuild,
+    RejectedRow,
+    manifest_build,
+)
+
+
+def build_plain_manifest(
+    settings: BuildSettings, videos: Sequence[Path], *, clip_seconds: float = 0.0
+) -> BuildReport:
+    """Make a manifest of whole video files.
+
+    Args:
+        settings: how it is built; `chunk_root` is a folder that all videos lie below.
+        videos: the files.
+        clip_seconds: length of a clip, the last of a video may be shorter; 0 takes each video as one clip.
+
+    Returns:
+        What went in and what was left out.
+
+    Raises:
+        UserError: when files are unusable and not to be skipped.
+    """
+    root = settings.chunk_root.resolve()
+    files = sorted((path.resolve().relative_to(root).as_posix(), 0.0, path.resolve()) for path in videos)
+    with manifest_build(settings, files) as build:
+        rows = _rows([path for _, _, path in files], build, clip_seconds)
+        return build.finish(build.place(rows), source="videos without annotations")
+
+
+def _rows(
+    paths: Sequence[Path], build: ManifestBuild, clip_seconds: float
+) -> Iterator[AnnotationRow | RejectedRow]:
+    usable = {chunk.ref.path: chunk for chunk in build.chunks}
+    for number, path in enumerate(paths, start=1):
+        chunk = usable.get(str(path))
+        if chunk is None:
+            yield RejectedRow(number, str(path), build.unusable_reason(path), "unusable file")
+            continue
+        for start, end in _spans(chunk, clip_seconds):
+            yield AnnotationRow(number, chunk.video, start, end)
+
+
+def _spans(chunk: Chunk, clip_seconds: float) -> list[tuple[float, float | None]]:
+    if clip_seconds <= 0:
+        return [(0.0, None)]
+    starts = np.arange(0.0, chunk.end_s, clip_seconds).tolist()
+    return [(start, min(start + clip_seconds, chunk.end_s)) for start in starts]

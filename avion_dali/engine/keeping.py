@@ -1,0 +1,185 @@
+"""What happens between two steps: checkpoints, evaluations, and the best weights."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from avion_dali.contracts import UserError
+from avion_dali.engine.checkpoint import (
+    BEST_NAME,
+    LATEST_NAME,
+    numbered_checkpoints,
+    numbered_name,
+    save_checkpoint,
+)
+from avion_dali.engine.distributed import Distributed
+from avion_dali.engine.files import temporary
+from avion_dali.engine.precision import FiniteGuard
+from avion_dali.engine.run_log import RunLog
+from avion_dali.engine.settings import LoopSettings
+from avion_dali.engine.sharding import unsharded
+from avion_dali.engine.state import TrainState
+from avion_dali.engine.timing import StepTimer
+
+
+class RunKeeper:
+    """Saves and evaluates a run.
+
+    Args:
+        state: what is saved; its step and its best metric are read and written here.
+        settings: folder and intervals.
+        distributed: this rank among all.
+        guard: asked before anything is saved or scored.
+        timer: told what does not belong to a step.
+        evaluate: called on every rank, with the model in evaluation mode; returns metrics.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        *,
+        settings: LoopSettings,
+        distributed: Distributed,
+        guard: FiniteGuard,
+        timer: StepTimer,
+        evaluate: Callable[[], dict[str, float]] | None,
+    ) -> None:
+        self.state, self.settings, self.distributed = state, settings, distributed
+        self.guard, self.timer, self.evaluate = guard, timer, evaluate
+        self.metrics: dict[str, float] = {}
+        self._saved_at = time.monotonic()
+
+    def is_late(self) -> bool:
+        """Whether the last checkpoint is older than `save_minutes`."""
+        minutes = self.settings.run.save_minutes
+        return minutes > 0 and time.monotonic() - self._saved_at >= minutes * 60
+
+    def at_epoch_end(self, log: RunLog, *, evaluates: bool, stops: bool) -> None:
+        """Save; then evaluate, unless the run is to stop.
+
+        Args:
+            log: takes the metrics.
+            evaluates: an evaluation is due, now or when the run goes on.
+            stops: end without it.
+        """
+        self.state.pending_evaluation = evaluates and self.evaluate is not None
+        # Before the evaluation, so that a failure there costs no training.
+        self.save_latest()
+        if not stops:
+            self.evaluate_if_due(log)
+
+    def save_latest(self) -> None:
+        """Write `checkpoint.pt` and keep it under its number as well, when the run keeps some.
+
+        Raises:
+            NonFiniteLossError: the weights are poisoned; nothing is written.
+            UserError: the file could not be written; an older one is intact.
+        """
+        self.save(LATEST_NAME)
+        self._saved_at = time.monotonic()
+        if self.distributed.is_main and self.settings.run.keep_last:
+            keep_numbered(self.settings.output_dir, self.state.step, keep_last=self.settings.run.keep_last)
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint of the current step into the output folder, on rank 0; every rank calls it.
+
+        Args:
+            name: file name.
+
+        Raises:
+            NonFiniteLossError: the weights are poisoned; nothing is written.
+            UserError: the file could not be written; an older one is intact.
+        """
+        self.guard.check()
+        with self.timer.excluded():
+            checkpoint = self.state.capture(
+                config=self.settings.config,
+                world_size=self.distributed.world_size,
+                keep=self.distributed.is_main,
+            )
+            if self.distributed.is_main:
+                save_checkpoint(self.settings.output_dir / name, checkpoint)
+
+    def evaluate_if_due(self, log: RunLog) -> None:
+        """Evaluate, keep the best weights, and note in the checkpoint that it is done.
+
+        With a running average of the weights, this is what is evaluated.
+
+        Args:
+            log: takes the metrics.
+        """
+        if self.evaluate is None or not self.state.pending_evaluation:
+            return
+        self.guard.check()
+        model, average = self.state.model, self.state.average
+        model.eval()
+        with (
+            self.timer.excluded(),
+            average.applied() if average else nullcontext(),
+            unsharded(model),
+            torch.no_grad(),
+        ):
+            self.metrics = self.evaluate()
+        model.train()
+        log.evaluation(self.state.step, self.metrics)
+        self.state.pending_evaluation = False
+        # The best file first: a kill in between then repeats the evaluation instead of losing the best.
+        if self._is_best():
+            self.save(BEST_NAME)
+        self.save_latest()
+
+    def _is_best(self) -> bool:
+        """Whether the last evaluation beats all before; takes note of it."""
+        name, best = self.settings.best_metric, self.state.best_metric
+        if not name:
+            return False
+        if name not in self.metrics:
+            raise UserError(f"best metric {name!r} is not evaluated; choose from {', '.join(self.metrics)}")
+        # NaN compares false: it is never the best.
+        if not self.metrics[name] > (-math.inf if best is None else best):
+            return False
+        self.state.best_metric = self.metrics[name]
+        return True
+
+
+def keep_numbered(folder: Path, step: int, *, keep_last: int) -> None:
+    """Give the latest checkpoint a second name with its step, and remove the oldest of these names.
+
+    The second name is a hard link where the file system has them: it costs no time, and no space until the
+    latest is replaced. Names appear
+    whole and vanish whole, and the newest ones are in place before an old one goes.
+
+    Args:
+        folder: of the run.
+        step: of the latest checkpoint.
+        keep_last: how many numbered checkpoints stay.
+
+    Raises:
+        UserError: the folder is full or may not be written.
+    """
+    path = folder / numbered_name(step)
+    partial = temporary(path)
+    try:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(folder / LATEST_NAME, partial)
+        except OSError:  # a file system without links
+            shutil.copyfile(folder / LATEST_NAME, partial)
+        os.replace(partial, path)
+        # Renaming onto another name of the same file does nothing and leaves both.
+        partial.unlink(missing_ok=True)
+        for old in numbered_checkpoints(folder)[keep_last:]:
+            old.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be kept beside {LATEST_NAME}: {error.strerror}; free space or choose "
+            "another output_dir, then resume"
+        ) from error

@@ -1,0 +1,206 @@
+"""What four gloo processes do for `test_sharding.py`: two of them train replicas, then all train shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from toy_training import ToyStats
+
+from avion_dali.config import ModelConfig, OptimConfig, RunConfig
+from avion_dali.contracts import ClipBatch
+from avion_dali.engine.checkpoint import LATEST_NAME
+from avion_dali.engine.distributed import Distributed, all_gather_rows, barrier, init_distributed, shutdown
+from avion_dali.engine.loop import TrainLoop
+from avion_dali.engine.optim import build_optimizer, parameter_groups
+from avion_dali.engine.settings import LoopSettings
+from avion_dali.engine.sharding import gathered, shard_model, weight_sum
+from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
+from avion_dali.models.presets import PRESETS
+from avion_dali.objectives.contrastive import Contrastive
+
+GLOBAL_BATCH, FRAMES, SIDE, TEXT = 8, 2, 32, 8
+STEPS_PER_EPOCH = 3
+WORDS = 100
+
+
+def global_clips(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(step)
+    frames = rng.integers(0, 255, (GLOBAL_BATCH, FRAMES, SIDE, SIDE, 3), dtype=np.uint8)
+    tokens = rng.integers(1, WORDS - 1, (GLOBAL_BATCH, TEXT))
+    tokens[:, -1] = WORDS - 1  # the largest id ends a text
+    return torch.from_numpy(frames), torch.from_numpy(tokens)
+
+
+class SplitLoader:
+    """The same global batches for any number of ranks and micro-batches."""
+
+    def __init__(self, distributed: Distributed, *, accum_steps: int) -> None:
+        self.steps_per_epoch, self.accum_steps, self.stats = STEPS_PER_EPOCH, accum_steps, ToyStats()
+        self.distributed = distributed
+        self.rows = GLOBAL_BATCH // (accum_steps * distributed.world_size)
+
+    def batches(self, first_step: int, last_step: int):
+        for step in range(first_step, last_step):
+            frames, tokens = global_clips(step)
+            for micro in range(self.accum_steps):
+                first = (micro * self.distributed.world_size + self.distributed.rank) * self.rows
+                part = slice(first, first + self.rows)
+                yield ClipBatch(
+                    frames_BTHWC=frames[part],
+                    tokens_BL=tokens[part],
+                    labels_B=None,
+                    sample_ids=np.arange(part.start, part.stop) + step * GLOBAL_BATCH,
+                    view_ids=np.zeros(self.rows, dtype=np.int64),
+                    valid=np.ones(self.rows, dtype=bool),
+                )
+
+    def close(self) -> None:
+        pass
+
+
+def fresh_model() -> DualEncoder:
+    torch.manual_seed(5)
+    PRESETS["tiny"] = replace(PRESETS["tiny"], vocab_size=WORDS, video_layers=2, text_layers=2)
+    config = ModelConfig(size="tiny", embed_dim=32, context_length=TEXT, train_logit_scale=True)
+    return build_dual_encoder(config, num_frames=FRAMES, frame_size=SIDE)
+
+
+def make_training(
+    folder: Path,
+    distributed: Distributed,
+    *,
+    accum_steps: int = 1,
+    sharding: str = "replicate",
+    max_steps: int = 5,
+    **optim: object,
+) -> TrainLoop:
+    # A large epsilon: Adam's first steps otherwise turn the last bit of a tiny gradient into a full step.
+    optim_config = OptimConfig(
+        global_batch=GLOBAL_BATCH,
+        micro_batch=GLOBAL_BATCH // (accum_steps * distributed.world_size),
+        epochs=4,
+        learning_rate=3e-3,
+        **{"eps": 1e-2, "clip_grad_norm": 1.0, "ema_decay": 0.5, **optim},
+    )
+    run = RunConfig(seed=1, log_every=1, sharding=sharding, max_steps=max_steps)
+    model = fresh_model()
+    shard_model(model, run, distributed)
+    return TrainLoop(
+        model,
+        build_optimizer(parameter_groups(model, optim_config.weight_decay), optim_config),
+        objective=Contrastive("openai"),
+        loader=SplitLoader(distributed, accum_steps=accum_steps),
+        settings=LoopSettings(
+            output_dir=folder, optim=optim_config, run=run, config={}, best_metric="score", tensorboard=False
+        ),
+        distributed=distributed,
+        evaluate=score_of(model, distributed),
+        after_step=model.clamp_logit_scale,
+    )
+
+
+def score_of(model: DualEncoder, distributed: Distributed) -> Callable[[], dict[str, float]]:
+    """An evaluation whose ranks call the model unequally often."""
+
+    def evaluate() -> dict[str, float]:
+        total = torch.zeros(1)
+        with torch.inference_mode():
+            for _ in range(distributed.rank + 1):
+                _, tokens = global_clips(0)
+                total = model.encode_text(tokens)[:, 0].sum()[None]
+                total += model.encode_video(torch.ones(1, 3, FRAMES, SIDE, SIDE))[:, 0]
+        return {"score": float(all_gather_rows(total)[0])}
+
+    return evaluate
+
+
+def gradients(loop: TrainLoop) -> dict[str, torch.Tensor]:
+    """Whole gradients of the first step, before clipping."""
+    loop._batches = loop.loader.batches(0, 1)
+    loop.model.train()
+    loop.optimizer_step()
+    return {n: gathered(p.grad.clone(), keep=True) for n, p in loop.model.named_parameters()}
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in gathered(model.state_dict(), keep=True).items()}
+
+
+def join(rank: int, world_size: int, port: int) -> Distributed:
+    os.environ.update(
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    )
+    return init_distributed(use_cuda=False, timeout_s=60)
+
+
+def two_replicas(rank: int, folder: Path, port: int) -> None:
+    """Goes on from one process's third step to the sixth."""
+    here = join(rank, 2, port)
+    make_training(folder / "two", here).run()
+    loop = make_training(folder / "chain", here, max_steps=6)
+    loop.restore(folder / "chain" / LATEST_NAME)
+    loop.run()
+    barrier()
+    shutdown()
+
+
+def four_shards(rank: int, folder: Path, port: int) -> None:
+    """The same run sharded; goes on from the sixth step to the ninth; gradients of one and two micro-batches."""
+    here = join(rank, 4, port)
+    loop = make_training(folder / "four", here, sharding="shard")
+    results: dict[str, object] = {"weight_sum": weight_sum(loop.model)}
+    parts = [p for p in loop.model.parameters() if isinstance(p, DTensor)]
+    results["own_share"] = sum(p.to_local().numel() for p in parts) / sum(p.numel() for p in parts)
+    loop.run()
+    loop.export(folder / "four.safetensors")
+    chain = make_training(folder / "chain", here, sharding="shard", max_steps=9)
+    chain.restore(folder / "chain" / LATEST_NAME)
+    results["restored"] = whole_weights(chain.model)
+    chain.run()
+    for accum_steps in (1, 2):
+        one = make_training(
+            folder / "none", here, sharding="shard", accum_steps=accum_steps, clip_grad_norm=0.0
+        )
+        results[f"gradients{accum_steps}"] = gradients(one)
+    for name in ("lion", "sgd"):
+        other = make_training(folder / name, here, sharding="shard", max_steps=2, optimizer=name)
+        other.run()
+        results[name] = whole_weights(other.model)
+    half = make_training(folder / "half", here, sharding="shard")
+    results["half"] = half_precision_loss(half, here)
+    torch.save(results, folder / f"rank{rank}.pt")
+    barrier()
+    shutdown()
+
+
+def half_precision_loss(loop: TrainLoop, here: Distributed) -> float:
+    """Loss of one step with bf16 parameters in the blocks."""
+    model = fresh_model()
+    run = replace(loop.settings.run, precision="bf16")
+    shard_model(model, run, here)
+    groups = parameter_groups(model, 0.0)
+    again = TrainLoop(
+        model,
+        build_optimizer(groups, loop.settings.optim),
+        objective=Contrastive("openai"),
+        loader=SplitLoader(here, accum_steps=1),
+        settings=replace(loop.settings, run=run),
+        distributed=here,
+    )
+    again._batches = again.loader.batches(0, 1)
+    return float(again.optimizer_step()["loss"])
+
+
+def rank_main(rank: int, folder: Path, ports: tuple[int, int]) -> None:
+    torch.set_num_threads(1)
+    if rank < 2:
+        two_replicas(rank, folder, ports[0])
+    four_shards(rank, folder, ports[1])
