@@ -305,7 +305,8 @@ class OpenClipTower(nn.Module):
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.positional_embedding = nn.Parameter(torch.zeros(1 + (case.side // patch) ** 2, width))
-        self.temporal_embedding = nn.Parameter(torch.zeros(case.frames, width))
+        if case.frames > 1:
+            self.temporal_embedding = nn.Parameter(torch.zeros(case.frames, width))
         self.ln_pre = LayerNorm(width, eps=1e-6)
         norm = lambda width: LayerNorm(width, eps=1e-6)  # noqa: E731
         self.transformer = Transformer(
@@ -319,9 +320,10 @@ class OpenClipTower(nn.Module):
         clips, frames = frames_BCTHW.shape[0], frames_BCTHW.shape[2]
         x = self.conv1(frames_BCTHW.transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
         x = x.unflatten(0, (clips, frames)) + self.positional_embedding[1:]
-        x = (x + self.temporal_embedding.unsqueeze(1)).flatten(1, 2)
+        if frames > 1:
+            x = x + self.temporal_embedding.unsqueeze(1)
         token = (self.class_embedding + self.positional_embedding[0]).expand(clips, 1, -1)
-        x = self.transformer(self.ln_pre(torch.cat([token, x], dim=1)))
+        x = self.transformer(self.ln_pre(torch.cat([token, x.flatten(1, 2)], dim=1)))
         projected: Tensor = self.ln_post(x[:, 0]) @ self.image_projection
         return projected
 

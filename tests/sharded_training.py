@@ -78,6 +78,7 @@ def make_training(
     *,
     accum_steps: int = 1,
     sharding: str = "replicate",
+    precision: str = "fp32",
     max_steps: int = 5,
     **optim: object,
 ) -> TrainLoop:
@@ -89,7 +90,7 @@ def make_training(
         learning_rate=3e-3,
         **{"eps": 1e-2, "clip_grad_norm": 1.0, "ema_decay": 0.5, **optim},
     )
-    run = RunConfig(seed=1, log_every=1, sharding=sharding, max_steps=max_steps)
+    run = RunConfig(seed=1, log_every=1, sharding=sharding, precision=precision, max_steps=max_steps)
     model = fresh_model()
     shard_model(model, run, distributed)
     return TrainLoop(
@@ -153,7 +154,7 @@ def two_replicas(rank: int, folder: Path, port: int) -> None:
 
 
 def four_shards(rank: int, folder: Path, port: int) -> None:
-    """The same run sharded; goes on from the sixth step to the ninth; gradients of one and two micro-batches."""
+    """The same run sharded; then from the sixth step of the chain to the ninth; then single steps."""
     here = join(rank, 4, port)
     loop = make_training(folder / "four", here, sharding="shard")
     results: dict[str, object] = {"weight_sum": weight_sum(loop.model)}
@@ -170,33 +171,15 @@ def four_shards(rank: int, folder: Path, port: int) -> None:
             folder / "none", here, sharding="shard", accum_steps=accum_steps, clip_grad_norm=0.0
         )
         results[f"gradients{accum_steps}"] = gradients(one)
-    for name in ("lion", "sgd"):
-        other = make_training(folder / name, here, sharding="shard", max_steps=2, optimizer=name)
-        other.run()
-        results[name] = whole_weights(other.model)
-    half = make_training(folder / "half", here, sharding="shard")
-    results["half"] = half_precision_loss(half, here)
+    lion = make_training(folder / "lion", here, sharding="shard", max_steps=2, optimizer="lion")
+    lion.run()
+    results["lion"] = whole_weights(lion.model)
+    half = make_training(folder / "none", here, sharding="shard", precision="bf16")
+    half._batches = half.loader.batches(0, 1)
+    results["half"] = float(half.optimizer_step()["loss"])
     torch.save(results, folder / f"rank{rank}.pt")
     barrier()
     shutdown()
-
-
-def half_precision_loss(loop: TrainLoop, here: Distributed) -> float:
-    """Loss of one step with bf16 parameters in the blocks."""
-    model = fresh_model()
-    run = replace(loop.settings.run, precision="bf16")
-    shard_model(model, run, here)
-    groups = parameter_groups(model, 0.0)
-    again = TrainLoop(
-        model,
-        build_optimizer(groups, loop.settings.optim),
-        objective=Contrastive("openai"),
-        loader=SplitLoader(here, accum_steps=1),
-        settings=replace(loop.settings, run=run),
-        distributed=here,
-    )
-    again._batches = again.loader.batches(0, 1)
-    return float(again.optimizer_step()["loss"])
 
 
 def rank_main(rank: int, folder: Path, ports: tuple[int, int]) -> None:

@@ -1,12 +1,15 @@
 """Models of a few thousand parameters, as published ones are built, for tests of weights."""
 
+import argparse
 import dataclasses
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from avion_dali.models.blocks import VideoTowerConfig
 from avion_dali.models.classifier import Classifier
+from avion_dali.models.convert import from_ours
 from avion_dali.models.dual_encoder import DualEncoder
 from avion_dali.models.masked_video import MaskedVideo
 from avion_dali.models.text import TextTowerConfig, build_text_tower
@@ -53,3 +56,25 @@ def small_masked_video(*, seed: int = 0, **tower) -> MaskedVideo:
 
 def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def save_as(path: Path, model: torch.nn.Module, layout: str, *, key: str = "state_dict") -> str:
+    """A checkpoint as the reference programs write them: DDP's prefix, options in a Namespace."""
+    state = {f"module.{name}": tensor for name, tensor in from_ours(model.state_dict(), layout).items()}
+    torch.save({key: state, "epoch": 3, "args": argparse.Namespace(lr=1.0)}, path)
+    return str(path)
+
+
+def small_open_clip(kind: str = "CLIP", *, quick_gelu: bool = False) -> nn.Module:
+    """One of open_clip's own models, of the sizes of `small_dual_encoder` with one frame."""
+    import open_clip
+
+    vision = {"layers": 2, "width": 64, "head_width": 16, "patch_size": 8, "image_size": 32}
+    text = {"context_length": 12, "vocab_size": 100, "width": 32, "heads": 4, "layers": 2}
+    torch.manual_seed(4)
+    return randomize(getattr(open_clip, kind)(16, vision, text, quick_gelu=quick_gelu))
+
+
+def save_open_clip(path: Path) -> str:
+    torch.save({"state_dict": small_open_clip().state_dict()}, path)
+    return f"open_clip:ViT-B-16-quickgelu//{path}"

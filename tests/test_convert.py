@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from golden_fill import TOWERS, close, filled, shape_table, wave
-from small_models import same_tensors, small_classifier, small_dual_encoder, small_masked_video
+from small_models import (
+    same_tensors,
+    small_classifier,
+    small_dual_encoder,
+    small_masked_video,
+    small_open_clip,
+)
 from test_presets import TABLES, expand
 
 from avion_dali.config import ModelConfig
@@ -246,18 +252,9 @@ def test_models_that_a_project_lacks_are_refused(make, layout):
         from_ours(make().state_dict(), layout)
 
 
-def small_open_clip(kind: str):
-    import open_clip
-
-    vision = {"layers": 2, "width": 64, "head_width": 16, "patch_size": 8, "image_size": 32}
-    text = {"context_length": 12, "vocab_size": 100, "width": 32, "heads": 4, "layers": 2}
-    torch.manual_seed(4)
-    return getattr(open_clip, kind)(16, vision, text, quick_gelu=True).eval()
-
-
 @pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])
 def test_open_clips_own_model_gives_the_same_vectors(kind):
-    theirs = small_open_clip(kind)
+    theirs = small_open_clip(kind, quick_gelu=True)
     weights = {"module." + name: tensor for name, tensor in theirs.state_dict().items()}
     assert identify(weights) == "open_clip"
     state, left_over = to_ours(weights, "open_clip")

@@ -86,18 +86,17 @@ def test_files_hold_whole_tensors(folder, results):
     assert saved.average.keys() == shapes.keys() and saved.world_size == 4
     moments = [value["exp_avg"] for value in saved.optimizer["state"].values()]
     assert all(type(moment) is torch.Tensor for moment in moments)
-    exported, _ = read_weights(folder / "four.safetensors"), None
-    for name, tensor in exported[0].items():
+    exported, _ = read_weights(folder / "four.safetensors")
+    for name, tensor in exported.items():
         torch.testing.assert_close(tensor, saved.average[name], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["lion", "sgd"])
-def test_other_optimizers_shard_too(results, tmp_path, name):
-    loop = make_training(tmp_path, Distributed(), max_steps=2, optimizer=name)
+def test_lion_shards_too(results, tmp_path):
+    loop = make_training(tmp_path, Distributed(), max_steps=2, optimizer="lion")
     loop.run()
     # Lion takes the sign of a gradient: where one is zero up to rounding, a step may differ.
     for key, expected in whole_weights(loop.model).items():
-        close = torch.isclose(results[0][name][key], expected, atol=1e-5)
+        close = torch.isclose(results[0]["lion"][key], expected, atol=1e-5)
         assert close.float().mean() > 0.98, key
 
 

@@ -174,3 +174,36 @@ def test_the_end_of_a_variable_rate_video_is_its_last_timestamp() -> None:
 def test_an_empty_table_knows_no_video() -> None:
     with pytest.raises(SpanError, match="no chunks"):
         ChunkLookup([]).locate("a", 0, 1)
+
+
+def test_reasons_have_kinds_that_reports_count_by() -> None:
+    lookup = ChunkLookup([chunk for row, chunk in enumerate(TABLE) if row != 1])
+    for (video, start, end), kind in {
+        ("a.mp4", 5, 4): "bad times",
+        ("a.mp4", -1, 4): "bad times",
+        ("z.mp4", 0, 1): "unknown video",
+        ("a.mp4", 50, 51): "past the end",
+        ("a.mp4", 14, 16): "missing chunk",
+    }.items():
+        with pytest.raises(SpanError) as caught:
+            lookup.locate(video, start, end)
+        assert caught.value.kind == kind
+
+
+def test_a_whole_video_is_all_of_its_chunks_or_none() -> None:
+    assert ChunkLookup(TABLE).locate_whole("a") == (0, 3, 40)
+    first, count, end_s = ChunkLookup(TABLE).locate_whole("b.mp4")
+    assert (first, count) == (3, 3)
+    assert end_s == pytest.approx(TABLE[5].end_s)
+    for missing in (0, 1):
+        with pytest.raises(SpanError, match="is missing"):
+            without(missing).locate_whole("a.mp4")
+
+
+def test_names_are_known_by_their_short_forms_and_had_by_their_own() -> None:
+    lookup = ChunkLookup([chunk_row("P01/P01_01.MP4", 0)])
+    for name in ("P01/P01_01.MP4", "P01/P01_01", "P01_01", "P01_01.MP4"):
+        assert lookup.knows(name)
+        assert lookup.has(name) == (name == "P01/P01_01.MP4")
+    for name in ("P02/P01_01", "P01", "", "P01_0"):
+        assert not lookup.knows(name)

@@ -44,7 +44,7 @@ def test_videos_and_annotations(dataset):
     for path, rows in ((dataset.train_csv, dataset.train), (dataset.heldout_csv, dataset.heldout)):
         with open(path, newline="", encoding="utf-8") as file:
             read = list(csv.DictReader(file))
-        assert list(read[0]) == ["video", "start", "end", "text", "verb", "noun"]
+        assert list(read[0]) == ["video", "start", "end", "text", "verb", "noun", "label"]
         assert [(row["video"], float(row["start"]), row["text"]) for row in read] == [
             (row.video, row.start, row.text) for row in rows
         ]

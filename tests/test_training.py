@@ -23,8 +23,9 @@ from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.run_log import read_rows
 from train import evaluate, pretrain
 from train.arguments import parse_options
-from train.build import build_model, retrieval_evaluator
+from train.build import evaluator
 from train.loaders import Loaders
+from train.tasks import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = [
@@ -187,7 +188,7 @@ def test_evaluating_again_and_again_takes_no_more_shared_memory(dataset: Path, t
     config = parse_options(TrainConfig, options(dataset, tmp_path / "run"), prog="p", description="d")
     with closing(Loaders(config, Distributed())) as loaders:
         model = build_model(config, torch.device("cpu")).eval()
-        evaluate_now = retrieval_evaluator(model, loaders, Manifest(dataset / "m"))
+        evaluate_now = evaluator(config, model, loaders, Manifest(dataset / "m"))
         first = evaluate_now(None).metrics()
         before = held()
         for _ in range(4):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from avion_dali.contracts import UserError
 from avion_dali.data.profiles import PROFILES
-from train import check, env, manifest, plan, weights
+from train import check, env, features, manifest, plan, weights
 from train.arguments import run_command
 
 
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         "check": check.run,
         "plan": plan.run,
         "weights": weights.run,
+        "features": features.run,
         "env": env.run,
         "demo": demo,
     }
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_arguments(commands.add_parser("check", help="find chunks that are damaged or decode wrongly"))
     plan.add_arguments(commands.add_parser("plan", help="predict clips/s here, and say what binds"))
     weights.add_arguments(commands.add_parser("weights", help="say what weights are, and convert them"))
+    features.add_arguments(commands.add_parser("features", help="write embeddings of videos or of a manifest"))
     env.add_arguments(commands.add_parser("env", help="say what works on this machine, and why not"))
     demo_parser = commands.add_parser("demo", help="train and evaluate on procedural videos, with a report")
     demo_parser.add_argument("--output-dir", default="runs/demo", help="folder of the run")

@@ -83,9 +83,9 @@ def main(argv: list[str] | None = None) -> int:
         f"(loses {numbers.lost_when_frozen:.0%} of what is above chance)\n"
         f"report: {output / 'report.html'}"
     )
-    learnt = numbers.times_chance >= 3 and numbers.lost_when_frozen >= 1 / 3
+    learnt = numbers.times_chance >= 3 and numbers.lost_when_frozen >= 1 / 4
     if not learnt:
-        print("the model learnt less than it should: at least 3x chance, a third of it from motion")
+        print("the model learnt less than it should: at least 3x chance, a quarter of it from motion")
     return 0 if learnt else 1
 
 
@@ -134,8 +134,8 @@ def make_data(folder: Path, profile: ProfileName) -> tuple[Path, Path]:
     report = chunk_videos(list(dataset.videos), chunks, settings=ChunkSettings(profile, short_side=128))
     if report.failed:
         raise UserError(f"chunking failed: {report.failed[0].video}: {report.failed[0].failed}")
-    for csv, manifest in zip((dataset.train_csv, dataset.heldout_csv), manifests, strict=True):
-        build_captions_manifest(chunks, csv, manifest)
+    build_captions_manifest(chunks, dataset.train_csv, manifests[0])
+    build_captions_manifest(chunks, dataset.heldout_csv, manifests[1], classes_from=manifests[0])
     return manifests
 
 

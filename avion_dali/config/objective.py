@@ -28,9 +28,10 @@ class MaxMarginConfig:
 
     Args:
         loss: `max-margin` (AVION, LaViLa), which ignores relevancy; or `symmetric-multi-similarity` (SMS,
-            Wang et al. 2024), which uses it.
-        margin: of the cosines, for `max-margin`; the scale of relevancy differences for SMS.
-        relaxation: SMS's relaxation factor: pairs whose relevancies differ by less are not ranked.
+            Wang et al. 2024), which grades pairs by it.
+        margin: least distance between the cosines of a right pair and a wrong one; for SMS, between pairs whose
+            relevancies are 1 and 0 (its recipes take 0.6).
+        relaxation: SMS only: how far the cosines of equally relevant pairs may lie apart.
     """
 
     loss: Literal["max-margin", "symmetric-multi-similarity"] = "max-margin"

@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from avion_dali.contracts import ChunkRef, PacketIndexRef, UserError
 from avion_dali.data.classes import (
@@ -40,7 +42,7 @@ from avion_dali.data.rows import (
     chunk_values,
     sample_values,
 )
-from avion_dali.data.tables import ROWS_PER_BATCH, MappedTable, write_table
+from avion_dali.data.tables import ROWS_PER_BATCH, MappedTable, Row, write_table
 
 FORMAT_VERSION = 3
 INDEX_FILE = "packets.bin"
@@ -274,20 +276,12 @@ def write_manifest(
     for name in ("manifest.json", CLASSES_FILE, CAPTIONS_FILE, RELEVANCY_FILE):
         (folder / name).unlink(missing_ok=True)
     index_path = folder / INDEX_FILE
-    size, limit = ROWS_PER_BATCH, len(classes) if classes else 0
-    num_chunks = write_table(
-        folder / "chunks.arrow",
-        CHUNK_SCHEMA,
-        chunks,
-        lambda rows: chunk_values(rows, root),
-        rows_per_batch=size,
+    num_chunks = _write_rows(
+        folder / "chunks.arrow", CHUNK_SCHEMA, chunks, lambda rows: chunk_values(rows, root)
     )
-    num_samples = write_table(
-        folder / "samples.arrow",
-        SAMPLE_SCHEMA,
-        samples,
-        lambda rows: sample_values(rows, limit),
-        rows_per_batch=size,
+    limit = len(classes) if classes else 0
+    num_samples = _write_rows(
+        folder / "samples.arrow", SAMPLE_SCHEMA, samples, lambda rows: sample_values(rows, limit)
     )
     facts = {
         **(info or {}),
@@ -304,6 +298,12 @@ def write_manifest(
     if captions is not None:
         facts |= write_captions(folder, captions, num_rows=num_samples)
     (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _write_rows(
+    path: Path, schema: pa.Schema, rows: Iterable[Row], columns: Callable[[list[Row]], dict[str, Any]]
+) -> int:
+    return write_table(path, schema, rows, columns, rows_per_batch=ROWS_PER_BATCH)
 
 
 def tables_fingerprint(chunks: Path, samples: Path) -> int:

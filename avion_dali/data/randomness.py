@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -40,4 +41,4 @@ class _Key(ISeedSequence):
         return self._key
 
 
-_key = lru_cache(maxsize=16)(_Key)
+_key: Callable[[int], Any] = lru_cache(maxsize=16)(_Key)

@@ -90,6 +90,7 @@ class Annotation:
         text: the sentence.
         verb: key of `ACTIONS`.
         noun: colour and shape.
+        label: class for recognition, the verb: telling classes apart takes the motion.
     """
 
     video: str
@@ -98,6 +99,7 @@ class Annotation:
     text: str
     verb: str
     noun: str
+    label: str
 
 
 @dataclass(frozen=True)
@@ -342,9 +344,8 @@ def _annotate(name: str, scenes: Sequence[Scene], fps: int) -> list[Annotation]:
     rows, first = [], 0
     for scene in scenes:
         end = first + scene.frames
-        rows.append(
-            Annotation(name, round(first / fps, 3), round(end / fps, 3), scene.text, scene.verb, scene.noun)
-        )
+        span = round(first / fps, 3), round(end / fps, 3)
+        rows.append(Annotation(name, *span, scene.text, scene.verb, scene.noun, label=scene.verb))
         first = end
     return rows
 

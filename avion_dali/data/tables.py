@@ -87,6 +87,9 @@ class MappedTable:
     def locate(self, row: int) -> tuple[int, int]:
         """Return which batch holds a row, and where in it.
 
+        Args:
+            row: in [0, num_rows).
+
         Raises:
             IndexError: when the table has no such row.
         """

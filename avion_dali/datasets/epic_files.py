@@ -165,24 +165,26 @@ def _annotation_row(line: int, fields: Sequence[str]) -> AnnotationRow | Rejecte
 
 def _csv_rows(path: Path, *, min_columns: int) -> Iterator[tuple[int, list[str]]]:
     """Yield (line, fields) of all rows but the header, blank lines passed over."""
-    rows = 0
+    has_rows = False
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            if len(header) < min_columns:
-                raise UserError(
-                    f"{path} has {len(header)} columns in its first line; the published file has {min_columns} "
-                    "or more, parted by commas"
-                )
-            for fields in reader:
-                if fields:
-                    rows += 1
-                    yield reader.line_num, fields
+            _check_header(path, next(reader, []), min_columns)
+            for fields in filter(None, reader):
+                has_rows = True
+                yield reader.line_num, fields
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV: {error}") from error
-    if not rows:
+    if not has_rows:
         raise UserError(f"{path} has no row after its header")
+
+
+def _check_header(path: Path, header: Sequence[str], min_columns: int) -> None:
+    if len(header) < min_columns:
+        raise UserError(
+            f"{path} has {len(header)} columns in its first line, the published file {min_columns} or more, "
+            "parted by commas"
+        )
 
 
 def _seconds(text: str) -> float | None:

@@ -1,0 +1,84 @@
+"""The report of any run: put together from the folder, never in the way of a finished training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_report import Page
+from toy_training import make_loop
+
+from avion_dali.engine.run_log import LOG_NAME
+from avion_dali.engine.run_report import REPORT_NAME, last_metrics, report_run, resources, write_run_report
+
+
+def write_lines(path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def header(**more) -> dict:
+    return {
+        "kind": "header",
+        "step": 0,
+        "world_size": 2,
+        "device": "cuda:0",
+        "energy_source": "GPU (NVML)",
+    } | more
+
+
+def test_resources_add_up_over_starts():
+    rows = [
+        header(),
+        {"kind": "train", "step": 1, "elapsed_s": 1800.0, "energy_j": 3.6e6},
+        {"kind": "end", "step": 1, "elapsed_s": 3600.0, "energy_j": 7.2e6, "stopped_by": "SIGTERM"},
+        header(world_size=4),
+        {"kind": "train", "step": 2, "elapsed_s": 1800.0, "energy_j": 3.6e6},
+    ]
+    found = resources(rows)
+    assert found["starts"] == 2 and found["hours"] == pytest.approx(1.5)
+    assert found["GPU-hours"] == pytest.approx(2 * 1.0 + 4 * 0.5)
+    energy, carbon = (value for name, value in found.items() if "kWh" in name)
+    assert energy == pytest.approx(3.0) and carbon == pytest.approx(3.0 * 1.1 * 0.385)
+
+
+def test_energy_that_could_not_be_read_is_not_a_number():
+    found = resources([header(device="cpu"), header(energy_source="could not be read")])
+    assert found["energy"] == "could not be read" and "GPU-hours" in found
+    assert resources([]) == {}
+
+
+def test_last_metrics():
+    rows = [
+        {"kind": "evaluation", "step": 1, "map": 0.1},
+        {"kind": "evaluation", "step": 2, "map": 0.2, "x": None},
+    ]
+    assert last_metrics([*rows, {"kind": "train", "step": 3}]) == {"map": 0.2}
+    assert last_metrics([]) == {}
+
+
+def test_a_training_writes_its_report(tmp_path):
+    failure = {"sample_id": 7, "kind": "corrupt", "path": "<a>.mp4", "cause": "bytes differ"}
+    write_lines(tmp_path / "quarantine.jsonl", [failure, failure, {**failure, "kind": "timeout"}])
+    make_loop(tmp_path, evaluate=lambda: {"score": 0.25}).run()
+    page = Page((tmp_path / REPORT_NAME).read_text())
+    cells = [text.strip() for text in page.texts if text.strip()]
+    for name, value in (("score", "0.25"), ("corrupt", "2"), ("timeout", "1"), ("starts", "1")):
+        assert cells[cells.index(name) + 1] == value, name
+    assert any("<a>.mp4: corrupt: bytes differ (sample 7)" in cell for cell in cells)
+    assert len(page.all("svg")) == 4
+
+
+def test_a_report_that_fails_costs_nothing_but_a_warning(tmp_path, caplog):
+    (tmp_path / REPORT_NAME).mkdir()
+    assert make_loop(tmp_path).run().step == 6
+    assert "report" in caplog.text and "could not be written" in caplog.text
+    (tmp_path / LOG_NAME).write_text('{"no": "kind"}\n')
+    report_run(tmp_path)
+    assert caplog.text.count("could not be written") >= 2
+
+
+def test_title_and_metrics_may_be_given(tmp_path):
+    write_lines(tmp_path / LOG_NAME, [header()])
+    path = write_run_report(tmp_path, title="A & B", metrics={"m": 1.5})
+    texts = Page(path.read_text()).texts
+    assert "A & B" in texts and "1.5" in texts
