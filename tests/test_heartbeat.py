@@ -60,8 +60,10 @@ def test_a_lost_rank_ends_the_others_with_the_cause(waiting, number):
         for rank in (0, 2):
             _, console = ranks[rank].communicate(timeout=60)
             assert ranks[rank].returncode == 1, console
-            assert "error: rank 1 (" in console and f"process {ranks[1].pid})" in console
-            assert "has not given a sign of life for" in console and "Start again to continue" in console
+            assert "Start again to continue" in console
+            if rank == 0 or "the first machine of the run does not answer" not in console:
+                assert "error: rank 1 (" in console and f"process {ranks[1].pid})" in console
+                assert "has not given a sign of life for" in console
     finally:
         for process in ranks:
             process.kill()

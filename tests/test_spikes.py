@@ -74,7 +74,7 @@ def test_spikes_are_logged_with_their_samples(tmp_path):
     spiky(tmp_path, "log").run()
     rows = spike_rows(tmp_path)
     assert [row["step"] for row in rows] == [26, 28] and not rows[0]["skipped"]
-    assert rows[0]["sample_ids"] == [25 * 32 + i for i in range(4)] and rows[0]["excess"] > 100
+    assert rows[0]["sample_ids"] == [25 * 128 + i for i in range(4)] and rows[0]["excess"] > 100
 
 
 def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path):
@@ -92,6 +92,6 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path):
 
 def test_stop_ends_before_anything_is_saved(tmp_path):
     loop = spiky(tmp_path, "stop")
-    with pytest.raises(LossSpikeError, match=r"step 25: the loss is .*samples 800, 801, 802, 803\. Lower"):
+    with pytest.raises(LossSpikeError, match=r"step 25: the loss is .*samples 3200, 3201, 3202, 3203\. Lower"):
         loop.run()
     assert not (tmp_path / LATEST_NAME).exists()

@@ -227,7 +227,9 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Ev
     if not folder:
         raise UserError(f"{options.checkpoint} was trained without an evaluation manifest; give --manifest")
     manifest = Manifest(folder)
-    num_classes = _check_classes(config, manifest) if config.objective.name == "classification" else 0
+    num_classes = start.facts.num_classes
+    if config.objective.name == "classification":
+        _check_classes(config, manifest, num_classes)
     model = build_model(config, distributed.device, num_classes=num_classes)
     fill_model(model, start, config)
     model.eval()
@@ -241,12 +243,16 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Ev
         loaders.close()
 
 
-def _check_classes(config: TrainConfig, manifest: Manifest) -> int:
-    """Number of classes of a manifest; where the training's is still there, they must be the same."""
-    num_classes = len(class_table(manifest))
+def _check_classes(config: TrainConfig, manifest: Manifest, num_classes: int) -> None:
+    """Refuse labels that do not mean the head's classes, as far as can be told."""
+    labels = len(class_table(manifest))
+    if labels != num_classes:
+        raise UserError(
+            f"the model tells {num_classes} classes apart and {manifest.folder} has {labels}; build the "
+            "manifest with the classes of the training's (--classes-from)"
+        )
     if config.data.train_manifest and (Path(config.data.train_manifest) / "manifest.json").is_file():
         require_same_classes(Manifest(config.data.train_manifest), manifest)
-    return num_classes
 
 
 def trained_config(start: StartWeights) -> TrainConfig:
@@ -263,7 +269,8 @@ def trained_config(start: StartWeights) -> TrainConfig:
         raise UserError(
             f"{start.source} holds no whole model ({start.facts.role}); train or fine-tune from it first"
         )
-    return TrainConfig.from_plain(config)
+    trained = TrainConfig.from_plain(config)
+    return trained if start.config else replace(trained, output_dir="runs/evaluate")
 
 
 def evaluation_config(trained: TrainConfig, options: EvaluateConfig) -> TrainConfig:
@@ -285,5 +292,8 @@ def evaluation_config(trained: TrainConfig, options: EvaluateConfig) -> TrainCon
         decoder=options.decoder,
         output_dir=options.output_dir or trained.output_dir,
         data=data,
+        model=replace(trained.model, temporal_resize="interpolate"),
         optim=replace(trained.optim, micro_batch=options.micro_batch),
+        # fp16 is for GPUs without bf16: the device of the evaluation may be another.
+        run=replace(trained.run, precision="auto") if trained.run.precision == "fp16" else trained.run,
     )

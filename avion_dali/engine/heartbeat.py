@@ -119,6 +119,8 @@ class Heartbeat:
         for other, (value, since) in known.items():
             count, _, place = value.partition(" ")
             if count != _DONE and now - since > self.limit_s:
+                if self.rank == 0:  # it may keep the store: let the others see for themselves first
+                    time.sleep(2 * self.interval_s)
                 self.on_loss(
                     f"rank {other} ({place}) has not given a sign of life for {now - since:.0f} s: its process "
                     "was killed or stopped, or its machine is out of reach. Start again to continue from the "

@@ -13,16 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from avion_dali.config import RunConfig
@@ -30,17 +24,14 @@ from avion_dali.contracts import UserError
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.precision import resolve_precision
 
-FORWARD_METHODS = ("encode_video", "encode_text", "features")
-"""Methods besides `forward` that compute with a model's parameters."""
-
 
 def shard_model(model: nn.Module, run: RunConfig, distributed: Distributed) -> None:
     """Share a model over all ranks, in place, when the run asks for it; call it before the optimizer is made.
 
-    Every block is a unit of its own, what remains is another. Under bf16 the blocks' parameters travel and
-    compute as bf16; gradients are summed in float32, and everything outside the blocks stays float32, so the
-    residual stream has the precision it has without sharding. Scalars (a temperature) cannot be cut; every
-    rank keeps them, see `average_whole_gradients`.
+    Every block is a unit of its own, what remains is another. Parameters travel as float32 and autocast rounds
+    them where they are used, so a sharded run computes the same numbers as a replicated one in every precision;
+    sending bf16 would halve the traffic and round norms and position tables as well. Scalars (a temperature)
+    cannot be cut; every rank keeps them, see `average_whole_gradients`.
 
     Args:
         model: the bare model, equal on all ranks, on this rank's device.
@@ -52,24 +43,17 @@ def shard_model(model: nn.Module, run: RunConfig, distributed: Distributed) -> N
     """
     if run.sharding != "shard" or distributed.world_size == 1:
         return
-    precision = resolve_precision(run.precision, distributed.device)
-    if precision == "fp16":
+    if resolve_precision(run.precision, distributed.device) == "fp16":
         raise UserError(
             "run.sharding = shard needs run.precision = bf16 or fp32; or take run.sharding = replicate"
         )
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if precision == "bf16":
-        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # Said of the temperature, which leaves the model expanded to a row each; nothing changes it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
     for block in _blocks(model):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
     scalars = {p for p in model.parameters() if p.ndim == 0}
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
-    for name in FORWARD_METHODS:
-        if hasattr(model, name):
-            register_fsdp_forward_method(model, name)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -90,7 +74,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     """Hold the whole model on every rank for a `with` block, so that ranks may call it unequally often.
 
     An evaluation's last batch may be empty on some ranks, and every forward pass of shards needs all ranks.
-    Costs the memory of the whole model, in the precision it computes in.
+    Methods other than `forward` (`encode_text`) may be called, too. Costs the memory of the whole model.
 
     Args:
         model: the bare model, sharded or not; its weights must not change inside the block.

@@ -27,7 +27,7 @@ from avion_dali.contracts import UserError
 
 UNREADABLE: Final = (
     *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, struct.error),
-    *(pickle.UnpicklingError, zipfile.BadZipFile, MemoryError, OverflowError, NotImplementedError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, MemoryError, OverflowError),
 )
 """What reading a damaged, foreign or hostile file raises, depending on where it stumbles."""
 
