@@ -81,7 +81,7 @@ class Scale:
     samples: int = 4_000
     frame_size: int = 224
     batch: int = 64
-    threads: tuple[int, ...] = (16, 4, 8, 24, 32)
+    threads: tuple[int, ...] = (16, 4, 8, 32)
     warm_s: float = 1.0
     measure_s: float = 2.0
     checked: int = 32
@@ -91,7 +91,7 @@ class Scale:
     steps: int = 30
     workers: tuple[int, ...] = tuple(sorted({1, 4, 8, available_cores()}))
     memory_batches: int = 500
-    memory_s: float = 35.0
+    memory_s: float = 10.0
 
 
 QUICK = Scale(
@@ -179,12 +179,14 @@ class Part:
         module: where its function is.
         function: a `PartFunction` of the module.
         limit_s: seconds after which it is killed.
+        expected_s: seconds it should take.
     """
 
     name: str
     module: str
     function: str
     limit_s: float
+    expected_s: float = 0.0
 
 
 @dataclass

@@ -52,6 +52,30 @@ _TABLES: dict[str, tuple[str, dict[str, str]]] = {
             **{"cores_busy": "cores", "nvdec_percent": "NVDEC %"},
         },
     ),
+    "train step": (
+        "A training step, its clips on the GPU",
+        {
+            **{"encoder": "encoder", "size": "size", "frames": "frames", "batch": "clips"},
+            **{"attention": "attention", "checkpoint_every": "recompute", "compile": "compiled"},
+            **{"step_ms": "step, ms", "clips_per_s": "clips/s", "model_tflop_per_s": "model TFLOP/s"},
+            **{"mfu": "MFU", "hfu": "HFU", "memory_gib": "GiB"},
+        },
+    ),
+    "model memory": (
+        "Memory of a clip in a model, MiB",
+        {
+            **{"encoder": "encoder", "frames": "frames", "method": "method"},
+            **{"counted MiB a clip": "counted", "allocated MiB a clip": "allocated"},
+            **{"peak MiB a clip": "peak of a step", "largest batch by slope": "largest batch"},
+        },
+    ),
+    "largest batch": (
+        "The largest batch that trains",
+        {
+            **{"encoder": "encoder", "frames": "frames", "method": "method"},
+            **{"trained with": "clips", "clips_per_s": "clips/s", "note": "note"},
+        },
+    ),
     "library": (
         "Other libraries on the GPU",
         {
@@ -133,7 +157,7 @@ def outcome_line(result: PartResult) -> str:
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """The targets, and whether they are met; those that were not measured are not."""
-    return [_frames_verdict(rows), _nvdec_verdict(rows), _waiting_verdict(rows)]
+    return [_frames_verdict(rows), _nvdec_verdict(rows), _waiting_verdict(rows), _step_verdict(rows)]
 
 
 def _frames_verdict(rows: Sequence[Row]) -> str:
@@ -167,6 +191,18 @@ def _waiting_verdict(rows: Sequence[Row]) -> str:
         return f"{title}: not measured"
     share = found[0]["data_wait_share"]
     return f"{title}: {'met' if share < 0.05 else 'MISSED'}, {share:.1%} at {found[0]['clips_per_s']} clips/s"
+
+
+def _step_verdict(rows: Sequence[Row]) -> str:
+    title = "fastest step of ViT-B, 4 frames"
+    wanted = {"measured": "train step", "encoder": "vit", "size": "vit_b16", "frames": 4}
+    found = [row for row in _select(rows, wanted) if "clips_per_s" in row]
+    if not found:
+        return f"{title}: not measured"
+    best = max(found, key=lambda row: row["clips_per_s"])
+    how = f"{best['attention']}{', compiled' if best['compile'] else ''}, {best['batch']} clips"
+    share = "not known" if best["mfu"] is None else f"{best['mfu']:.1%}"
+    return f"{title}: {best['clips_per_s']} clips/s ({how}), MFU {share}"
 
 
 def _select(rows: Sequence[Row], wanted: Row) -> list[Row]:

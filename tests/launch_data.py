@@ -85,8 +85,8 @@ class LaunchData:
 _made: list[LaunchData] = []  # a session fixture that several files import is one fixture for each
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> LaunchData:
+@pytest.fixture(scope="session", name="data")
+def launch_data(tmp_path_factory: pytest.TempPathFactory) -> LaunchData:
     if not _made:
         _made.append(make_data(tmp_path_factory.mktemp("launches")))
     return _made[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch_data import CONFIGS, RECIPES, ROOT, LaunchData, data, launch, of_kind, recipe_config  # noqa: F401
+from launch_data import CONFIGS, RECIPES, ROOT, LaunchData, launch, launch_data, of_kind, recipe_config  # noqa: F401
 
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.engine.checkpoint import load_checkpoint
@@ -69,7 +69,7 @@ def test_a_recipe_says_how_it_is_run_and_what_was_published(
 
 
 @pytest.fixture(scope="session")
-def pretrained(data: LaunchData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:  # noqa: F811
+def pretrained(data: LaunchData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What fine-tuning starts from: a dual encoder of 4 frames, and a VideoMAE."""
     folder = tmp_path_factory.mktemp("pretrained")
     more = ("--decoder", "cpu-fused", "--run.max_steps", "1")
@@ -83,7 +83,7 @@ def pretrained(data: LaunchData, tmp_path_factory: pytest.TempPathFactory) -> di
 def test_a_recipe_trains(
     recipe: Path,
     decoder: str,
-    data: LaunchData,  # noqa: F811
+    data: LaunchData,
     pretrained: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -19,13 +19,21 @@ from toy_training import (
     make_settings,
     reference_gradients,
     toy_batch,
+    weights,
 )
 
 from avion_dali.config import TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.engine.accumulate import micro_seed
-from avion_dali.engine.checkpoint import BEST_NAME, LATEST_NAME, load_checkpoint
+from avion_dali.engine.checkpoint import (
+    BEST_NAME,
+    LATEST_NAME,
+    find_checkpoint,
+    load_checkpoint,
+    read_weights,
+)
 from avion_dali.engine.distributed import Distributed
+from avion_dali.engine.loop import TrainLoop
 from avion_dali.engine.run_log import LOG_NAME, read_rows
 from avion_dali.engine.settings import LoopSettings
 
@@ -240,6 +248,64 @@ def test_settings_come_from_the_training_configuration():
     assert settings.output_dir == Path("runs/x") and settings.config["optim"]["epochs"] == 5
     assert (settings.decoder, settings.best_metric) == ("cpu-fused", "map")
     assert LoopSettings.from_config(config, decoder="dali").decoder == "dali"
+
+
+def test_the_average_of_the_weights_is_evaluated_saved_and_continued(tmp_path):
+    settings = make_settings(tmp_path)
+    settings = replace(settings, optim=replace(settings.optim, ema_decay=0.9))
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def trained(folder: Path, **run: object) -> TrainLoop:
+        own = replace(settings, output_dir=folder, run=replace(settings.run, **run))
+        loop = make_loop(
+            folder, settings=own, evaluate=lambda: seen.append(weights(loop.model)) or {"score": 1.0}
+        )
+        path = find_checkpoint(folder, "auto")
+        if path:
+            loop.restore(path)
+        loop.run()
+        return loop
+
+    straight = trained(tmp_path / "a")
+    expected = weights(make_loop(tmp_path / "none").model)
+    history: list[dict[str, torch.Tensor]] = []
+    plain = make_loop(tmp_path / "plain", after_step=lambda: history.append(weights(plain.model)))
+    plain.run()
+    for step in history:
+        expected = {name: 0.9 * expected[name] + 0.1 * step[name] for name in step}
+    assert_same(seen[1], expected, atol=1e-6)  # the second evaluation is that of the last step
+    assert_same(weights(straight.model), history[-1])  # and the weights are back
+    average, _ = read_weights(tmp_path / "a" / BEST_NAME)
+    assert_same(average, seen[0])
+    straight.export(tmp_path / "w.safetensors")
+    assert_same(read_weights(tmp_path / "w.safetensors")[0], seen[1])
+    trained(tmp_path / "b", max_steps=2)
+    trained(tmp_path / "b")
+    assert_same(seen[-1], seen[1])
+
+
+def test_header_says_how_the_batch_and_the_rates_come_about(tmp_path, capsys):
+    settings = make_settings(tmp_path)
+    settings = replace(settings, optim=replace(settings.optim, global_batch=12, rate_batch=6))
+    make_loop(tmp_path, settings=settings, loader=ToyLoader(accum_steps=3)).run()
+    printed = capsys.readouterr().out
+    assert "batch: 12 clips a step = 1 ranks x 4 clips x 3 micro-batches" in printed
+    assert "learning rate 0.02 = 0.01 x 12 / 6" in printed
+
+
+def test_time_and_energy_of_a_killed_start_are_kept(tmp_path):
+    first = make_loop(tmp_path, settings=make_settings(tmp_path, save_every=2))
+    first.after_step = lambda: (_ for _ in ()).throw(KeyboardInterrupt) if first.step == 5 else None
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    used = read_rows(tmp_path / LOG_NAME)[-1]["elapsed_s"]
+    again = make_loop(tmp_path)
+    again.restore(tmp_path / LATEST_NAME)
+    again.run()
+    rows = read_rows(tmp_path / LOG_NAME)
+    kinds = [(row["kind"], row["step"]) for row in rows]
+    assert kinds[5:8] == [("end", 4), ("header", 4), ("train", 5)] and kinds[-1] == ("end", 6)
+    assert rows[5]["elapsed_s"] == used
 
 
 def test_only_rank_zero_writes(tmp_path):

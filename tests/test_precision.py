@@ -12,8 +12,10 @@ from toy_training import ToyLoader, ToySamplewise, make_loop, make_settings
 from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import LATEST_NAME, load_checkpoint
 from avion_dali.engine.precision import (
+    MAX_OVERFLOWS,
     FiniteGuard,
     NonFiniteLossError,
+    OverflowCount,
     autocast,
     gradient_scaler,
     resolve_precision,
@@ -87,6 +89,34 @@ def test_check_may_leave_the_newest_step_for_later(tmp_path, monkeypatch):
         watch(guard, 2, 1.0)
     monkeypatch.undo()
     guard.check()
+
+
+def test_overflows_are_borne_until_there_are_too_many_in_a_row():
+    count, inf, fine = OverflowCount(), torch.tensor(float("inf")), torch.tensor(3.0)
+    for _ in range(MAX_OVERFLOWS - 1):
+        assert float(count.watched_norm(inf)) == 0
+    assert float(count.watched_norm(fine)) == 0
+    for _ in range(MAX_OVERFLOWS - 1):
+        assert float(count.watched_norm(torch.tensor(float("nan")))) == 0
+    assert float(count.watched_norm(inf)) == float("inf")
+
+
+class Overflowing(ToySamplewise):
+    """Has a finite loss and an infinite gradient in every step."""
+
+    def loss(self, outputs):
+        loss, report = super().loss(outputs)
+        return loss + (loss * 0).sqrt(), report
+
+
+def test_a_scaler_that_skips_for_ever_ends_the_run(tmp_path):
+    loop = make_loop(tmp_path, objective=Overflowing(), loader=ToyLoader(steps_per_epoch=100))
+    loop.scaler = torch.amp.GradScaler("cpu")  # as under fp16, which the CPU lacks
+    before = [p.detach().clone() for p in loop.model.parameters()]
+    with pytest.raises(NonFiniteLossError, match=f"step {MAX_OVERFLOWS - 1}: the gradient norm is nan"):
+        loop.run()
+    assert all(torch.equal(a, b) for a, b in zip(before, loop.model.parameters(), strict=True))
+    assert loop.scaler.get_scale() < 1
 
 
 class PoisonedAt(ToySamplewise):

@@ -95,7 +95,8 @@ def test_lion_shards_too(results, tmp_path):
     loop = make_training(tmp_path, Distributed(), max_steps=2, optimizer="lion")
     loop.run()
     # Lion takes the sign of a gradient: where one is zero up to rounding, a step may differ.
-    for key, expected in whole_weights(loop.model).items():
+    matrices = {key: tensor for key, tensor in whole_weights(loop.model).items() if tensor.ndim >= 2}
+    for key, expected in matrices.items():
         close = torch.isclose(results[0]["lion"][key], expected, atol=1e-5)
         assert close.float().mean() > 0.98, key
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from avion_dali.config import RunConfig
 from avion_dali.contracts import UserError
-from avion_dali.engine.distributed import Distributed
+from avion_dali.engine.distributed import Distributed, require_agreement
 from avion_dali.engine.precision import resolve_precision
 
 
@@ -39,7 +40,7 @@ def shard_model(model: nn.Module, run: RunConfig, distributed: Distributed) -> N
         distributed: this rank among all; a single process is left as it is.
 
     Raises:
-        UserError: fp16, whose loss scaler does not know shards.
+        UserError: fp16, whose loss scaler does not know shards; or the ranks' weights differ.
     """
     if run.sharding != "shard" or distributed.world_size == 1:
         return
@@ -47,6 +48,8 @@ def shard_model(model: nn.Module, run: RunConfig, distributed: Distributed) -> N
         raise UserError(
             "run.sharding = shard needs run.precision = bf16 or fp32; or take run.sharding = replicate"
         )
+    # Afterwards every rank holds another part, and nobody could tell.
+    require_agreement({"sum of all weights": weight_sum(model)})
     # Said of the temperature, which leaves the model expanded to a row each; nothing changes it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
@@ -123,10 +126,15 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def weight_sum(model: nn.Module) -> float:
-    """Sum of the absolute weights, to compare over ranks; that of this rank's parts where they are sharded."""
+    """Sum of the absolute weights, to compare over ranks; a collective when they are sharded."""
     tensors = [p.detach() for p in model.parameters()]
-    whole = [t for t in tensors if not isinstance(t, DTensor)]
-    return sum(float(tensor.double().abs().sum()) for tensor in whole)
+    total = sum(float(t.double().abs().sum()) for t in tensors if not isinstance(t, DTensor))
+    parts = [t.to_local() for t in tensors if isinstance(t, DTensor)]
+    if not parts:
+        return total
+    cut = torch.stack([part.double().abs().sum() for part in parts]).sum()
+    dist.all_reduce(cut)
+    return total + float(cut)
 
 
 def gathered(state: Any, *, keep: bool) -> Any:

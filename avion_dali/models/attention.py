@@ -78,13 +78,18 @@ def _find_problem(name: str, device: str, dtype: torch.dtype) -> str | None:
         return f"its kernels need a GPU, and the model is on {device}"
     if name == "flash-attn" and dtype not in _HALF:
         return f"it computes in float16 and bfloat16, not {dtype}; set run.precision to bf16"
-    trial_BNHK = torch.zeros(1, 8, 1, 64, device=device, dtype=dtype)
+    trial_BNHK = _trial_tokens(device, dtype)
     try:
         kernel(trial_BNHK, trial_BNHK, trial_BNHK)
     except RuntimeError as error:
         return str(error).strip().splitlines()[0]
     _PACKAGE_KERNELS[name] = kernel
     return None
+
+
+def _trial_tokens(device: str, dtype: torch.dtype) -> Tensor:
+    """Queries, keys or values to try a kernel with, as packages lay them out."""
+    return torch.zeros(1, 8, 1, 64, device=device, dtype=dtype)
 
 
 def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, backend: AttentionBackend = "auto") -> Tensor:
