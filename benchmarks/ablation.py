@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from avion_dali.decode.reading import read_spanned
 from avion_dali.decode.rendering import ReferenceView
 
 if TYPE_CHECKING:
-    from avion_dali.config import ModelSize
+    from avion_dali.config import AttentionBackend, ModelSize
     from avion_dali.data.manifest import Manifest
     from avion_dali.data.profiles import ProfileName
     from avion_dali.engine.loop import TrainLoop
@@ -60,13 +60,14 @@ class Case:
     Args:
         chunk: `300 s` or `15 s`.
         crop: key of `DECODERS`.
-        attention: `math` stores the attention matrix; `sdpa` takes the kernel that torch finds best.
+        attention: of the video tower: `math` stores the attention matrix; `sdpa` takes the kernel that torch
+            finds best.
         profile: how the chunks are encoded.
     """
 
     chunk: str
     crop: str
-    attention: str
+    attention: AttentionBackend
     profile: ProfileName = "compat"
 
 
@@ -147,8 +148,8 @@ def run_case(case: Case, manifest: Manifest, bench: AblationBench, *, batch: int
     pool = DecodePool(DECODERS[case.crop], workers=bench.workers, clip_timeout_s=120)
     with closing(pool), opened_loader(manifest, FOUR, pool, loading) as loader:
         try:
-            loop = build_loop(loader, bench, batch=batch, folder=folder)
-            numbers = train(loop, loader, case=case, bench=bench)
+            loop = build_loop(loader, bench, batch=batch, folder=folder, attention=case.attention)
+            numbers = train(loop, loader, bench=bench)
         except torch.OutOfMemoryError:
             numbers = {"out_of_memory": True}
     return {**what, "profile": case.profile, **numbers}
@@ -172,7 +173,14 @@ def best_of_rounds(rounds: list[list[Row]]) -> list[Row]:
     return best
 
 
-def build_loop(loader: CpuLoader, bench: AblationBench, *, batch: int, folder: Path) -> TrainLoop:
+def build_loop(
+    loader: CpuLoader,
+    bench: AblationBench,
+    *,
+    batch: int,
+    folder: Path,
+    attention: AttentionBackend = "auto",
+) -> TrainLoop:
     """The training loop of `train.pretrain`, without its files."""
     import torch
 
@@ -182,12 +190,12 @@ def build_loop(loader: CpuLoader, bench: AblationBench, *, batch: int, folder: P
     from avion_dali.engine.optim import build_optimizer, parameter_groups
     from avion_dali.objectives.contrastive import Contrastive
     from benchmarks.loader_runs import CONTEXT_LENGTH
-    from train.build import build_model
+    from train.tasks import build_model
 
     config = TrainConfig(
         output_dir=str(folder),
         data=DataConfig(num_frames=4, frame_size=bench.frame_size),
-        model=ModelConfig(size=bench.size, context_length=CONTEXT_LENGTH),
+        model=ModelConfig(size=bench.size, context_length=CONTEXT_LENGTH, attention=attention),
         optim=OptimConfig(global_batch=batch, micro_batch=batch),
     )
     distributed = Distributed(device=torch.device(bench.device))
@@ -203,10 +211,9 @@ def build_loop(loader: CpuLoader, bench: AblationBench, *, batch: int, folder: P
     )
 
 
-def train(loop: TrainLoop, loader: CpuLoader, *, case: Case, bench: AblationBench) -> Row:
+def train(loop: TrainLoop, loader: CpuLoader, *, bench: AblationBench) -> Row:
     """Time of a step, and how much of it waits for clips, once loading is in full swing."""
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from benchmarks.loader_runs import Reading
 
@@ -214,14 +221,13 @@ def train(loop: TrainLoop, loader: CpuLoader, *, case: Case, bench: AblationBenc
     loop._batches = loader.batches(0, loop.last_step)
     if bench.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with sdpa_kernel(SDPBackend.MATH) if case.attention == "math" else nullcontext():
-        for _ in range(WARM_STEPS):
-            loop.optimizer_step()
-        loop.timer.window()
-        before = Reading.now(loader)
-        for _ in range(bench.steps):
-            loop.optimizer_step()
-        timing = loop.timer.window()
+    for _ in range(WARM_STEPS):
+        loop.optimizer_step()
+    loop.timer.window()
+    before = Reading.now(loader)
+    for _ in range(bench.steps):
+        loop.optimizer_step()
+    timing = loop.timer.window()
     rates = Reading.now(loader).since(before)
     return {
         "load_overhead_s": round(timing.data_wait_s, 4),

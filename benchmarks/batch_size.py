@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -85,11 +86,10 @@ class Run:
 
 
 def settings(batches: tuple[int, ...], seeds: int) -> Iterator[Setting]:
-    """List all trainings, seed by seed; at `RATE_BATCH` the rules are one."""
-    for seed in range(seeds):
-        for batch in batches:
-            for rule in RULES if batch != RATE_BATCH else RULES[:1]:
-                yield Setting(batch, rule, seed)
+    """List all trainings, rule by rule and seed by seed; at `RATE_BATCH` the rules are one."""
+    for rule, seed, batch in product(RULES, range(seeds), batches):
+        if batch != RATE_BATCH or rule == RULES[0]:
+            yield Setting(batch, rule, seed)
 
 
 def configured(base: TrainConfig, setting: Setting, *, epochs: int) -> TrainConfig:
@@ -111,16 +111,22 @@ def configured(base: TrainConfig, setting: Setting, *, epochs: int) -> TrainConf
 
 
 def train(base: TrainConfig, setting: Setting, epochs: int) -> Run:
-    """Train and evaluate as the demo does; what a folder has already is kept."""
+    """Train and evaluate as the demo does; what a folder has already is kept.
+
+    Raises:
+        RuntimeError: a signal stopped the training early.
+    """
     from avion_dali.engine.run_log import LOG_NAME, read_rows
 
     config = configured(base, setting, epochs=epochs)
     numbers = train_and_report(config)
-    steps = [row["step"] for row in read_rows(Path(config.output_dir) / LOG_NAME) if row["kind"] == "train"]
+    end = next(row for row in reversed(read_rows(Path(config.output_dir) / LOG_NAME)) if row["kind"] == "end")
+    if end["stopped_by"]:
+        raise RuntimeError(f"{setting.name} was stopped by {end['stopped_by']} after step {end['step']}")
     return Run(
         setting,
         learning_rate=config.optim.learning_rate,
-        steps=steps[-1],
+        steps=end["step"],
         map_avg=numbers.map_avg,
         chance=numbers.chance,
         lost_when_frozen=numbers.lost_when_frozen,

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from avion_dali.config import Encoder
 from benchmarks.gpu_parts import NotRunError, Record, Suite, attempt
 from benchmarks.machine import Row
 from benchmarks.memory import METHODS, MIB, Method, Step, Subject, allocated_per_clip, count
@@ -62,24 +63,25 @@ def step_cases(suite: Suite) -> list[Case]:
     if suite.device == "cpu":  # compilation would take longer than all the rest
         cases = [case for case in cases if not case.compile]
     if suite.scale.model == "tiny":
-        cases = [replace(case, size="tiny", batch=2, frame_size=suite.scale.frame_size) for case in cases]
+        side = suite.scale.frame_size
+        cases = [replace(case, size="tiny", frames=4, batch=2, frame_size=side) for case in cases]
     return list(dict.fromkeys(cases))
 
 
 def train_steps(suite: Suite, record: Record) -> None:
     """Speed of a whole training step by kernel, recomputation, compilation, encoder, size and length."""
     suite.require_device()
+    warm, steps = min(WARM_STEPS, suite.scale.warm_steps), min(STEPS, suite.scale.steps)
     for case in step_cases(suite):
-        numbers = attempt(partial(measure_case, case, suite.device, warm=WARM_STEPS, steps=STEPS))
+        numbers = attempt(partial(measure_case, case, suite.device, warm=warm, steps=steps))
         record({"measured": "train step", **vars(case), **numbers})
 
 
 def subjects(suite: Suite) -> list[Subject]:
     """Whose memory is measured: AVION's tower and the one it replaces, at both lengths."""
-    scale = {"size": suite.scale.model, "frame_size": suite.scale.frame_size}
-    return [
-        Subject(encoder, frames=frames, **scale) for frames in (4, 16) for encoder in ("vit", "timesformer")
-    ]
+    size, side = suite.scale.model, suite.scale.frame_size
+    encoders: tuple[Encoder, ...] = ("vit", "timesformer")
+    return [Subject(encoder, size, frames, side) for frames in (4, 16) for encoder in encoders]
 
 
 def model_memory(suite: Suite, record: Record) -> None:

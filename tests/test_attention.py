@@ -6,10 +6,11 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from avion_dali.contracts import UserError
 from avion_dali.models import attention
-from avion_dali.models.attention import FusedAttention, SelfAttention, attend, resolve_attention
+from avion_dali.models.attention import FusedAttention, SelfAttention, attend, resolve_attention, sdpa_problem
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 PACKAGES = {"flash-attn": "flash_attn", "xformers": "xformers"}
@@ -60,6 +61,14 @@ def test_half_precision_stays_near_the_formula_and_keeps_its_matrix_in_half():
         mixed = attend(*make_qkv(torch.bfloat16), backend)
         assert mixed.dtype == torch.bfloat16
         assert torch.allclose(mixed.double(), exact, atol=0.03)
+
+
+def test_pytorchs_kernels_are_called_and_compared(monkeypatch):
+    assert sdpa_problem(SDPBackend.MATH, CPU, torch.float32) is None
+    assert sdpa_problem(SDPBackend.FLASH_ATTENTION, CPU, torch.bfloat16) is None
+    assert "No viable backend" in sdpa_problem(SDPBackend.CUDNN_ATTENTION, CPU, torch.float32)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: v + 0)
+    assert "wrong by up to" in sdpa_problem(SDPBackend.MATH, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("backend", PACKAGES)

@@ -27,8 +27,6 @@ from avion_dali.engine.checkpoint import (
     export_safetensors,
     find_checkpoint,
     load_checkpoint,
-    numbered_checkpoints,
-    numbered_name,
     read_weights,
     restore_model,
     restore_optimizer,
@@ -347,34 +345,6 @@ def test_resume_refuses_another_order(tmp_path):
     other = make_loop(tmp_path, settings=replace(settings, run=replace(settings.run, seed=4)))
     with pytest.raises(UserError, match="seed was 3, is 4"):
         other.restore(tmp_path / LATEST_NAME)
-
-
-def test_numbered_checkpoints_are_kept_and_pruned(tmp_path):
-    settings = make_settings(tmp_path, save_every=1, keep_last=2)
-    scores = iter([0.1, 0.2])
-    make_loop(tmp_path, settings=settings, evaluate=lambda: {"score": next(scores)}).run()
-    kept = numbered_checkpoints(tmp_path)
-    assert [path.name for path in kept] == ["checkpoint_00000006.pt", "checkpoint_00000005.pt"]
-    assert [load_checkpoint(path).step for path in kept] == [6, 5]
-    assert load_checkpoint(kept[0]).best_metric == 0.2  # written again after the evaluation
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_numbered_checkpoints_work_without_links(tmp_path, monkeypatch):
-    def no_links(source: object, target: object) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr(os, "link", no_links)
-    make_loop(tmp_path, settings=make_settings(tmp_path, save_every=1, keep_last=1, max_steps=2)).run()
-    (kept,) = numbered_checkpoints(tmp_path)
-    assert load_checkpoint(kept).step == 2
-
-
-def test_a_lonely_numbered_checkpoint_is_named(tmp_path):
-    for step in (9, 12):
-        (tmp_path / numbered_name(step)).write_bytes(b"precious")
-    with pytest.raises(UserError, match="holds checkpoint_00000012.pt and no checkpoint.pt: copy it"):
-        find_checkpoint(tmp_path, "auto")
 
 
 def test_files_of_the_first_format_still_load(tmp_path):

@@ -21,8 +21,8 @@ TRAIN_OPTIONS = {
     "flip_probability repeats eval_clips eval_crops text relevancy_threshold normalization workers "
     "prefetch_batches clip_timeout_s max_bad_fraction",
     "augment": "color_jitter rand_augment_ops rand_augment_magnitude erasing_probability",
-    "model": "encoder size weights temporal_resize embed_dim activation norm_eps context_length drop_path "
-    "drop_path_schedule patch_dropout attention checkpoint_every compile train_logit_scale",
+    "model": "encoder size weights temporal_resize embed_dim activation norm_eps pre_norm context_length "
+    "drop_path drop_path_schedule patch_dropout attention checkpoint_every compile train_logit_scale",
     "objective": "name contrastive max_margin classification masked_video",
     "objective.contrastive": "local_loss",
     "objective.max_margin": "loss margin relaxation",
@@ -42,12 +42,15 @@ COMMANDS = {
     "chunk": "--output --profile --chunk-seconds --short-side --jobs --root",
     "manifest captions": "--chunks --annotations --output --skip-bad-rows --jobs --classes-from",
     "manifest ego4d": "--chunks --annotations --output --skip-bad-rows --jobs",
-    "manifest ek100": "--chunks --annotations --output --skip-bad-rows --jobs --task --classes-from --sentences "
-    "--relevancy",
+    "manifest ek100": "--chunks --annotations --output --skip-bad-rows --jobs --task --classes-from "
+    "--sentences --relevancy",
     "manifest kinetics": "--annotations --output --skip-bad-rows --jobs --videos --chunks --class-names",
     "check": "--deep --jobs --timeout --output --repair-manifest",
     "plan": "--videos --chunks --profiles --chunk-seconds --short-side --hours --frames --clip-seconds "
     "--frame-size --global-batch --step-seconds --model --micro-batch --processes --workers --disk --seconds",
+    "weights": "--output --to",
+    "features": "--checkpoint --manifest --output --clip-seconds --num-frames --eval-clips --eval-crops "
+    "--before-projection --decoder --workers --micro-batch",
     "env": "--json",
     "demo": "--output-dir --decoder",
 }

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
-from torch.nn.attention import SDPBackend
 
+from avion_dali.contracts import UserError
+from avion_dali.engine import precision
 from avion_dali.models import attention
 from pipelines import support
 from train import env
@@ -132,6 +133,28 @@ def test_an_optional_library_that_is_broken_is_a_problem_of_its_own(
     assert env._optional_finding("other", "no_such_module.part").problem is None
 
 
+def test_the_kernel_of_an_optional_library_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flash_attn.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(support, "cuda_problem", lambda device: "no driver")
+    assert env._optional_finding("flash-attn", "flash_attn").value == "can be imported; for GPUs only"
+    monkeypatch.setattr(support, "cuda_problem", lambda device: None)
+    monkeypatch.setattr(precision, "resolve_precision", lambda name, device: "bf16")
+    asked = []
+    monkeypatch.setattr(attention, "resolve_attention", lambda *args: asked.append(args))
+    found = env._optional_finding("flash-attn", "flash_attn")
+    assert (found.value, found.problem) == ("works (bf16 on cuda)", None)
+    assert asked == [("flash-attn", torch.device("cuda"), torch.bfloat16)]
+
+    def refuse(*args: object) -> None:
+        raise UserError("built for another GPU; set it to auto or sdpa")
+
+    monkeypatch.setattr(attention, "resolve_attention", refuse)
+    found = env._optional_finding("flash-attn", "flash_attn")
+    assert (found.value, found.essential) == ("does not work", False)
+    assert "another GPU" in str(found.problem)
+
+
 def test_versions_out_of_bounds_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
         "numpy>=99",
@@ -177,12 +200,14 @@ def test_too_little_space_is_a_problem(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_attention_kernels_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, fp32 = torch.device("cpu"), torch.float32
-    assert env.kernel_problem(SDPBackend.MATH, cpu, fp32) is None
-    assert env.kernel_problem(SDPBackend.FLASH_ATTENTION, cpu, torch.bfloat16) is None
-    assert "No viable backend" in str(env.kernel_problem(SDPBackend.CUDNN_ATTENTION, cpu, fp32))
-    monkeypatch.setattr(attention, "attend", lambda q, k, v: v + 0)
-    assert "wrong by up to" in str(env.kernel_problem(SDPBackend.MATH, cpu, fp32))
+    monkeypatch.setattr(support, "cuda_problem", lambda index: NO_GPU)
+    found = by_name(env.attention_findings())
+    assert (found["sdpa math"].value, found["sdpa math"].problem) == ("works (fp32 on cpu)", None)
+    assert found["sdpa efficient"].value == "for GPUs only"
+    monkeypatch.setattr(attention, "sdpa_problem", lambda *kernel: "broken")
+    found = by_name(env.attention_findings())
+    assert (found["sdpa math"].problem, found["sdpa math"].essential) == ("broken", True)
+    assert (found["sdpa flash"].problem, found["sdpa flash"].essential) == ("broken", False)
 
 
 def test_encoders_that_this_ffmpeg_lacks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

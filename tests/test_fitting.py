@@ -233,14 +233,11 @@ def test_a_single_unexpected_entry_is_an_error(tmp_path):
         apply(small_dual_encoder(), str(tmp_path / "w.pt"))
 
 
-def test_egovlps_tower_lacks_a_norm_and_says_so(tmp_path):
-    tower = small_dual_encoder("timesformer").visual.state_dict()
-    state = {f"video_model.{name}": tensor for name, tensor in tower.items() if "ln_pre" not in name}
-    torch.save({"state_dict": {**state, "txt_proj.1.bias": torch.zeros(1)}}, tmp_path / "w.pt")
-    start = open_start(str(tmp_path / "w.pt"))
-    assert (start.facts.family, start.facts.role) == ("egovlp", "video-tower") and len(start.left_over) == 1
-    with pytest.raises(UserError, match="without a norm before its first block"):
-        apply(small_dual_encoder("timesformer"), str(tmp_path / "w.pt"))
+def test_a_timesformer_without_the_first_norm_is_another_model(tmp_path):
+    weights = save_as(tmp_path / "w.pt", small_dual_encoder("timesformer", pre_norm=False), "lavila")
+    with pytest.raises(UserError, match=r"visual\.ln_pre\.weight is missing.*proj\.bias is unexpected"):
+        apply(small_dual_encoder("timesformer"), weights)
+    assert not apply(small_dual_encoder("timesformer", pre_norm=False), weights).fresh
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from avion_dali.decode import cpu_fused
 
 pytest.importorskip("nvidia.dali")
 
-from benchmarks import gpu_corpus, gpu_correctness, gpu_loading, gpu_others, gpu_rates
+from benchmarks import gpu_corpus, gpu_correctness, gpu_loading, gpu_models, gpu_others, gpu_rates
 from benchmarks.gpu_correctness import everything_kept, mini_clips, planned
-from benchmarks.gpu_parts import QUICK, NotRunError, Suite, attempt
+from benchmarks.gpu_parts import QUICK, NotRunError, Scale, Suite, attempt
 from benchmarks.gpu_sampling import GpuSampler, Nvml, sampling
 
 
@@ -283,6 +283,66 @@ def test_a_training_takes_the_batch_that_fits(suite, monkeypatch):
     assert row == {"micro_batch": 4, "clips_per_s": 1.0} and tried == [16, 8, 4]
     with pytest.raises(NotRunError, match="does not fit with 8 clips"):
         gpu_loading.first_that_fits(suite, source, (8,), None)
+
+
+def test_steps_of_all_kinds_are_timed_most_important_first(tmp_path):
+    cases = gpu_models.step_cases(Suite(tmp_path, "cuda", Scale()))
+    assert len(set(cases)) == len(cases)
+    assert (cases[0].encoder, cases[0].size, cases[0].attention) == ("vit", "vit_b16", "sdpa")
+    assert {case.attention for case in cases} == {"sdpa", "flash-attn", "math", "xformers"}
+    assert {(case.encoder, case.compile) for case in cases} >= {("vit", True), ("videomae", True)}
+    assert {case.size for case in cases} == {"vit_b16", "vit_l14"} and {case.frames for case in cases} == {
+        4,
+        16,
+    }
+    tiny = gpu_models.step_cases(Suite(tmp_path, "cpu", QUICK))
+    assert {(case.size, case.batch, case.compile) for case in tiny} == {("tiny", 2, False)}
+    assert len(set(tiny)) == len(tiny) < len(cases)
+
+
+def test_memory_is_drawn_on_as_a_line():
+    mib = 2**20
+    row = gpu_models.extrapolated((8, 16), (1_800 * mib, 2_600 * mib), room=100_000 * mib)
+    assert row["peak MiB a clip"] == 100 and row["fixed MiB"] == 1_000
+    assert row["largest batch by slope"] == 940  # 95 % of the room less what is fixed
+    assert gpu_models.extrapolated((1, 2), (8, 9), room=3)["largest batch by slope"] == 0
+    with pytest.raises(NotRunError, match="16 clips take no more memory than 8"):
+        gpu_models.extrapolated((8, 16), (5, 5), room=100)
+
+
+class FakeTrainer:
+    """Takes a hundredth of a second for a clip; batches above `limit` do not fit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.tried, self.steps = limit, [], []
+
+    def fits(self, batch: int) -> bool:
+        self.tried.append(batch)
+        return batch <= self.limit
+
+    def run(self, batch: int) -> float:
+        self.steps.append(batch)
+        return batch / 100 if len(self.steps) > 1 else 60.0
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected", "most", "found"),
+    [(99, 80, 1000, 80), (99, 110, 1000, 94), (5000, 900, 256, 256), (1, 2, 9, 1)],
+)
+def test_the_batch_that_should_fit_is_tried_and_timed(limit, expected, most, found):
+    step = FakeTrainer(limit)
+    row = gpu_models.train_with_most(step, expected, most=most)
+    assert row["trained with"] == found <= limit and row["expected"] == expected
+    assert row["clips_per_s"] == 100 and step.steps == [found] * gpu_models.TIMED
+    assert ("note" in row) == (expected > most)
+    assert len(step.tried) < 5
+
+
+def test_a_model_that_never_fits_has_no_batch():
+    with pytest.raises(NotRunError, match="not even one clip"):
+        gpu_models.train_with_most(FakeTrainer(0), 100, most=1000)
+    with pytest.raises(NotRunError, match="not measured"):
+        gpu_models.largest_batch(gpu_models.Subject(), gpu_models.EFFICIENT, None)
 
 
 def test_a_gpu_that_is_asked_for_must_be_there(tmp_path):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from launch_data import CONFIGS, ROOT, SMALL, LaunchData, launch, launch_data, of_kind, scores  # noqa: F401
+from launch_data import CONFIGS, LaunchData, launch, launch_data, of_kind, scores  # noqa: F401
 from small_models import randomize, save_as
 from torch import nn
 
@@ -32,6 +29,7 @@ from avion_dali.models.classifier import build_classifier
 from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
 from avion_dali.objectives.classification import Classification
 from avion_dali.objectives.masked_video import MaskedReconstruction
+from train import finetune, pretrain
 from train.build import evaluate_checkpoint
 
 CPU = ("--decoder", "cpu-fused")
@@ -103,6 +101,12 @@ def test_16_frames_are_what_the_recipe_says(data: LaunchData, dual: Path, tmp_pa
         *common,
     )
     assert by_recipe == scores(dual / "checkpoint.pt", tmp_path / "b.json", *common, "--num-frames", "16")
+
+
+def test_an_entry_point_names_the_one_for_another_objective() -> None:
+    for entry, name, other in ((finetune, "contrastive", "pretrain"), (pretrain, "max-margin", "finetune")):
+        with pytest.raises(UserError, match=f"{name} is for python -m train.{other}"):
+            entry.main(["--objective.name", name])
 
 
 @pytest.mark.parametrize("layout", ["avion-flash", "avion-plain"])
@@ -231,32 +235,6 @@ def test_a_run_goes_on_within_an_epoch_without_the_weights_it_started_from(
     assert losses[0] == losses[1] and len(losses[0]) == 5
     before, after = (load_checkpoint(tmp_path / name / "checkpoint.pt").model for name in ("whole", "cut"))
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_a_sharded_training_is_launched_saved_and_scored(data: LaunchData, dual: Path, tmp_path: Path) -> None:
-    """Two ranks that share the parameters give the losses of one process, and a file that it reads."""
-    arguments = ["--config", str(CONFIGS / "pretrain_vitb16_ego4d.yaml"), *SMALL, *CPU, *FEW]
-    arguments += ["--model.weights", "", "--run.sharding", "shard", "--output-dir", str(tmp_path / "two")]
-    arguments += ["--data.train_manifest", str(data.ego4d), "--data.eval_manifest", str(data.mir_test)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "train.pretrain", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    one, two = (read_rows(folder / "log.jsonl") for folder in (dual, tmp_path / "two"))
-    assert two[0]["sharding"] == "shard"
-    losses = [[row["loss"] for row in of_kind(rows, "train")] for rows in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    evaluation = of_kind(two, "evaluation")[-1]
-    for name in ("checkpoint.pt", "weights.safetensors"):
-        found = scores(tmp_path / "two" / name, tmp_path / "m.json", *CPU)
-        assert found["map_avg"] == pytest.approx(evaluation["map_avg"], abs=1e-5)
 
 
 def test_metrics_are_printed_as_json(

@@ -8,11 +8,14 @@ from golden_fill import shape_table, videomae_flash_name
 
 from avion_dali.config import Encoder, ModelConfig, ModelSize
 from avion_dali.models.classifier import build_classifier
-from avion_dali.models.convert import remap_avion_keys
+from avion_dali.models.convert import from_ours, identify, remap_avion_keys, to_ours
 from avion_dali.models.dual_encoder import build_dual_encoder
+from avion_dali.models.fitting import fit_weights
 from avion_dali.models.masked_video import build_masked_video
 from avion_dali.models.presets import PRESETS
+from avion_dali.models.start import settle
 from avion_dali.models.towers import build_video_tower
+from avion_dali.models.weight_facts import facts_of
 
 TABLES = json.loads((Path(__file__).parent / "clip_shapes.json").read_text())
 SIZES = {
@@ -88,6 +91,33 @@ def test_videomae_is_that_of_avion():
     shapes, count = shapes_and_count(tuned)
     assert count == 86_544_016
     assert in_their_style(shapes) == shape_table("vit_base_patch16_224_k400_flash_channellast")
+
+
+def test_videomaes_large_weights_find_their_size():
+    """Widths and blocks are those of ViT-L in the VideoMAE paper, its decoder half as wide."""
+    width, blocks, decoder = 1024, 24, 512
+    with torch.device("meta"):
+        masked = build_masked_video(
+            ModelConfig(encoder="videomae", size="vit_l16"), num_frames=16, frame_size=224, decoder_depth=12
+        )
+    patch = 2 * 3 * 16 * 16
+    encoder = width * patch + width + blocks * (12 * width**2 + 13 * width) + 2 * width
+    decoding = 12 * (12 * decoder**2 + 13 * decoder) + 2 * decoder + patch * decoder + patch
+    shapes, count = shapes_and_count(masked)
+    assert count == encoder + decoding + decoder + width * decoder
+    assert masked.time_slots * masked.places == 1568
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    published = from_ours(weights, "videomae")
+    assert "encoder.blocks.23.attn.q_bias" in published
+    state, left_over = to_ours(published, identify(published))
+    facts = facts_of(state, "videomae")
+    assert (facts.size, facts.role) == ("vit_l16", "masked-video") and not left_over
+    config = ModelConfig(encoder="videomae", size="vit_l16")
+    assert settle(config, facts).activation == "gelu"
+    with torch.device("meta"):
+        tuned = build_classifier(config, num_classes=400, num_frames=16, frame_size=224, dropout=0.0)
+    fit = fit_weights(tuned.state_dict(), state, facts, temporal_resize="interpolate")
+    assert not fit.problems and {name.split(".")[-2] for name in fit.fresh} == {"fc_cls", "fc_norm"}
 
 
 def test_classifier_is_that_of_avion():

@@ -14,7 +14,7 @@ from avion_dali.data.profiles import PROFILES, ProfileName
 
 FRAMES = 125  # below 128, where the pictures change so much that x264 would start a new group
 H264 = ("compat", "balanced", "fast", "intra")
-KEYFRAMES = {"compat": 250, "balanced": 64, "fast": 64, "intra": 1, "hevc": 32, "vp9": 32}
+KEYFRAMES = {"compat": 250, "balanced": 48, "fast": 64, "intra": 1, "hevc": 32, "vp9": 32}
 REFERENCES = {"balanced": 8, "fast": 8, "hevc": 8}  # distance of frames that others refer to, inside a group
 SEI_HEVC = (39, 40)
 

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from toy_training import ToyLoader, assert_same, make_loop, make_settings, weights
+from toy_training import assert_same, make_loop, weights
 
 from avion_dali.engine.checkpoint import LATEST_NAME, load_checkpoint
 from avion_dali.engine.run_log import LOG_NAME, read_rows
@@ -111,19 +111,3 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
     # The wish of step 2 is known to all after step 3.
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["3 SIGUSR1"] * 2
     assert load_checkpoint(tmp_path / LATEST_NAME).step == 3
-
-
-def test_minutes_between_checkpoints(tmp_path, monkeypatch):
-    loop = make_loop(
-        tmp_path,
-        loader=ToyLoader(steps_per_epoch=100),
-        settings=make_settings(tmp_path, save_minutes=1, max_steps=6),
-    )
-    clock = iter(range(0, 10_000, 25))
-    saved = []
-    save = loop.keeper.save
-    monkeypatch.setattr(loop.keeper, "save", lambda name: (saved.append(loop.step), save(name)))
-    monkeypatch.setattr("avion_dali.engine.keeping.time.monotonic", lambda: float(next(clock)))
-    loop.keeper._saved_at = 0.0
-    loop.run()
-    assert len(saved) >= 2 and saved[0] < 6 and saved[-1] == 6

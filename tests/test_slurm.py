@@ -123,7 +123,7 @@ def test_without_submitit_the_way_out_is_named(monkeypatch):
         main(["--", "train.pretrain"])
 
 
-def test_two_local_tasks_meet_and_are_requeued(tmp_path):
+def test_two_local_tasks_meet(tmp_path, monkeypatch):
     """The whole path through submitit's own local executor."""
     submitit = pytest.importorskip("submitit", reason="needs the extra `slurm`")
     executor = submitit.LocalExecutor(folder=tmp_path / "logs")
@@ -135,7 +135,8 @@ def test_two_local_tasks_meet_and_are_requeued(tmp_path):
         "    total = int(all_gather_rows(torch.tensor([here.rank + 1])).sum())\n"
         "Path(sys.argv[1], str(here.rank)).write_text(str(total))\n"
     )
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     job = executor.submit(RankTask(["meet", str(tmp_path), str(ROOT)]))
     job.results()
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["3", "3"]

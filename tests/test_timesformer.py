@@ -85,8 +85,16 @@ def test_initialisation_is_fit_for_training_from_scratch():
     assert tower(make_clips()).std() > 1e-3
 
 
-def test_every_frame_and_parameter_reaches_the_output():
-    tower, clips = randomize(make_tower()), make_clips().requires_grad_()
+def test_without_the_first_norm_patches_have_a_bias():
+    with_norm, without = make_tower().state_dict(), make_tower(pre_norm=False).state_dict()
+    assert with_norm.keys() - without.keys() == {"ln_pre.weight", "ln_pre.bias"}
+    assert without.keys() - with_norm.keys() == {"patch_embed.proj.bias"}
+    assert not without["patch_embed.proj.bias"].any()
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_every_frame_and_parameter_reaches_the_output(pre_norm):
+    tower, clips = randomize(make_tower(pre_norm=pre_norm)), make_clips().requires_grad_()
     tower(clips).square().sum().backward()
     assert (clips.grad.abs().sum(dim=(0, 1, 3, 4)) > 0).all()
     for name, parameter in tower.named_parameters():

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -130,13 +131,15 @@ def test_killed_at_random_steps_and_resumed_with_other_worker_counts(dataset: Pa
     assert all(torch.equal(before[name], after[name]) for name in before), kills
 
 
-def test_two_ranks_train_like_one(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["replicate", "shard"])
+def test_two_ranks_train_like_one(dataset: Path, tmp_path: Path, sharding: str) -> None:
     # A large epsilon: Adam's first steps otherwise turn the last bit of a tiny gradient into a full step.
     more = ["--run.max_steps", "3", "--model.drop_path", "0", "--optim.eps", "1e-2"]
     more += ["--data.eval_manifest", str(dataset / "ten"), "--optim.micro_batch"]
     pretrain.main(options(dataset, tmp_path / "one", *more, "8"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = launch([*torchrun, "-m", "train.pretrain", *options(dataset, tmp_path / "two", *more, "4")])
+    shared = ["4", "--run.sharding", sharding]
+    done = launch([*torchrun, "-m", "train.pretrain", *options(dataset, tmp_path / "two", *more, *shared)])
     assert done.returncode == 0, done.stderr
     one, two = (train_rows(tmp_path / name) for name in ("one", "two"))
     assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], abs=1e-5)
@@ -152,6 +155,36 @@ def test_two_ranks_train_like_one(dataset: Path, tmp_path: Path) -> None:
     ]
     assert evaluations[0]["clips"] == 10
     assert evaluations[0] == pytest.approx(evaluations[1], abs=1e-3)
+    # What several ranks wrote, one process reads.
+    out = tmp_path / "metrics.json"
+    evaluate.main(
+        ["--checkpoint", str(tmp_path / "two" / "weights.safetensors"), "--workers", "1", "--output", str(out)]
+    )
+    found = json.loads(out.read_text())
+    assert {name: found[name] for name in evaluations[1]} == pytest.approx(evaluations[1], abs=1e-5)
+
+
+def test_sigterm_saves_and_says_with_its_status_that_the_run_is_not_done(dataset: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "train.pretrain",
+        *options(dataset, tmp_path / "run", "--optim.epochs", "500"),
+    ]
+    run = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=-1, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while len(train_rows(tmp_path / "run")) < 4 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        run.send_signal(signal.SIGTERM)
+        console, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 128 + signal.SIGTERM, console
+    step = load_checkpoint(tmp_path / "run" / "checkpoint.pt").step
+    assert f"SIGTERM: saved and stopped after step {step}" in console and 4 <= step < 1500
+    assert (tmp_path / "run" / "report.html").exists()
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
 
 
 @pytest.mark.parametrize(

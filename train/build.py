@@ -14,7 +14,7 @@ from torch import nn
 from avion_dali.config import EvaluateConfig, ModelConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
-from avion_dali.engine.checkpoint import find_checkpoint
+from avion_dali.engine.checkpoint import find_checkpoint, load_checkpoint
 from avion_dali.engine.distributed import Distributed, require_agreement
 from avion_dali.engine.evaluate import FramesTransform, freeze_first_frame
 from avion_dali.engine.loop import TrainLoop
@@ -82,8 +82,9 @@ def _start(
 
     A run that goes on is settled by its checkpoint: what it once started from need not exist any more.
     """
-    source = str(latest) if latest else config.model.weights
-    start = open_start(source) if source else None
+    start = _open_checkpoint(latest) if latest else None
+    if config.model.weights and not latest:
+        start = open_start(config.model.weights)
     config = replace(config, model=settle(config.model, start.facts) if start else settled(config.model))
     task = build_task(config, manifest, distributed.device)
     if start and not latest:
@@ -92,6 +93,15 @@ def _start(
             print("\n".join(report.lines()), file=sys.stderr)
     shard_model(task.model, config.run, distributed)
     return config, task
+
+
+def _open_checkpoint(latest: Path) -> StartWeights:
+    """Open a checkpoint without reading its tensors; of a damaged one `load_checkpoint` knows what to say."""
+    try:
+        return open_start(str(latest))
+    except UserError:
+        load_checkpoint(latest)
+        raise
 
 
 def settled(model: ModelConfig) -> ModelConfig:

@@ -12,23 +12,19 @@ import os
 import platform
 import re
 import shutil
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata, util
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
 from pipelines import support
 from pipelines.apart import call_apart, import_modules
 from pipelines.support import WORKS
-
-if TYPE_CHECKING:
-    import torch
-    from torch.nn.attention import SDPBackend
 
 GIB = 2**30
 FIELDS = ("value", "problem", "essential")
@@ -36,7 +32,6 @@ ENCODERS = ("libx264", "libx265", "libvpx-vp9", "libsvtav1")
 # What a training imports, and open_clip, which it imports late; anything missing or broken shows here.
 ESSENTIAL_IMPORTS = {"training code": "train.build", "text tower": "open_clip.transformer"}
 OPTIONAL_KERNELS = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}
-KERNEL_TOLERANCE = 0.02
 IMPORT_TIMEOUT_S = 300.0  # a cold shared disk
 _REINSTALL = "pip install --upgrade --force-reinstall"
 _INSTALL = "pip install --editable . in the repository"
@@ -236,6 +231,7 @@ def attention_findings() -> list[Finding]:
         from torch.nn.attention import SDPBackend
 
         from avion_dali.engine.precision import AUTOCAST_DTYPES, resolve_precision
+        from avion_dali.models.attention import sdpa_problem
     except (ImportError, OSError) as error:
         return [Finding("sdpa", "not tried", f"{error}; see software below", essential=True)]
     device = torch.device("cpu" if support.cuda_problem(0) else "cuda")
@@ -251,59 +247,38 @@ def attention_findings() -> list[Finding]:
         if device.type == "cpu" and name in ("efficient", "cudnn"):
             found.append(Finding(f"sdpa {name}", "for GPUs only"))
             continue
-        problem = kernel_problem(backend, device, AUTOCAST_DTYPES[precision])
+        problem = sdpa_problem(backend, device, AUTOCAST_DTYPES[precision])
         value = "does not work" if problem else f"{WORKS} ({precision} on {device})"
         found.append(Finding(f"sdpa {name}", value, problem, essential=name == "math"))
     return found
 
 
-def kernel_problem(backend: SDPBackend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Find out whether one of PyTorch's attention kernels works.
-
-    Args:
-        backend: the kernel.
-        device: where to call it.
-        dtype: of queries, keys and values.
-
-    Returns:
-        None when it does and agrees with the plain computation, else one line that says why not.
-    """
-    import torch
-    from torch.nn.attention import sdpa_kernel
-
-    from avion_dali.models.attention import attend
-
-    generator = torch.Generator().manual_seed(0)
-    exact = torch.randn(3, 1, 12, 197, 64, generator=generator)
-    qkv = [t.to(device, dtype).requires_grad_() for t in exact]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            with sdpa_kernel(backend):
-                mixed = attend(*qkv)
-            mixed.sum().backward()
-            mixed_BHNK = mixed.detach().float().cpu()
-        except RuntimeError as error:
-            return f"{_kernel_reason(error, caught)}; PyTorch takes another kernel by itself"
-    weights = (exact[0] @ exact[1].transpose(-1, -2) / 8).softmax(-1)
-    difference = float((mixed_BHNK - weights @ exact[2]).abs().max())
-    if difference <= KERNEL_TOLERANCE:
-        return None
-    return f"its results are wrong by up to {difference:.3g}; report it to PyTorch, and update PyTorch"
-
-
-def _kernel_reason(error: RuntimeError, caught: Sequence[warnings.WarningMessage]) -> str:
-    """PyTorch warns of why it refuses a kernel; its error says only that it did."""
-    said = [str(warning.message).partition(" (Triggered")[0].strip() for warning in caught]
-    reasons = [text for text in said if text and not text.endswith("because:")]
-    return reasons[0] if reasons else str(error).splitlines()[0]
-
-
 def _optional_finding(package: str, module: str) -> Finding:
-    """Import an attention library that may be installed beside PyTorch."""
+    """Import an attention library that may be installed beside PyTorch, then run its kernel."""
     if util.find_spec(module.split(".")[0]) is None:
         return Finding(package, "not installed, and not needed")
-    return _import_finding(package, module, "not needed: uninstall it, or build it for this PyTorch")
+    found = _import_finding(package, module, "not needed: uninstall it, or build it for this PyTorch")
+    return found if found.problem else _library_finding(found)
+
+
+def _library_finding(imported: Finding) -> Finding:
+    """Run the kernel of a library that can be imported, as `model.attention` does."""
+    if support.cuda_problem(0):
+        return replace(imported, value="can be imported; for GPUs only")
+    try:
+        import torch
+
+        from avion_dali.engine.precision import AUTOCAST_DTYPES, resolve_precision
+        from avion_dali.models.attention import resolve_attention
+    except (ImportError, OSError):
+        return imported  # said elsewhere
+    device = torch.device("cuda")
+    precision = resolve_precision("auto", device)
+    try:
+        resolve_attention(imported.name, device, AUTOCAST_DTYPES[precision])  # type: ignore[arg-type]
+    except UserError as error:
+        return replace(imported, value="does not work", problem=str(error))
+    return replace(imported, value=f"{WORKS} ({precision} on {device})")
 
 
 def _import_finding(name: str, module: str, advice: str, *, essential: bool = False) -> Finding:

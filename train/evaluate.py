@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: zero-shot retrieval between the clips and captions of a manifest.
+"""Evaluate a checkpoint on a manifest: retrieval, recognition or reconstruction, as it was trained for.
 
 python -m train.evaluate --checkpoint runs/pretrain/checkpoint_best.pt --manifest M --output metrics.json
 """

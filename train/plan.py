@@ -262,7 +262,7 @@ def time_model(options: argparse.Namespace, device: torch.device, micro_batch: i
     from avion_dali.engine.precision import autocast, gradient_scaler, resolve_precision
     from avion_dali.engine.timing import synchronize
     from avion_dali.objectives.contrastive import Contrastive
-    from train.build import build_model
+    from train.tasks import build_model
 
     data = DataConfig(num_frames=options.frames, frame_size=options.frame_size)
     config = TrainConfig(data=data, model=ModelConfig(size=options.model))

@@ -104,16 +104,17 @@ def write(start: StartWeights, path: Path, *, layout: str | None) -> None:
 def plain_config(facts: WeightFacts) -> dict[str, Any]:
     """Return the configuration that builds the model of these weights, for `train.evaluate`.
 
-    Empty when there is none: the dimensions are no model.size, or a part of the model is missing.
+    Empty when there is none: the dimensions are no model.size.
     """
     from avion_dali.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 
-    if facts.size is None or facts.role == "video-tower":
+    if facts.size is None:
         return {}
     names: dict[str, Any] = {
         "dual-encoder": "contrastive",
         "classifier": "classification",
         "masked-video": "masked-video",
+        "video-tower": "classification",  # its head would be new: for features, and to start from
     }
     model = ModelConfig(
         encoder=facts.encoder,
@@ -121,6 +122,7 @@ def plain_config(facts: WeightFacts) -> dict[str, Any]:
         embed_dim=facts.embed_dim or ModelConfig.embed_dim,
         activation=facts.activation or "auto",
         norm_eps=facts.norm_eps,
+        pre_norm=facts.pre_norm,
         context_length=facts.context_length or ModelConfig.context_length,
     )
     data = DataConfig(

@@ -7,7 +7,7 @@ from typing import Literal
 
 from avion_dali.config.checks import require
 
-ModelSize = Literal["tiny", "vit_b16", "vit_l14", "vit_l14_336"]
+ModelSize = Literal["tiny", "vit_b16", "vit_l16", "vit_l14", "vit_l14_336"]
 Encoder = Literal["vit", "timesformer", "videomae"]
 Activation = Literal["gelu", "quick_gelu"]
 AttentionBackend = Literal["auto", "sdpa", "flash-attn", "xformers", "math"]
@@ -30,6 +30,8 @@ class ModelConfig:
         activation: `gelu` (exact) or `quick_gelu`; `auto` takes what the weights were trained with, else
             `gelu`. AVION's released models ran OpenAI's weights with `gelu`; name it to repeat that.
         norm_eps: LayerNorm epsilon of the video tower; 0 takes that of the weights, else 1e-6.
+        pre_norm: LayerNorm before the first block. Only a `timesformer` can do without; EgoVLP's weights have
+            none, which a run that starts from them finds out by itself.
         context_length: text tokens the text tower sees.
         drop_path: stochastic depth rate.
         drop_path_schedule: `constant` over the blocks (AVION) or `linear` from 0 to the rate.
@@ -47,6 +49,7 @@ class ModelConfig:
     embed_dim: int = 256
     activation: Literal["auto", "gelu", "quick_gelu"] = "auto"
     norm_eps: float = 0.0
+    pre_norm: bool = True
     context_length: int = 77
     drop_path: float = 0.0
     drop_path_schedule: Literal["constant", "linear"] = "constant"

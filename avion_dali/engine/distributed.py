@@ -7,6 +7,7 @@ More processes are started by `torchrun`, whose environment variables are read b
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -205,6 +206,9 @@ def data_parallel(model: nn.Module, distributed: Distributed) -> nn.Module:
     if distributed.world_size == 1 or isinstance(model, FSDPModule):
         return model
     device_ids = [distributed.device] if distributed.device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    with warnings.catch_warnings():
+        # torch 2.15 has another name for this option, which the versions before lack.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        return DistributedDataParallel(
+            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from avion_dali.config import OptimConfig
 from avion_dali.contracts import UserError
@@ -122,7 +123,9 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
     if config.optimizer == "lion":
         return Lion(groups, lr=rate, betas=betas)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=config.beta1, fused=True)
+        # Fused SGD does not know sharded parameters.
+        sharded = any(isinstance(p, DTensor) for group in groups for p in group["params"])
+        return torch.optim.SGD(groups, lr=rate, momentum=config.beta1, fused=not sharded)
     return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.eps, fused=True)
 
 

@@ -24,12 +24,16 @@ _attached: dict[str, tuple[SharedMemory, np.ndarray]] = {}
 
 
 def start_worker(parent_pid: int) -> None:
-    """Prepare a worker: die with the trainer, and leave Ctrl-C to it.
+    """Prepare a worker: die with the trainer, and leave Ctrl-C and a scheduler's warnings to it.
 
     Args:
         parent_pid: the trainer's process id.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # SLURM sends them to every process of a job before its time is up.
+    for name in ("SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

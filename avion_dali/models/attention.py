@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avion_dali.config import AttentionBackend
 from avion_dali.contracts import UserError
@@ -30,6 +32,8 @@ _PACKAGES: Final[dict[str, tuple[str, str, str]]] = {
 # Those found to work here. They keep heads behind tokens, (B, N, H, K), and scale as `attend` does.
 _PACKAGE_KERNELS: Final[dict[str, PackageKernel]] = {}
 _HALF: Final = (torch.float16, torch.bfloat16)
+SDPA_TOLERANCE: Final = 0.02
+"""Largest error of a kernel in half precision, on values of deviation 1."""
 
 
 def resolve_attention(name: AttentionBackend, device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -125,6 +129,42 @@ def _attend_plainly(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor) -> Tensor:
     # With the type named, autocast keeps the matrix in half precision; inside, softmax computes in float32.
     weights_BHNM = torch.softmax(scores_BHNM, dim=-1, dtype=scores_BHNM.dtype)
     return weights_BHNM @ v_BHMK
+
+
+def sdpa_problem(backend: SDPBackend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Find out whether one of the kernels behind PyTorch's own attention works, forward and backward.
+
+    Args:
+        backend: the kernel.
+        device: where to call it.
+        dtype: of queries, keys and values.
+
+    Returns:
+        None when it does and agrees with the plain computation, else one line that says why not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(3, 1, 12, 197, 64, generator=generator)
+    qkv = [t.to(device, dtype).requires_grad_() for t in exact]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with sdpa_kernel(backend):
+                mixed = attend(*qkv, backend="sdpa")
+            mixed.sum().backward()
+            mixed_BHNK = mixed.detach().float().cpu()
+        except RuntimeError as error:
+            return f"{_sdpa_reason(error, caught)}; PyTorch takes another kernel by itself"
+    difference = float((mixed_BHNK - attend(*exact, backend="math")).abs().max())
+    if difference <= SDPA_TOLERANCE:
+        return None
+    return f"its results are wrong by up to {difference:.3g}; report it to PyTorch, and update PyTorch"
+
+
+def _sdpa_reason(error: RuntimeError, caught: Sequence[warnings.WarningMessage]) -> str:
+    """PyTorch warns of why it refuses a kernel; its error says only that it did."""
+    said = [str(warning.message).partition(" (Triggered")[0].strip() for warning in caught]
+    reasons = [text for text in said if text and not text.endswith("because:")]
+    return reasons[0] if reasons else str(error).splitlines()[0]
 
 
 def check_heads(width: int, heads: int) -> None:

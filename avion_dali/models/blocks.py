@@ -43,6 +43,8 @@ class VideoTowerConfig:
         embed_dim: width of the output; None leaves out the projection, then it is `width`.
         activation: `gelu` (exact) or `quick_gelu` (OpenAI weights).
         norm_eps: LayerNorm epsilon; 1e-6 in AVION's checkpoints, 1e-5 in OpenAI's.
+        pre_norm: LayerNorm before the first block; `TimeSformer` alone can do without, and then adds a bias to
+            its patches.
         drop_path: stochastic depth rate.
         drop_path_schedule: `constant`, the same in every block, as in AVION's published recipes; or `linear`
             from 0 in the first block to `drop_path` in the last (Huang et al. 2016, arXiv 1603.09382).
@@ -64,6 +66,7 @@ class VideoTowerConfig:
     embed_dim: int | None
     activation: Activation = "gelu"
     norm_eps: float = 1e-6
+    pre_norm: bool = True
     drop_path: float = 0.0
     drop_path_schedule: Literal["constant", "linear"] = "constant"
     patch_dropout: float = 0.0

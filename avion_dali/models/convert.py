@@ -41,7 +41,7 @@ def identify(state_dict: Mapping[str, Tensor]) -> Family:
         UserError: when the names are none of a known family's; shows some.
     """
     names = {strip_wrappers(key) for key in state_dict}
-    if any(name.startswith("video_model.") for name in names):
+    if any(name.startswith(("video_model.", "image_projection.")) for name in names):
         return "egovlp"
     if any(".timeattn." in name for name in names):
         return "lavila"

@@ -12,6 +12,8 @@ from avion_dali.models.convert_clip import CONSTANTS, TEXT_ROOTS, strip_wrappers
 
 _OTHER_TEXT: Final = "of a DistilBERT text tower, which this project does not have"
 _OTHER_SPACE: Final = "leads to the space of the DistilBERT text tower that stays behind"
+_OTHER_TEXT_ROOTS: Final = ("text_model.", "textual.")
+_OTHER_SPACE_ROOTS: Final = ("vid_proj.", "txt_proj.", "image_projection.", "text_projection.", "logit_scale")
 _VIT_RENAMES: Final[tuple[tuple[str, str], ...]] = (
     ("transformer.resblocks.", "blocks."),
     (".attn.in_proj_", ".attn.qkv."),
@@ -87,7 +89,8 @@ def egovlp_to_ours(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
     """Take the video tower of EgoVLP's weights; the text tower and both projections are left over.
 
     Args:
-        state_dict: parameter name to tensor, under `video_model.`, `text_model.`, `vid_proj.`, `txt_proj.`.
+        state_dict: parameter name to tensor, under `video_model.`, `text_model.`, `vid_proj.`, `txt_proj.`; or
+            under `visual.`, `textual.`, `image_projection.`, `text_projection.`, as LaViLa names them.
 
     Returns:
         Our name to tensor, sharing memory; and what is left over, name to reason.
@@ -98,9 +101,9 @@ def egovlp_to_ours(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
         name = strip_wrappers(key)
         if name.startswith("video_model."):
             state["visual." + name.removeprefix("video_model.")] = tensor
-        elif name.startswith("text_model."):
+        elif name.startswith(_OTHER_TEXT_ROOTS):
             left_over[name] = _OTHER_TEXT
-        elif name.startswith(("vid_proj.", "txt_proj.")):
+        elif name.startswith(_OTHER_SPACE_ROOTS):
             left_over[name] = _OTHER_SPACE
         else:
             state[name] = tensor

@@ -109,11 +109,6 @@ def _in_role(
         raise UserError(
             f"the weights are of a {found} encoder, the model has {wanted}; set model.encoder: {found}"
         )
-    if wanted == "timesformer" and "visual.ln_pre.weight" in own and "visual.ln_pre.weight" not in source:
-        raise UserError(
-            f"these weights ({facts.family}) are of a TimeSformer without a norm before its first block, which "
-            "this one has: its features would be others. Start from LaViLa's weights, or OpenAI's"
-        )
     return source
 
 

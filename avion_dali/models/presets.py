@@ -36,10 +36,12 @@ class Preset:
 
 
 # CLIP's ViT-B/16, ViT-L/14 and ViT-L/14@336 (Radford et al. 2021, arXiv 2103.00020, tables 19 and 20).
+# `vit_l16` is VideoMAE's ViT-L (Tong et al. 2022, arXiv 2203.12602); its text tower is that of ViT-L/14.
 # `tiny` is small enough to learn something on two CPU cores within minutes.
 PRESETS: Final[dict[ModelSize, Preset]] = {
     "tiny": Preset(64, 16, 192, 4, 3, 128, 2, 4),
     "vit_b16": Preset(224, 16, 768, 12, 12, 512, 12, 8),
+    "vit_l16": Preset(224, 16, 1024, 24, 16, 768, 12, 12),
     "vit_l14": Preset(224, 14, 1024, 24, 16, 768, 12, 12),
     "vit_l14_336": Preset(336, 14, 1024, 24, 16, 768, 12, 12),
 }

@@ -226,10 +226,11 @@ def settle(config: ModelConfig, facts: WeightFacts) -> ModelConfig:
         facts: what the weights are.
 
     Returns:
-        The same with `activation` and `norm_eps` decided, which is what a run should keep.
+        The same with `activation`, `norm_eps` and `pre_norm` decided, which is what a run should keep.
 
     Raises:
-        UserError: when the weights are of another size or encoder; names the setting to change.
+        UserError: when the weights are of another size or encoder, or have a norm that the model is not to
+            have; names the setting to change.
     """
     image_model = facts.family == "open_clip" and config.encoder == "timesformer"
     if config.encoder != facts.encoder and not image_model:
@@ -245,11 +246,19 @@ def settle(config: ModelConfig, facts: WeightFacts) -> ModelConfig:
             f"patches of {preset.patch_size} pixels, but {config.weights or 'the weights'} have width "
             f"{facts.width}, {facts.layers} blocks and patches of {facts.patch_size}; {way_out}"
         )
+    if facts.pre_norm and not config.pre_norm:
+        raise UserError(
+            f"model.pre_norm = false, but {config.weights or 'the weights'} have a norm before their first "
+            "block; leave model.pre_norm out"
+        )
     activation = config.activation
     if activation == "auto":
         activation = facts.activation or settled_activation(config)
     return replace(
-        config, activation=activation, norm_eps=config.norm_eps or facts.norm_eps or _DEFAULT_NORM_EPS
+        config,
+        activation=activation,
+        norm_eps=config.norm_eps or facts.norm_eps or _DEFAULT_NORM_EPS,
+        pre_norm=facts.pre_norm,
     )
 
 

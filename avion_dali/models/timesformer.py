@@ -1,8 +1,9 @@
-"""The video tower of LaViLa: attention over time, then over the places of each frame.
+"""The video tower of LaViLa and EgoVLP: attention over time, then over the places of each frame.
 
 Sources: Bertasius et al. 2021 (TimeSformer), arXiv 2102.05095, section 3; Bain et al. 2021 (Frozen in Time),
 arXiv 2104.00650, section 3.2, for the residual around both. Parameter names and numbers are those of the models
-released with LaViLa (Zhao et al. 2022, arXiv 2212.04501).
+released with LaViLa (Zhao et al. 2022, arXiv 2212.04501); without `pre_norm`, of EgoVLP's (Lin et al. 2022,
+arXiv 2206.01670), whose patches have a bias instead.
 Axes: B clips, C channels, T frames, S places of a frame, H heads (H W pixels in frames), K width of one head,
 G groups of L patches that see each other, N = 1 + T S tokens, D width.
 """
@@ -129,8 +130,9 @@ class TimeSformer(nn.Module):
         self.temporal_embed = nn.Parameter(torch.empty(1, config.num_frames, width))
         if config.embed_dim is not None:
             self.image_projection = nn.Parameter(torch.empty(width, config.embed_dim))
-        self.patch_embed = NamedPatchEmbedding(config.patch_size, width)
-        self.ln_pre = nn.LayerNorm(width, eps=PRE_NORM_EPS)
+        self.patch_embed = NamedPatchEmbedding(config.patch_size, width, bias=not config.pre_norm)
+        if config.pre_norm:
+            self.ln_pre = nn.LayerNorm(width, eps=PRE_NORM_EPS)
         self.blocks = nn.ModuleList(
             DividedBlock(config, drop_path_rate=config.drop_path_rate(i)) for i in range(config.layers)
         )
@@ -186,6 +188,8 @@ class TimeSformer(nn.Module):
         x_BND = self.patch_embed(frames_BCTHW) + positions_1TSD.flatten(1, 2)
         class_11D = self.cls_token + self.pos_embed[:, :1]
         x_BND = torch.cat([class_11D.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
-        x_BND = run_blocks(self.blocks, self.ln_pre(x_BND), checkpoint_every=self.config.checkpoint_every)
+        if self.config.pre_norm:
+            x_BND = self.ln_pre(x_BND)
+        x_BND = run_blocks(self.blocks, x_BND, checkpoint_every=self.config.checkpoint_every)
         pooled: Tensor = self.norm(x_BND[:, 0])
         return pooled

@@ -36,6 +36,10 @@ def tower_config(
     """
     if config.patch_dropout and config.encoder != "vit":
         raise UserError(f"model.patch_dropout is for model.encoder vit; set it to 0 with {config.encoder}")
+    if not config.pre_norm and config.encoder != "timesformer":
+        raise UserError(
+            f"model.pre_norm = false is for model.encoder timesformer; leave it out for {config.encoder}"
+        )
     preset = PRESETS[config.size]
     return VideoTowerConfig(
         image_size=frame_size,
@@ -47,6 +51,7 @@ def tower_config(
         embed_dim=embed_dim,
         activation=settled_activation(config),
         norm_eps=config.norm_eps or 1e-6,
+        pre_norm=config.pre_norm,
         drop_path=config.drop_path,
         drop_path_schedule=config.drop_path_schedule,
         patch_dropout=config.patch_dropout,

@@ -27,6 +27,7 @@ class WeightFacts:
         encoder: kind of the video tower.
         activation: what the weights were trained with; None when the file does not tell.
         norm_eps: LayerNorm epsilon of the video tower; 0 when the file does not tell.
+        pre_norm: whether a norm stands before the first block; of TimeSformers only EgoVLP's has none.
         normalization: pixel statistics of the training; None when the file does not tell.
         num_frames: frames of a clip; 1 for image models, 0 when the weights do not tell.
         frame_size: side of a frame in pixels; 0 when the weights do not tell.
@@ -43,6 +44,7 @@ class WeightFacts:
     encoder: Encoder
     activation: Activation | None
     norm_eps: float
+    pre_norm: bool
     normalization: Normalization | None
     num_frames: int
     frame_size: int
@@ -102,6 +104,7 @@ def facts_of(
     shapes: dict[str, Any] = {
         "role": role_of(state),
         "encoder": encoder,
+        "pre_norm": encoder != "timesformer" or "visual.ln_pre.weight" in state,
         "num_frames": _frames(state, encoder),
         "frame_size": _grid(state) * patches.shape[-1],
         "patch_size": patches.shape[-1],
