@@ -55,6 +55,7 @@ def step_cases(suite: Suite) -> list[Case]:
         replace(short, size="vit_l14", batch=64),
         replace(short, size="vit_l14", checkpoint_every=1),
         Case(encoder="videomae", frames=16, batch=128),
+        replace(long, size="vit_l14", checkpoint_every=1),
         replace(short, attention="xformers"),
         replace(short, compile=True),
         replace(short, compile=True, checkpoint_every=1, batch=256),

@@ -54,7 +54,7 @@ PARTS = (
     Part("correctness", "benchmarks.gpu_correctness", "correctness", limit_s=90, expected_s=35),
     Part("throughput", "benchmarks.gpu_rates", "throughput", limit_s=120, expected_s=50),
     Part("training", "benchmarks.gpu_loading", "training", limit_s=100, expected_s=40),
-    Part("train_steps", "benchmarks.gpu_models", "train_steps", limit_s=160, expected_s=90),
+    Part("train_steps", "benchmarks.gpu_models", "train_steps", limit_s=160, expected_s=95),
     Part("model_memory", "benchmarks.gpu_models", "model_memory", limit_s=100, expected_s=50),
     Part("tests", "benchmarks.gpu_others", "gpu_tests", limit_s=90, expected_s=50),
     Part("backends", "benchmarks.gpu_loading", "backends", limit_s=60, expected_s=30),

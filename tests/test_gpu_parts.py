@@ -310,6 +310,24 @@ def test_memory_is_drawn_on_as_a_line():
         gpu_models.extrapolated((8, 16), (5, 5), room=100)
 
 
+def test_peaks_are_those_of_whole_steps_after_the_first(monkeypatch):
+    step, mib = FakeTrainer(99), 2**20
+
+    def peak() -> int:
+        return (1000 + 50 * step.steps[-1]) * mib
+
+    fakes = {
+        "max_memory_allocated": peak,
+        "mem_get_info": lambda: (3_000 * mib, 0),
+        "reset_peak_memory_stats": int,
+    }
+    for name, fake in {**fakes, "memory_reserved": lambda: 1_000 * mib}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    row = gpu_models.peak_of_clip(step, (4, 8))
+    assert step.steps == [4, 4, 8]
+    assert row == {"peak MiB a clip": 50, "fixed MiB": 1_000, "largest batch by slope": 56}
+
+
 class FakeTrainer:
     """Takes a hundredth of a second for a clip; batches above `limit` do not fit."""
 
