@@ -12,15 +12,16 @@ from safetensors.numpy import load_file
 from small_models import same_tensors, save_as, small_dual_encoder
 from torch.nn import functional
 
-from avion_dali.config import ModelConfig
+from avion_dali.config import EvaluateConfig, ModelConfig
 from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import export_safetensors
+from avion_dali.engine.distributed import Distributed
 from avion_dali.models.classifier import build_classifier
 from avion_dali.models.dual_encoder import build_dual_encoder
 from avion_dali.models.start import apply_start, open_start, settle
 from avion_dali.models.towers import build_video_tower
 from train import features, weights
-from train.build import trained_config
+from train.build import evaluate_checkpoint, trained_config
 from train.cli import build_parser
 
 WIDTH, LAYERS, HEADS, PATCH, SIDE, FRAMES = 192, 4, 3, 16, 64, 4
@@ -216,3 +217,9 @@ def test_a_norm_is_neither_lost_nor_invented(tmp_path: Path) -> None:
     for encoder in ("vit", "videomae"):
         with pytest.raises(UserError, match=r"model\.pre_norm = false is for model\.encoder timesformer"):
             build_video_tower(ModelConfig(encoder=encoder, size="tiny", pre_norm=False), embed_dim=8, **CLIPS)
+
+
+def test_a_tower_alone_cannot_be_evaluated(egovlp: str) -> None:
+    options, here = EvaluateConfig(checkpoint=egovlp, manifest="m"), Distributed(torch.device("cpu"))
+    with pytest.raises(UserError, match="holds a video tower alone; train or fine-tune from it first"):
+        evaluate_checkpoint(options, here)

@@ -154,3 +154,9 @@ def test_masked_video_is_refused_for_other_encoders(tmp_path: Path, rows: list[S
 
 def test_every_objective_is_in_the_table_of_metrics() -> None:
     assert set(BEST_METRIC) == set(NAMES)
+
+
+def test_an_attention_kernel_that_cannot_run_is_refused_before_training():
+    config = config_of("contrastive")
+    with pytest.raises(UserError, match=r"model\.attention = 'xformers' cannot run here"):
+        build_model(replace(config, model=replace(config.model, attention="xformers")), CPU)

@@ -232,6 +232,8 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Ev
         UserError: when the file or the manifest cannot be used.
     """
     start = open_start(options.checkpoint)
+    if start.facts.role == "video-tower":
+        raise UserError(f"{start.source} holds a video tower alone; train or fine-tune from it first")
     config = evaluation_config(trained_config(start), options)
     folder = options.manifest or config.data.eval_manifest
     if not folder:
@@ -302,7 +304,8 @@ def evaluation_config(trained: TrainConfig, options: EvaluateConfig) -> TrainCon
         decoder=options.decoder,
         output_dir=options.output_dir or trained.output_dir,
         data=data,
-        model=replace(trained.model, temporal_resize="interpolate"),
+        # The device may be another than that of the training.
+        model=replace(trained.model, temporal_resize="interpolate", attention="auto"),
         optim=replace(trained.optim, micro_batch=options.micro_batch),
         # fp16 is for GPUs without bf16: the device of the evaluation may be another.
         run=replace(trained.run, precision="auto") if trained.run.precision == "fp16" else trained.run,

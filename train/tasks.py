@@ -20,8 +20,9 @@ from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.evaluate import FramesTransform, RetrievalResult, build_gallery, evaluate_retrieval
 from avion_dali.engine.evaluate_classes import ClassResult, evaluate_classes
 from avion_dali.engine.evaluate_masked import MaskedResult, evaluate_masked
-from avion_dali.engine.precision import resolve_precision
+from avion_dali.engine.precision import AUTOCAST_DTYPES, resolve_precision
 from avion_dali.engine.protocols import Objective
+from avion_dali.models.attention import resolve_attention
 from avion_dali.models.classifier import build_classifier
 from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
 from avion_dali.models.masked_video import MaskedVideo, build_masked_video
@@ -66,8 +67,11 @@ def build_model(config: TrainConfig, device: torch.device, *, num_classes: int =
         num_classes: of a recognition model.
 
     Raises:
-        UserError: when the encoder does not fit the objective or the frames.
+        UserError: when the encoder does not fit the objective or the frames, or the attention kernel asked for
+            cannot run.
     """
+    precision = resolve_precision(config.run.precision, device)
+    resolve_attention(config.model.attention, device, AUTOCAST_DTYPES[precision])
     torch.manual_seed(config.run.seed)
     objective, frames, size = config.objective, config.data.num_frames, config.data.frame_size
     model: nn.Module
