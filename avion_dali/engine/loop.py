@@ -30,7 +30,7 @@ from avion_dali.engine.accumulate import (
 from avion_dali.engine.checkpoint import export_safetensors, load_checkpoint
 from avion_dali.engine.distributed import Distributed, barrier, data_parallel
 from avion_dali.engine.ema import WeightAverage
-from avion_dali.engine.energy import EnergyMeter
+from avion_dali.engine.energy import UNREADABLE, EnergyMeter
 from avion_dali.engine.keeping import RunKeeper
 from avion_dali.engine.optim import describe_rates, learning_rate_schedule, set_learning_rate
 from avion_dali.engine.precision import (
@@ -344,6 +344,8 @@ class TrainLoop:
             "learning_rate": float(self.learning_rates[self.step - 1]),
             "decoder": self.settings.decoder,
         }
+        if self.energy.source == UNREADABLE:
+            del row["energy_j"]
         if self.scaler.is_enabled():
             row["loss_scale"] = self.scaler.get_scale()
         self._loss = row["loss"]
