@@ -188,6 +188,7 @@ def resume_facts(
         "data.eval_manifest": eval_manifest.fingerprint if eval_manifest else 0,
         **{f"data.{name}": getattr(config.data, name) for name in data},
         "objective.name": config.objective.name,
+        "optim.optimizer": config.optim.optimizer,
         "model.encoder": config.model.encoder,
         "model.activation": config.model.activation,
         "model.norm_eps": config.model.norm_eps,

@@ -95,6 +95,17 @@ def build_model(config: TrainConfig, device: torch.device, *, num_classes: int =
     return model.to(device)
 
 
+def _require_partners(config: TrainConfig) -> None:
+    """Refuse mixing where a micro-batch holds one clip: it would silently do nothing."""
+    mixing = config.objective.classification
+    mixes = (mixing.mixup or mixing.cutmix) and mixing.mix_probability
+    if mixes and config.optim.micro_batch * config.data.repeats < 2:
+        raise UserError(
+            "objective.classification.mixup and cutmix mix the clips of a micro-batch: set optim.micro_batch to "
+            "2 or more, or both of them to 0"
+        )
+
+
 def build_task(config: TrainConfig, manifest: Manifest, device: torch.device) -> Task:
     """Create the model and the objective that a configuration names.
 
@@ -110,6 +121,7 @@ def build_task(config: TrainConfig, manifest: Manifest, device: torch.device) ->
     if objective.name == "classification":
         num_classes = len(class_table(manifest))
         _require_in_every_row(manifest, "label", objective.name)
+        _require_partners(config)
         recognition = Classification(
             objective.classification, config.augment, normalization=normalization, num_classes=num_classes
         )

@@ -280,11 +280,12 @@ def check_order(saved: Mapping[str, Any], current: Mapping[str, Any], *, source:
     Raises:
         UserError: they differ; names what.
     """
-    differing = [f"{k} was {saved.get(k)}, is {v}" for k, v in current.items() if saved.get(k) != v]
+    # A fact that the file does not have is younger than the file.
+    differing = [f"{k} was {saved[k]}, is {v}" for k, v in current.items() if saved.get(k, v) != v]
     if differing:
         raise UserError(
-            f"{source} cannot be continued, its samples came in another order ({'; '.join(differing)}). Use "
-            "the same seed, global batch and manifest, or start a new run from its weights"
+            f"{source} cannot be continued with other settings ({'; '.join(differing)}). Use the same ones, or "
+            "start a new run from its weights"
         )
 
 

@@ -205,10 +205,9 @@ def data_parallel(model: nn.Module, distributed: Distributed) -> nn.Module:
     """
     if distributed.world_size == 1 or isinstance(model, FSDPModule):
         return model
-    device_ids = [distributed.device] if distributed.device.type == "cuda" else None
+    # Without `device_ids`, inputs stay where they are: a mask on the CPU would otherwise go to the GPU, and its
+    # number of hidden tubes come back.
     with warnings.catch_warnings():
         # torch 2.15 has another name for this option, which the versions before lack.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        return DistributedDataParallel(
-            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

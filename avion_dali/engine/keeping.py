@@ -20,7 +20,7 @@ from avion_dali.engine.checkpoint import (
     numbered_name,
     save_checkpoint,
 )
-from avion_dali.engine.distributed import Distributed
+from avion_dali.engine.distributed import Distributed, barrier
 from avion_dali.engine.files import temporary
 from avion_dali.engine.precision import FiniteGuard
 from avion_dali.engine.run_log import RunLog
@@ -56,6 +56,7 @@ class RunKeeper:
         self.guard, self.timer, self.evaluate = guard, timer, evaluate
         self.metrics: dict[str, float] = {}
         self._saved_at = time.monotonic()
+        self.saved_step = -1
 
     def is_late(self) -> bool:
         """Whether the last checkpoint is older than `save_minutes`."""
@@ -84,7 +85,7 @@ class RunKeeper:
             UserError: the file could not be written; an older one is intact.
         """
         self.save(LATEST_NAME)
-        self._saved_at = time.monotonic()
+        self._saved_at, self.saved_step = time.monotonic(), self.state.step
         if self.distributed.is_main and self.settings.run.keep_last:
             keep_numbered(self.settings.output_dir, self.state.step, keep_last=self.settings.run.keep_last)
 
@@ -107,6 +108,8 @@ class RunKeeper:
             )
             if self.distributed.is_main:
                 save_checkpoint(self.settings.output_dir / name, checkpoint)
+            # The others would wait for the writing in their next collective, and count it as a step's time.
+            barrier()
 
     def evaluate_if_due(self, log: RunLog) -> None:
         """Evaluate, keep the best weights, and note in the checkpoint that it is done.

@@ -367,5 +367,8 @@ class TrainLoop:
         at_end = self.step == self.last_step
         if at_end or not rest:
             self.keeper.at_epoch_end(log, evaluates=at_end or epoch % run.eval_every == 0, stops=stop)
-        elif save or stop or (run.save_every and self.step % run.save_every == 0):
+            return
+        # Among several ranks a vote on saving arrives a step late, and once more before the save is known.
+        late = save and self.step - self.keeper.saved_step > 1
+        if late or stop or (run.save_every and self.step % run.save_every == 0):
             self.keeper.save_latest()

@@ -82,6 +82,9 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     Args:
         model: the bare model, sharded or not; its weights must not change inside the block.
     """
+    if isinstance(model, FSDPModule):
+        # Where an evaluation comes before the first step, a block would take itself for the root.
+        model._get_fsdp_state()._lazy_init()
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.unshard()
@@ -126,15 +129,18 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def weight_sum(model: nn.Module) -> float:
-    """Sum of the absolute weights, to compare over ranks; a collective when they are sharded."""
+    """Sum of the absolute weights, to compare over ranks; a collective when they are sharded.
+
+    To twelve digits: the order of summation depends on the machine's number of threads.
+    """
     tensors = [p.detach() for p in model.parameters()]
     total = sum(float(t.double().abs().sum()) for t in tensors if not isinstance(t, DTensor))
     parts = [t.to_local() for t in tensors if isinstance(t, DTensor)]
-    if not parts:
-        return total
-    cut = torch.stack([part.double().abs().sum() for part in parts]).sum()
-    dist.all_reduce(cut)
-    return total + float(cut)
+    if parts:
+        cut = torch.stack([part.double().abs().sum() for part in parts]).sum()
+        dist.all_reduce(cut)
+        total += float(cut)
+    return float(f"{total:.12g}")
 
 
 def gathered(state: Any, *, keep: bool) -> Any:

@@ -41,7 +41,8 @@ class SpikeWatch:
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        limit = self.factor * self._losses.nanmedian()
+        # The known losses stand first; a median over all that leaves NaN out would wait for the device.
+        limit = self.factor * self._losses[: min(self._seen, WINDOW)].median() if self._seen else mean
         self._losses[self._seen % WINDOW] = mean
         self._seen += 1
         if self._seen <= WARM_UP:

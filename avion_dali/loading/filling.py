@@ -238,13 +238,20 @@ class BatchFiller:
         if not self.settings.context_length:
             return None
         padded = pad_tokens([r.tokens for r in requests], self.settings.context_length)
-        return torch.from_numpy(padded).to(self.settings.device, non_blocking=True)
+        return self._sent(padded)
 
     def _labels(self, requests: list[ClipRequest]) -> torch.Tensor | None:
         labels = _ids_or_none([r.label for r in requests])
         if labels is None:
             return None
-        return torch.from_numpy(labels).to(self.settings.device, non_blocking=True)
+        return self._sent(labels)
+
+    def _sent(self, values: np.ndarray) -> torch.Tensor:
+        """The numbers on the device; from pinned memory, so that a GPU's stream is not waited for."""
+        values_X = torch.from_numpy(values)
+        if self.settings.device.type == "cuda":
+            values_X = values_X.pin_memory()
+        return values_X.to(self.settings.device, non_blocking=True)
 
 
 def _ids_or_none(ids: list[int]) -> np.ndarray | None:

@@ -146,7 +146,7 @@ class MaskedVideo(nn.Module):
         check_clip_shape(frames_BCTHW, self.config.clip_shape)
         if is_masked_BN.shape != (frames_BCTHW.shape[0], self.time_slots * self.places):
             raise ValueError(f"masks {tuple(is_masked_BN.shape)} do not fit clips {tuple(frames_BCTHW.shape)}")
-        seen_BU, hidden_BM = (ids.to(frames_BCTHW.device) for ids in split_tubes(is_masked_BN))
+        seen_BU, hidden_BM = (_sent(ids, frames_BCTHW.device) for ids in split_tubes(is_masked_BN))
         # Only the tubes that are seen are embedded: a ninth of the work of the encoder, otherwise.
         tubes_BUX = _take(self.encoder.patch_embed.proj.cut(frames_BCTHW), seen_BU)
         encoded_BUD = self.encoder(tubes_BUX, self.encoder_positions_ND[seen_BU])
@@ -200,7 +200,7 @@ def tube_targets(frames_BTHWC: Tensor, is_masked_BN: Tensor, *, normalize: bool)
     tubes = frames // TUBE_FRAMES * grid * grid
     if frames % TUBE_FRAMES or height % max(1, grid) or is_masked_BN.shape != (clips, tubes):
         raise ValueError(f"masks {tuple(is_masked_BN.shape)} do not fit frames {tuple(frames_BTHWC.shape)}")
-    hidden_BM = split_tubes(is_masked_BN)[1].to(frames_BTHWC.device)
+    hidden_BM = _sent(split_tubes(is_masked_BN)[1], frames_BTHWC.device)
     tubes_BNX = cut_patches(
         frames_BTHWC.permute(0, 4, 1, 2, 3), patch_size=height // grid, patch_frames=TUBE_FRAMES
     )
@@ -210,6 +210,11 @@ def tube_targets(frames_BTHWC: Tensor, is_masked_BN: Tensor, *, normalize: bool)
     pixels_BMPC = hidden_BMX.unflatten(2, (-1, 3))
     deviation_BM1C, mean_BM1C = torch.std_mean(pixels_BMPC, dim=2, keepdim=True)
     return ((pixels_BMPC - mean_BM1C) / (deviation_BM1C + TARGET_EPS)).flatten(2)
+
+
+def _sent(ids: Tensor, device: torch.device) -> Tensor:
+    """The ids on the device; from pinned memory, so that the copy to a GPU is not waited for."""
+    return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
 
 
 def _take(tokens_BNX: Tensor, ids_BM: Tensor) -> Tensor:

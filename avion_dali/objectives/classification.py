@@ -47,7 +47,10 @@ class Classification:
         self.num_classes = num_classes
 
     def outputs(self, model: nn.Module, batch: ClipBatch, key: StepKey) -> tuple[Tensor, Tensor]:
-        """Augment, mix and classify one micro-batch; nothing here waits for the device.
+        """Augment, mix and classify one micro-batch.
+
+        Nothing here waits for the device, but for RandAugment's geometric operations, whose small tables
+        torchvision copies one by one.
 
         Args:
             model: maps frames (B*V, 3, T, H, W) to logits (B*V, K).
