@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from train.build import (
     trained_config,
     training,
 )
+from train.weights import write as write_weights
 
 TRAINED = TrainConfig(
     output_dir="runs/x",
@@ -98,9 +100,13 @@ def test_what_may_not_change_in_a_resumed_run_is_plain_and_complete(tmp_path: Pa
 def test_classes_are_compared_by_name_and_order(tmp_path: Path) -> None:
     one = manifest_of(tmp_path / "a", ("x", "y"))
     require_same_classes(one, manifest_of(tmp_path / "b", ("x", "y"), end=3.0))
-    for number, names in enumerate((("y", "x"), ("x", "y", "z"), ())):
-        with pytest.raises(UserError, match="--classes-from"):
+    for number, names in enumerate((("y", "x"), ("x", "y", "z"))):
+        with pytest.raises(UserError, match="--classes-from .* --class-names"):
             require_same_classes(one, manifest_of(tmp_path / str(number), names))
+    bare = manifest_of(tmp_path / "bare")
+    for pair in ((one, bare), (bare, one)):
+        with pytest.raises(UserError, match="bare has no class labels"):
+            require_same_classes(*pair)
 
 
 def test_a_retrieval_training_does_not_mind_the_classes_of_its_manifests(tmp_path: Path) -> None:
@@ -120,7 +126,7 @@ def test_a_retrieval_training_does_not_mind_the_classes_of_its_manifests(tmp_pat
     context.__exit__(None, None, None)
     assert not (tmp_path / "run" / "weights.safetensors").exists()  # nothing was trained to its end
     recognition = replace(config, data=data, objective=ObjectiveConfig(name="classification"))
-    with pytest.raises(UserError, match="differently"):
+    with pytest.raises(UserError, match="b has no class labels"):
         training(recognition, Distributed()).__enter__()
 
 
@@ -133,7 +139,7 @@ def test_weights_of_others_tell_what_they_can(tmp_path: Path) -> None:
     assert found == ("classification", "videomae", "tiny")
     assert (config.data.normalization, config.output_dir) == ("imagenet", "runs/evaluate")
     odd = open_start(save_as(tmp_path / "odd.pt", small_classifier("videomae"), "videomae", key="module"))
-    with pytest.raises(UserError, match=r"odd.pt holds no whole model"):
+    with pytest.raises(UserError, match=r"odd.pt has width .* is no model.size \(tiny"):
         trained_config(odd)  # of no known size
 
 
@@ -150,6 +156,30 @@ def test_a_checkpoint_without_manifest_and_a_file_that_is_none_are_told(tmp_path
     (tmp_path / "no.pt").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"no\.pt"):
         evaluate_checkpoint(EvaluateConfig(str(tmp_path / "no.pt")), Distributed())
+
+
+def test_weights_know_their_classes_wherever_their_training_manifest_is(tmp_path: Path) -> None:
+    """A manifest that numbers the same classes otherwise is refused, not scored."""
+    train, other = manifest_of(tmp_path / "train", ("x", "y")), manifest_of(tmp_path / "other", ("y", "x"))
+    config = TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        decoder="cpu-fused",
+        data=DataConfig(num_frames=2, frame_size=32, workers=1, train_manifest=str(train.folder)),
+        model=ModelConfig(size="tiny"),
+        optim=OptimConfig(global_batch=2, micro_batch=2),
+        objective=ObjectiveConfig(name="classification"),
+    )
+    run = tmp_path / "run"
+    with training(config, Distributed()) as loop:
+        loop.keeper.save("checkpoint.pt")
+        loop.export(run / "weights.safetensors")
+    shutil.rmtree(train.folder)
+    converted = str(tmp_path / "converted.safetensors")
+    write_weights(open_start(str(run / "weights.safetensors")), Path(converted), layout=None)
+    for path in (str(run / "checkpoint.pt"), str(run / "weights.safetensors"), converted):
+        assert open_start(path).classes == ("x", "y")
+        with pytest.raises(UserError, match=r"other numbers its classes differently: class 0 of .* is 'x'"):
+            evaluate_checkpoint(EvaluateConfig(path, manifest=str(other.folder)), Distributed())
 
 
 def test_a_damaged_checkpoint_stops_a_resumed_run_with_its_name(tmp_path: Path) -> None:

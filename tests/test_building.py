@@ -105,6 +105,37 @@ def test_an_interrupted_build_leaves_no_manifest(tmp_path: Path, chunks: Path) -
         Manifest(tmp_path / "m")
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_failed_rebuild_leaves_the_manifest_that_was_there(
+    tmp_path: Path, chunks: Path, error: type[BaseException]
+) -> None:
+    def rows() -> Iterator[AnnotationRow]:
+        yield row(1)
+        raise error
+
+    with manifest_build(settings(chunks, tmp_path / "m")) as build:
+        build.finish(build.place([row(1, "old")]), source="x")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    assert "packets.bin" in before
+    (chunks / "v" / "1.mp4").rename(chunks / "v" / "2.mp4")  # the new index would differ
+    with pytest.raises((error, UserError)), manifest_build(settings(chunks, tmp_path / "m")) as build:
+        build.finish(build.place(rows()), source="x")
+    with pytest.raises(UserError), manifest_build(settings(chunks, tmp_path / "m")) as build:
+        build.finish(build.place([row(1), row(2, " ")]), source="x")
+    after = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    assert after.pop("rejected.jsonl")
+    assert after == before
+    assert [sample.text for sample in Manifest(tmp_path / "m").samples()] == ["old"]
+
+
+def test_clips_of_a_lost_last_chunk_are_counted_as_such(tmp_path: Path, chunks: Path) -> None:
+    (chunks / "v" / "1.mp4").write_bytes(b"")
+    with manifest_build(settings(chunks, tmp_path / "m", skip_bad_rows=True)) as build:
+        rows = [AnnotationRow(1, "v", 0.0, 0.5), AnnotationRow(2, "v", 1.2, 1.5), row(3)]
+        report = build.finish(build.place(rows), source="x")
+    assert (report.num_samples, report.rejected) == (1, {"missing chunk": 2})
+
+
 def test_an_output_that_cannot_be_written_is_a_user_error(tmp_path: Path, chunks: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):

@@ -60,7 +60,7 @@ def test_plain_targets_give_the_textbook_loss_and_accuracy():
     p = np.exp(logits.detach().double().numpy())
     own = p[np.arange(3), batch.labels_B.numpy()] / p.sum(axis=1)
     assert float(loss) == pytest.approx(-np.log(own).mean(), abs=1e-6)
-    assert float(report["accuracy"]) == pytest.approx(100 * (p.argmax(1) == batch.labels_B.numpy()).mean())
+    assert float(report["accuracy"]) == pytest.approx((p.argmax(1) == batch.labels_B.numpy()).mean())
     assert not report["accuracy"].requires_grad
 
 
@@ -87,7 +87,7 @@ def test_soft_targets_give_the_cross_entropy_of_shares():
     logits, targets = torch.tensor([[2.0, 0.0, -1.0, 0.5]]), torch.tensor([[0.655, 0.025, 0.295, 0.025]])
     loss, report = make_objective().loss((logits, targets))
     assert float(loss) == pytest.approx(-float((targets * logits.log_softmax(dim=1)).sum()), abs=1e-6)
-    assert float(report["accuracy"]) == 100
+    assert float(report["accuracy"]) == 1
 
 
 @pytest.mark.parametrize("augment", [AugmentConfig(erasing_probability=1.0), AugmentConfig(color_jitter=0.5)])

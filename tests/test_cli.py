@@ -12,6 +12,7 @@ import pytest
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
+from train import features
 from train.arguments import parse_options
 from train.cli import build_parser, list_videos, main
 
@@ -93,6 +94,29 @@ def test_dashes_and_underscores_are_the_same(tmp_path: Path) -> None:
 def test_abbreviations_are_refused() -> None:
     with pytest.raises(UserError, match="output_di"):
         parse_options(TrainConfig, ["--output_di", "x"], prog="p", description="d")
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("--model.sise=tiny", "model has: encoder, size,"),
+        ("--objective.contrastive.locl_loss=true", "objective.contrastive has: local_loss"),
+        ("--modl.size=tiny", "top-level keys are: output_dir,"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_keys_of_its_section(argument: str, told: str) -> None:
+    for argv in ([argument], argument.split("=")):
+        with pytest.raises(UserError) as error:
+            parse_options(TrainConfig, argv, prog="p", description="d")
+        assert told in str(error.value) and argv[0] in str(error.value)
+
+
+def test_help_speaks_to_its_reader(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (main, features.main):
+        with pytest.raises(SystemExit):
+            command(["--help"])
+        shown = capsys.readouterr().out
+        assert "usage:" in shown and "re-import" not in shown and "Light" not in shown
 
 
 def test_chunk_then_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -286,12 +286,12 @@ def test_bad_sentence_files_are_refused(tmp_path: Path, lines: list[str], messag
 
 def test_files_that_are_no_annotations_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
-    with pytest.raises(UserError, match="cannot be read as CSV"):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
         read_annotations(path)
     for content, message in (
         (b"", "0 columns"),
         (b"a;b;c\n1;2;3\n", "1 columns.*13"),
-        (b"\xff\xfe\x00\x01" * 9, "cannot be read as CSV"),
+        (b"\xff\xfe\x00\x01" * 9, "save it as UTF-8"),
         (",".join("c" * 15).encode() + b"\n", "no row after its header"),
         (",".join("c" * 15).encode() + b'\n"unclosed,1,2\n', "cannot be read as CSV"),
     ):

@@ -61,11 +61,11 @@ def contents(path: Path) -> tuple[dict[str, np.ndarray], list[dict[str, object]]
         return arrays, json.loads(file.metadata()["clips"])
 
 
-def test_videos_become_clips_with_names_and_times(
-    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_videos_become_clips_with_names_and_times(videos: Path, tmp_path: Path):
     weights, output = exported(tmp_path, CONFIG), tmp_path / "f.safetensors"
-    assert run(videos, "--checkpoint", weights, "--output", output, "--clip-seconds", 2) == 0
+    (tmp_path / "f.quarantine.jsonl").write_text("of an earlier run")
+    files = (videos / "a.mp4", videos / "b.mp4")
+    assert run(*files, "--checkpoint", weights, "--output", output, "--clip-seconds", 2) == 0
     arrays, clips = contents(output)
     assert [(c["video"], c["start_s"], c["end_s"]) for c in clips] == [
         ("a.mp4", 0.0, 2.0),
@@ -75,8 +75,29 @@ def test_videos_become_clips_with_names_and_times(
     ]
     assert arrays["features"].shape == (4, 8) and arrays["features"].dtype == np.float32
     assert np.allclose(np.linalg.norm(arrays["features"], axis=1), 1, atol=1e-5)
-    assert "c.mp4" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.safetensors", "weights.safetensors"]
+
+
+def test_a_file_that_is_no_video_is_listed_and_changes_the_status(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    weights, output = exported(tmp_path, CONFIG), tmp_path / "f.safetensors"
+    assert run(videos, "--checkpoint", weights, "--output", output) == 1
+    assert [c["video"] for c in contents(output)[1]] == ["a.mp4", "b.mp4"]
+    assert "1 files could not be read and have no embedding" in capsys.readouterr().err
+    (row,) = map(json.loads, (tmp_path / "f.quarantine.jsonl").read_text().splitlines())
+    assert row["path"] == str(videos / "c.mp4") and row["cause"] and row["sample_id"] is None
+    assert not (tmp_path / "f.safetensors.work").exists()
+
+
+def test_bad_videos_alone_are_named_with_their_reasons(videos: Path, tmp_path: Path):
+    output = ("--checkpoint", "w.safetensors", "--output", tmp_path / "f.npy")
+    with pytest.raises(UserError, match=r"none of the videos can be read:\n  .*/c\.mp4: \w+") as told:
+        run(videos / "c.mp4", *output)
+    assert ".work" not in str(told.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["f.quarantine.jsonl"]
+    with pytest.raises(UserError, match=r"1 of the videos do not exist:\n  none\.mp4"):
+        run(videos / "a.mp4", "none.mp4", *output)
 
 
 def test_numbers_are_those_of_the_model_itself(videos: Path, tmp_path: Path):
@@ -150,6 +171,9 @@ def test_unreadable_clips_are_counted_and_listed(
         (["--output", "f.txt", "a.mp4"], "end it in .safetensors or .npy"),
         (["--output", "f.npy"], "give videos or --manifest"),
         (["--output", "f.npy", "a.mp4", "--manifest", "m"], "give videos or --manifest"),
+        (["--output", "f.npy", "a.mp4", "--clip-seconds", "-3"], "--clip-seconds -3: give seconds > 0"),
+        (["--output", "f.npy", "a.mp4", "--clip-seconds", "nan"], "--clip-seconds nan"),
+        (["--output", "f.npy", "a.mp4", "--eval-clips", "0"], "--eval-clips 0: it must be at least 1"),
     ],
 )
 def test_bad_options_say_what_is_wanted(arguments: list[str], message: str):

@@ -14,7 +14,7 @@ from chunk_folders import NTSC_30, chunk_row, sample_row
 
 from avion_dali.contracts import ChunkRef, PacketIndexRef, UserError
 from avion_dali.data import manifest as module
-from avion_dali.data.classes import ClassTable
+from avion_dali.data.classes import CaptionTable, ClassTable
 from avion_dali.data.manifest import Chunk, IndexWriter, Manifest, Sample, write_manifest
 
 CHUNKS = [
@@ -199,16 +199,85 @@ def test_an_open_manifest_keeps_its_rows_while_the_folder_is_rebuilt(tmp_path: P
     assert [opened.sample(i).start_s for i in range(100)] == list(range(100))
 
 
-def test_an_interrupted_build_is_not_taken_for_a_manifest(tmp_path: Path) -> None:
-    def broken() -> object:
-        yield SAMPLES[0]
-        raise KeyboardInterrupt
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
-    write(tmp_path)
+
+def broken_samples() -> Iterator[Sample]:
+    yield SAMPLES[0]
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_build_is_not_taken_for_a_manifest(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        write_manifest(tmp_path, chunk_root="/chunks", chunks=CHUNKS, samples=broken())
+        write_manifest(tmp_path, chunk_root="/chunks", chunks=CHUNKS, samples=broken_samples())
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
         Manifest(tmp_path)
+
+
+def test_an_interrupted_rebuild_leaves_the_old_manifest_as_it_was(tmp_path: Path) -> None:
+    captions = CaptionTable(("cut",), ((1,),), np.ones((len(SAMPLES), 1)))
+    with IndexWriter(tmp_path) as index:
+        index.add(b"old")
+        write_manifest(
+            tmp_path,
+            chunk_root="/chunks",
+            chunks=CHUNKS,
+            samples=SAMPLES,
+            captions=captions,
+            classes=CLASSES,
+            index=index,
+        )
+    before = files_below(tmp_path)
+    assert len(before) == 7
+    with pytest.raises(KeyboardInterrupt), IndexWriter(tmp_path) as index:
+        index.add(b"newer")
+        write_manifest(tmp_path, chunk_root="/c", chunks=CHUNKS[:1], samples=broken_samples(), index=index)
+    assert files_below(tmp_path) == before
+    assert list(Manifest(tmp_path).samples()) == SAMPLES
+
+
+@pytest.mark.parametrize("grades", [np.ones((3, 1)), np.full((1, 1), 1.5)])
+def test_grades_that_are_refused_leave_the_old_manifest_as_it_was(tmp_path: Path, grades: np.ndarray) -> None:
+    before = files_below(write(tmp_path))
+    captions = CaptionTable(("cut",), ((1,),), grades)
+    with pytest.raises(UserError, match="relevancy"):
+        write_manifest(tmp_path, chunk_root="/chunks", chunks=CHUNKS, samples=SAMPLES[:1], captions=captions)
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["packets.bin", "chunks.arrow", "samples.arrow"])
+def test_parts_of_two_builds_are_no_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A build that ends while it takes the old one's place leaves nothing that could be mistaken for either."""
+    write(tmp_path)
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if target.name == name:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(module.os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt), IndexWriter(tmp_path) as index:
+        write_manifest(tmp_path, chunk_root="/chunks", chunks=CHUNKS, samples=SAMPLES[:1], index=index)
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        Manifest(tmp_path)
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "captions.arrow").write_bytes(b"stale")
+    write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "chunks.arrow",
+        "samples.arrow",
+        "classes.json",
+        "manifest.json",
+    }
 
 
 def test_a_folder_without_a_manifest_names_the_command(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_ego4d(tmp_path: Path, chunks: Path, capsys: pytest.CaptureFixture[str])
     assert run(*common, "--skip-bad-rows") == 0
     out = capsys.readouterr().out
     assert f"{tmp_path / 'm'}: 2 clips with 3 texts over 3 chunks\n" in out
-    assert "2 rows left out" in out
+    assert f"2 rows left out, listed in {tmp_path / 'm' / 'rejected.jsonl'}: " in out
     assert "1 past the end, 1 unknown video" in out
 
 
@@ -123,3 +123,26 @@ def test_captions(tmp_path: Path, chunks: Path, capsys: pytest.CaptureFixture[st
     write_lines(rows, "video,start,end,text,label", "uid,0,1,look,b")
     assert run(*common, tmp_path / "held", "--classes-from", tmp_path / "m") == 0
     assert Manifest(tmp_path / "held").sample(0).label == 1
+
+
+def test_captions_show_the_rows_as_they_are_placed(
+    tmp_path: Path, chunks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_lines(tmp_path / "x.csv", "video,start,end,text", "uid,0,1,look", "uid,0,1,see")
+    run("captions", "--chunks", chunks, "--annotations", rows, "--output", tmp_path / "m")
+    shown = capsys.readouterr().err
+    assert "rows: 2row" in shown.splitlines()[-1]
+    with pytest.raises(UserError):
+        run("captions", "--chunks", chunks, "--annotations", tmp_path / "no.csv", "--output", tmp_path / "m")
+    assert capsys.readouterr().err == ""  # no bar before there is something to show
+
+
+def test_unusable_chunks_are_listed_in_a_named_file(
+    tmp_path: Path, chunks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (chunks / "P01" / "P01_01.MP4" / "1.mp4").write_bytes(b"")
+    rows = write_lines(tmp_path / "x.csv", "video,start,end,text", "uid,0,1,look")
+    run("captions", "--chunks", chunks, "--annotations", rows, "--output", tmp_path / "m")
+    listing = tmp_path / "m" / "unusable_chunks.jsonl"
+    assert f"1 chunk files left out, listed in {listing}\n" in capsys.readouterr().out
+    assert listing.is_file()

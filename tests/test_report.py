@@ -61,9 +61,11 @@ def rows(count: int) -> list[dict]:
         for step in range(1, count + 1)
     ]
     evaluation = [
-        {"kind": "evaluation", "step": step, "map_avg": step / 10, "ndcg_avg": None} for step in (2, count)
+        {"kind": "evaluation", "step": step, "map_avg": 0.25, "ndcg_avg": None, "clips": 77, "unreadable": 1}
+        for step in (2, count)
     ]
-    return [{"kind": "header", "step": 0}, *train, *evaluation]
+    config = {"decoder": "cpu-fused", "optim": {"learning_rate": 3e-5, "global_batch": 4096}}
+    return [{"kind": "header", "step": 0, "best_metric": "map_avg", "config": config}, *train, *evaluation]
 
 
 def thumbnails(value: int, frames: int = 2) -> np.ndarray:
@@ -145,6 +147,18 @@ def test_numbers_are_in_the_tables(page):
         ("torch", "2.15.0"),
     ):
         assert cells[cells.index(name) + 1] == value if cells.count(name) == 1 else value in cells, name
+
+
+def test_the_best_step_is_told_and_counts_are_no_curves(page):
+    """Of equal evaluations the first is the best: its checkpoint is kept."""
+    assert any("2 evaluations, best map_avg 0.25 after step 2" in text for text in page.texts)
+    assert "unreadable" not in page.texts and page.texts.count("clips") == 1  # in the table alone
+
+
+def test_the_settings_are_shown_under_their_dotted_names(page):
+    cells = [text for text in page.texts if text.strip()]
+    for name, value in (("optim.learning_rate", "3e-05"), ("optim.global_batch", "4096"), ("decoder", "cpu-fused")):
+        assert cells[cells.index(name) + 1] == value
 
 
 def test_thumbnails_are_the_frames_side_by_side(page):

@@ -207,3 +207,32 @@ def test_names_are_known_by_their_short_forms_and_had_by_their_own() -> None:
         assert lookup.has(name) == (name == "P01/P01_01.MP4")
     for name in ("P02/P01_01", "P01", "", "P01_0"):
         assert not lookup.knows(name)
+
+
+@pytest.mark.parametrize(("start", "end"), [(30, 31), (30, 30), (29, 30.4), (29, 31.5), (35, 90), (30.1, 30.2)])
+def test_a_span_that_reaches_an_unusable_last_chunk_says_so(start: float, end: float) -> None:
+    lookup = ChunkLookup(TABLE[:2], lost=[("a.mp4", 45.0), ("a.mp4", 30.0), ("a.mp4", 15.0), ("z", 0.0)])
+    with pytest.raises(SpanError, match="the chunk that begins at 30 s cannot be used") as caught:
+        lookup.locate("a", start, end)
+    assert caught.value.kind == "missing chunk"
+
+
+def test_spans_before_an_unusable_last_chunk_are_still_usable() -> None:
+    lookup = ChunkLookup(TABLE[:2], lost=[("a.mp4", 30.0)])
+    assert lookup.locate("a", 1, 30) == (0, 2, 30)
+    short = ChunkLookup(chunk_rows("v", (449,), fps=30), lost=[("v", 15.0)])
+    assert short.locate("v", 1, 15) == pytest.approx((0, 1, 449 / 30))  # it misses its last frame
+
+
+def test_a_whole_video_with_an_unusable_last_chunk_is_none() -> None:
+    with pytest.raises(SpanError, match="cannot be used") as caught:
+        ChunkLookup(TABLE[:2], lost=[("a.mp4", 30.0)]).locate_whole("a.mp4")
+    assert caught.value.kind == "missing chunk"
+
+
+def test_a_video_of_unusable_chunks_only_is_known_and_cannot_be_had() -> None:
+    lookup = ChunkLookup(TABLE, lost=[("P01/z.mp4", 0.0)])
+    assert lookup.knows("z") and not lookup.has("P01/z.mp4")
+    with pytest.raises(SpanError, match="no chunks that can be used") as caught:
+        lookup.locate("z", 0, 1)
+    assert caught.value.kind == "missing chunk"

@@ -57,16 +57,39 @@ def _explain(message: str, options: type) -> str:
         return f"unknown key {section}.{key}; {section} has: {', '.join(_keys(options, section))}"
     unknown = re.search(r"(?:Unrecognized|unrecognized) (?:arguments|options?|keys?):? *(.*)", message)
     if unknown:
+        section = _section(options, unknown.group(1))
+        if section:
+            return f"unknown argument {unknown.group(1)}; {section} has: {', '.join(_keys(options, section))}"
         return f"unknown argument {unknown.group(1)}; top-level keys are: {', '.join(_keys(options, ''))}"
     return re.sub(r"typing\.Literal|<class '(\w+)'>", lambda m: m.group(1) or "one of ", message)
 
 
+def _section(options: Any, argument: str) -> str:
+    """Return the innermost section that an argument such as `--model.sise=tiny` is below; empty for none."""
+    found: list[str] = []
+    for name in re.split(r"[\s=]", argument.lstrip("-"), maxsplit=1)[0].split("."):
+        section = ".".join([*found, name])
+        if name not in _keys(options, ".".join(found)) or not _is_section(options, section):
+            break
+        found.append(name)
+    return ".".join(found)
+
+
+def _is_section(options: Any, section: str) -> bool:
+    return dataclasses.is_dataclass(_below(options, section))
+
+
 def _keys(options: Any, section: str) -> list[str]:
     """Return the field names of a (nested) section of a dataclass."""
+    return [field.name for field in dataclasses.fields(_below(options, section))]
+
+
+def _below(options: Any, section: str) -> Any:
+    """Return what makes a (nested) field of a dataclass: a dataclass for a section."""
     for name in filter(None, section.split(".")):
         field = next(f for f in dataclasses.fields(options) if f.name == name)
         options = field.default_factory if field.default_factory is not dataclasses.MISSING else field.type
-    return [field.name for field in dataclasses.fields(options)]
+    return options
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -22,6 +22,7 @@ from avion_dali.engine.optim import build_optimizer, parameter_groups
 from avion_dali.engine.settings import LoopSettings
 from avion_dali.engine.sharding import shard_model, weight_sum
 from avion_dali.models.blocks import VideoTowerConfig
+from avion_dali.models.presets import PRESETS
 from avion_dali.models.start import StartReport, StartWeights, apply_start, open_start, settle
 from avion_dali.models.towers import settled_activation
 from train.loaders import Loaders
@@ -37,6 +38,8 @@ from train.tasks import (
 from train.weights import plain_config
 
 Evaluator = Callable[[FramesTransform | None], EvaluationResult]
+
+_SAME_CLASSES = "--classes-from the training manifest; for kinetics --class-names, the same file for both"
 
 
 @contextmanager
@@ -144,6 +147,7 @@ def _build_loop(
         decoder=loaders.decoder.name,
         decoder_reason=loaders.decoder.reason,
         data=resume_facts(config, train_manifest, eval_manifest),
+        classes=class_table(train_manifest).names if config.objective.name == "classification" else (),
     )
     return TrainLoop(
         task.model,
@@ -213,12 +217,14 @@ def require_same_classes(train_manifest: Manifest, eval_manifest: Manifest) -> N
         eval_manifest: the evaluation manifest.
 
     Raises:
-        UserError: when their classes differ.
+        UserError: when their classes differ, or one has none.
     """
+    class_table(train_manifest)
+    class_table(eval_manifest)
     if classes_fingerprint(train_manifest) != classes_fingerprint(eval_manifest):
         raise UserError(
             f"{train_manifest.folder} and {eval_manifest.folder} number their classes differently; build the "
-            "held-out manifest with `--classes-from` the training manifest"
+            f"held-out manifest with the classes of the training's ({_SAME_CLASSES})"
         )
 
 
@@ -240,10 +246,9 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Ev
     if not folder:
         raise UserError(f"{options.checkpoint} was trained without an evaluation manifest; give --manifest")
     manifest = Manifest(folder)
-    num_classes = start.facts.num_classes
     if config.objective.name == "classification":
-        _check_classes(config, manifest, num_classes)
-    model = build_model(config, distributed.device, num_classes=num_classes)
+        _check_classes(config, manifest, start)
+    model = build_model(config, distributed.device, num_classes=start.facts.num_classes)
     fill_model(model, start, config)
     model.eval()
     loaders = Loaders(config, distributed)
@@ -256,13 +261,21 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Ev
         loaders.close()
 
 
-def _check_classes(config: TrainConfig, manifest: Manifest, num_classes: int) -> None:
+def _check_classes(config: TrainConfig, manifest: Manifest, start: StartWeights) -> None:
     """Refuse labels that do not mean the head's classes, as far as can be told."""
-    labels = len(class_table(manifest))
-    if labels != num_classes:
+    names = class_table(manifest).names
+    if len(names) != start.facts.num_classes:
         raise UserError(
-            f"the model tells {num_classes} classes apart and {manifest.folder} has {labels}; build the "
-            "manifest with the classes of the training's (--classes-from)"
+            f"the model tells {start.facts.num_classes} classes apart and {manifest.folder} has {len(names)}; "
+            f"build the manifest with the classes of the training's ({_SAME_CLASSES})"
+        )
+    differing = (item for item in enumerate(zip(start.classes, names, strict=False)) if len(set(item[1])) > 1)
+    if found := next(differing, None):
+        label, (trained, own) = found
+        raise UserError(
+            f"{manifest.folder} numbers its classes differently: class {label} of {start.source} is "
+            f"{trained!r}, there it is {own!r}; build the manifest with the classes of the training's "
+            f"({_SAME_CLASSES})"
         )
     if config.data.train_manifest and (Path(config.data.train_manifest) / "manifest.json").is_file():
         require_same_classes(Manifest(config.data.train_manifest), manifest)
@@ -275,12 +288,13 @@ def trained_config(start: StartWeights) -> TrainConfig:
         start: weights of this project or another.
 
     Raises:
-        UserError: when the weights are not a whole model.
+        UserError: when their dimensions are no model.size.
     """
-    config = start.config or plain_config(start.facts)
+    config, facts = start.config or plain_config(start.facts), start.facts
     if not config:
         raise UserError(
-            f"{start.source} holds no whole model ({start.facts.role}); train or fine-tune from it first"
+            f"{start.source} has width {facts.width}, {facts.layers} blocks and patches of {facts.patch_size} "
+            f"pixels, which is no model.size ({', '.join(PRESETS)}); it cannot be used here"
         )
     trained = TrainConfig.from_plain(config)
     return trained if start.config else replace(trained, output_dir="runs/evaluate")

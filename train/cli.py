@@ -11,6 +11,11 @@ from avion_dali.data.profiles import PROFILES
 from train import check, env, features, manifest, plan, weights
 from train.arguments import run_command
 
+_DESCRIPTION = (
+    "Everything around training: chunks, manifests, checks, plans, weights and embeddings. Training and "
+    "evaluation are `python -m train.pretrain`, `train.finetune` and `train.evaluate`."
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand.
@@ -34,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
-    parser = argparse.ArgumentParser(prog="avion-dali", description=__doc__)
+    parser = argparse.ArgumentParser(prog="avion-dali", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_chunk(commands.add_parser("chunk", help="cut videos into chunks made for random access"))
     manifest.add_arguments(commands.add_parser("manifest", help="make a manifest from chunks and annotations"))

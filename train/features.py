@@ -1,7 +1,9 @@
-"""`avion-dali features`: write embeddings of videos or of a manifest's clips. Light: its workers re-import it.
+"""Write embeddings of videos or of a manifest's clips.
 
 torchrun --nproc_per_node=8 -m train.features --checkpoint FILE --manifest M --output features.safetensors
 """
+
+# Light: decode workers re-import this module.
 
 from __future__ import annotations
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from avion_dali.engine.per_sample import PerSample
 
 ENDINGS = (".safetensors", ".npy")
+_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,17 +59,18 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments; None takes the process's.
     """
-    parser = argparse.ArgumentParser(prog="python -m train.features", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m train.features",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_arguments(parser)
     return run(parser.parse_args(argv))
 
 
 def run(options: argparse.Namespace) -> int:
-    """Embed and write; status 1 when clips could not be read."""
-    if options.output.suffix not in ENDINGS or not options.output.absolute().parent.is_dir():
-        raise UserError(f"--output {options.output}: end it in {' or '.join(ENDINGS)}, in a folder that exists")
-    if bool(options.manifest) == bool(options.videos):
-        raise UserError("give videos or --manifest, and not both")
+    """Embed and write; status 1 when videos or clips could not be read."""
+    _check(options)
     # Decode workers re-import this module: everything heavy waits until here.
     from avion_dali.engine.distributed import distributed_session
 
@@ -74,14 +78,39 @@ def run(options: argparse.Namespace) -> int:
         from avion_dali.data.manifest import Manifest
 
         manifest = Manifest(options.manifest or folder / "manifest")
+        left_out = left_out_files(folder)
         features = embed_manifest(options, manifest, distributed, folder)
         if distributed.is_main:
             write_features(options.output, features, manifest)
             print(f"{options.output}: {len(features.sample_ids)} embeddings, {features.means_SX.shape[1]} wide")
-    if features.unreadable and distributed.is_main:
+    if (features.unreadable or left_out) and distributed.is_main:
+        lost = [f"{len(left_out)} files"] if left_out else []
+        lost += [f"{features.unreadable} clips"] if features.unreadable else []
         listed = options.output.with_suffix(".quarantine.jsonl")
-        print(f"{features.unreadable} clips could not be read and have no embedding: {listed}", file=sys.stderr)
-    return 1 if features.unreadable else 0
+        print(f"{' and '.join(lost)} could not be read and have no embedding: {listed}", file=sys.stderr)
+    return 1 if features.unreadable or left_out else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options before anything heavy is imported."""
+    if options.output.suffix not in ENDINGS or not options.output.absolute().parent.is_dir():
+        raise UserError(f"--output {options.output}: end it in {' or '.join(ENDINGS)}, in a folder that exists")
+    if bool(options.manifest) == bool(options.videos):
+        raise UserError("give videos or --manifest, and not both")
+    if not 0 <= options.clip_seconds < float("inf"):
+        raise UserError(f"--clip-seconds {options.clip_seconds:g}: give seconds > 0, or 0 for one clip a video")
+    for name, least in (("eval_clips", 1), ("micro_batch", 1), ("num_frames", 0), ("workers", 0)):
+        if getattr(options, name) < least:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {getattr(options, name)}: it must be at least {least}")
+    missing = [str(path) for path in options.videos if not path.exists()]
+    if missing:
+        raise UserError("\n".join([f"{len(missing)} of the videos do not exist:", *_first(missing)]))
+
+
+def _first(lines: list[str]) -> list[str]:
+    more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return [f"  {line}" for line in lines[:_SHOWN]] + more
 
 
 @contextmanager
@@ -90,20 +119,44 @@ def working_folder(options: argparse.Namespace, distributed: Distributed) -> Ite
     from avion_dali.engine.distributed import barrier
 
     folder = options.output.with_name(options.output.name + ".work")
-    if distributed.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        if options.videos:
-            _build_manifest(options, folder / "manifest")
-    barrier()
+    listed = options.output.with_suffix(".quarantine.jsonl")
     try:
+        if distributed.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            listed.unlink(missing_ok=True)
+            folder.mkdir()
+            if options.videos:
+                _build_manifest(options, folder / "manifest")
+        barrier()
         yield folder
     finally:
-        failures = folder / "quarantine.jsonl"
         if distributed.is_main:
-            if failures.exists():
-                failures.replace(options.output.with_suffix(".quarantine.jsonl"))
+            _keep_failures(folder, listed)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep_failures(folder: Path, listed: Path) -> None:
+    """Write one list of the files left out and the clips that could not be read, when there are any."""
+    failures = folder / "quarantine.jsonl"
+    text = failures.read_text(encoding="utf-8") if failures.exists() else ""
+    for file in left_out_files(folder):
+        row = {"path": file["path"], "kind": "unusable file", "cause": file["reason"], "sample_id": None}
+        text += json.dumps(row) + "\n"
+    if text:
+        listed.write_text(text, encoding="utf-8")
+
+
+def left_out_files(folder: Path) -> list[dict[str, Any]]:
+    """Return the videos that the working folder's manifest had to leave out, with `path` and `reason`.
+
+    Args:
+        folder: the working folder.
+    """
+    from avion_dali.datasets.building import UNUSABLE_FILE
+
+    path = folder / "manifest" / UNUSABLE_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def _build_manifest(options: argparse.Namespace, folder: Path) -> None:
@@ -114,7 +167,13 @@ def _build_manifest(options: argparse.Namespace, folder: Path) -> None:
     videos = [path.resolve() for path in list_videos(options.videos, but_not=folder)]
     root = Path(os.path.commonpath([path.parent for path in videos]))
     settings = BuildSettings(chunk_root=root, output=folder, skip_bad_rows=True)
-    report = build_plain_manifest(settings, videos, clip_seconds=options.clip_seconds)
+    try:
+        report = build_plain_manifest(settings, videos, clip_seconds=options.clip_seconds)
+    except UserError as error:
+        reasons = [f"{file['path']}: {file['reason']}" for file in left_out_files(folder.parent)]
+        if not reasons:
+            raise
+        raise UserError("\n".join(["none of the videos can be read:", *_first(reasons)])) from error
     for file in report.unusable:
         print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
 

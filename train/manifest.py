@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from avion_dali.contracts import UserError
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from avion_dali.datasets.building import BuildReport, BuildSettings
 
 Progress = Callable[[int], object]
@@ -71,7 +73,7 @@ def _build(options: argparse.Namespace, on_chunk: Progress, on_row: Progress) ->
     from avion_dali.datasets.building import BuildSettings
 
     if options.kind == "captions":
-        return _build_captions(options, on_chunk)
+        return _build_captions(options, on_chunk, on_row)
     whole_files = options.kind == "kinetics" and options.videos is not None
     settings = BuildSettings(
         chunk_root=options.videos if whole_files else options.chunks,
@@ -94,7 +96,7 @@ def _build(options: argparse.Namespace, on_chunk: Progress, on_row: Progress) ->
     )
 
 
-def _build_captions(options: argparse.Namespace, on_chunk: Progress) -> BuildReport:
+def _build_captions(options: argparse.Namespace, on_chunk: Progress, on_row: Progress) -> BuildReport:
     from avion_dali.datasets.captions import build_captions_manifest
 
     return build_captions_manifest(
@@ -104,6 +106,7 @@ def _build_captions(options: argparse.Namespace, on_chunk: Progress) -> BuildRep
         skip_bad_rows=options.skip_bad_rows,
         jobs=options.jobs,
         on_progress=on_chunk,
+        on_row=on_row,
         classes_from=options.classes_from,
     )
 
@@ -125,20 +128,41 @@ def _build_ek100(options: argparse.Namespace, settings: BuildSettings) -> BuildR
 
 def summary(report: BuildReport, output: Path) -> list[str]:
     """Return what is said of a finished manifest."""
+    from avion_dali.datasets.building import REJECTED_FILE, UNUSABLE_FILE
+
     texts = "" if report.num_texts == report.num_samples else f" with {report.num_texts} texts"
     lines = [f"{output}: {report.num_samples} clips{texts} over {report.num_chunks} chunks", *report.notes]
     if report.rejected:
         kinds = ", ".join(f"{count} {kind}" for kind, count in report.rejected.items())
-        lines.append(f"{sum(report.rejected.values())} rows left out, listed in {output}: {kinds}")
+        lines.append(
+            f"{sum(report.rejected.values())} rows left out, listed in {output / REJECTED_FILE}: {kinds}"
+        )
     if report.unusable:
-        lines.append(f"{len(report.unusable)} chunk files left out, listed in {output}")
+        lines.append(f"{len(report.unusable)} chunk files left out, listed in {output / UNUSABLE_FILE}")
     return lines
+
+
+class _Bar:
+    """A progress bar that appears with the first step it is told of."""
+
+    def __init__(self, unit: str, description: str) -> None:
+        self._unit, self._description = unit, description
+        self._bar: tqdm[NoReturn] | None = None
+
+    def show(self, done: int) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(unit=self._unit, desc=self._description)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 @contextmanager
 def _progress() -> Iterator[tuple[Progress, Progress]]:
-    """Show one bar for files and then one for rows."""
-    from tqdm import tqdm
-
-    with tqdm(unit="file", desc="probing") as files, tqdm(unit="row", desc="rows") as rows:
-        yield lambda done: files.update(done - files.n), lambda done: rows.update(done - rows.n)
+    """Show a bar for files and then one for rows."""
+    with closing(_Bar("file", "probing")) as files, closing(_Bar("row", "rows")) as rows:
+        yield files.show, rows.show

@@ -39,7 +39,8 @@ def train_from_command_line(
     if config.objective.name not in objectives:
         raise UserError(
             f"python -m {prog} trains {' and '.join(objectives)}; objective.name = {config.objective.name} is "
-            f"for python -m train.{'pretrain' if prog.endswith('finetune') else 'finetune'}"
+            f"for python -m train.{'pretrain' if prog.endswith('finetune') else 'finetune'}. Give --config, "
+            "such as a file of configs/: it names an objective and what goes with it"
         )
     # Decode workers re-import this module: everything heavy waits until here.
     from avion_dali.engine.distributed import distributed_session

@@ -101,7 +101,7 @@ def _require_partners(config: TrainConfig) -> None:
     mixes = (mixing.mixup or mixing.cutmix) and mixing.mix_probability
     if mixes and config.optim.micro_batch * config.data.repeats < 2:
         raise UserError(
-            "objective.classification.mixup and cutmix mix the clips of a micro-batch: set optim.micro_batch to "
+            "objective.classification.mixup and cutmix mix clips of a micro-batch: set optim.micro_batch to "
             "2 or more, or both of them to 0"
         )
 

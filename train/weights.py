@@ -91,6 +91,7 @@ def write(start: StartWeights, path: Path, *, layout: str | None) -> None:
     if layout is None:
         state = start.state
         header |= {"config": config} if (config := start.config or plain_config(start.facts)) else {}
+        header["classes"] = start.classes
     else:
         state = from_ours(start.state, layout)  # type: ignore[arg-type]
         header["layout"] = layout

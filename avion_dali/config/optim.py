@@ -57,9 +57,9 @@ class OptimConfig:
         require(self.epochs >= 1, "optim.epochs", self.epochs, ">= 1")
         require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "> 0")
         require(self.rate_batch >= 0, "optim.rate_batch", self.rate_batch, ">= 0 (0: rates as they stand)")
-        require(
-            0 <= self.warmup_epochs <= self.epochs, "optim.warmup_epochs", self.warmup_epochs, "in [0, epochs]"
-        )
+        fits = 0 <= self.warmup_epochs <= self.epochs
+        allowed = f"in [0, optim.epochs], and optim.epochs is {self.epochs}"
+        require(fits, "optim.warmup_epochs", self.warmup_epochs, allowed)
         for name in ("warmup_learning_rate", "final_learning_rate", "eps"):
             require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), ">= 0")
         require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "in (0, 1] (1: none)")

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -46,6 +48,10 @@ from avion_dali.data.tables import ROWS_PER_BATCH, MappedTable, Row, write_table
 
 FORMAT_VERSION = 3
 INDEX_FILE = "packets.bin"
+_INFO_FILE, _CHUNKS_FILE, _SAMPLES_FILE = "manifest.json", "chunks.arrow", "samples.arrow"
+# All that a build writes, in the order in which it takes the old files' places: what makes it a manifest last.
+_PARTS = (_CHUNKS_FILE, _SAMPLES_FILE, CLASSES_FILE, CAPTIONS_FILE, RELEVANCY_FILE, _INFO_FILE)
+_STAGING = "new.partial"
 _REQUIRED_FACTS = ("chunk_root", "num_chunks", "num_samples", "index_bytes", "fingerprint")
 
 
@@ -67,8 +73,8 @@ class Manifest:
         self._chunk_prefix = os.path.join(self.chunk_root, "")
         self._index_path = os.path.abspath(self.folder / INDEX_FILE)
         _check_index_file(self._index_path, self.info["index_bytes"])
-        self._chunks = MappedTable(self.folder / "chunks.arrow", rows_per_batch=ROWS_PER_BATCH)
-        self._samples = MappedTable(self.folder / "samples.arrow", rows_per_batch=ROWS_PER_BATCH)
+        self._chunks = MappedTable(self.folder / _CHUNKS_FILE, rows_per_batch=ROWS_PER_BATCH)
+        self._samples = MappedTable(self.folder / _SAMPLES_FILE, rows_per_batch=ROWS_PER_BATCH)
         self._chunk_columns: dict[int, ChunkColumns] = {}
         self._sample_columns: dict[int, SampleColumns] = {}
         # Reading the timestamps of a variable-rate chunk costs milliseconds, and clips share chunks.
@@ -231,6 +237,11 @@ class IndexWriter:
         self._end += len(record)
         return PacketIndexRef(str(self._path), self._end - len(record), len(record))
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all records so far."""
+        return self._end
+
     def finish(self) -> None:
         """Give the file its name; runs that read the file before it keep doing so."""
         self._file.close()
@@ -253,51 +264,75 @@ def write_manifest(
     captions: CaptionTable | None = None,
     classes: ClassTable | None = None,
     info: dict[str, Any] | None = None,
+    index: IndexWriter | None = None,
 ) -> None:
-    """Write a manifest folder; `manifest.json` comes last, so an interrupted build is not taken for one.
+    """Write a manifest folder; an old manifest in it stays whole until all of the new one is written.
 
     Rows are written as they come: memory does not grow with their number.
 
     Args:
         folder: where to write; its parents are made.
         chunk_root: the folder that the chunks' paths are stored relative to.
-        chunks: all chunk rows, sorted by (video, start); their indexes are in the folder already.
+        chunks: all chunk rows, sorted by (video, start).
         samples: all clip rows; their `first_chunk` counts the rows of `chunks`.
         captions: captions that the rows are graded against, with one row of grades a sample.
         classes: what the rows' labels count.
-        info: further facts for `manifest.json`.
+        info: further facts for `manifest.json`; read after the last row.
+        index: the chunks' indexes, all added, which are finished here; by default they are in the folder.
 
     Raises:
         UserError: when the grades do not fit the rows or leave [0, 1].
         ValueError: when a label is no class.
     """
     folder, root = Path(folder), str(Path(chunk_root).resolve())
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("manifest.json", CLASSES_FILE, CAPTIONS_FILE, RELEVANCY_FILE):
-        (folder / name).unlink(missing_ok=True)
-    index_path = folder / INDEX_FILE
-    num_chunks = _write_rows(
-        folder / "chunks.arrow", CHUNK_SCHEMA, chunks, lambda rows: chunk_values(rows, root)
-    )
-    limit = len(classes) if classes else 0
-    num_samples = _write_rows(
-        folder / "samples.arrow", SAMPLE_SCHEMA, samples, lambda rows: sample_values(rows, limit)
-    )
-    facts = {
-        **(info or {}),
-        "format_version": FORMAT_VERSION,
-        "chunk_root": root,
-        "num_chunks": num_chunks,
-        "num_samples": num_samples,
-        "index_bytes": index_path.stat().st_size if index_path.exists() else 0,
-        "fingerprint": tables_fingerprint(folder / "chunks.arrow", folder / "samples.arrow"),
-    }
-    if classes is not None:
-        write_classes(folder, classes)
-        facts["num_classes"] = len(classes)
-    if captions is not None:
-        facts |= write_captions(folder, captions, num_rows=num_samples)
-    (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
+    with _staging(folder) as new:
+        num_chunks = _write_rows(
+            new / _CHUNKS_FILE, CHUNK_SCHEMA, chunks, lambda rows: chunk_values(rows, root)
+        )
+        limit = len(classes) if classes else 0
+        num_samples = _write_rows(
+            new / _SAMPLES_FILE, SAMPLE_SCHEMA, samples, lambda rows: sample_values(rows, limit)
+        )
+        facts = {
+            **(info or {}),
+            "format_version": FORMAT_VERSION,
+            "chunk_root": root,
+            "num_chunks": num_chunks,
+            "num_samples": num_samples,
+            "index_bytes": _file_size(folder / INDEX_FILE) if index is None else index.num_bytes,
+            "fingerprint": tables_fingerprint(new / _CHUNKS_FILE, new / _SAMPLES_FILE),
+        }
+        if classes is not None:
+            write_classes(new, classes)
+            facts["num_classes"] = len(classes)
+        if captions is not None:
+            facts |= write_captions(new, captions, num_rows=num_samples)
+        (new / _INFO_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+        _take_over(folder, new, index)
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder in the manifest's, where a build lies until it is whole; it goes, come what may."""
+    new = folder / _STAGING
+    shutil.rmtree(new, ignore_errors=True)  # of a build that was killed
+    new.mkdir(parents=True)
+    try:
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _take_over(folder: Path, new: Path, index: IndexWriter | None) -> None:
+    """Put a whole build in the old one's place; while its parts are of two builds there is no manifest."""
+    (folder / _INFO_FILE).unlink(missing_ok=True)
+    if index is not None:
+        index.finish()
+    for name in _PARTS:
+        if (new / name).exists():
+            os.replace(new / name, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _write_rows(
@@ -322,13 +357,17 @@ def tables_fingerprint(chunks: Path, samples: Path) -> int:
 
 
 def _check_index_file(path: str, num_bytes: int) -> None:
-    found = os.path.getsize(path) if os.path.exists(path) else 0
+    found = _file_size(Path(path))
     if found != num_bytes:
         raise UserError(f"{path} has {found} bytes, manifest.json says {num_bytes}; build the manifest again")
 
 
+def _file_size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def _read_info(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
+    path = folder / _INFO_FILE
     try:
         info = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -166,6 +166,7 @@ class ManifestBuild:
         unusable: the others.
         rejections: takes the rows that cannot be used.
         index: the packet indexes, written but not yet under their name.
+        files: the files that were probed.
     """
 
     settings: BuildSettings
@@ -173,6 +174,7 @@ class ManifestBuild:
     unusable: list[UnusableChunk]
     rejections: Rejections
     index: IndexWriter
+    files: Sequence[ChunkFile] = ()
     lookup: ChunkLookup = field(init=False)
     _tokenize: Callable[[str], tuple[int, ...]] | None = field(init=False, default=None)
     _reasons: dict[str, str] | None = field(init=False, default=None)
@@ -180,7 +182,9 @@ class ManifestBuild:
     _texts: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.lookup = ChunkLookup(self.chunks)
+        bad = {chunk.path for chunk in self.unusable}
+        lost = [(video, start_s) for video, start_s, path in self.files if str(path) in bad]
+        self.lookup = ChunkLookup(self.chunks, lost)
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Return a text's token ids; the tokenizer is loaded with the first text."""
@@ -238,7 +242,6 @@ class ManifestBuild:
             classes: class names, if the data set has them.
         """
         info: dict[str, Any] = {"annotations": source}
-        self.index.finish()
         write_manifest(
             self.settings.output,
             chunk_root=self.settings.chunk_root,
@@ -247,6 +250,7 @@ class ManifestBuild:
             captions=captions,
             classes=classes,
             info=info,
+            index=self.index,
         )
         rejected = dict(self.rejections.counts.most_common())
         sizes = (self._placed, self._texts, len(self.chunks))
@@ -304,7 +308,7 @@ class ManifestBuild:
 
 @contextmanager
 def manifest_build(settings: BuildSettings, files: list[ChunkFile] | None = None) -> Iterator[ManifestBuild]:
-    """Probe the chunks and open a manifest to be filled; what an error leaves unfinished is no manifest.
+    """Probe the chunks and open a manifest to be filled; an error leaves an old one in the folder as it was.
 
     Args:
         settings: how it is built.
@@ -327,7 +331,7 @@ def manifest_build(settings: BuildSettings, files: list[ChunkFile] | None = None
             _write_unusable(folder / UNUSABLE_FILE, unusable)
             rejections = Rejections(folder / REJECTED_FILE)
             try:
-                yield ManifestBuild(settings, chunks, unusable, rejections, index)
+                yield ManifestBuild(settings, chunks, unusable, rejections, index, found)
             finally:
                 rejections.close()
     except OSError as error:

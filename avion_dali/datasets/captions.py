@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +21,12 @@ from avion_dali.datasets.building import (
     RejectedRow,
     manifest_build,
 )
+from avion_dali.datasets.reading import opened_text
 from avion_dali.datasets.spans import SpanError
 
 SPAN_COLUMNS = ("video", "start", "end")
+_COLUMNS = (*SPAN_COLUMNS, "text", "verb", "noun", "label")
+_SHOWN = 10
 
 
 def build_captions_manifest(
@@ -34,6 +37,7 @@ def build_captions_manifest(
     skip_bad_rows: bool = False,
     jobs: int = 0,
     on_progress: Callable[[int], object] | None = None,
+    on_row: Callable[[int], object] | None = None,
     classes_from: str | Path | None = None,
 ) -> BuildReport:
     """Make a manifest of chunks and annotated spans.
@@ -50,6 +54,7 @@ def build_captions_manifest(
         skip_bad_rows: leave unusable rows out instead of refusing the file.
         jobs: probing processes; 0 takes all cores.
         on_progress: called with the number of probed chunk files.
+        on_row: called with the number of rows put on chunks, after each one.
         classes_from: a manifest whose classes the labels are: the training one, for held-out rows. By default
             all labels of the file are the classes, sorted as strings.
 
@@ -60,18 +65,18 @@ def build_captions_manifest(
         UserError: when a file or column is missing, or rows are unusable and not to be skipped.
     """
     path = Path(annotations)
-    names = _label_names(path)
+    names, unread = _survey(path)
     classes = ClassTable(tuple(sorted(names))) if names else None
     if classes_from is not None:
         classes = Manifest(classes_from).classes
         if classes is None:
             raise UserError(f"{classes_from} has no classes; name the training manifest of labelled clips")
-    settings = BuildSettings(Path(chunk_root), Path(output), skip_bad_rows, jobs, on_chunk=on_progress)
+    settings = BuildSettings(Path(chunk_root), Path(output), skip_bad_rows, jobs, on_progress, on_row)
     with manifest_build(settings) as build:
         counts = _Counts()
         samples = counts.seen(_placed(build, annotation_rows(path, classes), path))
         report = build.finish(samples, source=str(annotations), classes=classes)
-    return replace(report, notes=counts.notes())
+    return replace(report, notes=(*_unread_note(unread), *counts.notes()))
 
 
 @dataclass
@@ -80,18 +85,21 @@ class _Counts:
 
     samples: int = 0
     ungraded: int = 0
+    texts: int = 0
 
     def seen(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
             self.samples += 1
             self.ungraded += not (sample.verb and sample.nouns)
+            self.texts += len(sample.texts)
             yield sample
 
     def notes(self) -> tuple[str, ...]:
-        if not 0 < self.ungraded < self.samples:
+        if not self.ungraded or not self.texts:
             return ()
+        number = "all" if self.ungraded == self.samples else str(self.ungraded)
         return (
-            f"{self.ungraded} clips lack a verb or a noun: an evaluation on this manifest takes a caption as "
+            f"{number} clips lack a verb or a noun: an evaluation on this manifest takes a caption as "
             "relevant to the clips of the very same text only",
         )
 
@@ -103,13 +111,26 @@ def _placed(build: ManifestBuild, rows: Iterator[AnnotationRow | RejectedRow], p
         raise UserError(f"{path}: {error}") from None
 
 
-def _label_names(path: Path) -> set[str]:
-    """Return all labels of a file, those of rows that will be rejected included; checks the file on the way."""
+def _survey(path: Path) -> tuple[set[str], list[str]]:
+    """Return all labels of a file and the columns that are not read; checks the file on the way.
+
+    Labels of rows that will be rejected are among them.
+    """
     names: set[str] = set()
+    columns: dict[str, None] = {}
     for _, row in read_rows(path):
+        columns.update(dict.fromkeys(row))
         with suppress(SpanError):  # told with the row
             names.add(_words(row.get("label")))
-    return names - {""}
+    return names - {""}, [name for name in columns if name and name not in _COLUMNS]
+
+
+def _unread_note(columns: Sequence[str]) -> tuple[str, ...]:
+    """Return what is said of columns that are not read: one of them may be misspelt."""
+    if not columns:
+        return ()
+    more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
+    return (f"columns not read: {', '.join(columns[:_SHOWN])}{more}; read are {', '.join(_COLUMNS)}",)
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -124,18 +145,16 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     readers = {".csv": _csv_rows, ".jsonl": _json_rows}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: annotations must be a .csv or .jsonl file")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            yield from readers[path.suffix.lower()](file, path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    with opened_text(path) as file:
+        yield from readers[path.suffix.lower()](file, path)
 
 
 def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     # Strict: a quote that is never closed is an error, not one text that swallows all rows after it.
-    reader = csv.DictReader(file, strict=True)
+    # Blanks after commas are no part of a field, so that a quote after one is a quote.
+    reader = csv.DictReader(file, strict=True, skipinitialspace=True)
     try:
-        header = reader.fieldnames or ()
+        header = list(map(_column_name, reader.fieldnames or ()))
         absent = [name for name in SPAN_COLUMNS if name not in header]
         if "text" not in header and "label" not in header:
             absent.append("text")
@@ -144,10 +163,20 @@ def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{path}: column {', '.join(absent)} is missing; the header must name video, start, end, text "
                 f"(or label instead of text), parted by commas, and is {','.join(header)!r}"
             )
+        twice = [name for name in _COLUMNS if header.count(name) > 1]
+        if twice:
+            raise UserError(f"{path}: column {', '.join(twice)} is there twice; keep one")
+        reader.fieldnames = header
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
         raise UserError(f"{path}, near line {reader.line_num}: not valid CSV: {error}") from error
+
+
+def _column_name(field: str) -> str:
+    """Return a column's name; those that are read may be written with blanks around them and in capitals."""
+    name = field.strip()
+    return name.lower() if name.lower() in _COLUMNS else name
 
 
 def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

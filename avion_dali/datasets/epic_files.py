@@ -17,6 +17,7 @@ import numpy as np
 from avion_dali.contracts import UserError
 from avion_dali.data.classes import ClassTable
 from avion_dali.datasets.building import AnnotationRow, RejectedRow
+from avion_dali.datasets.reading import opened_text
 from avion_dali.datasets.unpickling import load_pickle
 
 _ID, _PARTICIPANT, _VIDEO, _START, _STOP, _NARRATION, _VERB, _NOUN, _ALL_NOUNS = 0, 1, 2, 4, 5, 8, 10, 12, 14
@@ -167,13 +168,13 @@ def _csv_rows(path: Path, *, min_columns: int) -> Iterator[tuple[int, list[str]]
     """Yield (line, fields) of all rows but the header, blank lines passed over."""
     has_rows = False
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with opened_text(path) as file:
             reader = csv.reader(file, strict=True)
             _check_header(path, next(reader, []), min_columns)
             for fields in filter(None, reader):
                 has_rows = True
                 yield reader.line_num, fields
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
         raise UserError(f"{path} cannot be read as CSV: {error}") from error
     if not has_rows:
         raise UserError(f"{path} has no row after its header")

@@ -18,6 +18,7 @@ from avion_dali.datasets.building import (
     RejectedRow,
     manifest_build,
 )
+from avion_dali.datasets.reading import opened_text
 
 # Endings tried for names without one; the published lists mean mp4.
 _ENDINGS = (".mp4", *sorted(CHUNK_SUFFIXES - {".mp4"}), ".MP4")
@@ -125,10 +126,8 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    with opened_text(path) as file:
+        return file.read().splitlines()
 
 
 def _listed_video(line: int, text: str) -> ListedVideo | RejectedRow:

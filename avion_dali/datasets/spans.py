@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -37,13 +38,17 @@ class SpanError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class _VideoChunks:
-    """One video's chunks: their rows from `first_row` on, their times, and the holes between them."""
+    """One video's chunks: their rows from `first_row` on, their times, and the holes between them.
+
+    `lost_s` is the start of the first unusable chunk after the last usable one, or infinity.
+    """
 
     first_row: int
     starts: np.ndarray
     ends: np.ndarray
     hole_starts: np.ndarray
     hole_ends: np.ndarray
+    lost_s: float
 
 
 class ChunkLookup:
@@ -51,16 +56,22 @@ class ChunkLookup:
 
     Args:
         chunks: all chunk rows, sorted by (video, start).
+        lost: (video, start in seconds) of chunk files that cannot be used, in any order.
     """
 
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
+    def __init__(self, chunks: Sequence[Chunk], lost: Iterable[tuple[str, float]] = ()) -> None:
         self._chunks = chunks
         rows: dict[str, list[int]] = {}
         for row, chunk in enumerate(chunks):
             rows.setdefault(chunk.video, []).append(row)
-        self._videos = {video: _video_chunks(chunks, members) for video, members in rows.items()}
+        lost_starts: dict[str, list[float]] = {}
+        for video, start_s in lost:
+            lost_starts.setdefault(video, []).append(start_s)
+        self._videos = {
+            video: _video_chunks(chunks, members, lost_starts.get(video, ())) for video, members in rows.items()
+        }
         self._names: dict[str, list[str]] = {}
-        for video in self._videos:
+        for video in dict.fromkeys([*self._videos, *lost_starts]):
             path = PurePosixPath(video)
             for name in {video, _without_suffix(video), path.name, _without_suffix(path.name)}:
                 self._names.setdefault(name, []).append(video)
@@ -83,6 +94,8 @@ class ChunkLookup:
             raise SpanError(f"ends at {end_s:g} s, before its start at {start_s:g} s", "bad times")
         known = self._find(video)
         video_end = float(known.ends[-1])
+        if end_s > max(known.lost_s, video_end) or start_s >= known.lost_s:
+            raise _lost_chunk(known.lost_s)
         if start_s >= video_end or end_s > video_end + PAST_END_TOLERANCE_S:
             where = f"lies past the end of the video ({video_end:.2f} s)"
             raise SpanError(f"span {start_s:g}-{end_s:g} s {where}", "past the end")
@@ -101,7 +114,10 @@ class ChunkLookup:
         Raises:
             SpanError: when the video is unknown or a chunk of it is missing.
         """
-        return self.locate(video, 0.0, float(self._find(video).ends[-1]))
+        known = self._find(video)
+        if math.isfinite(known.lost_s):
+            raise _lost_chunk(known.lost_s)
+        return self.locate(video, 0.0, float(known.ends[-1]))
 
     def has(self, video: str) -> bool:
         """Return whether there is a video of this very name.
@@ -112,7 +128,7 @@ class ChunkLookup:
         return video in self._videos
 
     def knows(self, video: str) -> bool:
-        """Return whether `locate` finds a video of this name.
+        """Return whether there is a chunk of a video of this name, be it unusable.
 
         Args:
             video: the video's name.
@@ -130,6 +146,8 @@ class ChunkLookup:
             raise SpanError(f"video {video!r} could be any of {', '.join(names[:3])}", "ambiguous video")
         if not names:
             raise SpanError(f"video {video!r} has no chunks", "unknown video")
+        if names[0] not in self._videos:
+            raise SpanError(f"video {video!r} has no chunks that can be used", "missing chunk")
         return self._videos[names[0]]
 
     def _check(self, known: _VideoChunks, first: int, last: int, span: tuple[float, float]) -> None:
@@ -144,14 +162,19 @@ class ChunkLookup:
             raise SpanError("its chunks differ in frame size", "mixed frame sizes")
 
 
-def _video_chunks(chunks: Sequence[Chunk], rows: list[int]) -> _VideoChunks:
+def _lost_chunk(start_s: float) -> SpanError:
+    return SpanError(f"the chunk that begins at {start_s:g} s cannot be used", "missing chunk")
+
+
+def _video_chunks(chunks: Sequence[Chunk], rows: list[int], lost_starts: Iterable[float]) -> _VideoChunks:
     starts = np.array([chunks[r].start_s for r in rows])
     ends = np.array([chunks[r].end_s for r in rows])
     if (np.diff(starts) <= 0).any():
         raise UserError(f"video {chunks[rows[0]].video!r} has two chunks that start at the same second")
     before, after = np.append(0.0, ends[:-1]), starts
     holes = after > before + _GAP_TOLERANCE_S
-    return _VideoChunks(rows[0], starts, ends, before[holes], after[holes])
+    lost_s = min((start for start in lost_starts if start > starts[-1]), default=math.inf)
+    return _VideoChunks(rows[0], starts, ends, before[holes], after[holes], lost_s)
 
 
 def _without_suffix(name: str) -> str:

@@ -75,6 +75,7 @@ class Checkpoint:
         versions: software that wrote the file, for the record.
         average: state of the weights' running average; empty without one. Evaluations use these weights.
         spikes: state of the watch over the loss; empty without one.
+        classes: names of the head's classes in label order; empty where the model has none.
     """
 
     model: dict[str, Any]
@@ -89,6 +90,7 @@ class Checkpoint:
     versions: dict[str, str] = field(default_factory=software_versions)
     average: dict[str, Any] = field(default_factory=dict)
     spikes: dict[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

@@ -73,8 +73,8 @@ class RetrievalResult:
             "ndcg_v2t": ndcg.video_to_text,
             "ndcg_t2v": ndcg.text_to_video,
             "binary_map_avg": self.scores.binary_mean_average_precision.average,
-            "clips": float(len(self.sample_ids)),
-            "unreadable": float(self.unreadable),
+            "clips": len(self.sample_ids),
+            "unreadable": self.unreadable,
         }
 
 

@@ -49,8 +49,8 @@ class ClassResult:
             **measured,
             "top1_of_mean_logits": self.logit_scores.top1,
             "top5_of_mean_logits": self.logit_scores.top5,
-            "clips": float(len(self.sample_ids)),
-            "unreadable": float(self.unreadable),
+            "clips": len(self.sample_ids),
+            "unreadable": self.unreadable,
         }
 
 

@@ -38,8 +38,8 @@ class MaskedResult:
         return {
             "reconstruction": -self.loss,
             "loss": self.loss,
-            "clips": float(self.clips),
-            "unreadable": float(self.unreadable),
+            "clips": self.clips,
+            "unreadable": self.unreadable,
         }
 
 

@@ -126,6 +126,7 @@ class TrainLoop:
             order=settings.order_facts() | {"steps_per_epoch": loader.steps_per_epoch},
             average=WeightAverage(model, settings.optim.ema_decay) if settings.optim.ema_decay else None,
             spikes=SpikeWatch(run.spike_factor, device) if run.spike_factor else None,
+            classes=settings.classes,
         )
         self.guard = FiniteGuard(
             settings.output_dir, rank=self.distributed.rank, stops_at_spikes=run.on_spike == "stop"
@@ -265,7 +266,8 @@ class TrainLoop:
         with ExitStack() as stack:
             if self.state.average is not None:
                 stack.enter_context(self.state.average.applied())
-            export_safetensors(self.model, path, {"config": self.settings.config})
+            header = {"config": self.settings.config, "classes": self.settings.classes}
+            export_safetensors(self.model, path, header)
 
     def _forward(self, batch: ClipBatch, micro: int) -> tuple[torch.Tensor, ...]:
         """The objective's outputs, with random draws that depend on (seed, step, rank, micro) alone."""

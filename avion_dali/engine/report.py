@@ -24,6 +24,7 @@ _INK = "#123457"  # stands for the page's text colour while matplotlib draws
 _LINES = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b")
 _CURVES_PER_CHART = len(_LINES)
 _JPEG_QUALITY = 82
+_COUNTS = ("clips", "unreadable")  # of an evaluation: their scale would flatten its measures
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -73,7 +74,7 @@ $gallery
 $unreadable
 <h2>How to repeat this</h2>
 <pre>$command</pre>
-<div class="card">$versions</div>
+<div class="grid"><div class="card">$settings</div><div class="card">$versions</div></div>
 </body>
 </html>
 """)
@@ -165,7 +166,7 @@ def _metric_curves(rows: Sequence[Mapping[str, Any]]) -> list[_Curve]:
         for row in rows
         if row["kind"] == "evaluation"
         for name in row
-        if name not in ("kind", "step") and _is_number(row[name])
+        if name not in ("kind", "step", *_COUNTS) and _is_number(row[name])
     }
     return [_curve(rows, "evaluation", name) for name in list(names)[:_CURVES_PER_CHART]]
 
@@ -242,7 +243,33 @@ def _run_numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return numbers
 
 
+def _best(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which evaluation the best checkpoint is of, in words; empty without one."""
+    name = _last_header(rows).get("best_metric")
+    curve = _curve(rows, "evaluation", name) if name else None
+    if curve is None or not curve.values:
+        return ""
+    # As the training decides: a later evaluation must be better, not as good.
+    value, step = max(zip(curve.values, curve.steps, strict=True), key=lambda point: (point[0], -point[1]))
+    return f", best {name} {_show(value)} after step {step:,}"
+
+
+def _last_header(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next((row for row in reversed(rows) if row["kind"] == "header"), {})
+
+
+def _flat(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names, as one gives them on a command line."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, Mapping)
+        flat |= _flat(value, f"{section}{name}.") if inner else {section + name: value}
+    return flat
+
+
 def _show(value: float | str) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and abs(value) >= 10 else f"{value:.4g}"
     return str(value)
@@ -256,6 +283,12 @@ def _table(heading: str, values: Mapping[str, Any]) -> str:
         for name, value in values.items()
     )
     return f'<p class="note">{escape(heading)}</p><table>{lines}</table>'
+
+
+def _settings_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    settings = _flat(_last_header(rows).get("config", {}))
+    # As they are written in a configuration: no thousands separators, nothing rounded.
+    return _table("Settings of the last start", {name: str(value) for name, value in settings.items()})
 
 
 def _image(frames_THWC: np.ndarray, alt: str) -> str:
@@ -313,12 +346,13 @@ def write_report(path: Path, data: ReportData) -> None:
     used = f'<div class="card">{_table("Resources, all starts together", data.resources)}</div>'
     page = _PAGE.substitute(
         title=escape(data.title),
-        subtitle=f"{steps:,} optimizer steps, {evaluations} evaluations",
+        subtitle=escape(f"{steps:,} optimizer steps, {evaluations} evaluations{_best(data.rows)}"),
         charts=_charts(data.rows),
         tables=final + run + used,
         gallery=_gallery(data.gallery),
         unreadable=_unreadable(data),
         command=escape(data.command),
+        settings=_settings_table(data.rows),
         versions=_table("Software and device", data.versions),
     )
     atomic_write(path, lambda file: file.write(page.encode()))

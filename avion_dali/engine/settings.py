@@ -24,6 +24,7 @@ class LoopSettings:
         data: what else a resumed run must share with the interrupted one, such as the manifest's
             fingerprint.
         tensorboard: write TensorBoard curves.
+        classes: names of the classes that the model tells apart, in label order; kept beside its weights.
     """
 
     output_dir: Path
@@ -35,6 +36,7 @@ class LoopSettings:
     best_metric: str = ""
     data: dict[str, int | float | str] = field(default_factory=dict)
     tensorboard: bool = True
+    classes: tuple[str, ...] = ()
 
     @classmethod
     def from_config(
@@ -45,6 +47,7 @@ class LoopSettings:
         decoder: str = "",
         decoder_reason: str = "",
         data: dict[str, int | float | str] | None = None,
+        classes: tuple[str, ...] = (),
     ) -> LoopSettings:
         """The parts of a training's configuration that the loop needs.
 
@@ -54,6 +57,7 @@ class LoopSettings:
             decoder: the decoder in use; by default the configured name.
             decoder_reason: see the class.
             data: see the class.
+            classes: see the class.
 
         Returns:
             The settings.
@@ -67,6 +71,7 @@ class LoopSettings:
             decoder_reason=decoder_reason,
             best_metric=best_metric,
             data=data or {},
+            classes=classes,
         )
 
     def order_facts(self) -> dict[str, int | float | str]:
@@ -79,6 +84,7 @@ class LoopSettings:
             "config": self.config,
             "decoder": self.decoder,
             "decoder_reason": self.decoder_reason,
+            "best_metric": self.best_metric,
             "global_batch": self.optim.global_batch,
             "micro_batch": self.optim.micro_batch,
             "learning_rate": self.optim.learning_rate,

@@ -28,6 +28,7 @@ class TrainState:
         step: optimizer steps done.
         best_metric: best evaluation so far.
         pending_evaluation: the evaluation due at this step has not been done.
+        classes: names of the head's classes in label order; empty where the model has none.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class TrainState:
     step: int = 0
     best_metric: float | None = None
     pending_evaluation: bool = False
+    classes: tuple[str, ...] = ()
 
     def capture(self, *, config: dict[str, Any], world_size: int, keep: bool) -> Checkpoint:
         """Gather a checkpoint; every rank must call it when the model is sharded.
@@ -60,6 +62,7 @@ class TrainState:
             world_size=world_size,
             average=self.average.state_dict() if self.average else {},
             spikes=self.spikes.state_dict() if self.spikes else {},
+            classes=self.classes,
         )
 
     def restore(self, checkpoint: Checkpoint, *, source: str) -> None:

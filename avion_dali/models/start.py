@@ -37,6 +37,7 @@ class StartWeights:
         source: where they came from, for messages.
         left_over: entries of the file that no model here has, name to reason.
         config: configuration of the training as plain values, in this project's own files; else empty.
+        classes: names of the head's classes in label order, where the file tells.
     """
 
     state: dict[str, Tensor]
@@ -44,6 +45,7 @@ class StartWeights:
     source: str
     left_over: dict[str, str]
     config: dict[str, Any]
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,21 @@ def open_start(weights: str) -> StartWeights:
     if weights.startswith(OPEN_CLIP_PREFIX):
         path, known = _find_open_clip(weights)
         state, _, more = _read_file(path)
-        family = identify(state)
+        family = _identified(state, source=weights)
         if family != "open_clip":
             raise UserError(f"{weights}: {path} holds weights of {family}; name the file without open_clip:")
         return _converted(state, "open_clip", source=weights, known={**known, **more})
     state, header, known = _read_file(Path(weights))
     if header:
         return _own(state, header, source=weights)
-    return _converted(state, identify(state), source=weights, known=known)
+    return _converted(state, _identified(state, source=weights), source=weights, known=known)
+
+
+def _identified(state: Mapping[str, Tensor], *, source: str) -> Family:
+    try:
+        return identify(state)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def _converted(
@@ -148,9 +157,9 @@ def _own(state: Mapping[str, Tensor], header: Mapping[str, Any], *, source: str)
             "frame_size": data.get("frame_size", 0),
         }
     elif header.get("layout"):
-        family = identify(state)
+        family = _identified(state, source=source)
     started = _converted(state, family, source=source, known=known)
-    return replace(started, config=dict(config))
+    return replace(started, config=dict(config), classes=tuple(header.get("classes", ())))
 
 
 _TOLD_BY_HEADER: Final = ("activation", "norm_eps", "normalization", "num_frames", "frame_size")
@@ -165,7 +174,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
     if isinstance(content, dict) and str(content.get("format", "")).startswith(HEADER_KEY):
         # The running average, where there is one, is what the training evaluated.
         state = {**find_state_dict(content, source=str(path)), **content.get("average", {})}
-        return state, {"config": content.get("config", {})}, {}
+        return state, {name: content[name] for name in ("config", "classes") if name in content}, {}
     state = find_state_dict(content, source=str(path))
     # Only OpenAI's own files carry this constant, and all their models were trained with QuickGELU.
     return state, {}, {"activation": "quick_gelu"} if "input_resolution" in state else {}

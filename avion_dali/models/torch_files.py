@@ -307,8 +307,8 @@ def find_state_dict(content: Any, *, source: str) -> dict[str, Tensor]:
         state = content
         if isinstance(content, Mapping):
             state = next((content[k] for k in ("model", "module", "state_dict") if k in content), content)
-    if not isinstance(state, Mapping) or not state:
-        raise UserError(f"{source} holds no state dict; give a checkpoint that holds a model's weights")
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor | Inert) for value in state.values()):
+        raise UserError(f"{source} holds no weights (no state dict); give a checkpoint that holds a model's")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             kind = value.origin if isinstance(value, Inert) else type(value).__name__

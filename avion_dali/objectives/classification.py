@@ -84,11 +84,11 @@ class Classification:
             outputs: logits and targets (B*V, K).
 
         Returns:
-            Float32 scalar, and `accuracy`: the percentage of views whose highest logit is the class with the
+            Float32 scalar, and `accuracy`: the share of views whose highest logit is the class with the
             largest share of the target (with mixing an underestimate of what the model can do).
         """
         logits_BK, targets_BK = outputs
         with torch.autocast(logits_BK.device.type, enabled=False):
             loss = functional.cross_entropy(logits_BK.float(), targets_BK)
         hits_B = logits_BK.detach().argmax(dim=1) == targets_BK.argmax(dim=1)
-        return loss, {"accuracy": hits_B.float().mean() * 100.0}
+        return loss, {"accuracy": hits_B.float().mean()}

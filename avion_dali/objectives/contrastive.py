@@ -30,7 +30,7 @@ def info_nce(
         rows: the pairs to score, each against all; all by default.
 
     Returns:
-        The loss, a float32 scalar with gradient, and the percentage of scored clips whose own text is nearest.
+        The loss, a float32 scalar with gradient, and the share of scored clips whose own text is nearest.
     """
     # Autocast would round the cosines to half precision, which at scale 100 moves logits by up to 0.4.
     with torch.autocast(video_GD.device.type, enabled=False):
@@ -39,7 +39,7 @@ def info_nce(
         to_video_BG = scale.float() * (text_GD[rows] @ video_GD.t())
         target_B = torch.arange(len(video_GD), device=video_GD.device)[rows]
         loss = functional.cross_entropy(to_text_BG, target_B) + functional.cross_entropy(to_video_BG, target_B)
-        accuracy = (to_text_BG.detach().argmax(dim=1) == target_B).float().mean() * 100.0
+        accuracy = (to_text_BG.detach().argmax(dim=1) == target_B).float().mean()
         return loss / 2.0, accuracy
 
 
@@ -116,7 +116,7 @@ class Contrastive:
 
         Returns:
             The loss (float32 scalar; without `local_loss` equal on every rank) and a report of detached
-            scalars: `accuracy` (percent of the scored clips that find their text) and `logit_scale`.
+            scalars: `accuracy` (share of the scored clips that find their text) and `logit_scale`.
 
         Raises:
             UserError: when ranks hold different numbers of clips.

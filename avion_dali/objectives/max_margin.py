@@ -163,7 +163,7 @@ class MaxMargin:
             outputs: this rank's video vectors, text vectors and ids, micro-batches concatenated.
 
         Returns:
-            The global loss (float32 scalar, equal on every rank) and a report: `accuracy`, the percentage of
+            The global loss (float32 scalar, equal on every rank) and a report: `accuracy`, the share of
             clips that are nearest to their own caption.
 
         Raises:
@@ -184,7 +184,7 @@ class MaxMargin:
         else:
             loss = max_margin(margins_2GG, margin=self.config.margin)
         # A clip finds its caption when no other caption is nearer, that is, when no difference is negative.
-        accuracy = (margins_2GG[1].detach() >= 0).all(dim=1).float().mean() * 100.0
+        accuracy = (margins_2GG[1].detach() >= 0).all(dim=1).float().mean()
         return loss, {"accuracy": accuracy}
 
     def _ids(self, batch: ClipBatch) -> np.ndarray:
