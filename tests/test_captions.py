@@ -366,46 +366,6 @@ def test_json_values_of_other_types_are_rejected(tmp_path: Path, chunks: Path, c
         build(chunks, write_jsonl(tmp_path / "rows.jsonl", [row]))
 
 
-def test_clips_without_classes_are_told(tmp_path: Path, chunks: Path) -> None:
-    plain = {"video": "garden", "start": 0, "end": 1, "text": "dig"}
-    rows = [{**plain, "verb": "dig", "noun": "hole"}, {**plain, "verb": "dig"}, plain]
-    (note,) = build(chunks, write_jsonl(tmp_path / "rows.jsonl", rows)).notes
-    assert note.startswith("2 clips lack a verb or a noun")
-    (note,) = build(chunks, write_jsonl(tmp_path / "none.jsonl", [plain, plain])).notes
-    assert note.startswith("all clips lack a verb or a noun")
-    assert build(chunks, write_jsonl(tmp_path / "all.jsonl", rows[:1])).notes == ()
-    labelled = {"video": "garden", "start": 0, "end": 1, "label": "dig"}
-    assert build(chunks, write_jsonl(tmp_path / "labels.jsonl", [labelled])).notes == ()
-
-
-def test_columns_that_are_not_read_are_named(tmp_path: Path, chunks: Path) -> None:
-    """A misspelt column changes how an evaluation grades."""
-    (tmp_path / "rows.csv").write_text("video,start,end,text,verbs,nouns,\ngarden,0,1,dig,dig,hole,\n")
-    rows = [{"video": "garden", "start": 0, "end": 1, "text": "dig", name: "x"} for name in ("verbs", "nouns")]
-    for path in (tmp_path / "rows.csv", write_jsonl(tmp_path / "rows.jsonl", rows)):
-        unread, ungraded = build(chunks, path).notes
-        assert unread.startswith("columns not read: verbs, nouns; read are video, start, end, text, verb, noun")
-        assert ungraded.startswith("all clips lack")
-    extra = [{**GOOD[0], **{f"c{i}": 1 for i in range(12)}}]
-    (unread,) = build(chunks, write_jsonl(tmp_path / "rows.jsonl", extra)).notes
-    assert "c9 and 2 more;" in unread
-
-
-def test_a_header_may_have_blanks_and_capitals(tmp_path: Path, chunks: Path) -> None:
-    (tmp_path / "rows.csv").write_text(
-        'Video, START , end, "Text", Verb, noun\ngarden, 0, 1, "a person digs, slowly", dig, "hole; hand"\n'
-    )
-    assert build(chunks, tmp_path / "rows.csv").notes == ()
-    sample = Manifest(tmp_path / "out").sample(0)
-    assert (sample.text, sample.verb, sample.nouns) == ("a person digs, slowly", "dig", ("hole", "hand"))
-
-
-def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, chunks: Path) -> None:
-    (tmp_path / "rows.csv").write_text("video,start,end,text,Text\ngarden,0,1,dig,cut\n")
-    with pytest.raises(UserError, match="column text is there twice"):
-        build(chunks, tmp_path / "rows.csv")
-
-
 def test_a_row_may_have_several_texts_in_json(tmp_path: Path, chunks: Path) -> None:
     rows = [{"video": "garden", "start": 0, "end": 1, "text": ["dig", " digs a hole ", ""]}]
     build(chunks, write_jsonl(tmp_path / "rows.jsonl", rows))

@@ -61,6 +61,11 @@ def test_a_bad_value_is_refused_by_its_key(section: str, key: str, value: object
         SECTIONS[section](**{key: value})
 
 
+def test_a_warm_up_beyond_the_end_is_told_where_the_end_is() -> None:
+    with pytest.raises(UserError, match=r"warmup_epochs = 2\.0 .* optim\.epochs is 1$"):
+        OptimConfig(epochs=1, warmup_epochs=2.0)
+
+
 @pytest.mark.parametrize("key", ["eps", "warmup_learning_rate", "final_learning_rate"])
 def test_negative_optimizer_values_are_refused(key: str) -> None:
     with pytest.raises(UserError, match=rf"optim\.{key}"):

@@ -121,6 +121,7 @@ def test_unreadable_clips_are_left_out_and_counted(tmp_path: Path) -> None:
     result = evaluate(manifest, [batch_of([0, 1, 2, 3], [1, 7, 1, 0], [True, False, True, True])])
     assert result.sample_ids.tolist() == [0, 2, 3]
     assert result.metrics()["unreadable"] == 1
+    assert all(isinstance(result.metrics()[name], int) for name in ("clips", "unreadable"))
     assert result.metrics()["map_v2t"] == pytest.approx(1)
     with pytest.raises(UserError, match="not one of 2"):
         evaluate(manifest, [batch_of([0, 1], [1, 2], [False, False])])

@@ -157,7 +157,11 @@ def test_the_best_step_is_told_and_counts_are_no_curves(page):
 
 def test_the_settings_are_shown_under_their_dotted_names(page):
     cells = [text for text in page.texts if text.strip()]
-    for name, value in (("optim.learning_rate", "3e-05"), ("optim.global_batch", "4096"), ("decoder", "cpu-fused")):
+    for name, value in (
+        ("optim.learning_rate", "3e-05"),
+        ("optim.global_batch", "4096"),
+        ("decoder", "cpu-fused"),
+    ):
         assert cells[cells.index(name) + 1] == value
 
 
