@@ -247,6 +247,7 @@ def test_settings_come_from_the_training_configuration():
     settings = LoopSettings.from_config(config, best_metric="map")
     assert settings.output_dir == Path("runs/x") and settings.config["optim"]["epochs"] == 5
     assert (settings.decoder, settings.best_metric) == ("cpu-fused", "map")
+    assert settings.facts()["best_metric"] == "map"  # the report finds it in the header of the log
     assert LoopSettings.from_config(config, decoder="dali").decoder == "dali"
 
 
