@@ -99,7 +99,7 @@ def test_abbreviations_are_refused() -> None:
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
-        ("--model.sise=tiny", "model has: encoder, size,"),
+        ("--model.sizee=tiny", "model has: encoder, size,"),
         ("--objective.contrastive.locl_loss=true", "objective.contrastive has: local_loss"),
         ("--modl.size=tiny", "top-level keys are: output_dir,"),
     ],

@@ -65,7 +65,7 @@ def _explain(message: str, options: type) -> str:
 
 
 def _section(options: Any, argument: str) -> str:
-    """Return the innermost section that an argument such as `--model.sise=tiny` is below; empty for none."""
+    """Return the innermost section that an argument such as `--model.sizee=tiny` is below; empty for none."""
     found: list[str] = []
     for name in re.split(r"[\s=]", argument.lstrip("-"), maxsplit=1)[0].split("."):
         section = ".".join([*found, name])
