@@ -93,6 +93,9 @@ class VideoMAETower(nn.Module):
     def __init__(self, config: VideoTowerConfig) -> None:
         """Create and initialise the tower the config describes.
 
+        Args:
+            config: sizes and options.
+
         Raises:
             UserError: when the frames do not divide into tubes.
         """
