@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -67,9 +68,10 @@ class SplitLoader:
 
 def fresh_model() -> DualEncoder:
     torch.manual_seed(5)
-    PRESETS["tiny"] = replace(PRESETS["tiny"], vocab_size=WORDS, video_layers=2, text_layers=2)
     config = ModelConfig(size="tiny", embed_dim=32, context_length=TEXT, train_logit_scale=True)
-    return build_dual_encoder(config, num_frames=FRAMES, frame_size=SIDE)
+    smaller = replace(PRESETS["tiny"], vocab_size=WORDS, video_layers=2, text_layers=2)
+    with patch.dict(PRESETS, tiny=smaller):
+        return build_dual_encoder(config, num_frames=FRAMES, frame_size=SIDE)
 
 
 def make_training(
