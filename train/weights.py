@@ -85,7 +85,7 @@ def write(start: StartWeights, path: Path, *, layout: str | None) -> None:
     from avion_dali.engine.checkpoint import software_versions
     from avion_dali.engine.files import atomic_write
     from avion_dali.models.convert import from_ours
-    from avion_dali.models.start import HEADER_KEY
+    from avion_dali.models.safetensors_files import HEADER_KEY
 
     header: dict[str, Any] = {"weights": asdict(start.facts), "versions": software_versions()}
     if layout is None:

@@ -21,20 +21,19 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from avion_dali import __version__
 from avion_dali.contracts import UserError
 from avion_dali.engine.files import atomic_write, temporary
 from avion_dali.engine.sharding import gathered, placed_like
+from avion_dali.models.safetensors_files import HEADER_KEY, read_safetensors
 
 LATEST_NAME = "checkpoint.pt"
 BEST_NAME = "checkpoint_best.pt"
 NUMBERED_PATTERN = "checkpoint_[0-9]*.pt"
 FORMAT = "avion_dali checkpoint"
 FORMAT_VERSION = 2
-HEADER_KEY = "avion_dali"
 _UNREADABLE = (
     *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError),
     *(pickle.UnpicklingError, zipfile.BadZipFile),
@@ -337,14 +336,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         checkpoint = load_checkpoint(path)
         header = {"config": checkpoint.config, "step": checkpoint.step, "versions": checkpoint.versions}
         return {**checkpoint.model, **checkpoint.average}, header
-    if not path.is_file():
-        raise UserError(f"there is no weights file at {path}; check the path")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)})") from error
+    state, header = read_safetensors(path)
     if "config" not in header:
         raise UserError(f"{path} does not say which model it holds; it was not exported by avion_dali")
     return state, header

@@ -5,6 +5,7 @@ Axes: B clips, C channels, T frames, H W pixels, N tokens, D width, X pixel valu
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -238,6 +239,51 @@ def compile_blocks(blocks: nn.ModuleList, *, enabled: bool) -> None:
     if enabled:
         for block in blocks:
             block.compile()
+
+
+class ProjectedTower(nn.Module):
+    """What all video towers end with: features, and an optional projection of them.
+
+    A tower registers `image_projection` with `add_projection`, draws it with `init_projection`, and computes
+    `features`.
+    """
+
+    config: VideoTowerConfig
+    image_projection: nn.Parameter
+
+    @property
+    def width(self) -> int:
+        """Width of `features`."""
+        return self.config.width
+
+    def add_projection(self) -> None:
+        """Register the projection, where the config has one."""
+        if self.config.embed_dim is not None:
+            self.image_projection = nn.Parameter(torch.empty(self.config.width, self.config.embed_dim))
+
+    def init_projection(self) -> None:
+        """Draw the projection, where the config has one."""
+        if self.config.embed_dim is not None:
+            nn.init.normal_(self.image_projection, std=self.config.width**-0.5)
+
+    @abstractmethod
+    def features(self, frames_BCTHW: Tensor) -> Tensor:
+        """Normalised frames, float (B, 3, T, H, W) -> (B, width); every tower has its own."""
+
+    def forward(self, frames_BCTHW: Tensor) -> Tensor:
+        """Encode clips.
+
+        Args:
+            frames_BCTHW: normalised frames, float (B, 3, T, H, W); channel-last memory is fastest.
+
+        Returns:
+            Float (B, embed_dim), not normalised; (B, width) without a projection.
+
+        Raises:
+            ValueError: when T, H or W do not fit the config's.
+        """
+        features_BD = self.features(frames_BCTHW)
+        return features_BD if self.config.embed_dim is None else features_BD @ self.image_projection
 
 
 @torch.no_grad()

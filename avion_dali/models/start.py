@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from avion_dali.config import Activation, ModelConfig, Normalization, TemporalResize
@@ -16,13 +14,12 @@ from avion_dali.contracts import UserError
 from avion_dali.models.convert import Family, identify, to_ours
 from avion_dali.models.fitting import fit_weights
 from avion_dali.models.presets import PRESETS
+from avion_dali.models.safetensors_files import HEADER_KEY, read_safetensors
 from avion_dali.models.torch_files import find_state_dict, read_torch_file
 from avion_dali.models.towers import settled_activation
 from avion_dali.models.weight_facts import WeightFacts, facts_of
 
 OPEN_CLIP_PREFIX: Final = "open_clip:"
-HEADER_KEY: Final = "avion_dali"
-"""Where a safetensors file of this project says what it is: JSON text in the metadata."""
 _DEFAULT_NORM_EPS: Final = 1e-6
 _SHOWN: Final = 5
 
@@ -168,7 +165,7 @@ _TOLD_BY_HEADER: Final = ("activation", "norm_eps", "normalization", "num_frames
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """State dict, this project's header (empty in files of others), and facts that the file's form tells."""
     if path.suffix == ".safetensors":
-        state, header = _read_safetensors(path)
+        state, header = read_safetensors(path)
         return state, header, {}
     content = read_torch_file(path)
     if isinstance(content, dict) and str(content.get("format", "")).startswith(HEADER_KEY):
@@ -178,20 +175,6 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
     state = find_state_dict(content, source=str(path))
     # Only OpenAI's own files carry this constant, and all their models were trained with QuickGELU.
     return state, {}, {"activation": "quick_gelu"} if "input_resolution" in state else {}
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"there is no weights file at {path}; check the path")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}); get it again") from error
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: its header is damaged; get it again")
-    return state, header
 
 
 def _find_open_clip(weights: str) -> tuple[Path, dict[str, Any]]:

@@ -19,6 +19,7 @@ from avion_dali.config import AttentionBackend
 from avion_dali.models.attention import attend, check_heads, join_heads, split_heads
 from avion_dali.models.blocks import (
     NamedPatchEmbedding,
+    ProjectedTower,
     VideoTowerConfig,
     build_mlp,
     check_clip_shape,
@@ -113,7 +114,7 @@ class DividedBlock(nn.Module):
         return x_BND + drop_path(self.mlp(self.norm2(x_BND)), rate=rate, training=self.training)
 
 
-class TimeSformer(nn.Module):
+class TimeSformer(ProjectedTower):
     """Clips to vectors by divided space-time attention.
 
     Token order is the class token, then frame by frame, row by row. A clip may have fewer frames than the tower
@@ -128,8 +129,7 @@ class TimeSformer(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.patches_per_frame, width))
         self.temporal_embed = nn.Parameter(torch.empty(1, config.num_frames, width))
-        if config.embed_dim is not None:
-            self.image_projection = nn.Parameter(torch.empty(width, config.embed_dim))
+        self.add_projection()
         self.patch_embed = NamedPatchEmbedding(config.patch_size, width, bias=not config.pre_norm)
         if config.pre_norm:
             self.ln_pre = nn.LayerNorm(width, eps=PRE_NORM_EPS)
@@ -139,11 +139,6 @@ class TimeSformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         compile_blocks(self.blocks, enabled=config.compile)
         self.init_weights()
-
-    @property
-    def width(self) -> int:
-        """Width of `features`."""
-        return self.config.width
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -160,23 +155,7 @@ class TimeSformer(nn.Module):
             if isinstance(part, DividedAttention) and part.over == "time":
                 nn.init.zeros_(part.qkv.weight)
                 nn.init.ones_(part.proj.weight)
-        if self.config.embed_dim is not None:
-            nn.init.normal_(self.image_projection, std=self.config.width**-0.5)
-
-    def forward(self, frames_BCTHW: Tensor) -> Tensor:
-        """Encode clips.
-
-        Args:
-            frames_BCTHW: normalised frames, float (B, 3, T, H, W), T at most the config's.
-
-        Returns:
-            Float (B, embed_dim), not normalised; (B, width) without a projection.
-
-        Raises:
-            ValueError: when there are more frames, or H or W differ from the config's.
-        """
-        features_BD = self.features(frames_BCTHW)
-        return features_BD if self.config.embed_dim is None else features_BD @ self.image_projection
+        self.init_projection()
 
     def features(self, frames_BCTHW: Tensor) -> Tensor:
         """The class token after the last norm: float (B, 3, T, H, W) -> (B, width)."""

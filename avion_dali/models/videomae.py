@@ -16,6 +16,7 @@ from avion_dali.contracts import UserError
 from avion_dali.models.attention import FusedAttention
 from avion_dali.models.blocks import (
     NamedPatchEmbedding,
+    ProjectedTower,
     VideoTowerConfig,
     build_mlp,
     check_clip_shape,
@@ -82,7 +83,7 @@ def count_tubes(config: VideoTowerConfig) -> tuple[int, int]:
     return config.num_frames // TUBE_FRAMES, config.patches_per_frame
 
 
-class VideoMAETower(nn.Module):
+class VideoMAETower(ProjectedTower):
     """Clips to vectors: the mean of all tubes' tokens, then a norm; for fine-tuning.
 
     Positions are fixed sines and cosines. There is no class token.
@@ -106,36 +107,14 @@ class VideoMAETower(nn.Module):
         self.register_buffer("positions_ND", sincos_positions(slots * places, config.width), persistent=False)
         self.blocks = build_blocks(config)
         self.fc_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        if config.embed_dim is not None:
-            self.image_projection = nn.Parameter(torch.empty(config.width, config.embed_dim))
+        self.add_projection()
         self.init_weights()
-
-    @property
-    def width(self) -> int:
-        """Width of `features`."""
-        return self.config.width
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw fresh weights."""
         init_linear_layers(self)
-        if self.config.embed_dim is not None:
-            nn.init.normal_(self.image_projection, std=self.config.width**-0.5)
-
-    def forward(self, frames_BCTHW: Tensor) -> Tensor:
-        """Encode clips.
-
-        Args:
-            frames_BCTHW: normalised frames, float (B, 3, T, H, W); channel-last memory is fastest.
-
-        Returns:
-            Float (B, embed_dim), not normalised; (B, width) without a projection.
-
-        Raises:
-            ValueError: when T, H or W differ from the config's.
-        """
-        features_BD = self.features(frames_BCTHW)
-        return features_BD if self.config.embed_dim is None else features_BD @ self.image_projection
+        self.init_projection()
 
     def features(self, frames_BCTHW: Tensor) -> Tensor:
         """The mean of the tokens, normed: float (B, 3, T, H, W) -> (B, width)."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from avion_dali.models.attention import SelfAttention
 from avion_dali.models.blocks import (
     PatchEmbedding,
+    ProjectedTower,
     VideoTowerConfig,
     build_mlp,
     check_clip_shape,
@@ -77,7 +78,7 @@ class BlockStack(nn.Module):
         return run_blocks(self.resblocks, x_BND, checkpoint_every=self.checkpoint_every)
 
 
-class VideoTower(nn.Module):
+class VideoTower(ProjectedTower):
     """Clips to vectors: patches of all frames and a class token through one transformer.
 
     Token order is the class token, then frame by frame, row by row. Every patch gets the position of its
@@ -93,18 +94,12 @@ class VideoTower(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(1 + config.patches_per_frame, width))
         if config.num_frames > 1:
             self.temporal_embedding = nn.Parameter(torch.empty(config.num_frames, width))
-        if config.embed_dim is not None:
-            self.image_projection = nn.Parameter(torch.empty(width, config.embed_dim))
+        self.add_projection()
         self.conv1 = PatchEmbedding(config.patch_size, width)
         self.ln_pre = nn.LayerNorm(width, eps=config.norm_eps)
         self.transformer = BlockStack(config)
         self.ln_post = nn.LayerNorm(width, eps=config.norm_eps)
         self.init_weights()
-
-    @property
-    def width(self) -> int:
-        """Width of `features`."""
-        return self.config.width
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -118,23 +113,7 @@ class VideoTower(nn.Module):
             nn.init.normal_(parameter, std=0.02)
         if self.config.num_frames > 1:
             nn.init.zeros_(self.temporal_embedding)
-        if self.config.embed_dim is not None:
-            nn.init.normal_(self.image_projection, std=self.config.width**-0.5)
-
-    def forward(self, frames_BCTHW: Tensor) -> Tensor:
-        """Encode clips.
-
-        Args:
-            frames_BCTHW: normalised frames, float (B, 3, T, H, W); channel-last memory is fastest.
-
-        Returns:
-            Float (B, embed_dim), not normalised; (B, width) without a projection.
-
-        Raises:
-            ValueError: when T, H or W differ from the config's.
-        """
-        features_BD = self.features(frames_BCTHW)
-        return features_BD if self.config.embed_dim is None else features_BD @ self.image_projection
+        self.init_projection()
 
     def features(self, frames_BCTHW: Tensor) -> Tensor:
         """The class token after the last norm: float (B, 3, T, H, W) -> (B, width)."""

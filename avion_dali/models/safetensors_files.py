@@ -1,0 +1,40 @@
+"""This project's safetensors files: weights, and in the metadata what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from avion_dali.contracts import UserError
+
+HEADER_KEY: Final = "avion_dali"
+"""Where a safetensors file of this project says what it is: JSON text in the metadata."""
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a safetensors file of this project or another.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Name to tensor, and what the file says of itself; empty in files of others.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no weights file at {path}; check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}); get it again") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: its header is damaged; get it again")
+    return state, header
