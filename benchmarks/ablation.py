@@ -184,13 +184,13 @@ def build_loop(
     """The training loop of `train.pretrain`, without its files."""
     import torch
 
+    from avion_dali.assembly.tasks import build_model
     from avion_dali.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
     from avion_dali.engine.distributed import Distributed
     from avion_dali.engine.loop import LoopSettings, TrainLoop
     from avion_dali.engine.optim import build_optimizer, parameter_groups
     from avion_dali.objectives.contrastive import Contrastive
     from benchmarks.loader_runs import CONTEXT_LENGTH
-    from train.tasks import build_model
 
     config = TrainConfig(
         output_dir=str(folder),

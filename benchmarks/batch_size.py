@@ -25,9 +25,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from avion_dali.cli.demo import chunk_profile, demo_config, make_data, train_and_report
 from benchmarks.curves import rounded
 from benchmarks.machine import ROOT, Row, machine_facts, print_rows, write_result
-from train.demo import chunk_profile, demo_config, make_data, train_and_report
 
 if TYPE_CHECKING:
     from avion_dali.config import TrainConfig

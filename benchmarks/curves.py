@@ -19,9 +19,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from avion_dali.cli.demo import chunk_profile, demo_config, make_data, train_and_report
 from avion_dali.config import Decoder
 from benchmarks.machine import RESULTS, ROOT, Row, machine_facts, print_rows, write_result
-from train.demo import chunk_profile, demo_config, make_data, train_and_report
 
 if TYPE_CHECKING:
     from avion_dali.config import TrainConfig

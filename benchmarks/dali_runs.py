@@ -96,7 +96,7 @@ def run_all(manifests: Manifests, *, rounds: int, seconds: float) -> list[Row]:
 
 def print_when_first_batch_is_there(decoder: str, manifest: str) -> None:
     """What a training does before its first step; runs in a process of its own."""
-    from train.loaders import Loaders
+    from avion_dali.assembly.loaders import Loaders
 
     config = TrainConfig(
         decoder=decoder,  # type: ignore[arg-type]

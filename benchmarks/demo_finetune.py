@@ -9,8 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from avion_dali.cli.demo_finetune import FinetuneNumbers, margins
 from benchmarks.machine import ROOT, machine_facts, print_rows, write_result
-from train.demo_finetune import FinetuneNumbers, margins
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from avion_dali.assembly.loaders import Loaders
 from avion_dali.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.cores import available_cores
@@ -23,7 +24,6 @@ from benchmarks.gpu_parts import NotRunError, Record, Suite, attempt
 from benchmarks.gpu_sampling import GpuSampler, sampling
 from benchmarks.loader_runs import CONTEXT_LENGTH, ENDLESS, LoaderBench, measure, worker_pids
 from benchmarks.machine import Row, process_memory_mb
-from train.loaders import Loaders
 
 READINGS = 20  # of memory
 Decoder = Literal["dali", "cpu-fused"]

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from annotation_files import epic_row, write_epic, write_lines, write_relevancy, write_sentences
 
+from avion_dali.cli import evaluate, finetune, pretrain
+from avion_dali.cli.arguments import parse_options
+from avion_dali.cli.main import main as command
 from avion_dali.config import TrainConfig
 from avion_dali.engine.run_log import read_rows
-from train import evaluate, finetune, pretrain
-from train.arguments import parse_options
-from train.cli import main as command
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

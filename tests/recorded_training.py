@@ -12,11 +12,11 @@ from pathlib import Path
 
 
 def main() -> None:
+    from avion_dali.assembly.build import training
+    from avion_dali.cli.arguments import parse_options
     from avion_dali.config import TrainConfig
     from avion_dali.contracts import ClipBatch
     from avion_dali.engine.distributed import distributed_session
-    from train.arguments import parse_options
-    from train.build import training
 
     record, kill_step = Path(sys.argv[1]), int(sys.argv[2])
     config = parse_options(TrainConfig, sys.argv[3:], prog="recorded_training", description="")

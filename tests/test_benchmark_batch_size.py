@@ -8,11 +8,11 @@ from pathlib import Path
 import make_videos
 import pytest
 
+from avion_dali.cli.demo import demo_config
 from avion_dali.contracts import UserError
 from avion_dali.datasets.captions import build_captions_manifest
 from benchmarks import batch_size
 from benchmarks.batch_size import Run, Setting
-from train.demo import demo_config
 
 
 def invented(batch: int, rule: str, seed: int, map_avg: float) -> Run:

@@ -12,6 +12,16 @@ import torch
 from chunk_folders import chunk_row, sample_row
 from small_models import save_as, small_classifier
 
+from avion_dali.assembly.build import (
+    evaluate_checkpoint,
+    evaluation_config,
+    require_same_classes,
+    resume_facts,
+    settled,
+    trained_config,
+    training,
+)
+from avion_dali.cli.weights import write as write_weights
 from avion_dali.config import (
     DataConfig,
     EvaluateConfig,
@@ -27,16 +37,6 @@ from avion_dali.data.manifest import Manifest, write_manifest
 from avion_dali.engine.distributed import Distributed
 from avion_dali.models.classifier import build_classifier
 from avion_dali.models.start import open_start
-from train.build import (
-    evaluate_checkpoint,
-    evaluation_config,
-    require_same_classes,
-    resume_facts,
-    settled,
-    trained_config,
-    training,
-)
-from train.weights import write as write_weights
 
 TRAINED = TrainConfig(
     output_dir="runs/x",

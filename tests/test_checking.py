@@ -11,12 +11,12 @@ import make_videos as mv
 import pytest
 from checked_chunks import BROKEN_LENGTH, BT601, build, lay_out, make_sound, write_over
 
+from avion_dali.cli.check import add_arguments, run
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.inspection.checking import CheckReport, CheckSettings, check_chunks, supervise
 from avion_dali.inspection.findings import KINDS, Finding
-from train.check import add_arguments, run
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from pathlib import Path
 import make_videos
 import pytest
 
+from avion_dali.cli import features
+from avion_dali.cli.arguments import parse_options
+from avion_dali.cli.main import build_parser, list_videos, main
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
-from train import features
-from train.arguments import parse_options
-from train.cli import build_parser, list_videos, main
 
 TRAIN_OPTIONS = {
     "": "output_dir decoder resume",

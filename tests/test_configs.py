@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from launch_data import CONFIGS, RECIPES, ROOT, LaunchData, launch, launch_data, of_kind, recipe_config  # noqa: F401
 
+from avion_dali.assembly.tasks import BEST_METRIC
+from avion_dali.cli.arguments import parse_options
+from avion_dali.cli.demo import DemoOptions
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.engine.checkpoint import load_checkpoint
 from avion_dali.models.start import open_start
-from train.arguments import parse_options
-from train.demo import DemoOptions
-from train.tasks import BEST_METRIC
 
 OPTIONS = {
     "train.pretrain": TrainConfig,

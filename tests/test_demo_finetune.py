@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from avion_dali.cli import demo, demo_finetune
+from avion_dali.cli.arguments import parse_options
+from avion_dali.cli.demo_finetune import FinetuneNumbers, Margin, main, margins, most_frequent_share, table
 from avion_dali.config import TrainConfig
 from avion_dali.data import synthetic
 from avion_dali.data.manifest import Manifest
 from avion_dali.engine.run_log import read_rows
 from avion_dali.models.start import open_start
-from train import demo, demo_finetune
-from train.arguments import parse_options
-from train.demo_finetune import FinetuneNumbers, Margin, main, margins, most_frequent_share, table
 
 CONFIGS = demo_finetune.CONFIGS
 RECIPES = ("demo_retrieval", "demo_recognition", "demo_videomae_pretrain", "demo_videomae_finetune")

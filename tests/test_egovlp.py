@@ -12,6 +12,9 @@ from safetensors.numpy import load_file
 from small_models import same_tensors, save_as, small_dual_encoder
 from torch.nn import functional
 
+from avion_dali.assembly.build import evaluate_checkpoint, trained_config
+from avion_dali.cli import features, weights
+from avion_dali.cli.main import build_parser
 from avion_dali.config import EvaluateConfig, ModelConfig
 from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import export_safetensors
@@ -20,9 +23,6 @@ from avion_dali.models.classifier import build_classifier
 from avion_dali.models.dual_encoder import build_dual_encoder
 from avion_dali.models.start import apply_start, open_start, settle
 from avion_dali.models.towers import build_video_tower
-from train import features, weights
-from train.build import evaluate_checkpoint, trained_config
-from train.cli import build_parser
 
 WIDTH, LAYERS, HEADS, PATCH, SIDE, FRAMES = 192, 4, 3, 16, 64, 4
 PLACES = (SIDE // PATCH) ** 2

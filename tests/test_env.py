@@ -12,11 +12,11 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from avion_dali.cli import env
 from avion_dali.contracts import UserError
 from avion_dali.engine import precision
 from avion_dali.models import attention
 from pipelines import support
-from train import env
 
 WORKING = dict.fromkeys(support.CODECS, "works")
 NO_GPU = "there is no GPU"

@@ -10,6 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from avion_dali.assembly.tasks import build_model
+from avion_dali.cli import features
+from avion_dali.cli.arguments import run_command
+from avion_dali.cli.main import build_parser
 from avion_dali.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
@@ -18,10 +22,6 @@ from avion_dali.datasets.captions import build_captions_manifest
 from avion_dali.decode.cpu_fused import decode_clip
 from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.engine.checkpoint import export_safetensors
-from train import features
-from train.arguments import run_command
-from train.cli import build_parser
-from train.tasks import build_model
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(

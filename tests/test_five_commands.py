@@ -14,10 +14,10 @@ import pytest
 from annotation_files import epic_row, write_epic, write_relevancy, write_sentences
 from launch_data import CONFIGS, SMALL, of_kind
 
+from avion_dali.cli import evaluate, pretrain
+from avion_dali.cli.main import main as avion_dali
 from avion_dali.data.manifest import Manifest
 from avion_dali.engine.run_log import read_rows
-from train import evaluate, pretrain
-from train.cli import main as avion_dali
 
 README = Path(__file__).parents[1] / "README.md"
 EGO4D, EK100 = Path("datasets/Ego4D"), Path("datasets/EK100")

@@ -13,6 +13,8 @@ from launch_data import CONFIGS, LaunchData, launch, launch_data, of_kind, score
 from small_models import randomize, save_as
 from torch import nn
 
+from avion_dali.assembly.build import evaluate_checkpoint
+from avion_dali.cli import finetune, pretrain
 from avion_dali.config import EvaluateConfig, ModelConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
@@ -29,8 +31,6 @@ from avion_dali.models.classifier import build_classifier
 from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
 from avion_dali.objectives.classification import Classification
 from avion_dali.objectives.masked_video import MaskedReconstruction
-from train import finetune, pretrain
-from train.build import evaluate_checkpoint
 
 CPU = ("--decoder", "cpu-fused")
 FEW = ("--run.max_steps", "2", "--optim.learning_rate", "1e-3")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from dali_clips import VP9, chunk_manifest
 
+from avion_dali.assembly import loaders, pretrain
+from avion_dali.cli.demo import chunk_profile
 from avion_dali.contracts import UserError
 from avion_dali.engine.run_log import read_rows
-from train import loaders, pretrain
-from train.demo import chunk_profile
 
 SECONDS = tuple(i / 10 for i in range(11))
 HOW = {"frames": 60, "size": (64, 48)}

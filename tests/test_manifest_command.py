@@ -16,9 +16,9 @@ from annotation_files import (
 )
 from chunk_folders import copy_chunks
 
+from avion_dali.cli import manifest
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
-from train import manifest
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ import make_videos
 import pytest
 import torch
 
+from avion_dali.cli import plan
 from avion_dali.contracts import UserError
 from avion_dali.inspection import measuring, sampling
 from avion_dali.inspection.capacity import TrainerCost
-from train import plan
 
 
 def parse(*arguments):

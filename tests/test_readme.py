@@ -1,4 +1,4 @@
-"""The README names every file and shows only commands that exist."""
+"""The README names every folder of code and shows only commands that exist."""
 
 import re
 import shlex
@@ -12,28 +12,18 @@ README = ROOT / "README.md"
 MAP_TITLE = "Where things are"
 
 
-def files_to_name() -> list[str]:
-    """All modules, recipes and benchmarks, relative to the repository."""
-    modules = (p for top in ("avion_dali", "train", "pipelines") for p in (ROOT / top).rglob("*.py"))
-    others = [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "benchmarks").glob("*.py")]
-    paths = sorted(p.relative_to(ROOT).as_posix() for p in (*modules, *others))
-    return [path for path in paths if not path.endswith("__init__.py")]
+def folders_to_name() -> list[str]:
+    """All folders that hold code or recipes, relative to the repository."""
+    tops = ("avion_dali", "train", "pipelines", "benchmarks")
+    packages = {p.parent for top in tops for p in (ROOT / top).rglob("*.py")}
+    return sorted(f"{p.relative_to(ROOT).as_posix()}/" for p in {*packages, ROOT / "configs"})
 
 
-def map_entries(readme: str) -> dict[str, str]:
-    """Text of the map by folder. A folder's entry begins with its path, `path/`, at the start of a line."""
+def unnamed(readme: str, folders: list[str]) -> list[str]:
+    """Folders without an entry in the map; an entry begins with its path, `path/`, at the start of a line."""
     found = re.search(rf"^#+ {MAP_TITLE}\s*$(.*?)(?=^##? |\Z)", readme, re.MULTILINE | re.DOTALL)
-    pieces = re.split(r"^[\s#*|-]*`([\w./]+/)`", found.group(1) if found else "", flags=re.MULTILINE)
-    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
-
-
-def unnamed(readme: str, files: list[str]) -> list[str]:
-    """Files that the entry of their folder does not name."""
-    entries = map_entries(readme)
-    folders = {path: path.rpartition("/") for path in files}
-    return [
-        path for path, (folder, _, name) in folders.items() if f"`{name}`" not in entries.get(f"{folder}/", "")
-    ]
+    entries = re.findall(r"^[\s#*|-]*`([\w./]+/)`", found.group(1) if found else "", flags=re.MULTILINE)
+    return [folder for folder in folders if folder not in entries]
 
 
 def shown_commands(readme: str) -> list[list[str]]:
@@ -67,7 +57,7 @@ def make_targets() -> set[str]:
 
 def subcommand_exists(name: str) -> bool:
     """Whether `avion-dali name --help` succeeds."""
-    from train import cli
+    from avion_dali.cli import main as cli
 
     try:
         status = cli.main([name, "--help"])
@@ -93,8 +83,8 @@ def unknown(words: list[str]) -> list[str]:
     return [name for name in after(words, "-m") if runs_module and not module_exists(name)]
 
 
-def test_the_readme_names_every_file():
-    assert unnamed(README.read_text(), files_to_name()) == []
+def test_the_readme_names_every_folder():
+    assert unnamed(README.read_text(), folders_to_name()) == []
 
 
 @pytest.mark.parametrize("words", shown_commands(README.read_text()), ids=" ".join)
@@ -102,13 +92,11 @@ def test_the_readme_shows_existing_commands(words):
     assert unknown(words) == []
 
 
-def test_a_missing_file_is_found():
-    readme = (
-        "# X\n## Where things are\n- `a/`: one\n  - `b.py` does\n- `c/` two - `b.py`\n## Next\n`a/` `d.py`\n"
-    )
-    assert unnamed(readme, ["a/b.py", "c/b.py"]) == []
-    assert unnamed(readme, ["a/d.py", "c/e.py", "f/b.py"]) == ["a/d.py", "c/e.py", "f/b.py"]
-    assert unnamed("", ["a/b.py"]) == ["a/b.py"]
+def test_a_missing_folder_is_found():
+    readme = "# X\n## Where things are\n- `a/`: one\n  - `a/b/` does\n## Next\n- `c/` two\n"
+    assert unnamed(readme, ["a/", "a/b/"]) == []
+    assert unnamed(readme, ["a/", "c/", "d/"]) == ["c/", "d/"]
+    assert unnamed("", ["a/"]) == ["a/"]
 
 
 def test_unknown_commands_are_found():

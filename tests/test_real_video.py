@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from test_reading import assert_exact
 
+from avion_dali.cli import evaluate, pretrain
+from avion_dali.cli import main as cli
 from avion_dali.engine.run_log import read_rows
-from train import cli, evaluate, pretrain
 
 MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
 VIDEOS = sorted(MEDIA.glob("*.mp4"))

@@ -11,9 +11,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from avion_dali.cli import slurm
+from avion_dali.cli.slurm import Place, RankTask, SlurmOptions, main, minutes, parameters
 from avion_dali.contracts import UserError
-from train import slurm
-from train.slurm import Place, RankTask, SlurmOptions, main, minutes, parameters
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from chunk_folders import chunk_row
 
+from avion_dali.assembly.tasks import BEST_METRIC, build_evaluation, build_model, build_task, class_table
 from avion_dali.config import (
     AugmentConfig,
     DataConfig,
@@ -29,7 +30,6 @@ from avion_dali.models.classifier import Classifier
 from avion_dali.models.dual_encoder import DualEncoder
 from avion_dali.models.masked_video import MaskedVideo
 from avion_dali.objectives.max_margin import MaxMargin
-from train.tasks import BEST_METRIC, build_evaluation, build_model, build_task, class_table
 
 CPU = torch.device("cpu")
 NAMES = get_args(ObjectiveName)

@@ -15,6 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from avion_dali.assembly.build import evaluator
+from avion_dali.assembly.loaders import Loaders
+from avion_dali.assembly.tasks import build_model
+from avion_dali.cli import evaluate, pretrain
+from avion_dali.cli.arguments import parse_options
 from avion_dali.config import TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
@@ -22,11 +27,6 @@ from avion_dali.datasets.captions import build_captions_manifest
 from avion_dali.engine.checkpoint import load_checkpoint
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.run_log import read_rows
-from train import evaluate, pretrain
-from train.arguments import parse_options
-from train.build import evaluator
-from train.loaders import Loaders
-from train.tasks import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = [

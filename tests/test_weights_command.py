@@ -8,13 +8,13 @@ import torch
 from safetensors import safe_open
 from small_models import same_tensors, save_as, small_classifier, small_dual_encoder, small_masked_video
 
+from avion_dali.cli import weights
 from avion_dali.config import ModelConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import read_weights, restore_model
 from avion_dali.models.convert import LAYOUTS, from_ours
 from avion_dali.models.dual_encoder import build_dual_encoder
 from avion_dali.models.start import open_start
-from train import weights
 
 
 def command(*arguments: object) -> int:

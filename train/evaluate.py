@@ -3,36 +3,8 @@
 python -m train.evaluate --checkpoint runs/pretrain/checkpoint_best.pt --manifest M --output metrics.json
 """
 
-import json
-from pathlib import Path
-
-from avion_dali.config import EvaluateConfig
-from avion_dali.contracts import UserError
-from train.arguments import parse_options, run_command
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Parse, build, run, close.
-
-    Args:
-        argv: arguments; None takes the process's.
-    """
-    config = parse_options(EvaluateConfig, argv, prog="python -m train.evaluate", description=__doc__ or "")
-    # Decode workers re-import this module: everything heavy waits until here.
-    from avion_dali.engine.distributed import distributed_session
-    from train.build import evaluate_checkpoint
-
-    if config.output and not Path(config.output).absolute().parent.is_dir():
-        raise UserError(f"--output {config.output}: its folder does not exist")
-    with distributed_session() as distributed:
-        result = evaluate_checkpoint(config, distributed)
-        if distributed.is_main:
-            text = json.dumps(result.metrics(), indent=2)
-            print(text)
-            if config.output:
-                Path(config.output).write_text(text + "\n")
-    return 0
-
+from avion_dali.cli.arguments import run_command
+from avion_dali.cli.evaluate import main
 
 if __name__ == "__main__":
     run_command(main)

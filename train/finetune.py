@@ -4,20 +4,8 @@ torchrun --nproc_per_node=8 -m train.finetune --config configs/finetune_own_reco
     --model.weights FILE --data.train_manifest TRAIN --data.eval_manifest HELDOUT --output-dir runs/mine
 """
 
-from train.arguments import run_command
-from train.pretrain import train_from_command_line
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Parse, build, run, close.
-
-    Args:
-        argv: arguments; None takes the process's.
-    """
-    return train_from_command_line(
-        argv, prog="train.finetune", description=__doc__ or "", objectives=("max-margin", "classification")
-    )
-
+from avion_dali.cli.arguments import run_command
+from avion_dali.cli.finetune import main
 
 if __name__ == "__main__":
     run_command(main)

@@ -25,8 +25,8 @@ from torch import nn
 
 from avion_dali import __version__
 from avion_dali.contracts import UserError
-from avion_dali.engine.files import atomic_write, temporary
 from avion_dali.engine.sharding import gathered, placed_like
+from avion_dali.files import atomic_write, temporary
 from avion_dali.models.safetensors_files import HEADER_KEY, read_safetensors
 
 LATEST_NAME = "checkpoint.pt"

@@ -21,13 +21,13 @@ from avion_dali.engine.checkpoint import (
     save_checkpoint,
 )
 from avion_dali.engine.distributed import Distributed, barrier
-from avion_dali.engine.files import temporary
 from avion_dali.engine.precision import FiniteGuard
 from avion_dali.engine.run_log import RunLog
 from avion_dali.engine.settings import LoopSettings
 from avion_dali.engine.sharding import unsharded
 from avion_dali.engine.state import TrainState
 from avion_dali.engine.timing import StepTimer
+from avion_dali.files import temporary
 
 
 class RunKeeper:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from avion_dali.contracts import UserError
-from avion_dali.engine.files import atomic_write
+from avion_dali.files import atomic_write
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {

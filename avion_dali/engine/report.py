@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from avion_dali.engine.files import atomic_write
+from avion_dali.files import atomic_write
 
 _INK = "#123457"  # stands for the page's text colour while matplotlib draws
 _LINES = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b")

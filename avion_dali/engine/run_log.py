@@ -25,9 +25,9 @@ from tqdm import tqdm
 from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import software_versions
 from avion_dali.engine.distributed import all_gather_rows
-from avion_dali.engine.files import atomic_write
 from avion_dali.engine.precision import LossSpike
 from avion_dali.engine.timing import WindowTiming
+from avion_dali.files import atomic_write
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

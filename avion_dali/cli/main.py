@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from avion_dali.cli import check, env, features, manifest, plan, weights
+from avion_dali.cli.arguments import run_command
 from avion_dali.contracts import UserError
 from avion_dali.data.profiles import PROFILES
-from train import check, env, features, manifest, plan, weights
-from train.arguments import run_command
 
 _DESCRIPTION = (
     "Everything around training: chunks, manifests, checks, plans, weights and embeddings. Training and "
@@ -113,7 +113,7 @@ def demo(options: argparse.Namespace) -> int:
     Args:
         options: parsed arguments.
     """
-    from train.demo import main as demo_main
+    from avion_dali.cli.demo import main as demo_main
 
     return demo_main(["--output-dir", options.output_dir, "--decoder", options.decoder])
 

@@ -11,14 +11,9 @@ from avion_dali.contracts import UserError
 
 if TYPE_CHECKING:
     from avion_dali.models.start import StartWeights
-    from avion_dali.models.weight_facts import WeightFacts
 
 LAYOUTS = ("avion-flash", "avion-plain", "open_clip", "lavila", "videomae")
 """`avion_dali.models.convert.LAYOUTS`, which takes seconds to import."""
-
-# VideoMAE's positions are formulas, so its files do not tell; all its published models took such clips.
-VIDEOMAE_FRAMES = 16
-VIDEOMAE_FRAME_SIZE = 224
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,8 +78,9 @@ def write(start: StartWeights, path: Path, *, layout: str | None) -> None:
     import safetensors.torch
 
     from avion_dali.engine.checkpoint import software_versions
-    from avion_dali.engine.files import atomic_write
+    from avion_dali.files import atomic_write
     from avion_dali.models.convert import from_ours
+    from avion_dali.models.implied_config import plain_config
     from avion_dali.models.safetensors_files import HEADER_KEY
 
     header: dict[str, Any] = {"weights": asdict(start.facts), "versions": software_versions()}
@@ -100,35 +96,3 @@ def write(start: StartWeights, path: Path, *, layout: str | None) -> None:
     metadata = {"format": "pt", HEADER_KEY: json.dumps(header)}
     content = safetensors.torch.save(copies, metadata=metadata)
     atomic_write(path, lambda file: file.write(content))
-
-
-def plain_config(facts: WeightFacts) -> dict[str, Any]:
-    """Return the configuration that builds the model of these weights, for `train.evaluate`.
-
-    Empty when there is none: the dimensions are no model.size.
-    """
-    from avion_dali.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
-
-    if facts.size is None:
-        return {}
-    names: dict[str, Any] = {
-        "dual-encoder": "contrastive",
-        "classifier": "classification",
-        "masked-video": "masked-video",
-        "video-tower": "classification",  # its head would be new: for features, and to start from
-    }
-    model = ModelConfig(
-        encoder=facts.encoder,
-        size=facts.size,
-        embed_dim=facts.embed_dim or ModelConfig.embed_dim,
-        activation=facts.activation or "auto",
-        norm_eps=facts.norm_eps,
-        pre_norm=facts.pre_norm,
-        context_length=facts.context_length or ModelConfig.context_length,
-    )
-    data = DataConfig(
-        num_frames=facts.num_frames or VIDEOMAE_FRAMES,
-        frame_size=facts.frame_size or VIDEOMAE_FRAME_SIZE,
-        normalization=facts.normalization or DataConfig.normalization,
-    )
-    return asdict(TrainConfig(model=model, data=data, objective=ObjectiveConfig(name=names[facts.role])))

@@ -255,6 +255,7 @@ def time_model(options: argparse.Namespace, device: torch.device, micro_batch: i
     """Time training steps on clips of noise; returns milliseconds and processor milliseconds of a clip."""
     import torch
 
+    from avion_dali.assembly.tasks import build_model
     from avion_dali.config import DataConfig, ModelConfig, TrainConfig
     from avion_dali.contracts import ClipBatch
     from avion_dali.device_ops.randomness import StepKey
@@ -262,7 +263,6 @@ def time_model(options: argparse.Namespace, device: torch.device, micro_batch: i
     from avion_dali.engine.precision import autocast, gradient_scaler, resolve_precision
     from avion_dali.engine.timing import synchronize
     from avion_dali.objectives.contrastive import Contrastive
-    from train.tasks import build_model
 
     data = DataConfig(num_frames=options.frames, frame_size=options.frame_size)
     config = TrainConfig(data=data, model=ModelConfig(size=options.model))

@@ -11,6 +11,16 @@ from pathlib import Path
 
 from torch import nn
 
+from avion_dali.assembly.loaders import Loaders
+from avion_dali.assembly.tasks import (
+    BEST_METRIC,
+    EvaluationResult,
+    Task,
+    build_evaluation,
+    build_model,
+    build_task,
+    class_table,
+)
 from avion_dali.config import EvaluateConfig, ModelConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
@@ -22,20 +32,10 @@ from avion_dali.engine.optim import build_optimizer, parameter_groups
 from avion_dali.engine.settings import LoopSettings
 from avion_dali.engine.sharding import shard_model, weight_sum
 from avion_dali.models.blocks import VideoTowerConfig
+from avion_dali.models.implied_config import plain_config
 from avion_dali.models.presets import PRESETS
 from avion_dali.models.start import StartReport, StartWeights, apply_start, open_start, settle
 from avion_dali.models.towers import settled_activation
-from train.loaders import Loaders
-from train.tasks import (
-    BEST_METRIC,
-    EvaluationResult,
-    Task,
-    build_evaluation,
-    build_model,
-    build_task,
-    class_table,
-)
-from train.weights import plain_config
 
 Evaluator = Callable[[FramesTransform | None], EvaluationResult]
 

@@ -1,0 +1,1 @@
+"""Puts the parts of the library together: configuration in, loader, training or evaluation out."""

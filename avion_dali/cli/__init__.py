@@ -1,0 +1,1 @@
+"""The command `avion-dali`: one module per subcommand."""

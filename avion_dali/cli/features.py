@@ -1,0 +1,236 @@
+"""Write embeddings of videos or of a manifest's clips.
+
+torchrun --nproc_per_node=8 -m train.features --checkpoint FILE --manifest M --output features.safetensors
+"""
+
+# Light: decode workers re-import this module.
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from avion_dali.config import CPU_DECODERS, EvaluateConfig
+from avion_dali.contracts import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from avion_dali.data.manifest import Manifest
+    from avion_dali.engine.distributed import Distributed
+    from avion_dali.engine.per_sample import PerSample
+
+ENDINGS = (".safetensors", ".npy")
+_SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the subcommand accepts."""
+    parser.add_argument("videos", nargs="*", type=Path, help="video files or folders of them, if no --manifest")
+    parser.add_argument("--checkpoint", required=True, help="weights of this project or another, see weights")
+    parser.add_argument("--manifest", default="", help="manifest folder: one embedding a row")
+    parser.add_argument("--output", required=True, type=Path, help="file to write, .safetensors or .npy")
+    parser.add_argument(
+        "--clip-seconds", default=0.0, type=float, help="cut videos into clips (0: one a video)"
+    )
+    parser.add_argument("--num-frames", default=0, type=int, help="frames of a clip (default: as trained)")
+    parser.add_argument("--eval-clips", default=1, type=int, help="clips averaged for each embedding")
+    parser.add_argument(
+        "--eval-crops", default=1, type=int, choices=(1, 3), help="crops averaged for each clip"
+    )
+    projection = "the encoder's features instead of the space shared with texts"
+    parser.add_argument("--before-projection", action="store_true", help=projection)
+    parser.add_argument("--decoder", default="auto", choices=("auto", "dali", *CPU_DECODERS))
+    parser.add_argument("--workers", default=0, type=int, help="decode processes (default: one per core)")
+    parser.add_argument("--micro-batch", default=32, type=int, help="clips of a forward pass")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point for torchrun.
+
+    Args:
+        argv: arguments; None takes the process's.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m train.features",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Embed and write; status 1 when videos or clips could not be read."""
+    _check(options)
+    # Decode workers re-import this module: everything heavy waits until here.
+    from avion_dali.engine.distributed import distributed_session
+
+    with distributed_session() as distributed, working_folder(options, distributed) as folder:
+        from avion_dali.data.manifest import Manifest
+
+        manifest = Manifest(options.manifest or folder / "manifest")
+        left_out = left_out_files(folder)
+        features = embed_manifest(options, manifest, distributed, folder)
+        if distributed.is_main:
+            write_features(options.output, features, manifest)
+            print(f"{options.output}: {len(features.sample_ids)} embeddings, {features.means_SX.shape[1]} wide")
+    if (features.unreadable or left_out) and distributed.is_main:
+        lost = [f"{len(left_out)} files"] if left_out else []
+        lost += [f"{features.unreadable} clips"] if features.unreadable else []
+        listed = options.output.with_suffix(".quarantine.jsonl")
+        print(f"{' and '.join(lost)} could not be read and have no embedding: {listed}", file=sys.stderr)
+    return 1 if features.unreadable or left_out else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options before anything heavy is imported."""
+    if options.output.suffix not in ENDINGS or not options.output.absolute().parent.is_dir():
+        raise UserError(f"--output {options.output}: end it in {' or '.join(ENDINGS)}, in a folder that exists")
+    if bool(options.manifest) == bool(options.videos):
+        raise UserError("give videos or --manifest, and not both")
+    if not 0 <= options.clip_seconds < float("inf"):
+        raise UserError(f"--clip-seconds {options.clip_seconds:g}: give seconds > 0, or 0 for one clip a video")
+    for name, least in (("eval_clips", 1), ("micro_batch", 1), ("num_frames", 0), ("workers", 0)):
+        if getattr(options, name) < least:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {getattr(options, name)}: it must be at least {least}")
+    missing = [str(path) for path in options.videos if not path.exists()]
+    if missing:
+        raise UserError("\n".join([f"{len(missing)} of the videos do not exist:", *_first(missing)]))
+
+
+def _first(lines: list[str]) -> list[str]:
+    more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return [f"  {line}" for line in lines[:_SHOWN]] + more
+
+
+@contextmanager
+def working_folder(options: argparse.Namespace, distributed: Distributed) -> Iterator[Path]:
+    """Yield a folder beside the output, equal on all ranks; of it only the list of failures is kept."""
+    from avion_dali.engine.distributed import barrier
+
+    folder = options.output.with_name(options.output.name + ".work")
+    listed = options.output.with_suffix(".quarantine.jsonl")
+    try:
+        if distributed.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            listed.unlink(missing_ok=True)
+            folder.mkdir()
+            if options.videos:
+                _build_manifest(options, folder / "manifest")
+        barrier()
+        yield folder
+    finally:
+        if distributed.is_main:
+            _keep_failures(folder, listed)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep_failures(folder: Path, listed: Path) -> None:
+    """Write one list of the files left out and the clips that could not be read, when there are any."""
+    failures = folder / "quarantine.jsonl"
+    text = failures.read_text(encoding="utf-8") if failures.exists() else ""
+    for file in left_out_files(folder):
+        row = {"path": file["path"], "kind": "unusable file", "cause": file["reason"], "sample_id": None}
+        text += json.dumps(row) + "\n"
+    if text:
+        listed.write_text(text, encoding="utf-8")
+
+
+def left_out_files(folder: Path) -> list[dict[str, Any]]:
+    """Return the videos that the working folder's manifest had to leave out, with `path` and `reason`.
+
+    Args:
+        folder: the working folder.
+    """
+    from avion_dali.datasets.building import UNUSABLE_FILE
+
+    path = folder / "manifest" / UNUSABLE_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def _build_manifest(options: argparse.Namespace, folder: Path) -> None:
+    from avion_dali.cli.main import list_videos
+    from avion_dali.datasets.building import BuildSettings
+    from avion_dali.datasets.plain import build_plain_manifest
+
+    videos = [path.resolve() for path in list_videos(options.videos, but_not=folder)]
+    root = Path(os.path.commonpath([path.parent for path in videos]))
+    settings = BuildSettings(chunk_root=root, output=folder, skip_bad_rows=True)
+    try:
+        report = build_plain_manifest(settings, videos, clip_seconds=options.clip_seconds)
+    except UserError as error:
+        reasons = [f"{file['path']}: {file['reason']}" for file in left_out_files(folder.parent)]
+        if not reasons:
+            raise
+        raise UserError("\n".join(["none of the videos can be read:", *_first(reasons)])) from error
+    for file in report.unusable:
+        print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
+
+
+def embed_manifest(
+    options: argparse.Namespace, manifest: Manifest, distributed: Distributed, folder: Path
+) -> PerSample:
+    """Load the weights, decode and embed all clips."""
+    from avion_dali.assembly.build import evaluation_config, fill_model, trained_config
+    from avion_dali.assembly.loaders import Loaders
+    from avion_dali.assembly.tasks import build_model
+    from avion_dali.engine.features import extract_features
+    from avion_dali.engine.precision import resolve_precision
+    from avion_dali.models.start import open_start
+
+    start = open_start(options.checkpoint)
+    settings = {name: getattr(options, name) for name in ("decoder", "workers", "micro_batch", "num_frames")}
+    settings |= {"eval_clips": options.eval_clips, "eval_crops": options.eval_crops, "output_dir": str(folder)}
+    config = evaluation_config(trained_config(start), EvaluateConfig(checkpoint=options.checkpoint, **settings))
+    if config.objective.name == "masked-video":
+        # The encoder of such a model, as fine-tuning would take it: mean of its tokens, normalised.
+        config = replace(config, objective=replace(config.objective, name="classification"))
+    model = build_model(config, distributed.device, num_classes=start.facts.num_classes or 1)
+    fill_model(model, start, config)
+    model.eval()
+    loaders = Loaders(config, distributed)
+    if distributed.is_main:
+        print(f"decoder: {loaders.decoder.name} ({loaders.decoder.reason})", file=sys.stderr)
+    try:
+        loader = loaders.evaluation(manifest)
+        return extract_features(
+            model,
+            loader.batches(0, loader.steps_per_epoch),
+            before_projection=options.before_projection,
+            normalization=config.data.normalization,
+            precision=resolve_precision(config.run.precision, distributed.device),
+            distributed=distributed,
+        )
+    finally:
+        loaders.close()
+
+
+def write_features(path: Path, features: PerSample, manifest: Manifest) -> None:
+    """Write embeddings and what each belongs to: inside the safetensors file, or beside the npy file."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    rows = [_origin(manifest, int(sample)) for sample in features.sample_ids]
+    if path.suffix == ".safetensors":
+        arrays = {"features": features.means_SX, "sample_ids": features.sample_ids}
+        save_file(arrays, path, metadata={"clips": json.dumps(rows)})
+        return
+    np.save(path, features.means_SX)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.with_suffix(".clips.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _origin(manifest: Manifest, sample_id: int) -> dict[str, Any]:
+    sample = manifest.sample(sample_id)
+    video = manifest.chunk(sample.first_chunk).video
+    return {"sample_id": sample_id, "video": video, "start_s": sample.start_s, "end_s": sample.end_s}

@@ -1,0 +1,18 @@
+"""Fine-tune a pre-trained model for retrieval (`max-margin`) or recognition (`classification`).
+
+torchrun --nproc_per_node=8 -m train.finetune --config configs/finetune_own_recognition.yaml
+    --model.weights FILE --data.train_manifest TRAIN --data.eval_manifest HELDOUT --output-dir runs/mine
+"""
+
+from avion_dali.cli.pretrain import train_from_command_line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, build, run, close.
+
+    Args:
+        argv: arguments; None takes the process's.
+    """
+    return train_from_command_line(
+        argv, prog="train.finetune", description=__doc__ or "", objectives=("max-margin", "classification")
+    )

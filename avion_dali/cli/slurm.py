@@ -1,0 +1,226 @@
+"""Submit a training to SLURM, with one process per GPU; it goes on by itself after preemption and time limits.
+
+python -m train.slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 -- train.pretrain --config configs/...
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from avion_dali.cli.arguments import parse_options
+from avion_dali.contracts import UserError
+
+SIGNAL_AHEAD_S = 120
+SAVE_LIMIT_S = 100.0
+"""How long the task that answers SLURM's warning waits for its trainer to save; less than `SIGNAL_AHEAD_S`."""
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class SlurmOptions:
+    """What to ask of SLURM.
+
+    Args:
+        nodes: machines.
+        gpus_per_node: GPUs, and so processes, of each; 0 runs one process on the CPU of each.
+        cpus_per_process: cores for each process: a trainer and its decode workers.
+        memory_gb: memory of each machine; 0 leaves it to the cluster.
+        time: limit of one stretch as D-HH:MM:SS or HH:MM:SS; then the job is put back into the queue.
+        stretches: how often the time limit may pass.
+        partition: where to run; empty for the cluster's default.
+        account: what to charge; empty for the user's default.
+        name: of the job.
+        log_dir: folder for the job's console output; all machines must see it.
+        cluster: `slurm`, or `local` to try the same path in processes of this machine.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    cpus_per_process: int = 12
+    memory_gb: int = 0
+    time: str = "24:00:00"
+    stretches: int = 20
+    partition: str = ""
+    account: str = ""
+    name: str = "avion_dali"
+    log_dir: str = "runs/slurm"
+    cluster: str = "slurm"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One task among a job's tasks.
+
+    Args:
+        rank: over all machines.
+        local_rank: on its machine.
+        world_size: tasks of the job.
+        nodes: machines of the job.
+        first_host: the machine of rank 0.
+        job_id: number of the job; a requeued job keeps it.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    nodes: int
+    first_host: str
+    job_id: str
+
+    def environment(self) -> dict[str, str]:
+        """The variables that torchrun would set, from which a trainer knows its place."""
+        return {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.world_size // self.nodes),
+            "MASTER_ADDR": self.first_host,
+            # The same on all machines, and another one for another job on the same machine.
+            "MASTER_PORT": str(20_000 + int(re.sub(r"\D", "", self.job_id) or 0) % 20_000),
+        }
+
+
+class RankTask:
+    """Runs one rank's trainer in a process of its own, and has it save when SLURM announces the end.
+
+    submitit pickles it, calls it once for each rank, and calls rank 0's `checkpoint` when SLURM's signal comes.
+
+    Args:
+        command: module and arguments, as after `python -m`.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self.command = command
+        self._trainer: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> None:
+        """Train until the end.
+
+        Raises:
+            RuntimeError: the trainer failed; its console says why.
+        """
+        import submitit
+
+        job = submitit.JobEnvironment()
+        place = Place(
+            rank=job.global_rank,
+            local_rank=job.local_rank,
+            world_size=job.num_tasks,
+            nodes=job.num_nodes,
+            first_host=job.hostnames[0],
+            job_id=job.raw_job_id,
+        )
+        status = self.run(os.environ | place.environment())
+        if status != 0:
+            raise RuntimeError(f"rank {place.rank} ended with status {status}: {' '.join(self.command)}")
+
+    def run(self, environment: dict[str, str]) -> int:
+        """Start the trainer and wait for it.
+
+        Args:
+            environment: its variables.
+
+        Returns:
+            Its exit status.
+        """
+        self._trainer = subprocess.Popen([sys.executable, "-m", *self.command], env=environment)
+        # Not `wait`: it holds a lock that the signal handler below, in the same thread, would need.
+        while self._trainer.poll() is None:
+            time.sleep(_POLL_S)
+        return self._trainer.returncode
+
+    def checkpoint(self) -> Any:
+        """Have all ranks save and stop, and say what to run when the job starts again: the same.
+
+        Returns:
+            The submission to put into the queue.
+        """
+        import submitit
+
+        self.save_and_stop()
+        return submitit.helpers.DelayedSubmission(RankTask(self.command))
+
+    def save_and_stop(self) -> None:
+        """Signal this rank's trainer, which tells the others, and wait until it has saved."""
+        trainer, deadline = self._trainer, time.monotonic() + SAVE_LIMIT_S
+        if trainer is None:
+            return
+        if trainer.poll() is None:
+            trainer.send_signal(signal.SIGUSR2)
+        while trainer.poll() is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
+
+def minutes(text: str) -> int:
+    """Read a time limit.
+
+    Args:
+        text: `HH:MM:SS` or `D-HH:MM:SS`.
+
+    Raises:
+        UserError: when it is neither.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
+    if not found:
+        raise UserError(f"time = {text} is not allowed; write HH:MM:SS or D-HH:MM:SS")
+    days, hours, mins, seconds = (int(part or 0) for part in found.groups())
+    return (days * 24 + hours) * 60 + mins + (seconds > 0)
+
+
+def parameters(options: SlurmOptions) -> dict[str, Any]:
+    """Return what submitit is told.
+
+    Args:
+        options: what to ask of SLURM.
+
+    Raises:
+        UserError: when the time cannot be read.
+    """
+    values: dict[str, Any] = {
+        "name": options.name,
+        "nodes": options.nodes,
+        "tasks_per_node": max(options.gpus_per_node, 1),
+        "cpus_per_task": options.cpus_per_process,
+        "timeout_min": minutes(options.time),
+    }
+    if options.gpus_per_node:
+        values["gpus_per_node"] = options.gpus_per_node
+    if options.memory_gb:
+        values["mem_gb"] = options.memory_gb
+    for name in ("partition", "account"):
+        if getattr(options, name):
+            values[f"slurm_{name}"] = getattr(options, name)
+    if options.cluster == "slurm":
+        values["slurm_signal_delay_s"] = SIGNAL_AHEAD_S
+    return values
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Submit, and say which job it is and where its output goes.
+
+    Args:
+        argv: arguments; None takes the process's.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    divider = arguments.index("--") if "--" in arguments else len(arguments)
+    own, command = arguments[:divider], arguments[divider + 1 :]
+    options = parse_options(SlurmOptions, own, prog="python -m train.slurm", description=__doc__ or "")
+    if not command:
+        raise UserError("nothing to run: end the line with `-- train.pretrain --config ...`")
+    try:
+        import submitit
+    except ImportError:
+        raise UserError('submitit is not installed; pip install "avion_dali[slurm]"') from None
+    more = {"slurm_max_num_timeout": options.stretches} if options.cluster == "slurm" else {}
+    executor = submitit.AutoExecutor(folder=options.log_dir, cluster=options.cluster, **more)
+    executor.update_parameters(**parameters(options))
+    job = executor.submit(RankTask(command))
+    print(f"job {job.job_id}: console output in {job.paths.stdout} and its neighbours")
+    return 0
