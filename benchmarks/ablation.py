@@ -184,7 +184,8 @@ def build_loop(
     """The training loop of `train.pretrain`, without its files."""
     import torch
 
-    from avion_dali.assembly.tasks import build_model
+    from avion_dali.assembly.model import build_model
+    from avion_dali.assembly.resolve import resolve
     from avion_dali.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
     from avion_dali.engine.distributed import Distributed
     from avion_dali.engine.loop import LoopSettings, TrainLoop
@@ -199,7 +200,7 @@ def build_loop(
         optim=OptimConfig(global_batch=batch, micro_batch=batch),
     )
     distributed = Distributed(device=torch.device(bench.device))
-    model = build_model(config, distributed.device)
+    model = build_model(resolve(config, distributed), num_classes=0)
     return TrainLoop(
         model,
         build_optimizer(parameter_groups(model, config.optim.weight_decay), config.optim),

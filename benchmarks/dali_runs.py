@@ -97,6 +97,7 @@ def run_all(manifests: Manifests, *, rounds: int, seconds: float) -> list[Row]:
 def print_when_first_batch_is_there(decoder: str, manifest: str) -> None:
     """What a training does before its first step; runs in a process of its own."""
     from avion_dali.assembly.loaders import Loaders
+    from avion_dali.assembly.resolve import resolve
 
     config = TrainConfig(
         decoder=decoder,  # type: ignore[arg-type]
@@ -104,7 +105,7 @@ def print_when_first_batch_is_there(decoder: str, manifest: str) -> None:
         model=ModelConfig(context_length=CONTEXT_LENGTH),
         optim=OptimConfig(global_batch=BATCH, micro_batch=BATCH),
     )
-    with closing(Loaders(config, Distributed())) as opened:
+    with Loaders(resolve(config, Distributed())) as opened:
         next(opened.training(Manifest(manifest)).batches(0, 10))
         print("there", flush=True)
 

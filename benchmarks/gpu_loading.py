@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from avion_dali.assembly.loaders import Loaders
+from avion_dali.assembly.resolve import resolve
 from avion_dali.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.cores import available_cores
@@ -68,7 +69,7 @@ def opened_loader(suite: Suite, source: Source, *, micro_batch: int) -> Iterator
         optim=OptimConfig(global_batch=micro_batch, micro_batch=micro_batch),
     )
     try:
-        loaders = Loaders(config, Distributed(device=torch.device(suite.device)))
+        loaders = Loaders(resolve(config, Distributed(device=torch.device(suite.device))))
     except UserError as error:
         raise NotRunError(str(error)) from error
     try:

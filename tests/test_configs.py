@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from launch_data import CONFIGS, RECIPES, ROOT, LaunchData, launch, launch_data, of_kind, recipe_config  # noqa: F401
 
-from avion_dali.assembly.tasks import BEST_METRIC
 from avion_dali.cli.arguments import parse_options
 from avion_dali.cli.demo import DemoOptions
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.engine.checkpoint import load_checkpoint
 from avion_dali.models.start import open_start
+from avion_dali.tasks.table import find_task
 
 OPTIONS = {
     "train.pretrain": TrainConfig,
@@ -101,7 +101,7 @@ def test_a_recipe_trains(
     assert {row["decoder"] for row in trained} == {decoder}
     assert trained[-1]["decoded_on_cpu"] == trained[-1]["replaced"] == 0
     (evaluation,) = of_kind(rows, "evaluation")[-1:]
-    assert np.isfinite(evaluation[BEST_METRIC[config.objective.name]])
+    assert np.isfinite(evaluation[find_task(config.objective.name).best_metric])
     assert (evaluation["unreadable"], evaluation["step"]) == (0, 3)
     assert load_checkpoint(tmp_path / "checkpoint.pt").step == 3
     assert (

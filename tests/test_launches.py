@@ -13,7 +13,7 @@ from launch_data import CONFIGS, LaunchData, launch, launch_data, of_kind, score
 from small_models import randomize, save_as
 from torch import nn
 
-from avion_dali.assembly.build import evaluate_checkpoint
+from avion_dali.assembly.evaluation import evaluate_checkpoint
 from avion_dali.cli import finetune, pretrain
 from avion_dali.config import EvaluateConfig, ModelConfig, TrainConfig
 from avion_dali.contracts import UserError
@@ -215,7 +215,7 @@ def test_repeated_augmentation_with_both_decoders(
 def test_a_run_goes_on_within_an_epoch_without_the_weights_it_started_from(
     data: LaunchData,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     recipe: str,
 ) -> None:
     start = tmp_path / "start"
@@ -224,13 +224,14 @@ def test_a_run_goes_on_within_an_epoch_without_the_weights_it_started_from(
     more = [*CPU, "--optim.learning_rate", "1e-2", "--optim.rate_batch", "0", "--model.drop_path", "0.2"]
     more += ["--model.weights", str(start / "weights.safetensors"), "--data.eval_manifest", ""]
     more += ["--data.train_manifest", str(data.cls_train)]  # three steps an epoch
-    capsys.readouterr()
+    caplog.set_level("INFO", logger="avion_dali")
     whole = launch(CONFIGS / f"{recipe}.yaml", data, tmp_path / "whole", *more, "--run.max_steps", "5")
     launch(CONFIGS / f"{recipe}.yaml", data, tmp_path / "cut", *more, "--run.max_steps", "2")
-    assert capsys.readouterr().err.count("parameters loaded") == 2
+    assert caplog.text.count("parameters loaded") == 2
+    caplog.clear()
     (start / "weights.safetensors").unlink()
     cut = launch(CONFIGS / f"{recipe}.yaml", data, tmp_path / "cut", *more, "--run.max_steps", "5")
-    assert "parameters loaded" not in capsys.readouterr().err
+    assert "parameters loaded" not in caplog.text
     losses = [[row["loss"] for row in of_kind(rows, "train")] for rows in (whole, cut)]
     assert losses[0] == losses[1] and len(losses[0]) == 5
     before, after = (load_checkpoint(tmp_path / name / "checkpoint.pt").model for name in ("whole", "cut"))

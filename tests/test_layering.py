@@ -29,21 +29,13 @@ ALLOWED = {
     "device_ops": set(),
     "objectives": {"models", "metrics", "device_ops"},
     "engine": {"data", "models", "metrics", "device_ops", "objectives"},
+    "tasks": {"data", "models", "metrics", "device_ops", "objectives", "engine"},
+    "inference": {"data", "models", "device_ops", "engine", "tasks"},
     "pipelines": {"data", "decode", "loading"},
-    "assembly": {
-        "data",
-        "decode",
-        "loading",
-        "models",
-        "metrics",
-        "device_ops",
-        "objectives",
-        "engine",
-        "pipelines",
-    },
+    "assembly": {"data", "decode", "loading", "models", "engine", "tasks", "pipelines"},
     "cli": {
         *("data", "datasets", "decode", "loading", "inspection", "models", "metrics", "device_ops"),
-        *("objectives", "engine", "assembly", "pipelines"),
+        *("objectives", "engine", "tasks", "inference", "assembly", "pipelines"),
     },
 }
 FOR_ALL = {"", "contracts", "config", "cores", "files"}

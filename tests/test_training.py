@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import make_videos
@@ -15,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from avion_dali.assembly.build import evaluator
+from avion_dali.assembly.evaluation import build_evaluator
 from avion_dali.assembly.loaders import Loaders
-from avion_dali.assembly.tasks import build_model
+from avion_dali.assembly.model import build_model
+from avion_dali.assembly.resolve import resolve
 from avion_dali.cli import evaluate, pretrain
 from avion_dali.cli.arguments import parse_options
 from avion_dali.config import TrainConfig
@@ -219,9 +219,10 @@ def test_evaluating_again_and_again_takes_no_more_shared_memory(dataset: Path, t
         return os.statvfs("/dev/shm").f_blocks - os.statvfs("/dev/shm").f_bfree
 
     config = parse_options(TrainConfig, options(dataset, tmp_path / "run"), prog="p", description="d")
-    with closing(Loaders(config, Distributed())) as loaders:
-        model = build_model(config, torch.device("cpu")).eval()
-        evaluate_now = evaluator(config, model, loaders, Manifest(dataset / "m"))
+    run = resolve(config, Distributed())
+    with Loaders(run) as loaders:
+        model = build_model(run, num_classes=0).eval()
+        evaluate_now = build_evaluator(run, model, loaders, Manifest(dataset / "m"))
         first = evaluate_now(None).metrics()
         before = held()
         for _ in range(4):

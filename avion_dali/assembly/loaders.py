@@ -3,80 +3,30 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import torch
 
-from avion_dali.config import Decoder, TrainConfig
+from avion_dali.assembly.decoder_choice import INSTEAD
+from avion_dali.assembly.resolve import ResolvedRun
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.decode import cpu_fused, paper_fused, reference
-from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.loop import ClipLoader
 from avion_dali.loading.cpu_loader import CpuLoader
 from avion_dali.loading.filling import LoaderSettings
 from avion_dali.loading.pool import DecodePool, default_workers
 from avion_dali.loading.worker import DecodeClip
 from pipelines.codecs import DECODABLE
-from pipelines.support import auto_decoder, cuda_problem, dali_problem, nvdec_problem
 
 _DECODE_CLIP: dict[str, DecodeClip] = {
     "cpu-fused": cpu_fused.decode_clip,
     "paper-fused": paper_fused.decode_clip,
     "reference": reference.decode_clip,
 }
-_INSTEAD = "--decoder cpu-fused delivers the same clips on CPU cores"
-
-
-@dataclass(frozen=True)
-class DecoderChoice:
-    """What decodes in this run.
-
-    Args:
-        name: a decoder's name, never `auto`.
-        reason: why this one.
-    """
-
-    name: str
-    reason: str
-
-
-def choose_decoder(decoder: Decoder, device: torch.device) -> DecoderChoice:
-    """Decide what decodes; `auto` takes DALI where NVDEC works, else `cpu-fused`.
-
-    Args:
-        decoder: what was asked for.
-        device: where the model runs.
-
-    Raises:
-        UserError: when it cannot run here.
-    """
-    if decoder == "auto":
-        return DecoderChoice(*auto_decoder(_nvdec_problem(device)))
-    if decoder == "dali":
-        problem = _nvdec_problem(device) if device.type == "cuda" else _import_problem()
-        if problem:
-            raise UserError(f"--decoder dali does not work here: {problem}; {_INSTEAD}")
-    return DecoderChoice(decoder, "asked for")
-
-
-def _nvdec_problem(device: torch.device) -> str | None:
-    if device.type == "cuda":
-        return nvdec_problem(torch.cuda.current_device() if device.index is None else device.index)
-    return cuda_problem(0) or "the model runs on the CPU"
-
-
-def _import_problem() -> str | None:
-    """Import what `--decoder dali` needs; returns why that failed."""
-    try:
-        import pipelines.loader  # noqa: F401
-    except (ImportError, OSError) as error:
-        return dali_problem() or str(error)
-    return None
 
 
 def require_decodable_without_gpu(manifest: Manifest) -> None:
@@ -93,7 +43,7 @@ def require_decodable_without_gpu(manifest: Manifest) -> None:
     if others:
         raise UserError(
             f"--decoder dali decodes {', '.join(sorted(decodable))} without a GPU, and {manifest.folder} has "
-            f"{' and '.join(others)} chunks; {_INSTEAD}, or make chunks for DALI with "
+            f"{' and '.join(others)} chunks; {INSTEAD}, or make chunks for DALI with "
             "`avion-dali chunk --profile vp9`"
         )
 
@@ -114,15 +64,14 @@ class Loaders:
     """The loaders of one rank: training and evaluation share one pool of decode processes.
 
     Args:
-        config: the run's configuration.
-        distributed: this rank among all.
+        run: the resolved configuration.
     """
 
-    def __init__(self, config: TrainConfig, distributed: Distributed) -> None:
-        self.config, self.distributed = config, distributed
+    def __init__(self, run: ResolvedRun) -> None:
+        config = run.config
+        self.run, self.config, self.distributed, self.decoder = run, config, run.distributed, run.decoder
         self._open: list[ClipLoader] = []
         self._ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.decoder = choose_decoder(config.decoder, distributed.device)
         self.pool = DecodePool(
             _DECODE_CLIP.get(self.decoder.name, cpu_fused.decode_clip),
             workers=config.data.workers or default_workers(self._ranks_here),
@@ -147,6 +96,12 @@ class Loaders:
         batch = self.config.optim.micro_batch * self.distributed.world_size
         return self._build(manifest, training=False, global_batch=batch)
 
+    def __enter__(self) -> Loaders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the decode processes and give back the loaders' memory."""
         self.pool.close()
@@ -165,10 +120,9 @@ class Loaders:
             seed=config.run.seed,
             training=training,
         )
-        has_texts = config.objective.name in ("contrastive", "max-margin")
         settings = LoaderSettings(
             device=torch.device(distributed.device),
-            context_length=config.model.context_length if has_texts else 0,
+            context_length=config.model.context_length if self.run.task.reads_texts else 0,
             prefetch_batches=config.data.prefetch_batches,
             max_bad_fraction=config.data.max_bad_fraction,
             quarantine=Path(config.output_dir) / "quarantine.jsonl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import sys
@@ -92,6 +93,15 @@ def _below(options: Any, section: str) -> Any:
     return options
 
 
+def _show_messages() -> None:
+    """Write what the library logs to the console, one plain line each."""
+    logger, handler = logging.getLogger("avion_dali"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run an entry point; errors a user can act on become one message and exit status 2.
 
@@ -101,6 +111,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     # OpenMP's threads wait for each other by spinning, which takes the cores from decode workers: a CPU
     # training with one worker on two cores gained a fifth from giving up early. torch reads this once.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    _show_messages()
     try:
         status = main() or 0
     except UserError as error:

@@ -19,8 +19,8 @@ from avion_dali.data.profiles import ProfileName
 
 if TYPE_CHECKING:
     from avion_dali.data.manifest import Manifest
-    from avion_dali.engine.evaluate import RetrievalResult
     from avion_dali.engine.report import ReportQuery
+    from avion_dali.tasks.retrieval_scoring import RetrievalResult
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 GALLERY_TEXTS = 6
@@ -159,15 +159,16 @@ def train_and_report(config: TrainConfig) -> DemoNumbers:
     Args:
         config: the run's configuration.
     """
-    from avion_dali.assembly.build import evaluate_checkpoint, training
+    from avion_dali.assembly.evaluation import evaluate_checkpoint
+    from avion_dali.assembly.training import training
     from avion_dali.config import EvaluateConfig
     from avion_dali.data.manifest import Manifest
     from avion_dali.engine.checkpoint import LATEST_NAME, software_versions
     from avion_dali.engine.distributed import Distributed
-    from avion_dali.engine.evaluate import RetrievalResult
     from avion_dali.engine.report import ReportData, write_report
     from avion_dali.engine.run_log import LOG_NAME, command_line, read_rows
     from avion_dali.metrics.retrieval import chance_scores
+    from avion_dali.tasks.retrieval_scoring import RetrievalResult
 
     output, distributed = Path(config.output_dir), Distributed()
     with stage("training"), training(config, distributed) as loop:

@@ -16,7 +16,7 @@ from avion_dali.cli.demo import chunk_profile, demo_config, make_data, stage
 from avion_dali.config import Decoder, TrainConfig
 
 if TYPE_CHECKING:
-    from avion_dali.assembly.tasks import EvaluationResult
+    from avion_dali.tasks.evaluation import EvaluationResult
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WEIGHTS = "weights.safetensors"
@@ -144,7 +144,7 @@ class Runs:
             weights: of a run.
             frozen_frames: repeat each clip's first frame.
         """
-        from avion_dali.assembly.build import evaluate_checkpoint
+        from avion_dali.assembly.evaluation import evaluate_checkpoint
         from avion_dali.config import EvaluateConfig
         from avion_dali.engine.distributed import Distributed
 
@@ -168,7 +168,7 @@ def run_training(name: str, config: TrainConfig) -> Path:
     Returns:
         The weights it ended with.
     """
-    from avion_dali.assembly.build import training
+    from avion_dali.assembly.training import training
     from avion_dali.engine.distributed import Distributed
 
     with stage(f"training {name}"), training(config, Distributed()) as loop:

@@ -30,7 +30,7 @@ GIB = 2**30
 FIELDS = ("value", "problem", "essential")
 ENCODERS = ("libx264", "libx265", "libvpx-vp9", "libsvtav1")
 # What a training imports, and open_clip, which it imports late; anything missing or broken shows here.
-ESSENTIAL_IMPORTS = {"training code": "avion_dali.assembly.build", "text tower": "open_clip.transformer"}
+ESSENTIAL_IMPORTS = {"training code": "avion_dali.assembly.training", "text tower": "open_clip.transformer"}
 OPTIONAL_KERNELS = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}
 IMPORT_TIMEOUT_S = 300.0  # a cold shared disk
 _REINSTALL = "pip install --upgrade --force-reinstall"

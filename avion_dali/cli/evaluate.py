@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     config = parse_options(EvaluateConfig, argv, prog="python -m train.evaluate", description=__doc__ or "")
     # Decode workers re-import this module: everything heavy waits until here.
-    from avion_dali.assembly.build import evaluate_checkpoint
+    from avion_dali.assembly.evaluation import evaluate_checkpoint
     from avion_dali.engine.distributed import distributed_session
 
     if config.output and not Path(config.output).absolute().parent.is_dir():

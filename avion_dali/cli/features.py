@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from avion_dali.data.manifest import Manifest
     from avion_dali.engine.distributed import Distributed
-    from avion_dali.engine.per_sample import PerSample
+    from avion_dali.tasks.sample_means import PerSample
 
 ENDINGS = (".safetensors", ".npy")
 _SHOWN = 20
@@ -181,12 +181,13 @@ def embed_manifest(
     options: argparse.Namespace, manifest: Manifest, distributed: Distributed, folder: Path
 ) -> PerSample:
     """Load the weights, decode and embed all clips."""
-    from avion_dali.assembly.build import evaluation_config, fill_model, trained_config
+    from avion_dali.assembly.evaluation import evaluation_config, trained_config
     from avion_dali.assembly.loaders import Loaders
-    from avion_dali.assembly.tasks import build_model
-    from avion_dali.engine.features import extract_features
-    from avion_dali.engine.precision import resolve_precision
+    from avion_dali.assembly.model import load_model
+    from avion_dali.assembly.resolve import resolve
+    from avion_dali.inference.embeddings import EmbeddingScorer
     from avion_dali.models.start import open_start
+    from avion_dali.tasks.evaluation import evaluate
 
     start = open_start(options.checkpoint)
     settings = {name: getattr(options, name) for name in ("decoder", "workers", "micro_batch", "num_frames")}
@@ -195,24 +196,17 @@ def embed_manifest(
     if config.objective.name == "masked-video":
         # The encoder of such a model, as fine-tuning would take it: mean of its tokens, normalised.
         config = replace(config, objective=replace(config.objective, name="classification"))
-    model = build_model(config, distributed.device, num_classes=start.facts.num_classes or 1)
-    fill_model(model, start, config)
-    model.eval()
-    loaders = Loaders(config, distributed)
+    run = resolve(config, distributed, start)
+    model = load_model(run, start)
     if distributed.is_main:
-        print(f"decoder: {loaders.decoder.name} ({loaders.decoder.reason})", file=sys.stderr)
-    try:
+        print("\n".join(run.lines()), file=sys.stderr)
+    scorer = EmbeddingScorer(
+        model, before_projection=options.before_projection, normalization=config.data.normalization
+    )
+    with Loaders(run) as loaders:
         loader = loaders.evaluation(manifest)
-        return extract_features(
-            model,
-            loader.batches(0, loader.steps_per_epoch),
-            before_projection=options.before_projection,
-            normalization=config.data.normalization,
-            precision=resolve_precision(config.run.precision, distributed.device),
-            distributed=distributed,
-        )
-    finally:
-        loaders.close()
+        batches = loader.batches(0, loader.steps_per_epoch)
+        return evaluate(model, batches, scorer, precision=run.precision, distributed=distributed)
 
 
 def write_features(path: Path, features: PerSample, manifest: Manifest) -> None:

@@ -255,10 +255,12 @@ def time_model(options: argparse.Namespace, device: torch.device, micro_batch: i
     """Time training steps on clips of noise; returns milliseconds and processor milliseconds of a clip."""
     import torch
 
-    from avion_dali.assembly.tasks import build_model
+    from avion_dali.assembly.model import build_model
+    from avion_dali.assembly.resolve import resolve
     from avion_dali.config import DataConfig, ModelConfig, TrainConfig
     from avion_dali.contracts import ClipBatch
     from avion_dali.device_ops.randomness import StepKey
+    from avion_dali.engine.distributed import Distributed
     from avion_dali.engine.optim import build_optimizer, parameter_groups
     from avion_dali.engine.precision import autocast, gradient_scaler, resolve_precision
     from avion_dali.engine.timing import synchronize
@@ -266,7 +268,8 @@ def time_model(options: argparse.Namespace, device: torch.device, micro_batch: i
 
     data = DataConfig(num_frames=options.frames, frame_size=options.frame_size)
     config = TrainConfig(data=data, model=ModelConfig(size=options.model))
-    model = build_model(config, device)
+    run = resolve(config, Distributed(device=device))
+    model = build_model(run, num_classes=0)
     optimizer = build_optimizer(parameter_groups(model, config.optim.weight_decay), config.optim)
     objective, precision = Contrastive(data.normalization), resolve_precision("auto", device)
     scaler = gradient_scaler(precision, device)

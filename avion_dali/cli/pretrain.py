@@ -43,7 +43,7 @@ def train_from_command_line(
             "such as a file of configs/: it names an objective and what goes with it"
         )
     # Decode workers re-import this module: everything heavy waits until here.
-    from avion_dali.assembly.build import training
+    from avion_dali.assembly.training import training
     from avion_dali.engine.distributed import distributed_session
     from avion_dali.engine.signals import exit_status
 

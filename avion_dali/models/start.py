@@ -254,6 +254,15 @@ def settle(config: ModelConfig, facts: WeightFacts) -> ModelConfig:
     )
 
 
+def settled(config: ModelConfig) -> ModelConfig:
+    """Decide what a configuration leaves open, for a model that starts from random weights.
+
+    Args:
+        config: the model's configuration.
+    """
+    return replace(config, activation=settled_activation(config), norm_eps=config.norm_eps or _DEFAULT_NORM_EPS)
+
+
 def contradictions(
     facts: WeightFacts, *, normalization: Normalization | None = None, activation: Activation | None = None
 ) -> tuple[str, ...]:

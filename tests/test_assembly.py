@@ -12,15 +12,9 @@ import torch
 from chunk_folders import chunk_row, sample_row
 from small_models import save_as, small_classifier
 
-from avion_dali.assembly.build import (
-    evaluate_checkpoint,
-    evaluation_config,
-    require_same_classes,
-    resume_facts,
-    settled,
-    trained_config,
-    training,
-)
+from avion_dali.assembly.class_agreement import require_same_classes
+from avion_dali.assembly.evaluation import evaluate_checkpoint, evaluation_config, trained_config
+from avion_dali.assembly.training import resume_facts, training
 from avion_dali.cli.weights import write as write_weights
 from avion_dali.config import (
     DataConfig,
@@ -36,7 +30,7 @@ from avion_dali.data.classes import ClassTable
 from avion_dali.data.manifest import Manifest, write_manifest
 from avion_dali.engine.distributed import Distributed
 from avion_dali.models.classifier import build_classifier
-from avion_dali.models.start import open_start
+from avion_dali.models.start import open_start, settled
 
 TRAINED = TrainConfig(
     output_dir="runs/x",

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
 from avion_dali.config import Normalization
-from avion_dali.contracts import ClipBatch, UserError
+from avion_dali.contracts import ClipBatch
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.relevancy import open_captions
 from avion_dali.data.text import pad_tokens
 from avion_dali.device_ops.normalize import normalize_frames
-from avion_dali.engine.distributed import Distributed
-from avion_dali.engine.per_sample import SampleSums
-from avion_dali.engine.precision import Precision, autocast
-from avion_dali.metrics.retrieval import RetrievalScores, retrieval_scores
+from avion_dali.metrics.retrieval import RETRIEVAL_METRICS, RetrievalScores, retrieval_scores
 from avion_dali.models.dual_encoder import DualEncoder
+from avion_dali.tasks.sample_means import PerSample
 
-FramesTransform = Callable[[torch.Tensor], torch.Tensor]
 _TEXTS_PER_PASS = 256
 _CLIPS_PER_BLOCK = 2048
 
@@ -66,6 +63,7 @@ class RetrievalResult:
         """Return the numbers to log, as fractions."""
         mean_ap, ndcg = self.scores.mean_average_precision, self.scores.ndcg
         return {
+            **self._directional_metrics(),
             "map_avg": mean_ap.average,
             "map_v2t": mean_ap.video_to_text,
             "map_t2v": mean_ap.text_to_video,
@@ -75,6 +73,17 @@ class RetrievalResult:
             "binary_map_avg": self.scores.binary_mean_average_precision.average,
             "clips": len(self.sample_ids),
             "unreadable": self.unreadable,
+        }
+
+    def _directional_metrics(self) -> dict[str, float]:
+        pairs = {
+            "v2t": (self.similarity_VT, self.relevancy_VT),
+            "t2v": (self.similarity_VT.T, self.relevancy_VT.T),
+        }
+        return {
+            f"{name}_{direction}": metric(*pair)
+            for name, metric in RETRIEVAL_METRICS.items()
+            for direction, pair in pairs.items()
         }
 
 
@@ -90,65 +99,50 @@ def build_gallery(manifest: Manifest) -> Gallery:
     return Gallery(captions.texts, captions.tokens, captions.relevancy(np.arange(manifest.num_samples)))
 
 
-def evaluate_retrieval(
-    model: DualEncoder,
-    batches: Iterable[ClipBatch],
-    gallery: Gallery,
-    *,
-    normalization: Normalization,
-    precision: Precision,
-    distributed: Distributed,
-    transform: FramesTransform | None = None,
-) -> RetrievalResult:
-    """Embed all clips and captions and score the retrieval in both directions.
+class RetrievalScorer:
+    """Embeds clips and captions and scores the retrieval in both directions.
 
-    The vectors of a row's clips and crops are averaged and made unit vectors again. Similarity and relevancy
+    The vectors of a row's clips and views are averaged and made unit vectors again. Similarity and relevancy
     are float32 (clips, captions): for EPIC-KITCHENS-100's 9,668 clips and 3,842 captions 149 MB each, on the
     CPU of every rank; the device holds a block of similarities at a time.
 
     Args:
-        model: the bare dual encoder, in evaluation mode.
-        batches: this rank's share of the manifest's clips, any number of clips a row and crops a clip.
         gallery: the captions.
         normalization: pixel mean and deviation.
-        precision: of the forward passes.
-        distributed: this rank among all.
-        transform: changes frames (B, T, H, W, C) before the model, for controls such as frozen frames.
-
-    Raises:
-        UserError: when not one clip could be read.
     """
-    device = distributed.device
-    sums = SampleSums()
-    with torch.inference_mode():
-        for batch in batches:
-            if not len(batch):  # the last share of a rank may be empty
-                continue
-            frames = batch.frames_BTHWC if transform is None else transform(batch.frames_BTHWC)
-            with autocast(precision, device):
-                sums.add(batch, model.encode_video(normalize_frames(frames, normalization)))
-        with autocast(precision, device):
-            text_TD = _embed_texts(model, gallery, device)
-        clips = sums.gather(text_TD.shape[1], device)
-        rows = clips.sample_ids
-        if not len(rows):
-            raise UserError(
-                f"not one of {clips.unreadable} evaluation clips could be read; see quarantine.jsonl"
-            )
-        similarity = _similarity(torch.from_numpy(clips.means_SX).to(device), text_TD)
-    everything = len(rows) == len(gallery.relevancy_VT)
-    relevancy = gallery.relevancy_VT if everything else gallery.relevancy_VT[rows]
-    scores = retrieval_scores(similarity, relevancy)
-    return RetrievalResult(scores, similarity, relevancy, rows, gallery.texts, clips.unreadable)
 
+    def __init__(self, gallery: Gallery, *, normalization: Normalization) -> None:
+        self.gallery, self.normalization = gallery, normalization
 
-def freeze_first_frame(frames_BTHWC: torch.Tensor) -> torch.Tensor:
-    """Repeat each clip's first frame: a control that takes the motion away and leaves the picture.
+    def scores(self, model: nn.Module, batch: ClipBatch) -> torch.Tensor:
+        """Return the unit vectors of a batch's clips.
 
-    Args:
-        frames_BTHWC: uint8 (B, T, H, W, C).
-    """
-    return frames_BTHWC[:, :1].expand_as(frames_BTHWC).contiguous()
+        Args:
+            model: a dual encoder.
+            batch: B samples of V views each.
+
+        Returns:
+            Float32 (B*V, D).
+        """
+        dual_encoder = cast(DualEncoder, model)
+        return dual_encoder.encode_video(normalize_frames(batch.frames_BTHWC, self.normalization))
+
+    def result(self, model: nn.Module, samples: PerSample, device: torch.device) -> RetrievalResult:
+        """Rank captions for clips and clips for captions.
+
+        Args:
+            model: a dual encoder.
+            samples: mean vectors of the clips.
+            device: where the model computes.
+        """
+        gallery, rows = self.gallery, samples.sample_ids
+        text_TD = _embed_texts(cast(DualEncoder, model), gallery, device)
+        with torch.autocast(device.type, enabled=False):
+            similarity = _similarity(torch.from_numpy(samples.means_SX).to(device), text_TD)
+        everything = len(rows) == len(gallery.relevancy_VT)
+        relevancy = gallery.relevancy_VT if everything else gallery.relevancy_VT[rows]
+        scores = retrieval_scores(similarity, relevancy)
+        return RetrievalResult(scores, similarity, relevancy, rows, gallery.texts, samples.unreadable)
 
 
 def _similarity(video_VD: torch.Tensor, text_TD: torch.Tensor) -> np.ndarray:

@@ -14,9 +14,10 @@ from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.data.classes import ClassTable
 from avion_dali.device_ops.normalize import PIXEL_STATISTICS
 from avion_dali.engine.distributed import Distributed
-from avion_dali.engine.evaluate_classes import ClassResult, evaluate_classes
-from avion_dali.engine.evaluate_masked import evaluate_masked
 from avion_dali.objectives.masked_video import MaskedReconstruction
+from avion_dali.tasks import evaluation
+from avion_dali.tasks.masked_pretraining import ReconstructionScorer
+from avion_dali.tasks.recognition import ClassResult, ClassScorer
 
 CLASSES = ClassTable(("cut carrot", "cut knife", "wash carrot"), verbs=(0, 0, 4), nouns=(2, 7, 2))
 
@@ -52,11 +53,10 @@ def batch_of(
 
 
 def evaluate(batches: list[ClipBatch], model: nn.Module | None = None) -> ClassResult:
-    return evaluate_classes(
+    return evaluation.evaluate(
         model or PixelLogits(),
         batches,
-        CLASSES,
-        normalization="imagenet",
+        ClassScorer(CLASSES, normalization="imagenet"),
         precision="fp32",
         distributed=Distributed(),
     )
@@ -126,9 +126,9 @@ def test_masked_evaluation_is_the_mean_over_clips_and_repeats():
     )
 
     def run(batches: list[ClipBatch]) -> dict[str, float]:
-        return evaluate_masked(
-            Zeros(), batches, objective, precision="fp32", distributed=Distributed()
-        ).metrics()
+        scorer = ReconstructionScorer(objective)
+        result = evaluation.evaluate(Zeros(), batches, scorer, precision="fp32", distributed=Distributed())
+        return result.metrics()
 
     together = run([masked_batch([0, 1, 2])])
     assert together == run([masked_batch([2, 0]), masked_batch([1])])

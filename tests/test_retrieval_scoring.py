@@ -12,7 +12,9 @@ from avion_dali.contracts import ChunkRef, ClipBatch, UserError
 from avion_dali.data.classes import CaptionTable
 from avion_dali.data.manifest import Chunk, Manifest, Sample, write_manifest
 from avion_dali.engine.distributed import Distributed
-from avion_dali.engine.evaluate import build_gallery, evaluate_retrieval, freeze_first_frame
+from avion_dali.tasks import evaluation
+from avion_dali.tasks.evaluation import freeze_first_frame
+from avion_dali.tasks.retrieval_scoring import RetrievalScorer, build_gallery
 
 ROWS = [
     ("cut the carrot", "cut", ("carrot",)),
@@ -66,11 +68,10 @@ def batch_of(ids: list[int], levels: list[int], valid: list[bool]) -> ClipBatch:
 
 
 def evaluate(manifest: Manifest, batches: list[ClipBatch], **options: object) -> object:
-    return evaluate_retrieval(
+    return evaluation.evaluate(
         Lookup(),
         batches,
-        build_gallery(manifest),
-        normalization="openai",
+        RetrievalScorer(build_gallery(manifest), normalization="openai"),
         precision="fp32",
         distributed=Distributed(),
         **options,

@@ -1,4 +1,7 @@
-"""Sums over the clips and views of each sample, over all batches and ranks. Axes: S samples, X numbers each."""
+"""Means over the clips and views of each sample, over all batches and ranks.
+
+Axes: B samples of a batch, V views of a clip, S samples of the evaluation, X numbers per sample.
+"""
 
 from __future__ import annotations
 
@@ -58,16 +61,21 @@ class SampleSums:
             self._counts[sample] = self._counts.get(sample, 0) + views
             self._labels[sample] = int(labels[row])
 
-    def gather(self, width: int, device: torch.device) -> PerSample:
-        """Combine the ranks, once; every rank must call it, also one that added nothing.
+    def gather(self, device: torch.device) -> PerSample:
+        """Average over all ranks, and forget this rank's sums; every rank must call it, once.
 
         Args:
-            width: X.
             device: where the process group moves tensors.
+
+        Returns:
+            The same on every rank; without rows where no rank has read a clip.
         """
         facts = np.array(
             [(sample, count, self._labels[sample]) for sample, count in self._counts.items()], dtype=np.int64
         ).reshape(-1, 3)
+        width = next((len(values) for values in self._sums.values()), 0)
+        # A rank whose share is empty does not know how many numbers the others have.
+        width = int(all_gather_rows(torch.tensor([width], device=device)).max())
         own = np.stack(list(self._sums.values())) if self._sums else np.zeros((0, width), np.float32)
         self._sums.clear()
         facts_S3 = all_gather_rows(torch.from_numpy(facts).to(device)).cpu().numpy()
