@@ -81,9 +81,9 @@ def _record(config: TrainConfig) -> list[Step]:
 
     The one place that knows how the library puts a training together and takes a step.
     """
+    from avion_dali.assembly.training import training
     from avion_dali.engine.distributed import Distributed
     from avion_dali.models.presets import PRESETS
-    from train.build import training
 
     # Narrow texts, whose table of 49408 words is most of the model: that halves the time.
     smaller = replace(PRESETS["tiny"], video_layers=2, text_width=32, text_heads=2)
