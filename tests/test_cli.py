@@ -10,7 +10,7 @@ import make_videos
 import pytest
 
 from avion_dali.cli import features
-from avion_dali.cli.arguments import parse_options
+from avion_dali.cli.arguments import parameters_as_keys, parse_options
 from avion_dali.cli.main import build_parser, list_videos, main
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.contracts import UserError
@@ -18,8 +18,8 @@ from avion_dali.data.manifest import Manifest
 
 TRAIN_OPTIONS = {
     "": "output_dir decoder resume",
-    "data": "train_manifest eval_manifest num_frames frame_size sampling stride crop crop_scale crop_ratio "
-    "flip_probability repeats eval_clips eval_crops text relevancy_threshold normalization workers "
+    "data": "num_frames frame_size sampling stride crop crop_scale crop_ratio flip_probability repeats "
+    "eval_clips eval_crops text relevancy_threshold train_manifest eval_manifest normalization workers "
     "prefetch_batches clip_timeout_s max_bad_fraction",
     "augment": "color_jitter rand_augment_ops rand_augment_magnitude erasing_probability",
     "model": "encoder size weights temporal_resize embed_dim activation norm_eps pre_norm context_length "
@@ -151,3 +151,16 @@ def test_folders_are_searched_and_empty_ones_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no video"):
         list_videos([tmp_path / "empty"], but_not=tmp_path / "out")
+
+
+def test_errors_name_keys_and_options_where_the_library_names_parameters() -> None:
+    def translated(message: str, options: type) -> str:
+        with pytest.raises(UserError) as caught, parameters_as_keys(options):
+            raise UserError(message)
+        return str(caught.value)
+
+    message = "`num_frames` and `decoder` do not fit `other` and `avion-dali chunk`"
+    assert translated(message, TrainConfig) == (
+        "data.num_frames and --decoder do not fit `other` and `avion-dali chunk`"
+    )
+    assert translated(message, EvaluateConfig).startswith("--num-frames and --decoder do not")

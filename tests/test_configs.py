@@ -86,8 +86,9 @@ def test_a_recipe_trains(
     data: LaunchData,
     pretrained: dict[str, Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", logger="avion_dali")
     if decoder == "dali":
         pytest.importorskip("nvidia.dali")
     config = recipe_config(recipe)
@@ -108,6 +109,6 @@ def test_a_recipe_trains(
         open_start(str(tmp_path / "weights.safetensors")).config["objective"]["name"] == config.objective.name
     )
     assert (tmp_path / "report.html").is_file() and (tmp_path / "checkpoint_best.pt").is_file()
-    said = re.search(r"(\d+) of (\d+) parameters loaded", capsys.readouterr().err)
+    said = re.search(r"(\d+) of (\d+) parameters loaded", caplog.text)
     assert bool(said) == is_finetuning
     assert said is None or int(said[1]) >= int(said[2]) - 4  # a head, and what stands before it

@@ -118,7 +118,7 @@ def test_numbers_are_those_of_the_model_itself(videos: Path, tmp_path: Path):
         run("--checkpoint", weights, "--manifest", tmp_path / "m", "--output", output, "--micro-batch", 3) == 0
     )
     manifest, model = Manifest(tmp_path / "m"), model_of(CONFIG).eval()
-    planner = Planner(manifest, ClipRules.from_config(CONFIG.data, training=False), seed=0)
+    planner = Planner(manifest, ClipRules.from_options(CONFIG.data, training=False), seed=0)
     frames = np.empty((4, 2, 32, 32, 3), np.uint8)
     for row in range(4):
         decode_clip(planner.plan(row, 0), frames[row : row + 1])

@@ -64,7 +64,7 @@ def test_without_nvdec_dali_is_refused_and_auto_takes_the_cpu(monkeypatch: pytes
     monkeypatch.setattr(
         decoder_choice, "nvdec_problem", lambda index: asked.append(index) or "no libnvcuvid.so.1"
     )
-    with pytest.raises(UserError, match=r"no libnvcuvid.so.1; --decoder cpu-fused"):
+    with pytest.raises(UserError, match=r"no libnvcuvid.so.1; `decoder` cpu-fused"):
         decoder_choice.choose_decoder("dali", CUDA)
     choice = decoder_choice.choose_decoder("auto", CUDA)
     assert (choice.name, choice.reason) == ("cpu-fused", "no libnvcuvid.so.1")
@@ -85,7 +85,7 @@ def test_with_nvdec_auto_takes_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_dali_only_its_own_option_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pipelines.loader", None)
     monkeypatch.setattr(decoder_choice, "dali_problem", lambda: "DALI is not installed; pip install it")
-    with pytest.raises(UserError, match="DALI is not installed; pip install it; --decoder cpu-fused"):
+    with pytest.raises(UserError, match="DALI is not installed; pip install it; `decoder` cpu-fused"):
         decoder_choice.choose_decoder("dali", torch.device("cpu"))
     for name in ("cpu-fused", "paper-fused", "reference"):
         assert decoder_choice.choose_decoder(name, torch.device("cpu")).name == name

@@ -7,11 +7,11 @@ from typing import Final
 
 import torch
 
-from avion_dali.config import Decoder
 from avion_dali.contracts import UserError
+from avion_dali.decode.table import CPU_DECODERS
 from pipelines.support import auto_decoder, cuda_problem, dali_problem, nvdec_problem
 
-INSTEAD: Final = "--decoder cpu-fused delivers the same clips on CPU cores"
+INSTEAD: Final = "`decoder` cpu-fused delivers the same clips on CPU cores"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,12 @@ class DecoderChoice:
     reason: str
 
 
-def choose_decoder(decoder: Decoder, device: torch.device) -> DecoderChoice:
+def decoder_names() -> tuple[str, ...]:
+    """Return all values that `decoder` may have."""
+    return ("auto", "dali", *CPU_DECODERS)
+
+
+def choose_decoder(decoder: str, device: torch.device) -> DecoderChoice:
     """Decide what decodes; `auto` takes DALI where NVDEC works, else `cpu-fused`.
 
     Args:
@@ -37,12 +42,14 @@ def choose_decoder(decoder: Decoder, device: torch.device) -> DecoderChoice:
     Raises:
         UserError: when it cannot run here.
     """
+    if decoder not in decoder_names():
+        raise UserError(f"`decoder` = {decoder!r} is not a decoder; choose one of {', '.join(decoder_names())}")
     if decoder == "auto":
         return DecoderChoice(*auto_decoder(_nvdec_problem(device)))
     if decoder == "dali":
         problem = _nvdec_problem(device) if device.type == "cuda" else _import_problem()
         if problem:
-            raise UserError(f"--decoder dali does not work here: {problem}; {INSTEAD}")
+            raise UserError(f"`decoder` dali does not work here: {problem}; {INSTEAD}")
     return DecoderChoice(decoder, "asked for")
 
 

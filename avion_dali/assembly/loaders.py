@@ -14,19 +14,12 @@ from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
-from avion_dali.decode import cpu_fused, paper_fused, reference
+from avion_dali.decode.table import CPU_DECODERS
 from avion_dali.engine.loop import ClipLoader
 from avion_dali.loading.cpu_loader import CpuLoader
 from avion_dali.loading.filling import LoaderSettings
 from avion_dali.loading.pool import DecodePool, default_workers
-from avion_dali.loading.worker import DecodeClip
 from pipelines.codecs import DECODABLE
-
-_DECODE_CLIP: dict[str, DecodeClip] = {
-    "cpu-fused": cpu_fused.decode_clip,
-    "paper-fused": paper_fused.decode_clip,
-    "reference": reference.decode_clip,
-}
 
 
 def require_decodable_without_gpu(manifest: Manifest) -> None:
@@ -42,7 +35,7 @@ def require_decodable_without_gpu(manifest: Manifest) -> None:
     others = sorted(chunk_codecs(manifest) - decodable)
     if others:
         raise UserError(
-            f"--decoder dali decodes {', '.join(sorted(decodable))} without a GPU, and {manifest.folder} has "
+            f"`decoder` dali decodes {', '.join(sorted(decodable))} without a GPU, and {manifest.folder} has "
             f"{' and '.join(others)} chunks; {INSTEAD}, or make chunks for DALI with "
             "`avion-dali chunk --profile vp9`"
         )
@@ -73,7 +66,7 @@ class Loaders:
         self._open: list[ClipLoader] = []
         self._ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.pool = DecodePool(
-            _DECODE_CLIP.get(self.decoder.name, cpu_fused.decode_clip),
+            CPU_DECODERS.get(self.decoder.name, CPU_DECODERS["cpu-fused"]),
             workers=config.data.workers or default_workers(self._ranks_here),
             clip_timeout_s=config.data.clip_timeout_s,
         )
@@ -110,7 +103,9 @@ class Loaders:
 
     def _build(self, manifest: Manifest, *, training: bool, global_batch: int) -> ClipLoader:
         config, distributed = self.config, self.distributed
-        planner = Planner(manifest, ClipRules.from_config(config.data, training=training), seed=config.run.seed)
+        planner = Planner(
+            manifest, ClipRules.from_options(config.data, training=training), seed=config.run.seed
+        )
         schedule = BatchSchedule(
             num_samples=planner.num_rows,
             global_batch=global_batch,

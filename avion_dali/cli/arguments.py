@@ -7,7 +7,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from avion_dali.contracts import UserError
@@ -35,11 +36,16 @@ def parse_options(
     parser.add_argument("--config", action="config", help="YAML file; later arguments win over it")
     parser.add_class_arguments(options)
     try:
-        values = vars(parser.instantiate(parser.parse_args(_underscored(argv))))
+        with parameters_as_keys(options):
+            return _filled(parser, options, argv)
     except ArgumentError as error:
         raise UserError(f"{_explain(str(error), options)}\n{prog} --help lists every option") from None
     except (TypeError, UnicodeDecodeError) as error:  # jsonargparse lets these escape from a malformed file
         raise UserError(f"the configuration file is malformed, perhaps an empty section: {error}") from None
+
+
+def _filled(parser: Any, options: type[Options], argv: Sequence[str] | None) -> Options:
+    values = vars(parser.instantiate(parser.parse_args(_underscored(argv))))
     values.pop("config", None)
     return options(**values)
 
@@ -93,13 +99,45 @@ def _below(options: Any, section: str) -> Any:
     return options
 
 
+@contextmanager
+def parameters_as_keys(options: type) -> Iterator[None]:
+    """Have errors name the keys of a configuration where the library names parameters of its functions.
+
+    The library writes the names of parameters between backticks. A field of a section becomes `section.field`,
+    a field of the dataclass itself `--field`; other names stay.
+
+    Args:
+        options: the dataclass that the command line fills.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except UserError as error:
+        keys = parameter_keys(options)
+        error.args = (re.sub(r"`(\w+)`", lambda match: keys.get(match[1], match[0]), str(error)),)
+        raise
+
+
+def parameter_keys(options: Any) -> dict[str, str]:
+    """Return the key or option of every field of a configuration, by the field's name.
+
+    Args:
+        options: the dataclass.
+    """
+    sections = [name for name in _keys(options, "") if _is_section(options, name)]
+    keys = {field: f"{name}.{field}" for name in sections for field in _keys(options, name)}
+    own = {name: f"--{name.replace('_', '-')}" for name in _keys(options, "") if name not in sections}
+    return {**keys, **own}
+
+
 def _show_messages() -> None:
     """Write what the library logs to the console, one plain line each."""
     logger, handler = logging.getLogger("avion_dali"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avion_dali.cli.arguments import parse_options
-from avion_dali.config import Decoder, TrainConfig
+from avion_dali.config import TrainConfig
 from avion_dali.data.profiles import ProfileName
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class DemoOptions:
     """
 
     output_dir: str = "runs/demo"
-    decoder: Decoder = "cpu-fused"
+    decoder: str = "cpu-fused"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def stage(name: str) -> Iterator[None]:
     print(f"--- {name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
-def chunk_profile(decoder: Decoder) -> ProfileName:
+def chunk_profile(decoder: str) -> ProfileName:
     """Return how the demo's chunks are encoded: for DALI so that it decodes them without a GPU, too.
 
     Args:
@@ -139,7 +139,7 @@ def make_data(folder: Path, profile: ProfileName) -> tuple[Path, Path]:
     return manifests
 
 
-def demo_config(output: Path, train_folder: Path, heldout_folder: Path, decoder: Decoder) -> TrainConfig:
+def demo_config(output: Path, train_folder: Path, heldout_folder: Path, decoder: str) -> TrainConfig:
     """Return `configs/demo.yaml` for this folder.
 
     Args:

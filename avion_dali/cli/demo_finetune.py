@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from avion_dali.cli.arguments import parse_options
 from avion_dali.cli.demo import chunk_profile, demo_config, make_data, stage
-from avion_dali.config import Decoder, TrainConfig
+from avion_dali.config import TrainConfig
 
 if TYPE_CHECKING:
     from avion_dali.tasks.evaluation import EvaluationResult
@@ -34,7 +34,7 @@ class FinetuneDemoOptions:
 
     demo_dir: str = "runs/demo"
     output_dir: str = "runs/demo_finetune"
-    decoder: Decoder = "cpu-fused"
+    decoder: str = "cpu-fused"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Runs:
 
     folder: Path
     manifests: tuple[Path, Path]
-    decoder: Decoder
+    decoder: str
 
     def train(self, name: str, recipe: str, weights: Path | None = None) -> Path:
         """Train, or go on where an earlier start was ended.

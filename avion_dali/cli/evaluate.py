@@ -6,7 +6,7 @@ python -m train.evaluate --checkpoint runs/pretrain/checkpoint_best.pt --manifes
 import json
 from pathlib import Path
 
-from avion_dali.cli.arguments import parse_options
+from avion_dali.cli.arguments import parameters_as_keys, parse_options
 from avion_dali.config import EvaluateConfig
 from avion_dali.contracts import UserError
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise UserError(f"--output {config.output}: its folder does not exist")
-    with distributed_session() as distributed:
+    with parameters_as_keys(EvaluateConfig), distributed_session() as distributed:
         result = evaluate_checkpoint(config, distributed)
         if distributed.is_main:
             text = json.dumps(result.metrics(), indent=2)

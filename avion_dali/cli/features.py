@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avion_dali.config import CPU_DECODERS, EvaluateConfig
+from avion_dali.cli.arguments import parameters_as_keys
+from avion_dali.config import EvaluateConfig
 from avion_dali.contracts import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     projection = "the encoder's features instead of the space shared with texts"
     parser.add_argument("--before-projection", action="store_true", help=projection)
-    parser.add_argument("--decoder", default="auto", choices=("auto", "dali", *CPU_DECODERS))
+    parser.add_argument("--decoder", default="auto", help="how clips are decoded (default: auto)")
     parser.add_argument("--workers", default=0, type=int, help="decode processes (default: one per core)")
     parser.add_argument("--micro-batch", default=32, type=int, help="clips of a forward pass")
 
@@ -73,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
     # Decode workers re-import this module: everything heavy waits until here.
     from avion_dali.engine.distributed import distributed_session
 
-    with distributed_session() as distributed, working_folder(options, distributed) as folder:
+    keys = parameters_as_keys(EvaluateConfig)
+    with keys, distributed_session() as distributed, working_folder(options, distributed) as folder:
         from avion_dali.data.manifest import Manifest
 
         manifest = Manifest(options.manifest or folder / "manifest")

@@ -4,7 +4,7 @@ python -m train.pretrain --config configs/pretrain_tiny.yaml --data.train_manife
 torchrun --nproc_per_node=8 -m train.pretrain --config ... --decoder cpu-fused
 """
 
-from avion_dali.cli.arguments import parse_options
+from avion_dali.cli.arguments import parameters_as_keys, parse_options
 from avion_dali.contracts import UserError
 
 
@@ -47,7 +47,8 @@ def train_from_command_line(
     from avion_dali.engine.distributed import distributed_session
     from avion_dali.engine.signals import exit_status
 
-    with distributed_session() as distributed, training(config, distributed) as loop:
+    keys = parameters_as_keys(TrainConfig)
+    with keys, distributed_session() as distributed, training(config, distributed) as loop:
         if loop.step >= loop.last_step:
             print(f"{config.output_dir} has all its {loop.last_step} steps; raise optim.epochs to train on")
         summary = loop.run()

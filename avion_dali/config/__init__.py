@@ -6,11 +6,9 @@ elsewhere, and a recipe in `configs/` writes only the fields that differ from th
 
 from avion_dali.config.commands import EvaluateConfig, TrainConfig
 from avion_dali.config.data import (
-    CPU_DECODERS,
     AugmentConfig,
-    Crop,
+    ClipOptions,
     DataConfig,
-    Decoder,
     Normalization,
     Sampling,
 )
@@ -28,20 +26,17 @@ from avion_dali.config.objective import (
     MaskedVideoConfig,
     MaxMarginConfig,
     ObjectiveConfig,
-    ObjectiveName,
 )
 from avion_dali.config.optim import OptimConfig, RunConfig
 
 __all__ = [
-    "CPU_DECODERS",
     "Activation",
     "AttentionBackend",
     "AugmentConfig",
     "ClassificationConfig",
+    "ClipOptions",
     "ContrastiveConfig",
-    "Crop",
     "DataConfig",
-    "Decoder",
     "Encoder",
     "EvaluateConfig",
     "MaskedVideoConfig",
@@ -50,7 +45,6 @@ __all__ = [
     "ModelSize",
     "Normalization",
     "ObjectiveConfig",
-    "ObjectiveName",
     "OptimConfig",
     "RunConfig",
     "Sampling",
