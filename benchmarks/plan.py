@@ -1,11 +1,11 @@
 """Does `avion-dali plan` predict what the loader delivers? Its rates against those of `benchmarks.loader`.
 
-python -m benchmarks.plan [--videos FILE ...]
+python -m benchmarks.plan [--profiles NAME ...] [--kinds 3] [--videos FILE ...]
 
-Costs are fitted on clips of 1, 8 and 24 frames of one second, decoded in one process without a loader. Then the
-clips of `benchmarks.loader`, of other lengths and spans, are predicted for every number of workers and loaded.
-Everything is in the page cache, so the disk takes no part. Linux only: processor time is read from /proc. Where
-other programs take cores, the rate predicted for what they leave is the one to compare.
+For every profile, kind of clip and number of workers, costs are measured as `plan --chunks` does it, between
+two rounds of the loader on a manifest of its own. Everything is in the page cache, so the disk takes no part.
+Linux only: processor time is read from /proc. Where other programs take cores, the rate predicted for what they
+leave is the one to compare.
 
 Workers import this module: what only the benchmark needs is imported late.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,13 +21,12 @@ from avion_dali.cores import available_cores
 from avion_dali.data.profiles import PROFILES
 
 if TYPE_CHECKING:
-    from avion_dali.inspection.capacity import DecodeCost, Machine
+    from avion_dali.data.manifest import Manifest
     from benchmarks.corpus import ClipKind
     from benchmarks.loader_runs import LoaderBench
     from benchmarks.machine import Row
 
 FRAME_SIZE = 224
-TIMED_FRAMES = (1, 8, 24)
 CLIPS = 400
 REQUIREMENT = {"error_below": 0.15}
 
@@ -36,117 +34,87 @@ REQUIREMENT = {"error_below": 0.15}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profiles", nargs="+", default=list(PROFILES), choices=tuple(PROFILES))
+    parser.add_argument("--kinds", type=int, default=3, help="kinds of clips, the first ones")
     parser.add_argument("--rounds", type=int, default=2, help="of loading, of which the fastest counts")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--videos", type=Path, nargs="+", help="chunk these instead of procedural videos")
+    parser.add_argument("--dry-run", action="store_true", help="print, but keep the results of the last run")
     options = parser.parse_args()
 
-    from benchmarks.corpus import SourceSettings, chunk_sources, write_sources
+    from benchmarks.corpus import CLIP_KINDS, SourceSettings, chunk_sources, kind_manifest, write_sources
     from benchmarks.loader import worker_counts
     from benchmarks.loader_runs import LoaderBench
     from benchmarks.machine import machine_facts, print_rows, write_result
 
-    facts = machine_facts()
+    facts, rows = machine_facts(), list["Row"]()
     bench = LoaderBench(
         workers=worker_counts(available_cores()),
         rounds=options.rounds,
         seconds=options.seconds,
         frame_size=FRAME_SIZE,
     )
-    rows: list[Row] = []
-    machine = None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         videos = options.videos or write_sources(folder / "videos", SourceSettings())
         for profile in options.profiles:
             chunks = chunk_sources(videos, folder / profile, profile)
-            machine = machine or measure_machine(chunks, folder / "machine", options.seconds)
-            rows += predictions(profile, chunks, folder / f"manifests-{profile}", machine=machine, bench=bench)
+            for number, kind in enumerate(CLIP_KINDS[: options.kinds]):
+                place = folder / f"{profile}-{number}"
+                manifest = kind_manifest(chunks, place / "loaded", kind, samples=CLIPS)
+                found = compare(chunks, place / "planned", kind, manifest=manifest, bench=bench)
+                rows += [{"profile": profile, "clip": kind.name, **row} for row in found]
     print_rows(rows)
     print(f"largest error {max(abs(row['error']) for row in rows):.1%}")
-    print(write_result("plan", rows, machine=facts, baseline=REQUIREMENT))
-
-
-def timed_kind() -> ClipKind:
-    """The clips that costs are fitted on; their number of frames varies."""
-    from benchmarks.corpus import ClipKind
-
-    return ClipKind("timed", TIMED_FRAMES[-1], 1.0)
-
-
-def measure_machine(chunks: Path, folder: Path, seconds: float) -> Machine:
-    """Measure what no profile changes."""
-    import torch
-
-    from avion_dali.inspection import measuring
-    from avion_dali.inspection.capacity import Machine
-    from avion_dali.inspection.sampling import sample_requests
-    from benchmarks.corpus import kind_manifest
-
-    manifest = kind_manifest(chunks, folder, timed_kind())
-    requests = sample_requests(manifest, num_frames=TIMED_FRAMES[-1], frame_size=FRAME_SIZE)
-    slowdown = measuring.measure_slowdown(requests, seconds=seconds / 2)
-    counts = (TIMED_FRAMES[0], TIMED_FRAMES[-1])
-    trainer = measuring.measure_trainer(
-        manifest, device=torch.device("cpu"), frame_size=FRAME_SIZE, frame_counts=counts, clips=800
-    )
-    return Machine(available_cores(), measuring.physical_cores(), slowdown, trainer)
-
-
-def predictions(profile: str, chunks: Path, folder: Path, *, machine: Machine, bench: LoaderBench) -> list[Row]:
-    """Fit a profile's costs, then predict and load every kind of clip with every number of workers."""
-    from avion_dali.inspection.measuring import measure_decode_cost
-    from benchmarks.corpus import CLIP_KINDS, kind_manifest
-
-    timed = kind_manifest(chunks, folder / "timed", timed_kind())
-    cost = measure_decode_cost(timed, frame_counts=TIMED_FRAMES, frame_size=FRAME_SIZE, seconds=bench.seconds)
-    rows = []
-    for number, kind in enumerate(CLIP_KINDS):
-        found = compare(chunks, folder / str(number), kind, cost=cost, machine=machine, bench=bench)
-        rows += [{"profile": profile, "clip": kind.name, **row} for row in found]
-    return rows
+    print(f"on the cores left {max(abs(row['error_on_the_cores_left']) for row in rows):.1%}")
+    if not options.dry_run:
+        print(write_result("plan", rows, machine=facts, baseline=REQUIREMENT))
 
 
 def compare(
-    chunks: Path, folder: Path, kind: ClipKind, *, cost: DecodeCost, machine: Machine, bench: LoaderBench
+    chunks: Path, scratch: Path, kind: ClipKind, *, manifest: Manifest, bench: LoaderBench
 ) -> list[Row]:
-    """Predict one kind of clips for every number of workers, and load it."""
+    """Predict one kind of clips of a chunk folder for every number of workers, and load it."""
+    import torch
+
+    from avion_dali.data.planner import Planner
     from avion_dali.decode.cpu_fused import decode_clip
-    from avion_dali.inspection.capacity import forecast, mean_needs
-    from avion_dali.inspection.sampling import clip_needs, sample_requests
-    from benchmarks.corpus import kind_manifest
+    from avion_dali.inspection.plan_forecast import ModelDemand, forecast
+    from avion_dali.inspection.plan_measurements import measure_loader
+    from avion_dali.inspection.plan_samples import clip_needs, open_chunks, sample_requests
     from benchmarks.loader_runs import load
 
-    manifest = kind_manifest(chunks, folder, kind, samples=CLIPS)
-    requests = sample_requests(manifest, num_frames=kind.num_frames, frame_size=FRAME_SIZE, count=CLIPS)
-    needs = mean_needs([clip_needs(request) for request in requests])
-    rows = []
+    torch.set_num_threads(1)  # as in `load`
+    cores, device = available_cores(), torch.device(bench.device)
+    planned = open_chunks(chunks, scratch, clip_seconds=kind.seconds)
+    planner = Planner(planned, kind.rules(FRAME_SIZE), seed=0)
+    needs = [clip_needs(request)[0] for request in sample_requests(planner)]
+    decoded, rows = sum(needs) / len(needs), []
     for workers in bench.workers:
-        predicted = forecast(needs, cost, machine, num_frames=kind.num_frames, workers=workers)
-        rounds = [load(manifest, kind, decode_clip, workers=workers, bench=bench) for _ in range(bench.rounds)]
+        rounds = [load(manifest, kind, decode_clip, workers=workers, bench=bench)]
+        cost = measure_loader(planner, device=device, workers=workers, seconds=bench.seconds)
+        for _ in range(bench.rounds - 1):
+            rounds.append(load(manifest, kind, decode_clip, workers=workers, bench=bench))
         # Other programs only ever slow a round down, so the fastest one counts.
         measured = max(rounds, key=lambda row: row["clips_per_s"])
         taken = measured["cores_taken_by_other_programs"]
-        left = forecast(
-            needs,
-            cost,
-            replace(machine, cores=max(machine.cores - taken, 0.01)),
-            num_frames=kind.num_frames,
-            workers=workers,
+        predicted, left = (
+            forecast(decoded, cost, cores=n, workers=workers, demand=ModelDemand())
+            for n in (cores, max(cores - taken, 0.01))
         )
         rows.append(
             {
                 "workers": workers,
                 "predicted_clips_per_s": round(predicted.clips_per_s, 1),
-                "bound_by": predicted.binds,
+                "limited_by": predicted.limit,
                 "predicted_worker_ms": round(predicted.decode_ms, 3),
-                "predicted_trainer_ms": round(predicted.core_ms - predicted.decode_ms, 3),
+                "predicted_trainer_ms": round(cost.trainer_ms, 3),
                 "measured_clips_per_s": measured["clips_per_s"],
                 "measured_worker_ms": measured["worker_cpu_ms_per_clip"],
                 "measured_trainer_ms": measured["trainer_cpu_ms_per_clip"],
                 "cores_taken_by_other_programs": taken,
                 "predicted_clips_per_s_on_the_cores_left": round(left.clips_per_s, 1),
                 "error": round(predicted.clips_per_s / measured["clips_per_s"] - 1, 4),
+                "error_on_the_cores_left": round(left.clips_per_s / measured["clips_per_s"] - 1, 4),
             }
         )
     return rows

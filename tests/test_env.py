@@ -38,7 +38,7 @@ def run(*arguments: str) -> int:
     return env.run(parser.parse_args(arguments))
 
 
-def by_name(findings: list[env.Finding]) -> dict[str, env.Finding]:
+def by_name(findings: list[env.EnvironmentRow]) -> dict[str, env.EnvironmentRow]:
     return {finding.name: finding for finding in findings}
 
 

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chunk(commands.add_parser("chunk", help="cut videos into chunks made for random access"))
     manifest.add_arguments(commands.add_parser("manifest", help="make a manifest from chunks and annotations"))
     check.add_arguments(commands.add_parser("check", help="find chunks that are damaged or decode wrongly"))
-    plan.add_arguments(commands.add_parser("plan", help="predict clips/s here, and say what binds"))
+    plan.add_arguments(commands.add_parser("plan", help="predict clips/s here, and say what limits them"))
     weights.add_arguments(commands.add_parser("weights", help="say what weights are, and convert them"))
     features.add_arguments(commands.add_parser("features", help="write embeddings of videos or of a manifest"))
     env.add_arguments(commands.add_parser("env", help="say what works on this machine, and why not"))
