@@ -9,6 +9,7 @@ from avion_dali.config.data import (
     AugmentConfig,
     ClipOptions,
     DataConfig,
+    LoaderOptions,
     Normalization,
     Sampling,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "DataConfig",
     "Encoder",
     "EvaluateConfig",
+    "LoaderOptions",
     "MaskedVideoConfig",
     "MaxMarginConfig",
     "ModelConfig",

@@ -75,22 +75,19 @@ class ClipOptions:
 
 
 @dataclass(frozen=True)
-class DataConfig(ClipOptions):
-    """Where clips come from and how they are drawn and loaded; see also `ClipOptions`.
+class LoaderOptions(ClipOptions):
+    """How clips are drawn and loaded; see also `ClipOptions`.
 
     Args:
-        train_manifest: folder made by `avion-dali manifest`; empty for evaluation only.
-        eval_manifest: folder of the held-out manifest; empty to train without evaluation.
-        normalization: pixel mean and deviation; see `avion_dali/device_ops/normalize.py`.
         workers: decode processes per rank; 0 takes the machine's cores divided by the ranks on it.
         prefetch_batches: micro-batches decoded ahead of the model.
         clip_timeout_s: seconds after which a clip's worker is killed and the clip replaced.
         max_bad_fraction: share of the manifest's rows that may fail before the run stops.
+
+    Raises:
+        UserError: when a value is out of range.
     """
 
-    train_manifest: str = ""
-    eval_manifest: str = ""
-    normalization: Normalization = "openai"
     workers: int = 0
     prefetch_batches: int = 3
     clip_timeout_s: float = 30.0
@@ -102,6 +99,21 @@ class DataConfig(ClipOptions):
         require(self.prefetch_batches >= 1, "`prefetch_batches`", self.prefetch_batches, ">= 1")
         require(self.clip_timeout_s > 0, "`clip_timeout_s`", self.clip_timeout_s, "> 0 seconds")
         require(0 <= self.max_bad_fraction <= 1, "`max_bad_fraction`", self.max_bad_fraction, "in [0, 1]")
+
+
+@dataclass(frozen=True)
+class DataConfig(LoaderOptions):
+    """Where clips come from and how they are drawn and loaded; see also `LoaderOptions`.
+
+    Args:
+        train_manifest: folder made by `avion-dali manifest`; empty for evaluation only.
+        eval_manifest: folder of the held-out manifest; empty to train without evaluation.
+        normalization: pixel mean and deviation; see `avion_dali/device_ops/normalize.py`.
+    """
+
+    train_manifest: str = ""
+    eval_manifest: str = ""
+    normalization: Normalization = "openai"
 
 
 @dataclass(frozen=True)
