@@ -27,7 +27,7 @@ from benchmarks.machine import Row, process_memory_mb
 
 READINGS = 20  # of memory
 Decoder = Literal["dali", "cpu-fused"]
-Loader = Any  # a `ClipLoader`; what measures loaders elsewhere says `CpuLoader`, but needs no more
+Loader = Any  # a `ClipLoader` of any strategy, or what stands in for one
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from dali_clips import VP9, chunk_manifest
 
-from avion_dali.assembly import loaders, pretrain
+from avion_dali.assembly import loaders
+from avion_dali.cli import pretrain
 from avion_dali.cli.demo import chunk_profile
 from avion_dali.contracts import UserError
 from avion_dali.engine.run_log import read_rows
@@ -79,7 +80,7 @@ def test_with_nvdec_auto_takes_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_dali_only_its_own_option_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pipelines.loader", None)
+    monkeypatch.setitem(sys.modules, "pipelines.strategy", None)
     monkeypatch.setattr(loaders, "dali_problem", lambda: "DALI is not installed; pip install it")
     with pytest.raises(UserError, match="DALI is not installed; pip install it; --decoder cpu-fused"):
         loaders.choose_decoder("dali", torch.device("cpu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -16,10 +17,9 @@ from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.decode import cpu_fused, paper_fused, reference
 from avion_dali.engine.distributed import Distributed
-from avion_dali.engine.loop import ClipLoader
-from avion_dali.loading.cpu_loader import CpuLoader
-from avion_dali.loading.filling import LoaderSettings
-from avion_dali.loading.pool import DecodePool, default_workers
+from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
+from avion_dali.loading.frames_strategy import FramesStrategy
+from avion_dali.loading.pool import WorkerPool, default_workers
 from avion_dali.loading.worker import DecodeClip
 from pipelines.codecs import DECODABLE
 from pipelines.support import auto_decoder, cuda_problem, dali_problem, nvdec_problem
@@ -73,7 +73,7 @@ def _nvdec_problem(device: torch.device) -> str | None:
 def _import_problem() -> str | None:
     """Import what `--decoder dali` needs; returns why that failed."""
     try:
-        import pipelines.loader  # noqa: F401
+        import pipelines.strategy  # noqa: F401
     except (ImportError, OSError) as error:
         return dali_problem() or str(error)
     return None
@@ -111,7 +111,7 @@ def chunk_codecs(manifest: Manifest) -> set[str]:
 
 
 class Loaders:
-    """The loaders of one rank: training and evaluation share one pool of decode processes.
+    """The loaders of one rank: training and evaluation share one pool of worker processes.
 
     Args:
         config: the run's configuration.
@@ -120,16 +120,15 @@ class Loaders:
 
     def __init__(self, config: TrainConfig, distributed: Distributed) -> None:
         self.config, self.distributed = config, distributed
-        self._open: list[ClipLoader] = []
+        self._open: list[ClipLoader[Any]] = []
         self._ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.decoder = choose_decoder(config.decoder, distributed.device)
-        self.pool = DecodePool(
-            _DECODE_CLIP.get(self.decoder.name, cpu_fused.decode_clip),
+        self.pool = WorkerPool(
             workers=config.data.workers or default_workers(self._ranks_here),
-            clip_timeout_s=config.data.clip_timeout_s,
+            timeout_s=config.data.clip_timeout_s,
         )
 
-    def training(self, manifest: Manifest) -> ClipLoader:
+    def training(self, manifest: Manifest) -> ClipLoader[Any]:
         """Return the loader of the training clips, shuffled anew each epoch.
 
         Args:
@@ -138,7 +137,7 @@ class Loaders:
         optim = self.config.optim
         return self._build(manifest, training=True, global_batch=optim.global_batch)
 
-    def evaluation(self, manifest: Manifest) -> ClipLoader:
+    def evaluation(self, manifest: Manifest) -> ClipLoader[Any]:
         """Return the loader of the evaluation clips: in order, centre squares, nothing dropped.
 
         Args:
@@ -148,16 +147,17 @@ class Loaders:
         return self._build(manifest, training=False, global_batch=batch)
 
     def close(self) -> None:
-        """End the decode processes and give back the loaders' memory."""
+        """End the worker processes and release the loaders' memory."""
         self.pool.close()
         for loader in self._open:
             loader.close()
 
-    def _build(self, manifest: Manifest, *, training: bool, global_batch: int) -> ClipLoader:
+    def _build(self, manifest: Manifest, *, training: bool, global_batch: int) -> ClipLoader[Any]:
         config, distributed = self.config, self.distributed
         planner = Planner(manifest, ClipRules.from_config(config.data, training=training), seed=config.run.seed)
         schedule = BatchSchedule(
-            num_samples=planner.num_rows,
+            num_samples=manifest.num_samples,
+            clips_per_sample=planner.rules.clips_per_row,
             global_batch=global_batch,
             micro_batch=config.optim.micro_batch,
             rank=distributed.rank,
@@ -177,14 +177,16 @@ class Loaders:
         self._open.append(loader)
         return loader
 
-    def _loader(self, planner: Planner, schedule: BatchSchedule, settings: LoaderSettings) -> ClipLoader:
+    def _loader(self, planner: Planner, schedule: BatchSchedule, settings: LoaderSettings) -> ClipLoader[Any]:
         if self.decoder.name != "dali":
-            return CpuLoader(planner, schedule, self.pool, settings)
+            frames = FramesStrategy(_DECODE_CLIP[self.decoder.name])
+            return ClipLoader(planner, schedule, pool=self.pool, strategy=frames, settings=settings)
         if settings.device.type != "cuda":
             require_decodable_without_gpu(planner.manifest)
         # DALI takes a second to import, and exists for Linux only.
         from pipelines.graph import default_threads
-        from pipelines.loader import DaliLoader
+        from pipelines.strategy import DaliStrategy
 
         threads = default_threads("mixed" if settings.device.type == "cuda" else "cpu", self._ranks_here)
-        return DaliLoader(planner, schedule, self.pool, settings, num_threads=threads)
+        dali = DaliStrategy(num_threads=threads)
+        return ClipLoader(planner, schedule, pool=self.pool, strategy=dali, settings=settings)

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import cycle, islice
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -202,16 +202,17 @@ def _trainer_ms(
 ) -> float:
     from avion_dali.data.order import BatchSchedule
     from avion_dali.data.text import CONTEXT_LENGTH
-    from avion_dali.loading.cpu_loader import CpuLoader
-    from avion_dali.loading.filling import LoaderSettings
-    from avion_dali.loading.pool import DecodePool
+    from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
+    from avion_dali.loading.frames_strategy import FramesStrategy
+    from avion_dali.loading.pool import WorkerPool
 
     schedule = BatchSchedule(planner.manifest.num_samples, global_batch=batch, micro_batch=batch)
     settings = LoaderSettings(device, CONTEXT_LENGTH, prefetch_batches=1)
-    with ExitStack() as stack:
-        pool = stack.enter_context(closing(DecodePool(decode_clip, workers=1, clip_timeout_s=30)))
-        loader = CpuLoader(planner, schedule, pool, settings)
-        stack.callback(loader.close)
+    strategy = FramesStrategy(decode_clip)
+    with (
+        WorkerPool(workers=1, timeout_s=30) as pool,
+        ClipLoader(planner, schedule, pool=pool, strategy=strategy, settings=settings) as loader,
+    ):
         warm_up = settings.prefetch_batches + 1
         batches = loader.batches(0, warm_up + math.ceil(clips / batch))
         for _ in islice(batches, warm_up):
