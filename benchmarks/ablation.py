@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from avion_dali.data.manifest import Manifest
     from avion_dali.data.profiles import ProfileName
     from avion_dali.engine.loop import TrainLoop
-    from avion_dali.loading.cpu_loader import CpuLoader
+    from avion_dali.loading.clip_loader import ClipLoader
     from benchmarks.machine import Row
 
 LONG_REPEATS = 20  # of a chunk of 15 seconds: five minutes
@@ -139,14 +138,16 @@ def run_case(case: Case, manifest: Manifest, bench: AblationBench, *, batch: int
     """Train a few steps and say where their time went."""
     import torch
 
-    from avion_dali.loading.pool import DecodePool
+    from avion_dali.loading.pool import WorkerPool
     from benchmarks.corpus import FOUR
     from benchmarks.loader_runs import LoaderBench, opened_loader
 
     loading = LoaderBench(micro_batch=batch, frame_size=bench.frame_size, device=bench.device)
     what = {"batch": batch, "chunk": case.chunk, "crop": case.crop, "attention": case.attention}
-    pool = DecodePool(DECODERS[case.crop], workers=bench.workers, clip_timeout_s=120)
-    with closing(pool), opened_loader(manifest, FOUR, pool, loading) as loader:
+    with (
+        WorkerPool(workers=bench.workers, timeout_s=120) as pool,
+        opened_loader(manifest, FOUR, pool, DECODERS[case.crop], bench=loading) as loader,
+    ):
         try:
             loop = build_loop(loader, bench, batch=batch, folder=folder, attention=case.attention)
             numbers = train(loop, loader, bench=bench)
@@ -174,7 +175,7 @@ def best_of_rounds(rounds: list[list[Row]]) -> list[Row]:
 
 
 def build_loop(
-    loader: CpuLoader,
+    loader: ClipLoader[float],
     bench: AblationBench,
     *,
     batch: int,
@@ -212,7 +213,7 @@ def build_loop(
     )
 
 
-def train(loop: TrainLoop, loader: CpuLoader, *, bench: AblationBench) -> Row:
+def train(loop: TrainLoop, loader: ClipLoader[float], *, bench: AblationBench) -> Row:
     """Time of a step, and how much of it waits for clips, once loading is in full swing."""
     import torch
 

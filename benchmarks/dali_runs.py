@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,16 @@ from avion_dali.data.planner import Planner
 from avion_dali.decode import cpu_fused
 from avion_dali.decode.source import gather_packets
 from avion_dali.engine.distributed import Distributed
-from avion_dali.loading.cpu_loader import CpuLoader
-from avion_dali.loading.filling import LoaderSettings
-from avion_dali.loading.pool import DecodePool
+from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
+from avion_dali.loading.frames_strategy import FramesStrategy
+from avion_dali.loading.pool import WorkerPool
+from avion_dali.loading.strategy import LoaderStrategy
 from benchmarks.corpus import FOUR, chunk_sources, kind_manifest
 from benchmarks.loader_runs import CONTEXT_LENGTH, LoaderBench, measure
 from benchmarks.machine import ROOT, Row
 from pipelines.graph import GraphInputs, GraphSettings, build_graph, graph_inputs
-from pipelines.loader import DaliLoader
 from pipelines.mini_clip import MiniClip, build_mini_clip
+from pipelines.strategy import DaliStrategy
 
 DECODERS = ("cpu-fused", "dali")
 BATCH, BATCHES = 16, 3  # of the graph's measurements
@@ -96,7 +97,8 @@ def run_all(manifests: Manifests, *, rounds: int, seconds: float) -> list[Row]:
 
 def print_when_first_batch_is_there(decoder: str, manifest: str) -> None:
     """What a training does before its first step; runs in a process of its own."""
-    from avion_dali.assembly.loaders import Loaders
+    from avion_dali.assembly.open_clips import open_clips
+
     from avion_dali.assembly.resolve import resolve
 
     config = TrainConfig(
@@ -127,20 +129,21 @@ def first_batches(codec: str, manifest: Manifest) -> list[Row]:
 
 
 @contextmanager
-def opened_loader(manifest: Manifest, decoder: str) -> Iterator[CpuLoader | DaliLoader]:
+def opened_loader(manifest: Manifest, decoder: str) -> Iterator[ClipLoader[Any]]:
     """The product's loader, with as many workers (and, for DALI, threads) as there are cores."""
     torch.set_num_threads(1)
     schedule = BatchSchedule(manifest.num_samples, global_batch=BATCH, micro_batch=BATCH)
     planner = Planner(manifest, FOUR.rules(FRAME_SIZE), seed=0)
     settings = LoaderSettings(torch.device("cpu"), context_length=CONTEXT_LENGTH)
     cores = available_cores()
-    with closing(DecodePool(cpu_fused.decode_clip, workers=cores, clip_timeout_s=60)) as pool:
-        if decoder == "dali":
-            loader: CpuLoader | DaliLoader = DaliLoader(planner, schedule, pool, settings, num_threads=cores)
-        else:
-            loader = CpuLoader(planner, schedule, pool, settings)
-        with closing(loader):
-            yield loader
+    strategy: LoaderStrategy[Any] = (
+        DaliStrategy(num_threads=cores) if decoder == "dali" else FramesStrategy(cpu_fused.decode_clip)
+    )
+    with (
+        WorkerPool(workers=cores, timeout_s=60) as pool,
+        ClipLoader(planner, schedule, pool=pool, strategy=strategy, settings=settings) as loader,
+    ):
+        yield loader
 
 
 def loaders(codec: str, manifest: Manifest, *, rounds: int, seconds: float) -> list[Row]:

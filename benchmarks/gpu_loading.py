@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-
 from avion_dali.assembly.loaders import Loaders
+
 from avion_dali.assembly.resolve import resolve
 from avion_dali.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from avion_dali.contracts import ClipBatch, UserError
@@ -28,7 +28,7 @@ from benchmarks.machine import Row, process_memory_mb
 
 READINGS = 20  # of memory
 Decoder = Literal["dali", "cpu-fused"]
-Loader = Any  # a `ClipLoader`; what measures loaders elsewhere says `CpuLoader`, but needs no more
+Loader = Any  # a `ClipLoader` of any strategy, or what stands in for one
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import Planner
 from avion_dali.data.profiles import ProfileName
 from avion_dali.decode import cpu_fused, paper_fused
-from avion_dali.loading.cpu_loader import CpuLoader
-from avion_dali.loading.filling import LoaderSettings
-from avion_dali.loading.pool import DecodePool, Ticket
+from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
+from avion_dali.loading.frames_strategy import FramesStrategy
+from avion_dali.loading.pool import Ticket, WorkerPool
 from avion_dali.loading.ring import SharedRing
-from avion_dali.loading.worker import DecodeClip
+from avion_dali.loading.worker import DecodeClip, decode_into
 from benchmarks.corpus import CLIP_KINDS, FOUR, STRIDED, ClipKind, chunk_sources, kind_manifest, multiply_chunks
 from benchmarks.loader import deliver_at_once, sleep_instead, sleep_key
 from benchmarks.loader_report import best_of_rounds, speed_ups
@@ -84,7 +84,7 @@ class Reading:
     clips: int
 
     @classmethod
-    def now(cls, loader: CpuLoader) -> Reading:
+    def now(cls, loader: ClipLoader[float]) -> Reading:
         """Read all of them; workers are this process's children."""
         pids = worker_pids()
         return cls(
@@ -130,19 +130,20 @@ def process_read_bytes(pid: int) -> int:
 
 @contextmanager
 def opened_loader(
-    manifest: Manifest, kind: ClipKind, pool: DecodePool, bench: LoaderBench
-) -> Iterator[CpuLoader]:
+    manifest: Manifest, kind: ClipKind, pool: WorkerPool, decode_clip: DecodeClip, *, bench: LoaderBench
+) -> Iterator[ClipLoader[float]]:
     """Open the product's own loader over a manifest."""
     torch.set_num_threads(1)  # the other cores belong to the workers
     batch = bench.micro_batch
     schedule = BatchSchedule(manifest.num_samples, global_batch=batch, micro_batch=batch)
     planner = Planner(manifest, kind.rules(bench.frame_size), seed=0)
     settings = LoaderSettings(torch.device(bench.device), context_length=CONTEXT_LENGTH)
-    with closing(CpuLoader(planner, schedule, pool, settings)) as loader:
+    strategy = FramesStrategy(decode_clip)
+    with ClipLoader(planner, schedule, pool=pool, strategy=strategy, settings=settings) as loader:
         yield loader
 
 
-def measure(loader: CpuLoader, bench: LoaderBench) -> Row:
+def measure(loader: ClipLoader[float], bench: LoaderBench) -> Row:
     """Load for a while, then measure for a while. Both ends lie in full swing: nothing starts or drains."""
     batches = loader.batches(0, ENDLESS)
     consume(batches, bench.warm_s)
@@ -159,9 +160,9 @@ def consume(batches: Iterator[ClipBatch], seconds: float) -> None:
             return
 
 
-def deliver_in_place(loader: CpuLoader) -> None:
+def deliver_in_place(loader: ClipLoader[float]) -> None:
     """Deliver batches as they lie in the ring, as with a GPU, which fetches them without the processor."""
-    copier = loader._copier
+    copier = loader._strategy._copier  # type: ignore[attr-defined]
     copier.copy = lambda slot, rows: copier._slots[slot][:rows].flatten(0, 1)  # type: ignore[method-assign]
 
 
@@ -175,8 +176,10 @@ def load(
     in_place: bool = False,
 ) -> Row:
     """Measure one loader with a pool of its own."""
-    pool = DecodePool(decode_clip, workers=workers, clip_timeout_s=60)
-    with closing(pool), opened_loader(manifest, kind, pool, bench) as loader:
+    with (
+        WorkerPool(workers=workers, timeout_s=60) as pool,
+        opened_loader(manifest, kind, pool, decode_clip, bench=bench) as loader,
+    ):
         if in_place:
             deliver_in_place(loader)
         return measure(loader, bench)
@@ -206,20 +209,23 @@ def simulation(manifests: Manifests, measured: list[Row], bench: LoaderBench) ->
     seconds = {sleep_key(profile, kinds[name].num_frames): s for (profile, name), s in single.items()}
     rows: list[Row] = []
     for workers in bench.simulated_workers:
-        pool = DecodePool(partial(sleep_instead, seconds=seconds), workers=workers, clip_timeout_s=60)
         batch = max(workers, bench.micro_batch)
-        with closing(pool):
+        with WorkerPool(workers=workers, timeout_s=60) as pool:
             for (profile, name), sleep_s in single.items():
                 what = {"measured": "simulated", "profile": profile, "clip": name, "workers": workers}
                 wanted = {"sleep_ms": 1000 * sleep_s, "clips_per_s_wanted": round(workers / sleep_s, 1)}
-                rates = simulate(manifests[profile, name], kinds[name], pool, replace(bench, micro_batch=batch))
+                sized = replace(bench, micro_batch=batch)
+                decode_clip = partial(sleep_instead, seconds=seconds)
+                rates = simulate(manifests[profile, name], kinds[name], pool, decode_clip, bench=sized)
                 rows.append({**what, **wanted, **rates})
     return rows
 
 
-def simulate(manifest: Manifest, kind: ClipKind, pool: DecodePool, bench: LoaderBench) -> Row:
+def simulate(
+    manifest: Manifest, kind: ClipKind, pool: WorkerPool, decode_clip: DecodeClip, *, bench: LoaderBench
+) -> Row:
     """Measure a loader whose many workers have all started; its batches are left in place."""
-    with opened_loader(manifest, kind, pool, bench) as loader:
+    with opened_loader(manifest, kind, pool, decode_clip, bench=bench) as loader:
         deliver_in_place(loader)
         batches = loader.batches(0, ENDLESS)
         next(batches)
@@ -247,10 +253,10 @@ def transport(manifest: Manifest, kind: ClipKind, bench: LoaderBench) -> Row:
     plan_s = (time.process_time() - start) / len(requests)
     clips = 5 * len(requests)
     with closing(SharedRing(4, (bench.micro_batch, *planner.rules.clip_shape))) as ring:
-        with closing(DecodePool(deliver_at_once, workers=1, clip_timeout_s=60)) as pool:
-            run_clips(pool, ring, iter(requests))
+        with WorkerPool(workers=1, timeout_s=60) as pool:
+            run_clips(pool, deliver_at_once, ring, iter(requests))
             workers_s, own_s = sum(map(process_cpu_s, worker_pids())), time.process_time()
-            run_clips(pool, ring, islice(cycle(requests), clips))
+            run_clips(pool, deliver_at_once, ring, islice(cycle(requests), clips))
             own_s = (time.process_time() - own_s) / clips
             workers_s = (sum(map(process_cpu_s, worker_pids())) - workers_s) / clips
         start = time.process_time()
@@ -277,14 +283,17 @@ def transport(manifest: Manifest, kind: ClipKind, bench: LoaderBench) -> Row:
     }
 
 
-def run_clips(pool: DecodePool, ring: SharedRing, requests: Iterator[ClipRequest]) -> None:
+def run_clips(
+    pool: WorkerPool, decode_clip: DecodeClip, ring: SharedRing, requests: Iterator[ClipRequest]
+) -> None:
     """Hand clips over and wait for them with the ring's places kept busy."""
     places = ring.slots * ring.slot_shape[0]
-    pending: deque[Ticket] = deque()
+    pending: deque[Ticket[float]] = deque()
     for number, request in enumerate(requests):
         if len(pending) == places:
             pool.wait(pending.popleft())
-        pending.append(pool.submit(request, ring, (number % places) * ring.clip_bytes))
+        place = ring.place(*divmod(number % places, ring.slot_shape[0]))
+        pending.append(pool.schedule(decode_into, decode_clip, request, place))
     for ticket in pending:
         pool.wait(ticket)
 
@@ -295,10 +304,10 @@ def start_up(manifest: Manifest, bench: LoaderBench) -> Row:
     requests = [planner.plan(row, epoch=0) for row in range(min(START_UP_CLIPS, manifest.num_samples))]
     with closing(SharedRing(1, (bench.micro_batch, *planner.rules.clip_shape))) as ring:
         start = time.perf_counter()
-        with closing(DecodePool(cpu_fused.decode_clip, workers=1, clip_timeout_s=60)) as pool:
-            pool.wait(pool.submit(requests[0], ring, 0))
+        with WorkerPool(workers=1, timeout_s=60) as pool:
+            pool.wait(pool.schedule(decode_into, cpu_fused.decode_clip, requests[0], ring.place(0, 0)))
             first_clip_s = time.perf_counter() - start
-            run_clips(pool, ring, islice(cycle(requests), START_UP_CLIPS))
+            run_clips(pool, cpu_fused.decode_clip, ring, islice(cycle(requests), START_UP_CLIPS))
             memory = process_memory_mb(worker_pids()[0])
     return {
         "measured": "start-up of one worker",
@@ -314,8 +323,10 @@ def memory(manifest: Manifest, bench: LoaderBench) -> Row:
     workers = max(bench.workers)
     readings: list[tuple[int, float, float]] = []
     every = max(-(-bench.memory_clips // (bench.micro_batch * MEMORY_READINGS)), 1)
-    pool = DecodePool(cpu_fused.decode_clip, workers=workers, clip_timeout_s=60)
-    with closing(pool), opened_loader(manifest, FOUR, pool, bench) as loader:
+    with (
+        WorkerPool(workers=workers, timeout_s=60) as pool,
+        opened_loader(manifest, FOUR, pool, cpu_fused.decode_clip, bench=bench) as loader,
+    ):
         for number, _ in enumerate(loader.batches(0, every * MEMORY_READINGS), start=1):
             if number % every:
                 continue

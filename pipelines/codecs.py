@@ -7,7 +7,8 @@ from typing import Literal
 
 from avion_dali.data.bitstream import nal_length_size
 from avion_dali.decode.source import PartPackets
-from pipelines.mini_clip import UnfitForMiniClipError
+
+from .mini_clip import UnfitForMiniClipError
 
 Device = Literal["cpu", "mixed"]
 

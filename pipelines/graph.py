@@ -41,8 +41,9 @@ from nvidia.dali.types import DALIDataType, DALIInterpType
 
 from avion_dali.contracts import ClipRequest
 from avion_dali.cores import available_cores
-from pipelines.codecs import Device
-from pipelines.mini_clip import MiniClip
+
+from .codecs import Device
+from .mini_clip import MiniClip
 
 GraphInputs = tuple[list[np.ndarray], ...]
 

@@ -16,8 +16,10 @@ import numpy as np
 from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest, CropWindow, PacketIndexRef
 from avion_dali.data.probe import probe_chunk
 from avion_dali.decode import cpu_fused
-from avion_dali.loading.pool import DecodePool, PoolBrokenError, failure_of
+from avion_dali.loading.faults import failure_of
+from avion_dali.loading.pool import PoolBrokenError, Ticket, WorkerPool
 from avion_dali.loading.ring import SharedRing
+from avion_dali.loading.worker import decode_into
 
 FRAMES_PER_CLIP, FRAME_SIZE = 4, 32
 # ISO/IEC 14496-12: boxes that hold boxes, and the bytes before the first of them.
@@ -235,31 +237,36 @@ def outcomes(
 
     Args:
         workers: decode processes.
-        clip_timeout_s: see `DecodePool`.
+        clip_timeout_s: see `WorkerPool`.
         places: clips under way at a time.
     """
     waiting = iter(given)
     shape = (1, FRAMES_PER_CLIP, FRAME_SIZE, FRAME_SIZE, 3)
-    pool = DecodePool(cpu_fused.decode_clip, workers=workers, clip_timeout_s=clip_timeout_s)
-    with closing(pool), closing(SharedRing(1, (places, *shape))) as ring:
+    with (
+        WorkerPool(workers=workers, timeout_s=clip_timeout_s) as pool,
+        closing(SharedRing(1, (places, *shape))) as ring,
+    ):
         while batch := list(islice(waiting, places)):
             ring.frames(0)[:] = 0
-            tickets = [pool.submit(t.request, ring, ring.offset(0, i)) for i, t in enumerate(batch)]
+            tickets = [_schedule(pool, ring, trial, i) for i, trial in enumerate(batch)]
             for i, trial in enumerate(batch):
                 yield (trial, *_outcome(pool, ring, tickets[i], trial, i))
 
 
-def _outcome(pool: DecodePool, ring: SharedRing, ticket, trial: Trial, place: int) -> tuple[str, str]:
+def _schedule(pool: WorkerPool, ring: SharedRing, trial: Trial, place: int) -> Ticket[float]:
+    return pool.schedule(decode_into, cpu_fused.decode_clip, trial.request, ring.place(0, place))
+
+
+def _outcome(pool: WorkerPool, ring: SharedRing, ticket, trial: Trial, place: int) -> tuple[str, str]:
     while True:
         try:
             pool.wait(ticket)
         except PoolBrokenError:
-            ticket = pool.submit(trial.request, ring, ring.offset(0, place))
+            ticket = _schedule(pool, ring, trial, place)
             continue
         except Exception as error:  # the process boundary; `failure_of` raises what is not a clip's failure
-            kind, cause, path, frame_ids = failure_of(error, trial.request)
-            part = trial.request.parts[0]
-            assert (path, frame_ids) == (part.chunk.path, part.frame_ids)
-            return kind, cause
+            failure, part = failure_of(error, trial.request), trial.request.parts[0]
+            assert (failure.path, failure.frame_ids) == (part.chunk.path, part.frame_ids)
+            return failure.kind, failure.cause
         same = np.array_equal(ring.frames(0)[place], trial.expected)
         return ("right", "") if same else ("wrong", "")

@@ -154,8 +154,8 @@ def clips_of_a_row(folder: Path, num_source: int, **rules: object) -> list[list[
     write_manifest(folder, chunk_root="/chunks", chunks=[chunk], samples=samples)
     clips = ClipRules(16, 224, training=False, **rules)
     planner = Planner(Manifest(folder), clips, seed=0)
-    assert planner.num_rows == 2 * clips.eval_clips
-    requests = [planner.plan(row, 0) for row in range(clips.eval_clips, planner.num_rows)]
+    assert planner.num_clips == 2 * clips.eval_clips
+    requests = [planner.plan(row, 0) for row in range(clips.eval_clips, planner.num_clips)]
     assert {request.sample_id for request in requests} == {1}
     return [[request.parts[0].frame_ids[i] for i in request.gather] for request in requests]
 

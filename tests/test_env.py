@@ -28,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(support, "codec_support", lambda index: dict.fromkeys(support.CODECS, NO_GPU))
     monkeypatch.setattr(support, "cpu_codec_support", lambda: WORKING)
     monkeypatch.setattr(support, "dali_cpu_problem", lambda: None)
-    monkeypatch.setattr(env, "call_apart", lambda task, module, timeout_s: None)
+    monkeypatch.setattr(env, "call_in_subprocess", lambda task, module, timeout_s: None)
     return monkeypatch
 
 
@@ -90,7 +90,7 @@ def test_what_a_training_cannot_do_without_decides_the_status(
     quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = {"open_clip.transformer": "ImportError: timm is too old"}
-    quick.setattr(env, "call_apart", lambda task, module, timeout_s: broken.get(module))
+    quick.setattr(env, "call_in_subprocess", lambda task, module, timeout_s: broken.get(module))
     assert run() == 1
     out = capsys.readouterr().out
     assert "import open_clip.transformer: ImportError: timm is too old; pip install" in out

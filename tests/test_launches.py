@@ -41,7 +41,7 @@ def decoded_clips(manifest: Manifest, rules: ClipRules) -> list[torch.Tensor]:
     """Every clip of a manifest, (V, T, H, W, C) each, planned and decoded one by one."""
     planner = Planner(manifest, rules, seed=0)
     clips = []
-    for row in range(planner.num_rows):
+    for row in range(planner.num_clips):
         frames = np.empty(rules.clip_shape, np.uint8)
         decode_clip(planner.plan(row, 0), frames)
         clips.append(torch.from_numpy(frames))

@@ -8,7 +8,9 @@ import pytest
 import torch
 from dali_clips import VP9, chunk_manifest
 
-from avion_dali.assembly import decoder_choice, loaders
+from avion_dali.assembly import decoder_choice
+from avion_dali.assembly.dali_room import pipelines_module
+from avion_dali.assembly.open_clips import chunk_codecs
 from avion_dali.cli import pretrain
 from avion_dali.cli.demo import chunk_profile
 from avion_dali.contracts import UserError
@@ -46,7 +48,7 @@ def test_h264_without_a_gpu_is_refused_before_training(tmp_path: Path) -> None:
         make_videos.write_video(tmp_path / "b.mp4", **HOW, **VP9),
     ]
     manifest = chunk_manifest(tmp_path / "m", dict.fromkeys(paths, SECONDS))
-    assert loaders.chunk_codecs(manifest) == {"h264", "vp9"}
+    assert chunk_codecs(manifest) == {"h264", "vp9"}
     arguments = ["--data.train_manifest", str(manifest.folder), "--output-dir", str(tmp_path / "run")]
     with pytest.raises(UserError) as caught:
         pretrain.main([*TRAINING, *arguments])
@@ -56,13 +58,14 @@ def test_h264_without_a_gpu_is_refused_before_training(tmp_path: Path) -> None:
 
 
 CUDA = torch.device("cuda", 1)
+SUPPORT = pipelines_module("support")
 NO_DRIVER = "no libnvcuvid.so.1"
 
 
 def test_without_nvdec_dali_is_refused_and_auto_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(
-        decoder_choice, "nvdec_problem", lambda index: asked.append(index) or "no libnvcuvid.so.1"
+        SUPPORT, "nvdec_problem", lambda index: asked.append(index) or "no libnvcuvid.so.1"
     )
     with pytest.raises(UserError, match=r"no libnvcuvid.so.1; `decoder` cpu-fused"):
         decoder_choice.choose_decoder("dali", CUDA)
@@ -72,7 +75,7 @@ def test_without_nvdec_dali_is_refused_and_auto_takes_the_cpu(monkeypatch: pytes
 
 
 def test_with_nvdec_auto_takes_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_choice, "nvdec_problem", lambda index: None)
+    monkeypatch.setattr(SUPPORT, "nvdec_problem", lambda index: None)
     choice = decoder_choice.choose_decoder("auto", CUDA)
     assert choice.name == "dali"
     assert "NVDEC" in choice.reason
@@ -83,8 +86,8 @@ def test_with_nvdec_auto_takes_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_dali_only_its_own_option_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pipelines.loader", None)
-    monkeypatch.setattr(decoder_choice, "dali_problem", lambda: "DALI is not installed; pip install it")
+    monkeypatch.setitem(sys.modules, "pipelines.strategy", None)
+    monkeypatch.setattr(SUPPORT, "dali_problem", lambda: "DALI is not installed; pip install it")
     with pytest.raises(UserError, match="DALI is not installed; pip install it; `decoder` cpu-fused"):
         decoder_choice.choose_decoder("dali", torch.device("cpu"))
     for name in ("cpu-fused", "paper-fused", "reference"):

@@ -14,36 +14,36 @@ import torch
 
 from avion_dali.contracts import ClipRequest
 from avion_dali.decode import cpu_fused
+from avion_dali.subprocess_call import call_in_subprocess, import_modules
 from pipelines import support, worker
-from pipelines.apart import call_apart, import_modules
 
 ROOT = Path(__file__).parents[1]
 needs_dali = pytest.mark.skipif(support.dali_package() is None, reason="needs DALI")
 
 
-def test_a_call_apart_returns_what_the_task_returns() -> None:
-    assert call_apart(odd_tasks.joined, 'it\'s "quoted"', 3) == """'it\\'s "quoted"' 3"""
-    assert call_apart(import_modules, "json", "email.message") is None
+def test_a_call_in_subprocess_returns_what_the_task_returns() -> None:
+    assert call_in_subprocess(odd_tasks.joined, 'it\'s "quoted"', 3) == """'it\\'s "quoted"' 3"""
+    assert call_in_subprocess(import_modules, "json", "email.message") is None
 
 
 def test_a_task_that_hangs_is_killed(tmp_path: Path) -> None:
     told = tmp_path / "pid"
-    assert call_apart(odd_tasks.sleep_and_tell, str(told), timeout_s=2) == "no answer within 2 s"
+    assert call_in_subprocess(odd_tasks.sleep_and_tell, str(told), timeout_s=2) == "no answer within 2 s"
     if told.exists():  # not where the machine is so busy that the task had not begun
         with pytest.raises(ProcessLookupError):
             os.kill(int(told.read_text()), 0)
 
 
 def test_a_task_that_fails_is_described_in_a_line() -> None:
-    assert call_apart(odd_tasks.die, int(signal.SIGSEGV)) == "its process was killed by SIGSEGV"
-    assert call_apart(odd_tasks.fail, "broken\nin two lines") == "in two lines"
-    assert call_apart(odd_tasks.fail, "no such thing") == "ValueError: no such thing"
-    assert call_apart(odd_tasks.leave, 3) == "its process ended with status 3"
+    assert call_in_subprocess(odd_tasks.die, int(signal.SIGSEGV)) == "its process was killed by SIGSEGV"
+    assert call_in_subprocess(odd_tasks.fail, "broken\nin two lines") == "in two lines"
+    assert call_in_subprocess(odd_tasks.fail, "no such thing") == "ValueError: no such thing"
+    assert call_in_subprocess(odd_tasks.leave, 3) == "its process ended with status 3"
 
 
 def test_what_libraries_say_is_kept_off_but_for_the_cause() -> None:
-    assert call_apart(odd_tasks.chatter, "no decoder") == "no decoder (The hardware is on strike.)"
-    assert not call_apart(odd_tasks.chatter, "")
+    assert call_in_subprocess(odd_tasks.chatter, "no decoder") == "no decoder (The hardware is on strike.)"
+    assert not call_in_subprocess(odd_tasks.chatter, "")
 
 
 def test_without_a_driver_the_answer_costs_no_import() -> None:
@@ -198,7 +198,7 @@ def test_each_codec_fails_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         return "the driver crashed" if codec == "hevc" else None
 
     monkeypatch.setattr(support, "nvdec_obstacle", lambda device_index: None)
-    monkeypatch.setattr(support, "call_apart", answer)
+    monkeypatch.setattr(support, "call_in_subprocess", answer)
     found = support.codec_support(1)
     assert found == dict.fromkeys(support.CODECS, "works") | {"hevc": "a tiny hevc clip: the driver crashed"}
     assert sorted(asked, key=str) == sorted(

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from avion_dali.assembly.evaluation import build_evaluator
-from avion_dali.assembly.loaders import Loaders
+from avion_dali.assembly.evaluation import open_evaluator
 from avion_dali.assembly.model import build_model
+from avion_dali.assembly.open_clips import open_pool
 from avion_dali.assembly.resolve import resolve
 from avion_dali.cli import evaluate, pretrain
 from avion_dali.cli.arguments import parse_options
@@ -220,9 +220,8 @@ def test_evaluating_again_and_again_takes_no_more_shared_memory(dataset: Path, t
 
     config = parse_options(TrainConfig, options(dataset, tmp_path / "run"), prog="p", description="d")
     run = resolve(config, Distributed())
-    with Loaders(run) as loaders:
-        model = build_model(run, num_classes=0).eval()
-        evaluate_now = build_evaluator(run, model, loaders, Manifest(dataset / "m"))
+    model, manifest = build_model(run, num_classes=0).eval(), Manifest(dataset / "m")
+    with open_pool(config.data) as pool, open_evaluator(run, model, manifest, pool=pool) as evaluate_now:
         first = evaluate_now(None).metrics()
         before = held()
         for _ in range(4):

@@ -32,9 +32,9 @@ _log = logging.getLogger(__name__)
 class ClipDataset(Dataset[dict[str, Any]]):
     """One clip per row of a manifest, decoded on the CPU core that asks for it.
 
-    Item `i` of epoch `e` is the clip that `open_clips` with the same options delivers for row `i` in that epoch,
-    bit for bit. The dataset can be pickled, so it works with every start method of processes. Each process keeps
-    its own decoders and must call it from one thread.
+    Item `i` of an epoch is the clip that `open_clips` with the same options delivers for row `i` in that
+    epoch, bit for bit. The dataset can be pickled, so it works with every start method of processes. Each
+    process keeps its own decoders and must call it from one thread.
 
     An item is a dictionary:
 
@@ -53,7 +53,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         training: draw clips at random, and replace a clip that cannot be read by another, as `open_clips` does;
             else fixed clips, `eval_clips` per row.
         context_length: tokens per text (L), 0 for none; by default 77 where the manifest has texts.
-        max_bad_fraction: share of the rows that may be unreadable, counted in each process, before a `UserError`.
+        max_bad_fraction: share of the rows that may be unreadable before a `UserError`; counted in each
+            process separately.
         **options: the other fields of `avion_dali.config.ClipOptions`.
 
     Raises:

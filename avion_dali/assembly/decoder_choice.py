@@ -7,9 +7,9 @@ from typing import Final
 
 import torch
 
+from avion_dali.assembly.dali_room import pipelines_module
 from avion_dali.contracts import UserError
 from avion_dali.decode.table import CPU_DECODERS
-from pipelines.support import auto_decoder, cuda_problem, dali_problem, nvdec_problem
 
 INSTEAD: Final = "`decoder` cpu-fused delivers the same clips on CPU cores"
 
@@ -45,7 +45,7 @@ def choose_decoder(decoder: str, device: torch.device) -> DecoderChoice:
     if decoder not in decoder_names():
         raise UserError(f"`decoder` = {decoder!r} is not a decoder; choose one of {', '.join(decoder_names())}")
     if decoder == "auto":
-        return DecoderChoice(*auto_decoder(_nvdec_problem(device)))
+        return DecoderChoice(*pipelines_module("support").auto_decoder(_nvdec_problem(device)))
     if decoder == "dali":
         problem = _nvdec_problem(device) if device.type == "cuda" else _import_problem()
         if problem:
@@ -54,15 +54,18 @@ def choose_decoder(decoder: str, device: torch.device) -> DecoderChoice:
 
 
 def _nvdec_problem(device: torch.device) -> str | None:
-    if device.type == "cuda":
-        return nvdec_problem(torch.cuda.current_device() if device.index is None else device.index)
-    return cuda_problem(0) or "the model runs on the CPU"
+    if device.type != "cuda":
+        return "the model runs on the CPU"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    problem: str | None = pipelines_module("support").nvdec_problem(index)
+    return problem
 
 
 def _import_problem() -> str | None:
-    """Import what `--decoder dali` needs; returns why that failed."""
+    """Import what `decoder` dali needs on a CPU; returns why that failed."""
     try:
-        import pipelines.loader  # noqa: F401
+        pipelines_module("strategy")
     except (ImportError, OSError) as error:
-        return dali_problem() or str(error)
+        problem: str = pipelines_module("support").dali_problem() or str(error)
+        return problem
     return None

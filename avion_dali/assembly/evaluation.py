@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
 
 from avion_dali.assembly.class_agreement import require_classes_of_weights
-from avion_dali.assembly.loaders import Loaders
 from avion_dali.assembly.model import load_model
+from avion_dali.assembly.open_clips import open_pool
 from avion_dali.assembly.resolve import ResolvedRun, resolve
+from avion_dali.assembly.run_clips import open_run_clips
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
 from avion_dali.engine.distributed import Distributed
+from avion_dali.loading.pool import WorkerPool
 from avion_dali.models.implied_config import plain_config
 from avion_dali.models.presets import PRESETS
 from avion_dali.models.start import StartWeights, open_start
@@ -26,34 +29,41 @@ Evaluator = Callable[[FramesTransform | None], EvaluationResult]
 _log = logging.getLogger(__name__)
 
 
-def build_evaluator(run: ResolvedRun, model: nn.Module, loaders: Loaders, manifest: Manifest) -> Evaluator:
-    """Return a function that scores the model as it stands; its argument changes the frames.
+@contextmanager
+def open_evaluator(
+    run: ResolvedRun, model: nn.Module, manifest: Manifest, *, pool: WorkerPool
+) -> Iterator[Evaluator]:
+    """Open what scores a model as it stands, as often as asked.
 
     Args:
         run: the resolved configuration.
         model: the bare model.
-        loaders: this rank's loaders.
         manifest: the evaluation manifest.
+        pool: processes that decode.
+
+    Yields:
+        A function that scores the model; its argument changes the frames, None leaves them.
 
     Raises:
         UserError: when the manifest lacks what the evaluation needs.
     """
     scorer = run.task.build_scorer(run.config, model, manifest)
     # One loader for all evaluations: workers keep the shared memory of every loader they have served.
-    loader = loaders.evaluation(manifest)
+    with open_run_clips(run, manifest, training=False, pool=pool) as loader:
 
-    def score(transform: FramesTransform | None) -> EvaluationResult:
-        result: EvaluationResult = evaluate(
-            model,
-            loader.batches(0, loader.steps_per_epoch),
-            scorer,
-            precision=run.precision,
-            distributed=run.distributed,
-            transform=transform,
-        )
-        return result
+        def score(transform: FramesTransform | None) -> EvaluationResult:
+            loader.set_epoch(0)
+            result: EvaluationResult = evaluate(
+                model,
+                loader,
+                scorer,
+                precision=run.precision,
+                distributed=run.distributed,
+                transform=transform,
+            )
+            return result
 
-    return score
+        yield score
 
 
 def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> EvaluationResult:
@@ -82,8 +92,7 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Ev
     model = load_model(run, start)
     if distributed.is_main:
         _log.info("%s", "\n".join(run.lines()))
-    with Loaders(run) as loaders:
-        score = build_evaluator(run, model, loaders, manifest)
+    with open_pool(run.config.data) as pool, open_evaluator(run, model, manifest, pool=pool) as score:
         return score(freeze_first_frame if options.frozen_frames else None)
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import pyarrow as pa
 import torch
 
-from avion_dali.assembly.decoder_choice import INSTEAD, choose_decoder
 from avion_dali.assembly.dali_room import pipelines_module
+from avion_dali.assembly.decoder_choice import INSTEAD, choose_decoder
 from avion_dali.config import LoaderOptions
 from avion_dali.config.checks import require
 from avion_dali.contracts import UserError
@@ -51,11 +51,25 @@ class ClipKeywords(TypedDict, total=False):
 
 
 class LoaderKeywords(ClipKeywords, total=False):
-    """Further keywords of `open_clips` that are documented in `LoaderOptions`."""
+    """Further keywords of `open_clips`.
+
+    Args:
+        prefetch_batches: see `avion_dali.config.LoaderOptions`, as for the next two.
+        clip_timeout_s: see there.
+        max_bad_fraction: see there.
+        accum_steps: batches per optimizer step, 1 by default; training leaves the last partial step out.
+        context_length: tokens per text, 0 for none; by default 77 where the manifest has texts.
+        quarantine: file that gets one JSON line per clip that could not be read; by default none.
+        pool: processes that several loaders share and the caller closes; by default a loader starts its own.
+    """
 
     prefetch_batches: int
     clip_timeout_s: float
     max_bad_fraction: float
+    accum_steps: int
+    context_length: int
+    quarantine: str | Path
+    pool: WorkerPool
 
 
 def open_clips(  # noqa: PLR0913 - the front door: its keywords are what a user chooses
@@ -71,16 +85,12 @@ def open_clips(  # noqa: PLR0913 - the front door: its keywords are what a user 
     rank: int | None = None,
     world_size: int | None = None,
     workers: int = 0,
-    accum_steps: int = 1,
-    context_length: int | None = None,
-    quarantine: str | Path | None = None,
-    pool: WorkerPool | None = None,
     **options: Unpack[LoaderKeywords],
 ) -> ClipLoader[Any]:
     """Open a loader of the clips of a manifest.
 
-    Every random choice is a function of the seed, the epoch and the row of the manifest: the clips do not depend
-    on the decoder, the number of workers or ranks, or where an interrupted epoch goes on.
+    Every random choice is a function of the seed, the epoch and the row of the manifest: the clips do not
+    depend on the decoder, the number of workers or ranks, or where an interrupted epoch goes on.
 
     The loader starts processes, which import the main module of the program again: call this below
     `if __name__ == "__main__":`. Close the loader, or use it in a `with` statement.
@@ -90,8 +100,8 @@ def open_clips(  # noqa: PLR0913 - the front door: its keywords are what a user 
         batch_size: clips of a batch on this rank.
         num_frames: frames of a clip (T).
         frame_size: side of the square frames in pixels.
-        decoder: `dali` (NVDEC, or DALI on the CPU), `cpu-fused`, `paper-fused`, `reference`, or `auto`: DALI where
-            NVDEC works, else `cpu-fused`.
+        decoder: `dali` (NVDEC, or DALI on the CPU), `cpu-fused`, `paper-fused`, `reference`, or `auto`, which
+            takes DALI where NVDEC works and else `cpu-fused`.
         seed: decides every random choice.
         training: shuffle each epoch anew, draw clips at random and leave the last partial batch out; else the
             order of the manifest, fixed clips, and nothing left out.
@@ -99,61 +109,87 @@ def open_clips(  # noqa: PLR0913 - the front door: its keywords are what a user 
         rank: number of this process; by default `RANK`, which torchrun sets, or 0.
         world_size: number of processes; by default `WORLD_SIZE`, or 1.
         workers: decoding processes; 0 takes this rank's share of the machine's cores.
-        accum_steps: batches per optimizer step; the last partial step of a training epoch is left out.
-        context_length: tokens per text, 0 for none; by default 77 where the manifest has texts.
-        quarantine: file that gets one JSON line per clip that could not be read; by default none.
-        pool: processes shared among loaders, which the caller closes; by default the loader starts its own.
-        **options: the other fields of `avion_dali.config.LoaderOptions`: sampling, crop windows, flips, views,
-            prefetching, time limit and the share of bad clips that is tolerated.
+        **options: the other fields of `avion_dali.config.ClipOptions`, and those of `LoaderKeywords`.
 
     Returns:
-        An iterable of `ClipBatch`, one epoch per loop, with `len`, `set_epoch`, `state_dict` and `load_state_dict`.
+        An iterable of `ClipBatch`, one epoch per loop, with `len`, `set_epoch`, `state_dict` and
+        `load_state_dict`.
 
     Raises:
         UserError: when the manifest, an option or the decoder cannot be used here.
     """
+    own = {name: value for name, value in options.items() if name in LoaderOptions.__dataclass_fields__}
+    more: dict[str, Any] = {name: value for name, value in options.items() if name not in own}
+    chosen = LoaderOptions(num_frames=num_frames, frame_size=frame_size, workers=workers, **own)  # type: ignore[arg-type]
     opened = manifest if isinstance(manifest, Manifest) else Manifest(manifest)
+    ranks = _place_among_ranks(rank, world_size)
+    sizes = batch_size, more.pop("accum_steps", 1)
+    schedule = _schedule(opened, chosen, sizes, ranks=ranks, seed=seed, training=training)
+    return _open(opened, chosen, schedule, decoder=decoder, device=default_device(device), **more)
+
+
+def _schedule(
+    manifest: Manifest,
+    options: LoaderOptions,
+    sizes: tuple[int, int],
+    *,
+    ranks: tuple[int, int],
+    seed: int,
+    training: bool,
+) -> BatchSchedule:
+    """Return which clips form which batch; `sizes` are clips per batch and batches per step."""
+    batch_size, accum_steps = sizes
     require(batch_size >= 1, "`batch_size`", batch_size, ">= 1")
-    chosen = LoaderOptions(num_frames=num_frames, frame_size=frame_size, workers=workers, **options)
-    rules = ClipRules.from_options(chosen, training=training)
-    target, (rank, world_size) = default_device(device), _place_among_ranks(rank, world_size)
-    if training and opened.num_samples < batch_size * accum_steps * world_size:
+    require(accum_steps >= 1, "`accum_steps`", accum_steps, ">= 1")
+    rank, world_size = ranks
+    per_step = batch_size * accum_steps * world_size
+    if training and manifest.num_samples < per_step:
         raise UserError(
-            f"{opened.folder} has {opened.num_samples} samples, fewer than the {batch_size * accum_steps * world_size} "
-            "of one step over all ranks; lower `batch_size` or add data"
+            f"{manifest.folder} has {manifest.num_samples} samples, fewer than the {per_step} of one step over "
+            "all ranks; lower `batch_size` or add data"
         )
-    schedule = BatchSchedule(
-        num_samples=opened.num_samples,
-        clips_per_sample=rules.clips_per_row,
-        global_batch=batch_size * accum_steps * world_size,
+    return BatchSchedule(
+        num_samples=manifest.num_samples,
+        clips_per_sample=ClipRules.from_options(options, training=training).clips_per_row,
+        global_batch=per_step,
         micro_batch=batch_size,
         rank=rank,
         world_size=world_size,
         seed=seed,
         training=training,
     )
+
+
+def _open(
+    manifest: Manifest,
+    options: LoaderOptions,
+    schedule: BatchSchedule,
+    *,
+    decoder: str,
+    device: torch.device,
+    context_length: int | None = None,
+    quarantine: str | Path | None = None,
+    pool: WorkerPool | None = None,
+) -> ClipLoader[Any]:
     settings = LoaderSettings(
-        device=target,
-        context_length=default_context_length(opened) if context_length is None else context_length,
-        prefetch_batches=chosen.prefetch_batches,
-        max_bad_fraction=chosen.max_bad_fraction,
+        device=device,
+        context_length=default_context_length(manifest) if context_length is None else context_length,
+        prefetch_batches=options.prefetch_batches,
+        max_bad_fraction=options.max_bad_fraction,
         quarantine=Path(quarantine) if quarantine else None,
     )
-    planner = Planner(opened, rules, seed=seed)
-    strategy = _open_strategy(choose_decoder(decoder, target).name, opened, target)
-    own_pool = None if pool else open_pool(chosen)
+    rules = ClipRules.from_options(options, training=schedule.training)
+    planner = Planner(manifest, rules, seed=schedule.seed)
+    strategy = _open_strategy(choose_decoder(decoder, device).name, manifest, device)
+    owns_pool = pool is None
+    pool = pool or open_pool(options)
     try:
         return ClipLoader(
-            planner,
-            schedule,
-            pool=pool or own_pool,
-            strategy=strategy,
-            settings=settings,
-            owns_pool=own_pool is not None,
+            planner, schedule, pool=pool, strategy=strategy, settings=settings, owns_pool=owns_pool
         )
     except BaseException:
-        if own_pool:
-            own_pool.close()
+        if owns_pool:
+            pool.close()
         raise
 
 

@@ -14,7 +14,9 @@ from avion_dali.loading.clip_loader import ClipLoader
 from avion_dali.loading.pool import WorkerPool
 
 
-def open_run_clips(run: ResolvedRun, manifest: Manifest, *, training: bool, pool: WorkerPool) -> ClipLoader[Any]:
+def open_run_clips(
+    run: ResolvedRun, manifest: Manifest, *, training: bool, pool: WorkerPool
+) -> ClipLoader[Any]:
     """Open the loader of a run's clips on this rank.
 
     Args:

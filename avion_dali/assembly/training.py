@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from avion_dali.assembly.class_agreement import classes_fingerprint, require_same_classes
-from avion_dali.assembly.evaluation import Evaluator, build_evaluator
-from avion_dali.assembly.loaders import Loaders
+from avion_dali.assembly.evaluation import Evaluator, open_evaluator
 from avion_dali.assembly.model import build_model, fill_model
+from avion_dali.assembly.open_clips import open_pool
 from avion_dali.assembly.resolve import ResolvedRun, resolve
+from avion_dali.assembly.run_clips import open_run_clips
 from avion_dali.config import TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
@@ -23,6 +25,7 @@ from avion_dali.engine.loop import TrainLoop
 from avion_dali.engine.optim import build_optimizer, parameter_groups
 from avion_dali.engine.settings import LoopSettings
 from avion_dali.engine.sharding import shard_model, weight_sum
+from avion_dali.loading.clip_loader import ClipLoader
 from avion_dali.models.start import StartWeights, open_start
 
 _log = logging.getLogger(__name__)
@@ -53,14 +56,21 @@ def training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLoo
     if eval_manifest and run.task.class_names(manifest):
         require_same_classes(manifest, eval_manifest)
     run.task.check(run.config, manifest)
+    _require_whole_steps(run, manifest)
     model = build_model(run, num_classes=len(run.task.class_names(manifest)))
     if start and not latest:
         report = fill_model(model, start, run.config)
         if distributed.is_main:
             _log.info("%s", "\n".join(report.lines()))
     shard_model(model, run.config.run, distributed)
-    with Loaders(run) as loaders:
-        loop = _build_loop(run, model, loaders, manifest, eval_manifest)
+    with ExitStack() as stack:
+        pool = stack.enter_context(open_pool(run.config.data))
+        loader = stack.enter_context(open_run_clips(run, manifest, training=True, pool=pool))
+        evaluate: Evaluator | None = None
+        if eval_manifest:
+            evaluate = stack.enter_context(open_evaluator(run, model, eval_manifest, pool=pool))
+        facts = resume_facts(run.config, manifest, eval_manifest)
+        loop = _build_loop(run, model, loader, evaluate, manifest=manifest, facts=facts)
         if latest is not None:
             loop.restore(latest)
         require_agreement({"step": loop.step, "sum of all weights": weight_sum(model), **loop.order})
@@ -83,25 +93,45 @@ def _open_start(config: TrainConfig, latest: Path | None) -> StartWeights | None
         raise
 
 
+def _require_whole_steps(run: ResolvedRun, manifest: Manifest) -> None:
+    """Refuse batch sizes that do not divide, and manifests smaller than one step."""
+    optim, world = run.config.optim, run.distributed.world_size
+    if optim.global_batch % (optim.micro_batch * world):
+        raise UserError(
+            f"optim.global_batch = {optim.global_batch} must be a multiple of optim.micro_batch x ranks = "
+            f"{optim.micro_batch} x {world} = {optim.micro_batch * world}; change one of them"
+        )
+    if manifest.num_samples < optim.global_batch:
+        raise UserError(
+            f"{manifest.folder} has {manifest.num_samples} samples, fewer than one global batch "
+            f"({optim.global_batch}); lower optim.global_batch or add data"
+        )
+
+
 def _build_loop(
-    run: ResolvedRun, model: nn.Module, loaders: Loaders, manifest: Manifest, eval_manifest: Manifest | None
+    run: ResolvedRun,
+    model: nn.Module,
+    loader: ClipLoader[Any],
+    evaluate: Evaluator | None,
+    *,
+    manifest: Manifest,
+    facts: dict[str, int | float | str],
 ) -> TrainLoop:
     config, task = run.config, run.task
-    evaluate: Evaluator | None = build_evaluator(run, model, loaders, eval_manifest) if eval_manifest else None
     groups = parameter_groups(model, config.optim.weight_decay, layer_decay=config.optim.layer_decay)
     settings = LoopSettings.from_config(
         config,
         best_metric=task.best_metric if evaluate else "",
         decoder=run.decoder.name,
         decoder_reason=run.decoder.reason,
-        data=resume_facts(config, manifest, eval_manifest),
+        data=facts,
         classes=task.class_names(manifest),
     )
     return TrainLoop(
         model,
         build_optimizer(groups, config.optim),
         objective=task.build_objective(config, model, manifest),
-        loader=loaders.training(manifest),
+        loader=loader,
         settings=settings,
         distributed=run.distributed,
         evaluate=(lambda: evaluate(None).metrics()) if evaluate else None,

@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
+from avion_dali.subprocess_call import call_in_subprocess, import_modules
 from pipelines import support
-from pipelines.apart import call_apart, import_modules
 from pipelines.support import WORKS
 
 GIB = 2**30
@@ -283,7 +283,7 @@ def _library_finding(imported: EnvironmentRow) -> EnvironmentRow:
 
 def _import_finding(name: str, module: str, advice: str, *, essential: bool = False) -> EnvironmentRow:
     """Import a module in a process of its own."""
-    failure = call_apart(import_modules, module, timeout_s=IMPORT_TIMEOUT_S)
+    failure = call_in_subprocess(import_modules, module, timeout_s=IMPORT_TIMEOUT_S)
     problem = failure and f"import {module}: {failure}; {advice}"
     return EnvironmentRow(name, "cannot be imported" if problem else "can be imported", problem, essential)
 

@@ -184,9 +184,10 @@ def embed_manifest(
 ) -> PerSample:
     """Load the weights, decode and embed all clips."""
     from avion_dali.assembly.evaluation import evaluation_config, trained_config
-    from avion_dali.assembly.loaders import Loaders
     from avion_dali.assembly.model import load_model
+    from avion_dali.assembly.open_clips import open_pool
     from avion_dali.assembly.resolve import resolve
+    from avion_dali.assembly.run_clips import open_run_clips
     from avion_dali.inference.embeddings import EmbeddingScorer
     from avion_dali.models.start import open_start
     from avion_dali.tasks.evaluation import evaluate
@@ -205,10 +206,8 @@ def embed_manifest(
     scorer = EmbeddingScorer(
         model, before_projection=options.before_projection, normalization=config.data.normalization
     )
-    with Loaders(run) as loaders:
-        loader = loaders.evaluation(manifest)
-        batches = loader.batches(0, loader.steps_per_epoch)
-        return evaluate(model, batches, scorer, precision=run.precision, distributed=distributed)
+    with open_pool(config.data) as pool, open_run_clips(run, manifest, training=False, pool=pool) as loader:
+        return evaluate(model, loader, scorer, precision=run.precision, distributed=distributed)
 
 
 def write_features(path: Path, features: PerSample, manifest: Manifest) -> None:

@@ -75,28 +75,28 @@ class Planner:
         self._captions = open_captions(manifest) if rules.training and rules.text == "relevant" else None
 
     @property
-    def num_rows(self) -> int:
-        """Number of clips: the rows that `plan` takes."""
+    def num_clips(self) -> int:
+        """Number of clips that `plan` knows: the manifest's samples times the clips made from each."""
         return self.manifest.num_samples * self.rules.clips_per_row
 
-    def plan(self, row: int, epoch: int) -> ClipRequest:
-        """Return the request of (seed, epoch, row); the same whoever asks.
+    def plan(self, clip: int, epoch: int) -> ClipRequest:
+        """Return the request of (seed, epoch, clip); the same on every rank and in every run.
 
         Args:
-            row: in [0, num_rows): in training a row of the manifest; in evaluation clip
-                `row % eval_clips` of the manifest's row `row // eval_clips`.
+            clip: in [0, num_clips): in training a row of the manifest; in evaluation clip
+                `clip % eval_clips` of the manifest's row `clip // eval_clips`.
             epoch: epoch number, >= 0.
 
         Raises:
             UserError: when the clip should get a relevant caption and has none.
         """
         rules, manifest = self.rules, self.manifest
-        sample_id, clip = divmod(row, rules.clips_per_row)
+        sample_id, clip_of_row = divmod(clip, rules.clips_per_row)
         rng = generator("clip", seed=self.seed, epoch=epoch, index=sample_id) if rules.training else None
         first_chunk, num_chunks, start_s, end_s = manifest.span(sample_id)
         chunks = [manifest.chunk(first_chunk + i) for i in range(num_chunks)]
         parts, gather = locate_frames(
-            start_s, end_s, chunks, choose=lambda total: choose_frames(total, rules, clip=clip, rng=rng)
+            start_s, end_s, chunks, choose=lambda total: choose_frames(total, rules, clip=clip_of_row, rng=rng)
         )
         size = chunks[0].ref.width, chunks[0].ref.height
         windows, flips = draw_views(*size, rules, rng)

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice, repeat
 from pathlib import Path
 from statistics import fmean
@@ -66,17 +66,20 @@ def measure_loader(planner: Planner, *, device: torch.device, workers: int, seco
     from avion_dali.data.order import BatchSchedule
     from avion_dali.data.text import CONTEXT_LENGTH
     from avion_dali.inspection.plan_samples import clip_needs
-    from avion_dali.loading.cpu_loader import CpuLoader
-    from avion_dali.loading.filling import LoaderSettings
-    from avion_dali.loading.pool import DecodePool
+    from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
+    from avion_dali.loading.frames_strategy import FramesStrategy
+    from avion_dali.loading.pool import WorkerPool
 
     request = planner.plan(0, epoch=0)
     decode_clip(request, np.empty(request.frames_shape, np.uint8))  # names a lost chunk before processes start
     batch = min(max(workers, _BATCH), planner.manifest.num_samples)
     schedule = BatchSchedule(planner.manifest.num_samples, global_batch=batch, micro_batch=batch)
     settings = LoaderSettings(device, CONTEXT_LENGTH, prefetch_batches=_PREFETCH, max_bad_fraction=1.0)
-    pool = DecodePool(decode_and_note_time, workers=workers, clip_timeout_s=60)
-    with closing(pool), closing(CpuLoader(planner, schedule, pool, settings)) as loader:
+    strategy = FramesStrategy(decode_and_note_time)
+    with (
+        WorkerPool(workers=workers, timeout_s=60) as pool,
+        ClipLoader(planner, schedule, pool=pool, strategy=strategy, settings=settings) as loader,
+    ):
         batches = loader.batches(0, _ENDLESS)
         for _ in islice(batches, _PREFETCH + 1):  # these were submitted before all workers had started
             pass

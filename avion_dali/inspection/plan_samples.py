@@ -214,7 +214,7 @@ def sample_requests(planner: Planner) -> list[ClipRequest]:
     Args:
         planner: of a manifest of any size.
     """
-    rows = np.random.default_rng(1).permutation(planner.num_rows)[:CLIPS]
+    rows = np.random.default_rng(1).permutation(planner.num_clips)[:CLIPS]
     return [planner.plan(row, epoch=0) for row in rows.tolist()]
 
 

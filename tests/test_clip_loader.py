@@ -1,5 +1,6 @@
-"""What a settled batch carries of its requests: tokens, labels, captions, sample and view ids."""
+"""What a batch carries of its requests besides frames: tokens, labels, captions, sample and view ids."""
 
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,23 +9,30 @@ import pytest
 import torch
 from chunk_folders import chunk_row
 
-from avion_dali.contracts import ClipBatch, ClipRequest
+from avion_dali.contracts import ClipBatch
 from avion_dali.data.classes import CaptionTable, ClassTable
 from avion_dali.data.manifest import Manifest, Sample, write_manifest
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
-from avion_dali.loading.filling import BatchFiller, LoaderSettings
+from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
+from avion_dali.loading.frames_strategy import FramesStrategy
+from avion_dali.loading.pool import Ticket
 
 RULES = ClipRules(num_frames=2, frame_size=16, training=True)
 
 
 class InstantPool:
-    """Every clip is there at once, and what it brings back is nothing."""
+    """A pool whose tasks take no time and do nothing."""
 
-    def submit(self, request: ClipRequest, slot: int, row: int) -> int:
-        return row
+    def schedule(self, task: object, *arguments: object) -> Ticket:
+        future: Future[float] = Future()
+        future.set_result(0.0)
+        return Ticket(future, 0)
 
-    def wait(self, ticket: int) -> None:
+    def wait(self, ticket: Ticket) -> float:
+        return ticket.future.result()
+
+    def wait_until_over(self, ticket: Ticket) -> None:
         return None
 
 
@@ -47,18 +55,17 @@ def manifest_of(folder: Path, labels: list[int], *, graded: bool = False) -> Man
 
 
 def batches_of(manifest: Manifest, rules: ClipRules, *, micro_batch: int = 4) -> list[ClipBatch]:
-    planner, pool = Planner(manifest, rules, seed=0), InstantPool()
     schedule = BatchSchedule(
-        planner.num_rows, global_batch=micro_batch, micro_batch=micro_batch, training=rules.training
+        manifest.num_samples,
+        global_batch=micro_batch,
+        micro_batch=micro_batch,
+        training=rules.training,
+        clips_per_sample=rules.clips_per_row,
     )
     settings = LoaderSettings(torch.device("cpu"), context_length=4)
-    filler = BatchFiller(planner, schedule, pool, settings, submit=pool.submit)
-    batches = []
-    for pending in filler.pending(0, schedule.steps_per_epoch, slots=9, free=lambda slot: None):
-        filler.settle(pending)
-        shape = (len(pending.requests) * rules.clip_shape[0], *rules.clip_shape[1:])
-        batches.append(filler.batch(pending, torch.zeros(shape, dtype=torch.uint8)))
-    return batches
+    planner, pool, strategy = Planner(manifest, rules, seed=0), InstantPool(), FramesStrategy(print)
+    with ClipLoader(planner, schedule, pool=pool, strategy=strategy, settings=settings) as loader:
+        return list(loader)
 
 
 def test_labels_follow_their_rows(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Calls a function in a fresh interpreter with a time limit, for what may crash or hang, such as drivers.
 
-Unlike a pool's processes, such an interpreter does not import the program that runs, and what libraries print
-in it is seen by nobody, but for the reason of a failure.
+Unlike a pool's processes, such an interpreter does not import the main module of the program, and what
+libraries print in it is not shown, except for the reason of a failure.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from avion_dali.child_process import die_with_parent
+
 TIMEOUT_S = 120.0  # the first use of a driver, or of packages on a cold shared disk, may take a minute
 
-_CHILD = "import sys; from pipelines import apart; apart.answer_parent(sys.argv[1])"
+_CHILD = f"import sys; from {__name__} import answer_parent; answer_parent(sys.argv[1])"
 
 
-def call_apart(
+def call_in_subprocess(
     task: Callable[..., str | None], *arguments: str | int, timeout_s: float = TIMEOUT_S
 ) -> str | None:
     """Call a function in a fresh interpreter.
@@ -58,25 +60,23 @@ def call_apart(
 
 
 def answer_parent(call: str) -> None:
-    """Do what `call_apart` asks, in the process that it started.
+    """Run the task of `call_in_subprocess`, in the process that it started.
 
     Args:
         call: JSON list of module, function, the parent's process id and the arguments.
     """
-    from avion_dali.loading.worker import start_worker
-
     module, function, parent_pid, arguments = json.loads(call)
-    start_worker(parent_pid)
+    die_with_parent(parent_pid)
     # Only the answer goes to the parent's pipe: libraries print to stdout as they like.
     answers = os.dup(1)
     os.dup2(2, 1)
     answer = getattr(importlib.import_module(module), function)(*arguments)
     os.write(answers, json.dumps(answer).encode())
-    os._exit(0)  # what libraries do at their end takes time, and is not what was asked about
+    os._exit(0)  # without the clean-up of libraries, which takes time and may crash
 
 
 def import_modules(*names: str) -> None:
-    """Import modules, as a task for `call_apart`.
+    """Import modules, as a task for `call_in_subprocess`.
 
     Args:
         *names: dotted names.
