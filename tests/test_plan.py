@@ -74,7 +74,7 @@ def test_the_forecast_follows_from_the_measured_costs(video, made_up_costs, tmp_
     assert (row["decoded"], row["CPU ms"], row["reads"], row["KB read"]) == ("8.0", "20.0", "2", "4")
     assert (row["clips/s"], row["limited by"], row["cores"]) == ("97", "CPU cores", "2.1")
     assert "predicted    97 clips/s, limited by: CPU cores" in output
-    assert "for more     more cores, a profile with less CPU ms" in output
+    assert "faster with  more cores, a profile with less CPU ms" in output
     assert "500 MB/s" in output
 
 
@@ -88,6 +88,7 @@ def test_chunks_are_judged_as_they_are(video, tmp_path, capsys):
     assert rows_of(output)["as given", 2]["limited by"] == "model"
     assert "the smallest files that keep the model busy" in output
     assert "recommended  the chunks as they are" in output
+    assert "faster with  a faster GPU or a smaller model" in output
     assert f"decoded   {tmp_path / 'chunks'}" in output
 
 

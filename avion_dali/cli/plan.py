@@ -30,18 +30,15 @@ if TYPE_CHECKING:
 
 AS_GIVEN = "as given"  # stands for a profile's name where chunks exist
 SAMPLE_SECONDS, LEAST_FPS = 10.0, 24
-BLOCK = 8 * 1024 * 1024
-DISK_SECONDS, MODEL_SECONDS = 0.2, 5.0
+BLOCK = 8 * 1024 * 1024  # a chunk that is read whole, for equation 3
+DISK_SECONDS, MODEL_SECONDS = 0.2, 5.0  # of each measurement
 # What limits the clips per second, and what would raise them.
 LIMITS: dict[Limit, tuple[str, str]] = {
     "workers": ("workers", "more decode processes (data.workers), above the cores if they wait for the disk"),
-    "cores": (
-        "CPU cores",
-        "more cores, a profile with less CPU ms, smaller frames, or --decoder dali",
-    ),
+    "cores": ("CPU cores", "more cores, a profile with less CPU ms, smaller frames, or --decoder dali"),
     "disk": ("disk", "a faster disk, or a profile that reads fewer bytes per clip"),
     "trainer": ("training process", "more training processes: each one runs a loader of its own"),
-    "model": ("model", "nothing in the loader: the model, or the GPU it runs on, takes no more clips"),
+    "model": ("model", "a faster GPU or a smaller model: the loader already keeps it busy"),
 }
 COLUMNS = "profile|chunk s|GB|decoded|reads|KB read|eq.3 s|CPU ms|disk ms|clips/s|cores|limited by"
 ROW = "{}|{:.0f}|{:,.1f}|{:.1f}|{:.0f}|{:,.0f}|{:,.0f}|{:.1f}|{:.2f}|{:,.0f}|{:.1f}|{}"
@@ -326,5 +323,5 @@ def advice(candidates: Sequence[Candidate], demand: ModelDemand, *, read_mb_s: f
 recommended  {"the chunks as they are" if best.profile == AS_GIVEN else made}
 because      {why}
 predicted    {found.clips_per_s:,.0f} clips/s, limited by: {LIMITS[found.limit][0]}
-for more     {LIMITS[found.limit][1]}
+faster with  {LIMITS[found.limit][1]}
 data.workers {workers} for each of {demand.processes} training processes"""
