@@ -97,7 +97,6 @@ def run_all(manifests: Manifests, *, rounds: int, seconds: float) -> list[Row]:
 
 def print_when_first_batch_is_there(decoder: str, manifest: str) -> None:
     """What a training does before its first step; runs in a process of its own."""
-    from avion_dali.assembly.open_clips import open_clips
 
     from avion_dali.assembly.resolve import resolve
 

@@ -64,9 +64,7 @@ NO_DRIVER = "no libnvcuvid.so.1"
 
 def test_without_nvdec_dali_is_refused_and_auto_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(
-        SUPPORT, "nvdec_problem", lambda index: asked.append(index) or "no libnvcuvid.so.1"
-    )
+    monkeypatch.setattr(SUPPORT, "nvdec_problem", lambda index: asked.append(index) or "no libnvcuvid.so.1")
     with pytest.raises(UserError, match=r"no libnvcuvid.so.1; `decoder` cpu-fused"):
         decoder_choice.choose_decoder("dali", CUDA)
     choice = decoder_choice.choose_decoder("auto", CUDA)

@@ -69,8 +69,7 @@ class Manifest:
     def __init__(self, folder: str | Path, *, chunk_root: str | Path | None = None) -> None:
         self.folder = Path(folder)
         self.info = _read_info(self.folder)
-        self.chunk_root = os.path.abspath(chunk_root or self.info["chunk_root"])
-        self._chunk_prefix = os.path.join(self.chunk_root, "")
+        self._place_chunks(chunk_root or self.info["chunk_root"])
         self._index_path = os.path.abspath(self.folder / INDEX_FILE)
         _check_index_file(self._index_path, self.info["index_bytes"])
         self._chunks = MappedTable(self.folder / _CHUNKS_FILE, rows_per_batch=ROWS_PER_BATCH)
@@ -85,6 +84,13 @@ class Manifest:
             raise UserError(
                 f"{self.folder}: tables have {rows} rows, manifest.json says otherwise; build it again"
             )
+
+    def __reduce__(self) -> tuple[type[Manifest], tuple[Path], dict[str, str]]:
+        # Another process opens the folder itself: tables are memory-mapped, and caches are its own.
+        return Manifest, (self.folder.absolute(),), {"chunk_root": self.chunk_root}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self._place_chunks(state["chunk_root"])
 
     @cached_property
     def classes(self) -> ClassTable | None:
@@ -174,6 +180,10 @@ class Manifest:
             row: in [0, num_chunks).
         """
         return self._recent_chunk(row)
+
+    def _place_chunks(self, chunk_root: str | Path) -> None:
+        self.chunk_root = os.path.abspath(chunk_root)
+        self._chunk_prefix = os.path.join(self.chunk_root, "")
 
     def _locate_sample(self, row: int) -> tuple[SampleColumns, int]:
         batch, i = self._samples.locate(row)
