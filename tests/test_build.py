@@ -171,7 +171,7 @@ def test_weights_know_their_classes_wherever_their_training_manifest_is(tmp_path
     )
     run = tmp_path / "run"
     with training(config, Distributed()) as loop:
-        loop.keeper.save("checkpoint.pt")
+        loop.checkpointer.save("checkpoint.pt")
         loop.export(run / "weights.safetensors")
     shutil.rmtree(train.folder)
     converted = str(tmp_path / "converted.safetensors")

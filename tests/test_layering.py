@@ -29,6 +29,7 @@ ALLOWED = {
     "device_ops": set(),
     "objectives": {"models", "metrics", "device_ops"},
     "engine": {"data", "models", "metrics", "device_ops", "objectives"},
+    "report": {"engine"},
     "pipelines": {"data", "decode", "loading"},
     "assembly": {
         "data",
@@ -39,11 +40,12 @@ ALLOWED = {
         "device_ops",
         "objectives",
         "engine",
+        "report",
         "pipelines",
     },
     "cli": {
         *("data", "datasets", "decode", "loading", "inspection", "models", "metrics", "device_ops"),
-        *("objectives", "engine", "assembly", "pipelines"),
+        *("objectives", "engine", "report", "assembly", "pipelines"),
     },
 }
 FOR_ALL = {"", "contracts", "config", "cores", "files"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avion_dali.engine.report import ReportData, ReportMatch, ReportQuery, write_report
+from avion_dali.report.html_report import ReportData, ReportMatch, ReportQuery, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

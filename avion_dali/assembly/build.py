@@ -28,14 +28,15 @@ from avion_dali.engine.checkpoint import find_checkpoint, load_checkpoint
 from avion_dali.engine.distributed import Distributed, require_agreement
 from avion_dali.engine.evaluate import FramesTransform, freeze_first_frame
 from avion_dali.engine.loop import TrainLoop
+from avion_dali.engine.loop_settings import LoopSettings
 from avion_dali.engine.optim import build_optimizer, parameter_groups
-from avion_dali.engine.settings import LoopSettings
 from avion_dali.engine.sharding import shard_model, weight_sum
 from avion_dali.models.blocks import VideoTowerConfig
 from avion_dali.models.implied_config import plain_config
 from avion_dali.models.presets import PRESETS
 from avion_dali.models.start import StartReport, StartWeights, apply_start, open_start, settle
 from avion_dali.models.towers import settled_activation
+from avion_dali.report.run_report import report_run
 
 Evaluator = Callable[[FramesTransform | None], EvaluationResult]
 
@@ -74,6 +75,8 @@ def training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLoo
         yield loop
         if loop.step >= loop.last_step:
             loop.export(output_dir / "weights.safetensors")
+        if distributed.is_main:
+            report_run(output_dir)
     finally:
         loaders.close()
 

@@ -13,7 +13,7 @@ from avion_dali.device_ops.randomness import StepKey
 from avion_dali.engine.accumulate import Report
 
 
-class LoaderStats(Protocol):
+class LoaderCounts(Protocol):
     """What a loader counts since it was made, on this rank."""
 
     @property
@@ -41,7 +41,7 @@ class ClipLoader(Protocol):
         """Micro-batches per optimizer step and rank."""
 
     @property
-    def stats(self) -> LoaderStats:
+    def stats(self) -> LoaderCounts:
         """Counts so far."""
 
     def batches(self, first_step: int, last_step: int) -> Iterator[ClipBatch]:

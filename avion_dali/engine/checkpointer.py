@@ -1,4 +1,4 @@
-"""What happens between two steps: checkpoints, evaluations, and the best weights."""
+"""Between two optimizer steps: writes checkpoints, evaluates, and keeps the best weights."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from avion_dali.engine.checkpoint import (
     save_checkpoint,
 )
 from avion_dali.engine.distributed import Distributed, barrier
+from avion_dali.engine.loop_settings import LoopSettings
 from avion_dali.engine.precision import FiniteGuard
 from avion_dali.engine.run_log import RunLog
-from avion_dali.engine.settings import LoopSettings
 from avion_dali.engine.sharding import unsharded
-from avion_dali.engine.state import TrainState
 from avion_dali.engine.timing import StepTimer
+from avion_dali.engine.train_state import TrainState
 from avion_dali.files import temporary
 
 
-class RunKeeper:
-    """Saves and evaluates a run.
+class Checkpointer:
+    """Saves and evaluates a run at the intervals that its settings state.
 
     Args:
-        state: what is saved; its step and its best metric are read and written here.
+        state: what is saved; its step is read here, and its best metric is kept here.
         settings: folder and intervals.
         distributed: this rank among all.
-        guard: asked before anything is saved or scored.
-        timer: told what does not belong to a step.
+        guard: checks the outstanding steps before anything is saved or evaluated.
+        timer: saving and evaluating are excluded from its step times.
         evaluate: called on every rank, with the model in evaluation mode; returns metrics.
+        last_step: the number of optimizer steps at the run's end.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class RunKeeper:
         guard: FiniteGuard,
         timer: StepTimer,
         evaluate: Callable[[], dict[str, float]] | None,
+        last_step: int,
     ) -> None:
         self.state, self.settings, self.distributed = state, settings, distributed
-        self.guard, self.timer, self.evaluate = guard, timer, evaluate
+        self.guard, self.timer, self.evaluate, self.last_step = guard, timer, evaluate, last_step
         self.metrics: dict[str, float] = {}
         self._saved_at = time.monotonic()
         self.saved_step = -1
@@ -63,19 +65,28 @@ class RunKeeper:
         minutes = self.settings.run.save_minutes
         return minutes > 0 and time.monotonic() - self._saved_at >= minutes * 60
 
-    def at_epoch_end(self, log: RunLog, *, evaluates: bool, stops: bool) -> None:
-        """Save; then evaluate, unless the run is to stop.
+    def after_step(self, log: RunLog, *, saves: bool, stops: bool) -> None:
+        """Save and evaluate at epoch ends and at the end of the run; between them save when it is due.
 
         Args:
             log: takes the metrics.
-            evaluates: an evaluation is due, now or when the run goes on.
-            stops: end without it.
+            saves: some rank found the last checkpoint to be too old, see `is_late`.
+            stops: the run is to stop after this step: save it, and leave an evaluation to the next start.
         """
-        self.state.pending_evaluation = evaluates and self.evaluate is not None
-        # Before the evaluation, so that a failure there costs no training.
-        self.save_latest()
-        if not stops:
-            self.evaluate_if_due(log)
+        run, step = self.settings.run, self.state.step
+        epoch, rest = divmod(step, self.state.order["steps_per_epoch"])
+        if step == self.last_step or not rest:
+            evaluates = step == self.last_step or epoch % run.eval_every == 0
+            self.state.pending_evaluation = evaluates and self.evaluate is not None
+            # Before the evaluation, so that a failure in it loses no training.
+            self.save_latest()
+            if not stops:
+                self.evaluate_if_due(log)
+            return
+        # Among several ranks a vote on saving arrives a step late, and once more before the save is known.
+        is_late = saves and step - self.saved_step > 1
+        if is_late or stops or (run.save_every and step % run.save_every == 0):
+            self.save_latest()
 
     def save_latest(self) -> None:
         """Write `checkpoint.pt` and keep it under its number as well, when the run keeps some.

@@ -14,6 +14,25 @@ from avion_dali.engine.sharding import gathered
 from avion_dali.engine.spikes import SpikeWatch
 
 
+@dataclass(frozen=True)
+class TrainSummary:
+    """How a run ended.
+
+    Args:
+        step: optimizer steps done.
+        loss: loss of the last log row; NaN when nothing was left to do.
+        metrics: the last evaluation; empty without one.
+        best_metric: best value of the metric to maximise, over all evaluations; None without one.
+        stopped_by: name of the signal that ended the run early, see `signals.exit_status`; empty at its end.
+    """
+
+    step: int
+    loss: float
+    metrics: dict[str, float]
+    best_metric: float | None
+    stopped_by: str = ""
+
+
 @dataclass
 class TrainState:
     """What a run must keep to go on as if it had never stopped.

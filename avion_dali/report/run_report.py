@@ -11,8 +11,8 @@ from typing import Any
 from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import software_versions
 from avion_dali.engine.energy import CARBON_KG_PER_KWH, PUE, UNREADABLE, carbon_kg
-from avion_dali.engine.report import ReportData, ReportQuery, write_report
 from avion_dali.engine.run_log import LOG_NAME, command_line, read_rows
+from avion_dali.report.html_report import ReportData, ReportQuery, write_report
 
 REPORT_NAME = "report.html"
 QUARANTINE_NAME = "quarantine.jsonl"
