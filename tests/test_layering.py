@@ -19,6 +19,7 @@ ALLOWED = {
     "config": {"contracts"},
     "cores": set(),
     "files": {"contracts"},
+    "wording": set(),
     "data": set(),
     "datasets": {"data"},
     "decode": {"data"},
@@ -48,7 +49,7 @@ ALLOWED = {
         *("objectives", "engine", "report", "assembly", "pipelines"),
     },
 }
-FOR_ALL = {"", "contracts", "config", "cores", "files"}
+FOR_ALL = {"", "contracts", "config", "cores", "files", "wording"}
 TOO_HEAVY = ("torch", "open_clip", "pyarrow", "jsonargparse")
 TOO_HEAVY_FOR_ENTRY = ("torch", "open_clip")
 

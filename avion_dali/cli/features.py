@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from avion_dali.config import CPU_DECODERS, EvaluateConfig
 from avion_dali.contracts import UserError
+from avion_dali.wording import few_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from avion_dali.engine.per_sample import PerSample
 
 ENDINGS = (".safetensors", ".npy")
-_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,12 +104,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{option} {getattr(options, name)}: it must be at least {least}")
     missing = [str(path) for path in options.videos if not path.exists()]
     if missing:
-        raise UserError("\n".join([f"{len(missing)} of the videos do not exist:", *_first(missing)]))
-
-
-def _first(lines: list[str]) -> list[str]:
-    more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return [f"  {line}" for line in lines[:_SHOWN]] + more
+        raise UserError("\n".join([f"{len(missing)} of the videos do not exist:", *few_lines(missing)]))
 
 
 @contextmanager
@@ -172,7 +167,7 @@ def _build_manifest(options: argparse.Namespace, folder: Path) -> None:
         reasons = [f"{file['path']}: {file['reason']}" for file in left_out_files(folder.parent)]
         if not reasons:
             raise
-        raise UserError("\n".join(["none of the videos can be read:", *_first(reasons)])) from error
+        raise UserError("\n".join(["none of the videos can be read:", *few_lines(reasons)])) from error
     for file in report.unusable:
         print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
 

@@ -9,7 +9,6 @@ alone, with a header that says what they are. Tensors in files are whole, howeve
 from __future__ import annotations
 
 import json
-import pickle
 import platform
 import zipfile
 from collections.abc import Mapping
@@ -26,19 +25,16 @@ from torch import nn
 from avion_dali import __version__
 from avion_dali.contracts import UserError
 from avion_dali.engine.sharding import gathered, placed_like
-from avion_dali.files import atomic_write, temporary
+from avion_dali.files import atomic_write, partial_path
 from avion_dali.models.safetensors_files import HEADER_KEY, read_safetensors
+from avion_dali.models.torch_files import UNREADABLE
+from avion_dali.wording import few, first_line
 
 LATEST_NAME = "checkpoint.pt"
 BEST_NAME = "checkpoint_best.pt"
 NUMBERED_PATTERN = "checkpoint_[0-9]*.pt"
 FORMAT = "avion_dali checkpoint"
 FORMAT_VERSION = 2
-_UNREADABLE = (
-    *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
-)
-"""What `torch.load` raises for damaged and foreign files, depending on where it stumbles."""
 _PACKAGES = ("torch", "torchvision", "numpy", "av", "nvidia-dali-cuda130", "open_clip_torch")
 
 
@@ -148,16 +144,12 @@ def _read_torch_file(path: Path) -> Any:
         if damaged is not None:
             raise ValueError(f"checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {_first_line(error)}); it is "
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {first_line(error)}); it is "
             f"truncated, damaged or no checkpoint. A run goes on from {BEST_NAME} when that is copied to "
             f"{LATEST_NAME}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:160]
 
 
 def find_checkpoint(output_dir: Path, resume: Literal["auto", "never"]) -> Path | None:
@@ -176,7 +168,7 @@ def find_checkpoint(output_dir: Path, resume: Literal["auto", "never"]) -> Path 
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir = {output_dir} is a file; name a folder")
     for name in (LATEST_NAME, BEST_NAME):
-        temporary(output_dir / name).unlink(missing_ok=True)
+        partial_path(output_dir / name).unlink(missing_ok=True)
     latest = output_dir / LATEST_NAME
     others = [path for path in (*numbered_checkpoints(output_dir), output_dir / BEST_NAME) if path.exists()]
     if not latest.exists() and others:
@@ -222,7 +214,7 @@ def restore_model(model: nn.Module, state: Mapping[str, torch.Tensor], *, source
             if key in state and own[key].shape != state[key].shape
         ],
     }
-    found = [f"{kind}: {_few(keys)}" for kind, keys in problems.items() if keys]
+    found = [f"{kind}: {few(keys, 3)}" for kind, keys in problems.items() if keys]
     if found:
         raise UserError(
             f"{source} holds another model ({'; '.join(found)}). Use the model settings it was trained with "
@@ -288,11 +280,6 @@ def check_order(saved: Mapping[str, Any], current: Mapping[str, Any], *, source:
             f"{source} cannot be continued with other settings ({'; '.join(differing)}). Use the same ones, or "
             "start a new run from its weights"
         )
-
-
-def _few(keys: list[str], limit: int = 3) -> str:
-    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + more
 
 
 def export_safetensors(model: nn.Module, path: Path, header: Mapping[str, Any]) -> None:

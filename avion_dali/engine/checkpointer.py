@@ -27,7 +27,7 @@ from avion_dali.engine.run_log import RunLog
 from avion_dali.engine.sharding import unsharded
 from avion_dali.engine.timing import StepTimer
 from avion_dali.engine.train_state import TrainState
-from avion_dali.files import temporary
+from avion_dali.files import partial_path, put_in_place
 
 
 class Checkpointer:
@@ -180,14 +180,14 @@ def keep_numbered(folder: Path, step: int, *, keep_last: int) -> None:
         UserError: the folder is full or may not be written.
     """
     path = folder / numbered_name(step)
-    partial = temporary(path)
+    partial = partial_path(path)
     try:
         partial.unlink(missing_ok=True)
         try:
             os.link(folder / LATEST_NAME, partial)
         except OSError:  # a file system without links
             shutil.copyfile(folder / LATEST_NAME, partial)
-        os.replace(partial, path)
+        put_in_place(partial, path)
         # Renaming onto another name of the same file does nothing and leaves both.
         partial.unlink(missing_ok=True)
         for old in numbered_checkpoints(folder)[keep_last:]:

@@ -19,7 +19,7 @@ section 6, as in the carbon table there: energy = power x hours x PUE."""
 CARBON_KG_PER_KWH = 0.385
 """CO2-equivalent per kWh, average of the United States; same source."""
 RAPL_FOLDER = Path("/sys/class/powercap")
-UNREADABLE = "could not be read"
+NOT_READABLE = "could not be read"
 
 Counter = Callable[[], float]
 
@@ -34,7 +34,7 @@ class EnergyMeter:
 
     def __init__(self, device: torch.device, *, counts_processors: bool) -> None:
         counter = nvml_counter(device) if device.type == "cuda" else rapl_counter(RAPL_FOLDER)
-        self.source = UNREADABLE
+        self.source = NOT_READABLE
         if counter is not None:
             self.source = "GPU (NVML)" if device.type == "cuda" else "processor packages (RAPL)"
         self._counter = counter if device.type == "cuda" or counts_processors else None

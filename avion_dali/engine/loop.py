@@ -32,7 +32,7 @@ from avion_dali.engine.checkpoint import export_safetensors, load_checkpoint
 from avion_dali.engine.checkpointer import Checkpointer
 from avion_dali.engine.distributed import Distributed, barrier, data_parallel
 from avion_dali.engine.ema import WeightAverage
-from avion_dali.engine.energy import UNREADABLE, EnergyMeter
+from avion_dali.engine.energy import NOT_READABLE, EnergyMeter
 from avion_dali.engine.loop_settings import LoopSettings
 from avion_dali.engine.optim import describe_rates, learning_rate_schedule, set_learning_rate
 from avion_dali.engine.precision import (
@@ -385,7 +385,7 @@ class TrainLoop:
             "learning_rate": float(self.learning_rates[self.step - 1]),
             "decoder": self.settings.decoder,
         }
-        if self.energy.source == UNREADABLE:
+        if self.energy.source == NOT_READABLE:
             del row["energy_j"]
         if self.scaler.is_enabled():
             row["loss_scale"] = self.scaler.get_scale()

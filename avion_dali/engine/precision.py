@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from avion_dali.contracts import UserError
-from avion_dali.files import atomic_write
+from avion_dali.files import atomic_write_text
+from avion_dali.wording import few
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {
@@ -195,7 +196,7 @@ class FiniteGuard:
             raise LossSpikeError(
                 f"step {watched.step}: the loss is {loss:.4g}, {excess:.3g} times what run.spike_factor "
                 "allows; stopped, nothing was saved since. The batch held samples "
-                f"{_shown(spike.sample_ids)}. Lower optim.learning_rate, or take "
+                f"{few(spike.sample_ids, 8)}. Lower optim.learning_rate, or take "
                 "run.on_spike = skip, then resume from the last checkpoint"
             )
         self.spikes.append(spike)
@@ -209,15 +210,10 @@ class FiniteGuard:
             "grad_norm": str(grad_norm),
             "sample_ids": ids,
         }
-        text = json.dumps(record, indent=1)
-        atomic_write(self.path, lambda file: file.write(text.encode()))
+        atomic_write_text(self.path, json.dumps(record, indent=1))
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
         raise NonFiniteLossError(
             f"step {watched.step}: the {what}; stopped, nothing was saved since. The batch held samples "
-            f"{_shown(ids)} (all in {self.path}). Lower optim.learning_rate, "
+            f"{few(ids, 8)} (all in {self.path}). Lower optim.learning_rate, "
             "set optim.clip_grad_norm, or take run.precision = fp32, then resume from the last checkpoint"
         )
-
-
-def _shown(ids: list[int]) -> str:
-    return ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")

@@ -27,7 +27,7 @@ from avion_dali.engine.checkpoint import software_versions
 from avion_dali.engine.distributed import all_gather_rows
 from avion_dali.engine.precision import LossSpike
 from avion_dali.engine.timing import WindowTiming
-from avion_dali.files import atomic_write
+from avion_dali.files import atomic_write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -75,8 +75,7 @@ def _drop_rows_after(path: Path, step: int, *, evaluation_pending: bool) -> None
     if rows and rows[-1]["step"] > step and "elapsed_s" in rows[-1]:
         used = {name: rows[-1].get(name, 0) for name in ("elapsed_s", "energy_j")}
         kept.append({"kind": "end", "step": step, **used, "stopped_by": "unknown"})
-    text = "".join(json.dumps(row) + "\n" for row in kept)
-    atomic_write(path, lambda file: file.write(text.encode()))
+    atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from avion_dali.files import atomic_write
+from avion_dali.files import atomic_write_text
 
 _INK = "#123457"  # stands for the page's text colour while matplotlib draws
 _LINES = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b")
@@ -355,4 +355,4 @@ def write_report(path: Path, data: ReportData) -> None:
         settings=_settings_table(data.rows),
         versions=_table("Software and device", data.versions),
     )
-    atomic_write(path, lambda file: file.write(page.encode()))
+    atomic_write_text(path, page)

@@ -10,7 +10,7 @@ from typing import Any
 
 from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import software_versions
-from avion_dali.engine.energy import CARBON_KG_PER_KWH, PUE, UNREADABLE, carbon_kg
+from avion_dali.engine.energy import CARBON_KG_PER_KWH, NOT_READABLE, PUE, carbon_kg
 from avion_dali.engine.run_log import LOG_NAME, command_line, read_rows
 from avion_dali.report.html_report import ReportData, ReportQuery, write_report
 
@@ -107,7 +107,7 @@ def resources(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
         hours += own_hours
         device_hours += own_hours * start[0].get("world_size", 1)
         joules += max(row.get("energy_j", 0) for row in start)
-        sources.add(str(start[0].get("energy_source", UNREADABLE)))
+        sources.add(str(start[0].get("energy_source", NOT_READABLE)))
     if not starts:
         return {}
     on_gpu = str(starts[-1][0].get("device", "")).startswith("cuda")
@@ -116,8 +116,8 @@ def resources(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
         "hours": hours,
         "GPU-hours" if on_gpu else "process-hours, no GPU": device_hours,
     }
-    if UNREADABLE in sources:
-        return {**found, "energy": UNREADABLE}
+    if NOT_READABLE in sources:
+        return {**found, "energy": NOT_READABLE}
     kwh = joules / _JOULES_PER_KWH
     return {
         **found,
