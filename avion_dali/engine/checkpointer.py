@@ -22,7 +22,7 @@ from avion_dali.engine.checkpoint import (
 )
 from avion_dali.engine.distributed import Distributed, barrier
 from avion_dali.engine.loop_settings import LoopSettings
-from avion_dali.engine.precision import FiniteGuard
+from avion_dali.engine.loss_guard import FiniteGuard
 from avion_dali.engine.run_log import RunLog
 from avion_dali.engine.sharding import unsharded
 from avion_dali.engine.timing import StepTimer

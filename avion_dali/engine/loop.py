@@ -34,19 +34,13 @@ from avion_dali.engine.distributed import Distributed, barrier, data_parallel
 from avion_dali.engine.ema import WeightAverage
 from avion_dali.engine.energy import NOT_READABLE, EnergyMeter
 from avion_dali.engine.loop_settings import LoopSettings
+from avion_dali.engine.loss_guard import FiniteGuard, SpikeWatch
 from avion_dali.engine.optim import describe_rates, learning_rate_schedule, set_learning_rate
-from avion_dali.engine.precision import (
-    FiniteGuard,
-    OverflowCount,
-    autocast,
-    gradient_scaler,
-    resolve_precision,
-)
+from avion_dali.engine.precision import OverflowCount, autocast, gradient_scaler, resolve_precision
 from avion_dali.engine.protocols import ClipLoader, Objective
 from avion_dali.engine.run_log import RunLog, row_over_ranks, sum_over_ranks
 from avion_dali.engine.sharding import average_whole_gradients, gradient_norm, is_sharded
 from avion_dali.engine.signals import RankVotes, StopSignals
-from avion_dali.engine.spikes import SpikeWatch
 from avion_dali.engine.timing import StepTimer
 from avion_dali.engine.train_state import TrainState, TrainSummary
 

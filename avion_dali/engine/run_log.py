@@ -25,7 +25,7 @@ from tqdm import tqdm
 from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import software_versions
 from avion_dali.engine.distributed import all_gather_rows
-from avion_dali.engine.precision import LossSpike
+from avion_dali.engine.loss_guard import LossSpike
 from avion_dali.engine.timing import WindowTiming
 from avion_dali.files import atomic_write_text
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from avion_dali.engine.checkpoint import Checkpoint, check_order, restore_model, restore_optimizer
 from avion_dali.engine.ema import WeightAverage
+from avion_dali.engine.loss_guard import SpikeWatch
 from avion_dali.engine.sharding import gathered
-from avion_dali.engine.spikes import SpikeWatch
 
 
 @dataclass(frozen=True)
