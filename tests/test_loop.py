@@ -30,12 +30,12 @@ from avion_dali.engine.checkpoint import (
     LATEST_NAME,
     find_checkpoint,
     load_checkpoint,
-    read_weights,
 )
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.loop import TrainLoop
 from avion_dali.engine.loop_settings import LoopSettings
 from avion_dali.engine.run_log import LOG_NAME, read_rows
+from avion_dali.models.safetensors_files import read_safetensors
 
 
 @pytest.mark.parametrize("objective", [ToyContrastive(), ToySamplewise()], ids=["coupled", "samplewise"])
@@ -325,10 +325,10 @@ def test_the_average_of_the_weights_is_evaluated_saved_and_continued(tmp_path):
         expected = {name: 0.9 * expected[name] + 0.1 * step[name] for name in step}
     assert_same(seen[1], expected, atol=1e-6)  # the second evaluation is that of the last step
     assert_same(weights(straight.model), history[-1])  # and the weights are back
-    average, _ = read_weights(tmp_path / "a" / BEST_NAME)
+    average = load_checkpoint(tmp_path / "a" / BEST_NAME).average
     assert_same(average, seen[0])
     straight.export(tmp_path / "w.safetensors")
-    assert_same(read_weights(tmp_path / "w.safetensors")[0], seen[1])
+    assert_same(read_safetensors(tmp_path / "w.safetensors")[0], seen[1])
     trained(tmp_path / "b", max_steps=2)
     trained(tmp_path / "b")
     assert_same(seen[-1], seen[1])

@@ -26,7 +26,7 @@ from avion_dali import __version__
 from avion_dali.contracts import UserError
 from avion_dali.engine.sharding import gathered, placed_like
 from avion_dali.files import atomic_write, partial_path
-from avion_dali.models.safetensors_files import HEADER_KEY, read_safetensors
+from avion_dali.models.safetensors_files import HEADER_KEY
 from avion_dali.models.torch_files import UNREADABLE
 from avion_dali.wording import few, first_line
 
@@ -303,27 +303,3 @@ def export_safetensors(model: nn.Module, path: Path, header: Mapping[str, Any]) 
     text = json.dumps({**header, "versions": software_versions()})
     content = safetensors.torch.save(state, metadata={"format": "pt", HEADER_KEY: text})
     atomic_write(path, lambda file: file.write(content))
-
-
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a model's weights from a checkpoint or a safetensors file of this library.
-
-    Args:
-        path: a `.safetensors` file of `export_safetensors`, else a checkpoint.
-
-    Returns:
-        The model's state, for `restore_model` (the running average of the weights where there is one: what
-        evaluations during the training used), and what the file says of itself: `config` (the training's
-        configuration as plain values), `versions`, and for a checkpoint `step`.
-
-    Raises:
-        UserError: the file is missing or damaged, or does not say which model it holds.
-    """
-    if path.suffix != ".safetensors":
-        checkpoint = load_checkpoint(path)
-        header = {"config": checkpoint.config, "step": checkpoint.step, "versions": checkpoint.versions}
-        return {**checkpoint.model, **checkpoint.average}, header
-    state, header = read_safetensors(path)
-    if "config" not in header:
-        raise UserError(f"{path} does not say which model it holds; it was not exported by avion_dali")
-    return state, header

@@ -79,7 +79,7 @@ class TrainState:
             pending_evaluation=self.pending_evaluation,
             config=config,
             world_size=world_size,
-            average=self.average.state_dict() if self.average else {},
+            average=self.average.state_dict(keep=keep) if self.average else {},
             spikes=self.spikes.state_dict() if self.spikes else {},
             classes=self.classes,
         )
