@@ -189,5 +189,5 @@ def test_a_damaged_checkpoint_stops_a_resumed_run_with_its_name(tmp_path: Path) 
     whole = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     (tmp_path / "run" / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     config = TrainConfig(output_dir=str(tmp_path / "run"), data=DataConfig(train_manifest=str(folder)))
-    with pytest.raises(UserError, match=r"run/checkpoint\.pt .*goes on from checkpoint_best\.pt"):
+    with pytest.raises(UserError, match=r"run/checkpoint\.pt .*Copy checkpoint_best\.pt"):
         training(config, Distributed()).__enter__()

@@ -339,7 +339,7 @@ def test_header_says_how_the_batch_and_the_rates_come_about(tmp_path, capsys):
     settings = replace(settings, optim=replace(settings.optim, global_batch=12, rate_batch=6))
     make_loop(tmp_path, settings=settings, loader=ToyLoader(accum_steps=3)).run()
     printed = capsys.readouterr().out
-    assert "batch: 12 clips a step = 1 ranks x 4 clips x 3 micro-batches" in printed
+    assert "batch: 12 clips per step = 1 ranks x 4 clips x 3 micro-batches" in printed
     assert "learning rate 0.02 = 0.01 x 12 / 6" in printed
 
 

@@ -61,7 +61,7 @@ class Checkpointer:
         self.saved_step = -1
 
     def is_late(self) -> bool:
-        """Whether the last checkpoint is older than `save_minutes`."""
+        """Return whether the last checkpoint is older than `save_minutes`."""
         minutes = self.settings.run.save_minutes
         return minutes > 0 and time.monotonic() - self._saved_at >= minutes * 60
 
@@ -89,10 +89,10 @@ class Checkpointer:
             self.save_latest()
 
     def save_latest(self) -> None:
-        """Write `checkpoint.pt` and keep it under its number as well, when the run keeps some.
+        """Write `checkpoint.pt`, and keep it under its number too when the run keeps numbered ones.
 
         Raises:
-            NonFiniteLossError: the weights are poisoned; nothing is written.
+            NonFiniteLossError: an outstanding step is not finite; nothing is written.
             UserError: the file could not be written; an older one is intact.
         """
         self.save(LATEST_NAME)
@@ -107,7 +107,7 @@ class Checkpointer:
             name: file name.
 
         Raises:
-            NonFiniteLossError: the weights are poisoned; nothing is written.
+            NonFiniteLossError: an outstanding step is not finite; nothing is written.
             UserError: the file could not be written; an older one is intact.
         """
         self.guard.check()
@@ -119,13 +119,13 @@ class Checkpointer:
             )
             if self.distributed.is_main:
                 save_checkpoint(self.settings.output_dir / name, checkpoint)
-            # The others would wait for the writing in their next collective, and count it as a step's time.
+            # Otherwise the other ranks would wait in their next collective, and count it as time of a step.
             barrier()
 
     def evaluate_if_due(self, log: RunLog) -> None:
-        """Evaluate, keep the best weights, and note in the checkpoint that it is done.
+        """Do an evaluation that is due, save the best weights, and record in the checkpoint that it is done.
 
-        With a running average of the weights, this is what is evaluated.
+        Where the run averages its weights, the average is evaluated.
 
         Args:
             log: takes the metrics.
@@ -145,19 +145,19 @@ class Checkpointer:
         model.train()
         log.evaluation(self.state.step, self.metrics)
         self.state.pending_evaluation = False
-        # The best file first: a kill in between then repeats the evaluation instead of losing the best.
+        # The best file is written first: a kill in between repeats the evaluation and does not lose the best.
         if self._is_best():
             self.save(BEST_NAME)
         self.save_latest()
 
     def _is_best(self) -> bool:
-        """Whether the last evaluation beats all before; takes note of it."""
+        """Return whether the last evaluation is better than all before, and record it."""
         name, best = self.settings.best_metric, self.state.best_metric
         if not name:
             return False
         if name not in self.metrics:
             raise UserError(f"best metric {name!r} is not evaluated; choose from {', '.join(self.metrics)}")
-        # NaN compares false: it is never the best.
+        # NaN compares as false, so it is never the best.
         if not self.metrics[name] > (-math.inf if best is None else best):
             return False
         self.state.best_metric = self.metrics[name]
@@ -167,14 +167,13 @@ class Checkpointer:
 def keep_numbered(folder: Path, step: int, *, keep_last: int) -> None:
     """Give the latest checkpoint a second name with its step, and remove the oldest of these names.
 
-    The second name is a hard link where the file system has them: it costs no time, and no space until the
-    latest is replaced. Names appear
-    whole and vanish whole, and the newest ones are in place before an old one goes.
+    The second name is a hard link where the file system supports them: it takes no time, and no space until the
+    latest is replaced. The newest names are in place before an old one is removed.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
         step: of the latest checkpoint.
-        keep_last: how many numbered checkpoints stay.
+        keep_last: number of numbered checkpoints that are kept.
 
     Raises:
         UserError: the folder is full or may not be written.
@@ -188,7 +187,7 @@ def keep_numbered(folder: Path, step: int, *, keep_last: int) -> None:
         except OSError:  # a file system without links
             shutil.copyfile(folder / LATEST_NAME, partial)
         put_in_place(partial, path)
-        # Renaming onto another name of the same file does nothing and leaves both.
+        # Renaming onto another name of the same file does nothing and leaves both names.
         partial.unlink(missing_ok=True)
         for old in numbered_checkpoints(folder)[keep_last:]:
             old.unlink()

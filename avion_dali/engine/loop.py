@@ -358,7 +358,7 @@ class TrainLoop:
             "sharding": "shard" if is_sharded(self.model) else "replicate",
             "accum_steps": self.loader.accum_steps,
             "steps_per_epoch": self.loader.steps_per_epoch,
-            "batch": f"{optim.global_batch} clips a step = {world} ranks x {optim.micro_batch} clips x "
+            "batch": f"{optim.global_batch} clips per step = {world} ranks x {optim.micro_batch} clips x "
             f"{self.loader.accum_steps} micro-batches",
             "rates": describe_rates(optim),
             "energy_source": self.energy.source,

@@ -17,9 +17,9 @@ from avion_dali.files import atomic_write_text
 from avion_dali.wording import few
 
 WINDOW = 100
-"""Losses that the running median is taken over."""
+"""Number of losses that the running median is taken over."""
 WARM_UP = 20
-"""Losses needed before any step is judged."""
+"""Number of losses before any step can count as a spike."""
 
 
 class NonFiniteLossError(UserError):
@@ -27,14 +27,14 @@ class NonFiniteLossError(UserError):
 
 
 class LossSpikeError(UserError):
-    """The loss jumped, and the run was told to stop then."""
+    """The loss jumped, and `run.on_spike` is `stop`."""
 
 
 class SpikeWatch:
     """Compares each loss with the median of the last `WINDOW` ones, on the device, without waiting for it.
 
-    Spikes enter the window like all losses: a median hardly moves for a few, and when the loss has risen for
-    good, it follows within `WINDOW` / 2 steps.
+    Spikes enter the window like all losses: a few hardly change a median, and when the loss stays high, the
+    median follows within `WINDOW` / 2 steps.
 
     Args:
         factor: a loss above this multiple of the median is a spike.
@@ -47,7 +47,7 @@ class SpikeWatch:
         self._seen = 0
 
     def excess(self, loss: torch.Tensor) -> torch.Tensor:
-        """Judge a step and remember its loss.
+        """Compare the loss of a step with the limit, and add it to the window.
 
         Args:
             loss: loss of this rank, ().
@@ -60,17 +60,17 @@ class SpikeWatch:
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        # The known losses stand first; a median over all that leaves NaN out would wait for the device.
+        # The known losses come first in the window; a median that skips NaN would wait for the device.
         limit = self.factor * self._losses[: min(self._seen, WINDOW)].median() if self._seen else mean
         self._losses[self._seen % WINDOW] = mean
         self._seen += 1
         if self._seen <= WARM_UP:
             return torch.zeros_like(mean)
-        # A loss that has reached zero has no multiple.
+        # A median of zero has no multiple to compare with.
         return torch.where(limit > 0, mean / limit, torch.zeros_like(mean))
 
     def state_dict(self) -> dict[str, torch.Tensor | int]:
-        """What a resumed run needs to judge as this one would have."""
+        """Return what a resumed run needs to give the same results as this one."""
         return {"losses": self._losses.clone(), "seen": self._seen}
 
     def load_state_dict(self, state: dict[str, torch.Tensor | int]) -> None:
@@ -103,7 +103,7 @@ class LossSpike:
 
 @dataclass(frozen=True)
 class _Watched:
-    """One step's numbers on their way to the host."""
+    """The numbers of one step, which may not have arrived on the host yet."""
 
     step: int
     values: torch.Tensor  # (3,) float32 on the host: loss, gradient norm, excess over the spike limit
@@ -114,16 +114,16 @@ class _Watched:
 class FiniteGuard:
     """Stops the run at the first loss or gradient norm that is not finite, without a device sync per step.
 
-    On a GPU the numbers of a step are copied in the background and looked at one step later; before anything
-    is saved, scored or logged, everything outstanding is looked at. On the CPU there is nothing to wait for,
+    On a GPU the numbers of a step are copied in the background and checked one step later; all outstanding
+    steps are checked before anything is saved, evaluated or logged. On the CPU there is nothing to wait for,
     so a step is checked before it changes the weights.
 
-    Loss spikes arrive the same way and collect in `spikes`, for the log to take away.
+    Loss spikes are found in the same way; they are collected in `spikes` until they are logged.
 
     Args:
         output_dir: folder that `nonfinite.json` is written to.
         rank: this process; ranks other than 0 write `nonfinite.rank<N>.json`.
-        stops_at_spikes: end the run at a loss spike, too.
+        stops_at_spikes: end the run at a loss spike as well.
     """
 
     def __init__(self, output_dir: Path, *, rank: int, stops_at_spikes: bool = False) -> None:
@@ -141,7 +141,7 @@ class FiniteGuard:
         sample_ids: np.ndarray,
         excess: torch.Tensor | None = None,
     ) -> None:
-        """Remember a step's numbers and look at those that must have arrived.
+        """Take the numbers of a step, and check those that must have arrived.
 
         Args:
             step: number of the step, counted from 0.
@@ -165,10 +165,10 @@ class FiniteGuard:
         self.check(keep=1 if arrived else 0)
 
     def check(self, *, keep: int = 0) -> None:
-        """Look at the outstanding steps except the newest `keep`.
+        """Check the outstanding steps except the newest `keep`.
 
         Args:
-            keep: how many of the newest steps may stay unchecked.
+            keep: number of the newest steps that may stay unchecked.
 
         Raises:
             NonFiniteLossError: a loss or gradient norm is not finite; names the step, and the samples of its

@@ -44,25 +44,25 @@ def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: tor
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """A fresh autocast context: its cache of cast weights must not outlive one forward pass."""
+    """Return a new autocast context: its cache of cast weights must not outlive one forward pass."""
     return torch.autocast(
         device.type, dtype=AUTOCAST_DTYPES[precision], enabled=precision != "fp32", cache_enabled=True
     )
 
 
 def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
-    """A loss scaler for fp16; for the other precisions one that does nothing."""
+    """Return a loss scaler for fp16, and for the other precisions one that does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 class OverflowCount:
-    """Lets fp16 gradients overflow now and then, but not for ever; the count stays on the device."""
+    """Allows overflows of fp16 gradients until too many follow each other; the count stays on the device."""
 
     def __init__(self) -> None:
         self._in_a_row: torch.Tensor | None = None
 
     def watched_norm(self, grad_norm: torch.Tensor) -> torch.Tensor:
-        """What `FiniteGuard` is to see of a gradient norm: 0 as long as overflows are few in a row.
+        """Return the gradient norm for `FiniteGuard`: 0 as long as few overflows follow each other.
 
         Args:
             grad_norm: (), before the scaler decides on the step.
