@@ -219,16 +219,15 @@ def train(loop: TrainLoop, loader: ClipLoader[float], *, bench: AblationBench) -
 
     from benchmarks.loader_runs import Reading
 
-    loop.model.train()
-    loop._batches = loader.batches(0, loop.last_step)
+    steps = loop.steps(0, loop.last_step)
     if bench.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(WARM_STEPS):
-        loop.optimizer_step()
+        next(steps)
     loop.timer.window()
     before = Reading.now(loader)
     for _ in range(bench.steps):
-        loop.optimizer_step()
+        next(steps)
     timing = loop.timer.window()
     rates = Reading.now(loader).since(before)
     return {

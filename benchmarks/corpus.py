@@ -20,6 +20,7 @@ from avion_dali.data.manifest import IndexWriter, Manifest, Sample, write_manife
 from avion_dali.data.planner import ClipRules
 from avion_dali.data.profiles import ProfileName
 from avion_dali.data.scanning import scan_chunks
+from avion_dali.files import whole_or_absent
 
 FPS = 30
 START_TOKEN, END_TOKEN = 49406, 49407
@@ -106,8 +107,7 @@ def _texture(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
 
 
 def _write_source(path: Path, settings: SourceSettings, seed: int) -> None:
-    part = path.with_suffix(".part")
-    with av.open(str(part), "w", format="mp4") as container:
+    with whole_or_absent(path) as partial, av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "8"})
         assert isinstance(stream, VideoStream)
         stream.width, stream.height = settings.size
@@ -115,7 +115,6 @@ def _write_source(path: Path, settings: SourceSettings, seed: int) -> None:
         for rgb_HWC in hand_held_pictures(settings.seconds * FPS, settings.size, seed=seed):
             container.mux(stream.encode(VideoFrame.from_ndarray(rgb_HWC, format="rgb24")))
         container.mux(stream.encode(None))
-    os.replace(part, path)
 
 
 def chunk_sources(videos: Sequence[Path], folder: Path, profile: ProfileName, *, short_side: int = 288) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from avion_dali.data.planner import Planner
 from avion_dali.decode import cpu_fused
 from avion_dali.decode.source import gather_packets
 from avion_dali.engine.distributed import Distributed
+from avion_dali.files import whole_or_absent
 from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
 from avion_dali.loading.frames_strategy import FramesStrategy
 from avion_dali.loading.pool import WorkerPool
@@ -70,8 +70,11 @@ def prepare(videos: Sequence[Path], folder: Path) -> Manifests:
 
 
 def _write_mjpeg(source: Path, target: Path) -> None:
-    part = target.with_suffix(".part")
-    with av.open(str(source)) as reader, av.open(str(part), "w", format="mov") as writer:
+    with (
+        whole_or_absent(target) as partial,
+        av.open(str(source)) as reader,
+        av.open(str(partial), "w", format="mov") as writer,
+    ):
         like, stream = reader.streams.video[0], writer.add_stream("mjpeg", rate=30)
         stream.width, stream.height, stream.pix_fmt = like.width, like.height, "yuvj420p"
         stream.codec_context.qmin = stream.codec_context.qmax = 3
@@ -80,7 +83,6 @@ def _write_mjpeg(source: Path, target: Path) -> None:
             picture.pict_type = 0
             writer.mux(stream.encode(picture))
         writer.mux(stream.encode(None))
-    os.replace(part, target)
 
 
 def run_all(manifests: Manifests, *, rounds: int, seconds: float) -> list[Row]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -17,7 +19,6 @@ from avion_dali.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.cores import available_cores
 from avion_dali.engine.distributed import Distributed
-from avion_dali.engine.loop import TrainLoop
 from avion_dali.loading.faults import LoaderStats
 from benchmarks.ablation import AblationBench, build_loop
 from benchmarks.gpu_corpus import open_manifest
@@ -176,12 +177,11 @@ def train(suite: Suite, loader: Loader, micro_batch: int, sampler: GpuSampler) -
     scale = suite.scale
     bench = AblationBench(suite.device, scale.model, scale.frame_size, (micro_batch,), workers=0)
     loop = build_loop(loader, bench, batch=micro_batch, folder=suite.folder / "run")
-    loop.model.train()
-    loop._batches = loader.batches(0, ENDLESS)
-    run_steps(loop, scale.warm_steps)
+    steps = loop.steps(0, ENDLESS)
+    deque(islice(steps, scale.warm_steps), maxlen=0)
     loop.timer.window()
     start = time.perf_counter()
-    run_steps(loop, scale.steps)
+    deque(islice(steps, scale.steps), maxlen=0)
     timing = loop.timer.window()
     return {
         "precision": loop.precision,
@@ -191,12 +191,6 @@ def train(suite: Suite, loader: Loader, micro_batch: int, sampler: GpuSampler) -
         "trainer_memory_mb": round(timing.memory_mb),
         **sampler.since(start),
     }
-
-
-def run_steps(loop: TrainLoop, steps: int) -> None:
-    """Train a few steps."""
-    for _ in range(steps):
-        loop.optimizer_step()
 
 
 def memory(suite: Suite, record: Record) -> None:

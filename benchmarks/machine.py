@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from avion_dali.files import atomic_write_text
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
@@ -98,10 +100,7 @@ def write_result(
         "rows": rows,
     }
     path = (folder or RESULTS) / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(unfinished, path)
+    atomic_write_text(path, json.dumps(result, indent=2) + "\n")
     return path
 
 

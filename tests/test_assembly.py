@@ -165,7 +165,7 @@ def test_weights_know_their_classes_wherever_their_training_manifest_is(tmp_path
     )
     run = tmp_path / "run"
     with training(config, Distributed()) as loop:
-        loop.keeper.save("checkpoint.pt")
+        loop.checkpointer.save("checkpoint.pt")
         loop.export(run / "weights.safetensors")
     shutil.rmtree(train.folder)
     converted = str(tmp_path / "converted.safetensors")
@@ -183,5 +183,5 @@ def test_a_damaged_checkpoint_stops_a_resumed_run_with_its_name(tmp_path: Path) 
     whole = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     (tmp_path / "run" / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     config = TrainConfig(output_dir=str(tmp_path / "run"), data=DataConfig(train_manifest=str(folder)))
-    with pytest.raises(UserError, match=r"run/checkpoint\.pt .*goes on from checkpoint_best\.pt"):
+    with pytest.raises(UserError, match=r"run/checkpoint\.pt .*Copy checkpoint_best\.pt"):
         training(config, Distributed()).__enter__()

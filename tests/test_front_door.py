@@ -1,4 +1,4 @@
-"""What `import avion_dali` offers: light to import, the same clips through every door, errors in its own words."""
+"""What `import avion_dali` offers: light to import, the same clips everywhere, errors in its own words."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ def test_no_process_is_left_when_a_loader_is_closed_or_forgotten(data: LaunchDat
     code = (
         "import avion_dali, sys\n"
         "if __name__ == '__main__':\n"
-        "    loader = avion_dali.open_clips(sys.argv[1], batch_size=2, num_frames=2, frame_size=32, workers=1,\n"
-        "        decoder='cpu-fused', device='cpu')\n"
+        "    loader = avion_dali.open_clips(sys.argv[1], batch_size=2, num_frames=2, frame_size=32,\n"
+        "        workers=1, decoder='cpu-fused', device='cpu')\n"
         "    print(next(iter(loader)).frames_BTHWC.shape)\n"
     )
     script = data.folder / "forgets.py"

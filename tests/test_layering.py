@@ -22,6 +22,7 @@ ALLOWED = {
     "child_process": set(),
     "subprocess_call": {"child_process"},
     "files": {"contracts"},
+    "wording": set(),
     "data": set(),
     "datasets": {"data"},
     "decode": {"data"},
@@ -32,16 +33,17 @@ ALLOWED = {
     "device_ops": set(),
     "objectives": {"models", "metrics", "device_ops"},
     "engine": {"data", "models", "metrics", "device_ops", "objectives"},
+    "report": {"engine"},
     "tasks": {"data", "models", "metrics", "device_ops", "objectives", "engine"},
     "inference": {"data", "models", "device_ops", "engine", "tasks"},
     "pipelines": {"data", "decode", "loading"},
-    "assembly": {"data", "decode", "loading", "models", "device_ops", "engine", "tasks", "pipelines"},
+    "assembly": {"data", "decode", "loading", "models", "device_ops", "engine", "tasks", "report", "pipelines"},
     "cli": {
         *("data", "datasets", "decode", "loading", "inspection", "models", "metrics", "device_ops"),
-        *("objectives", "engine", "tasks", "inference", "assembly", "pipelines"),
+        *("objectives", "engine", "tasks", "inference", "report", "assembly", "pipelines"),
     },
 }
-FOR_ALL = {"", "contracts", "config", "cores", "files", "child_process", "subprocess_call"}
+FOR_ALL = {"", "contracts", "config", "cores", "files", "wording", "child_process", "subprocess_call"}
 TOO_HEAVY = ("torch", "open_clip", "pyarrow", "jsonargparse")
 TOO_HEAVY_FOR_ENTRY = ("torch", "open_clip")
 

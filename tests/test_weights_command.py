@@ -11,9 +11,10 @@ from small_models import same_tensors, save_as, small_classifier, small_dual_enc
 from avion_dali.cli import weights
 from avion_dali.config import ModelConfig, TrainConfig
 from avion_dali.contracts import UserError
-from avion_dali.engine.checkpoint import read_weights, restore_model
+from avion_dali.engine.checkpoint import restore_model
 from avion_dali.models.convert import LAYOUTS, from_ours
 from avion_dali.models.dual_encoder import build_dual_encoder
+from avion_dali.models.safetensors_files import read_safetensors
 from avion_dali.models.start import open_start
 
 
@@ -95,7 +96,7 @@ def test_a_model_of_a_known_size_can_be_evaluated_at_once(tmp_path):
     model = build_dual_encoder(config, num_frames=4, frame_size=64)
     output = tmp_path / "ours.safetensors"
     command(save_as(tmp_path / "w.pt", model, "avion-flash"), "--output", output)
-    state, header = read_weights(output)
+    state, header = read_safetensors(output)
     trained = TrainConfig.from_plain(header["config"])
     assert (trained.model.size, trained.model.embed_dim, trained.model.activation) == ("tiny", 24, "gelu")
     assert (trained.data.num_frames, trained.data.frame_size) == (4, 64)
@@ -112,7 +113,7 @@ def test_our_own_configuration_is_kept(tmp_path):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     command(save_as(tmp_path / "w.pt", model, "avion-plain"), "--output", first)
     command(first, "--output", second)
-    assert read_weights(first)[1]["config"] == read_weights(second)[1]["config"]
+    assert read_safetensors(first)[1]["config"] == read_safetensors(second)[1]["config"]
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,12 @@ from avion_dali.data.manifest import Manifest
 from avion_dali.engine.checkpoint import find_checkpoint, load_checkpoint
 from avion_dali.engine.distributed import Distributed, require_agreement
 from avion_dali.engine.loop import TrainLoop
+from avion_dali.engine.loop_settings import LoopSettings
 from avion_dali.engine.optim import build_optimizer, parameter_groups
-from avion_dali.engine.settings import LoopSettings
 from avion_dali.engine.sharding import shard_model, weight_sum
 from avion_dali.loading.clip_loader import ClipLoader
 from avion_dali.models.start import StartWeights, open_start
+from avion_dali.report.run_report import report_run
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ def training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLoo
         yield loop
         if loop.step >= loop.last_step:
             loop.export(output_dir / "weights.safetensors")
+        if distributed.is_main:
+            report_run(output_dir)
 
 
 def _open_start(config: TrainConfig, latest: Path | None) -> StartWeights | None:

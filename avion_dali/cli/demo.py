@@ -19,7 +19,7 @@ from avion_dali.data.profiles import ProfileName
 
 if TYPE_CHECKING:
     from avion_dali.data.manifest import Manifest
-    from avion_dali.engine.report import ReportQuery
+    from avion_dali.report.html_report import ReportQuery
     from avion_dali.tasks.retrieval_scoring import RetrievalResult
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
@@ -165,9 +165,9 @@ def train_and_report(config: TrainConfig) -> DemoNumbers:
     from avion_dali.data.manifest import Manifest
     from avion_dali.engine.checkpoint import LATEST_NAME, software_versions
     from avion_dali.engine.distributed import Distributed
-    from avion_dali.engine.report import ReportData, write_report
     from avion_dali.engine.run_log import LOG_NAME, command_line, read_rows
     from avion_dali.metrics.retrieval import chance_scores
+    from avion_dali.report.html_report import ReportData, write_report
     from avion_dali.tasks.retrieval_scoring import RetrievalResult
 
     output, distributed = Path(config.output_dir), Distributed()
@@ -217,7 +217,7 @@ def make_gallery(result: RetrievalResult, manifest: Manifest, config: TrainConfi
 
     from avion_dali.data.planner import ClipRules, Planner
     from avion_dali.decode.cpu_fused import decode_clip
-    from avion_dali.engine.report import ReportMatch, ReportQuery
+    from avion_dali.report.html_report import ReportMatch, ReportQuery
 
     rules = ClipRules(config.data.num_frames, config.data.frame_size, training=False)
     planner = Planner(manifest, rules, seed=config.run.seed)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from avion_dali.cli.arguments import parameters_as_keys
 from avion_dali.config import EvaluateConfig
 from avion_dali.contracts import UserError
+from avion_dali.wording import few_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from avion_dali.tasks.sample_means import PerSample
 
 ENDINGS = (".safetensors", ".npy")
-_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,12 +106,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{option} {getattr(options, name)}: it must be at least {least}")
     missing = [str(path) for path in options.videos if not path.exists()]
     if missing:
-        raise UserError("\n".join([f"{len(missing)} of the videos do not exist:", *_first(missing)]))
-
-
-def _first(lines: list[str]) -> list[str]:
-    more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return [f"  {line}" for line in lines[:_SHOWN]] + more
+        raise UserError("\n".join([f"{len(missing)} of the videos do not exist:", *few_lines(missing)]))
 
 
 @contextmanager
@@ -174,7 +169,7 @@ def _build_manifest(options: argparse.Namespace, folder: Path) -> None:
         reasons = [f"{file['path']}: {file['reason']}" for file in left_out_files(folder.parent)]
         if not reasons:
             raise
-        raise UserError("\n".join(["none of the videos can be read:", *_first(reasons)])) from error
+        raise UserError("\n".join(["none of the videos can be read:", *few_lines(reasons)])) from error
     for file in report.unusable:
         print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
 

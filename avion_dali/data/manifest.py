@@ -45,6 +45,7 @@ from avion_dali.data.rows import (
     sample_values,
 )
 from avion_dali.data.tables import ROWS_PER_BATCH, MappedTable, Row, write_table
+from avion_dali.files import partial_path, put_in_place
 
 FORMAT_VERSION = 3
 INDEX_FILE = "packets.bin"
@@ -228,7 +229,7 @@ class IndexWriter:
     def __init__(self, folder: str | Path) -> None:
         self._path = Path(folder).absolute() / INDEX_FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = self._path.with_suffix(".partial")
+        self._partial = partial_path(self._path)
         self._file = self._partial.open("wb")
         self._end = 0
 
@@ -255,7 +256,7 @@ class IndexWriter:
     def finish(self) -> None:
         """Give the file its name; runs that read the file before it keep doing so."""
         self._file.close()
-        os.replace(self._partial, self._path)
+        put_in_place(self._partial, self._path)
 
     def __enter__(self) -> IndexWriter:
         return self
@@ -340,7 +341,7 @@ def _take_over(folder: Path, new: Path, index: IndexWriter | None) -> None:
         index.finish()
     for name in _PARTS:
         if (new / name).exists():
-            os.replace(new / name, folder / name)
+            put_in_place(new / name, folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
 

@@ -20,6 +20,7 @@ from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
 from avion_dali.data.manifest import INDEX_FILE, Manifest
 from avion_dali.data.scanning import find_chunk_files
+from avion_dali.files import partial_path, put_in_place
 from avion_dali.inspection.chunk_file import file_stamp, inspect_file
 from avion_dali.inspection.findings import KINDS, FileReport, Finding, Target
 from avion_dali.loading.pool import PoolBrokenError, WorkerPool
@@ -298,7 +299,7 @@ class _Findings:
 
     def __init__(self, output: Path, report: CheckReport) -> None:
         self._path, self._report = output / FINDINGS_FILE, report
-        self._partial = self._path.with_suffix(".partial")
+        self._partial = partial_path(self._path)
         self._file: TextIO = self._partial.open("w")
         self._sizes: Counter[tuple[int, int]] = Counter()
 
@@ -321,7 +322,7 @@ class _Findings:
         tallies = self._report.tallies
         self._report.tallies = {kind: tallies[kind] for kind in KINDS if kind in tallies}
         self._file.close()
-        os.replace(self._partial, self._path)
+        put_in_place(self._partial, self._path)
 
     def _add(self, path: str, finding: Finding) -> None:
         row = {"severity": KINDS[finding.kind].severity, "path": path, **asdict(finding)}

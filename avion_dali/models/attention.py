@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avion_dali.config import AttentionBackend
 from avion_dali.contracts import UserError
+from avion_dali.wording import first_line
 
 Kernel = Literal["sdpa", "flash-attn", "xformers", "math"]
 PackageKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -86,7 +87,7 @@ def _find_problem(name: str, device: str, dtype: torch.dtype) -> str | None:
     try:
         kernel(trial_BNHK, trial_BNHK, trial_BNHK)
     except RuntimeError as error:
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     _PACKAGE_KERNELS[name] = kernel
     return None
 
@@ -165,7 +166,7 @@ def _sdpa_reason(error: RuntimeError, caught: Sequence[warnings.WarningMessage])
     """PyTorch warns of why it refuses a kernel; its error says only that it did."""
     said = [str(warning.message).partition(" (Triggered")[0].strip() for warning in caught]
     reasons = [text for text in said if text and not text.endswith("because:")]
-    return reasons[0] if reasons else str(error).splitlines()[0]
+    return reasons[0] if reasons else first_line(error)
 
 
 def check_heads(width: int, heads: int) -> None:

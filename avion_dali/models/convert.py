@@ -22,6 +22,7 @@ from avion_dali.models.convert_clip import (
 )
 from avion_dali.models.convert_lavila import egovlp_to_ours, lavila_to_ours, to_lavila
 from avion_dali.models.convert_videomae import to_avion_videomae, to_videomae, videomae_to_ours
+from avion_dali.wording import few
 
 Family = Literal["avion_dali", "avion", "open_clip", "lavila", "egovlp", "videomae"]
 Layout = Literal["avion-flash", "avion-plain", "open_clip", "lavila", "videomae"]
@@ -52,10 +53,9 @@ def identify(state_dict: Mapping[str, Tensor]) -> Family:
     if "visual.conv1.weight" in names:
         foreign = "visual.proj" in names or any(name.startswith(("text.", *TEXT_ROOTS)) for name in names)
         return "open_clip" if foreign else "avion"
-    shown = ", ".join(sorted(names)[:4])
     raise UserError(
-        f"weights: the names ({shown}, ...) are none of AVION's, LaViLa's, EgoVLP's, VideoMAE's, or of an "
-        "open_clip model with a plain ViT; other models cannot be loaded"
+        f"weights: the names ({few(sorted(names), 4)}) are none of AVION's, LaViLa's, EgoVLP's, VideoMAE's, or "
+        "of an open_clip model with a plain ViT; other models cannot be loaded"
     )
 
 
@@ -136,4 +136,4 @@ def encoder_of_names(state: Mapping[str, Tensor]) -> Literal["vit", "timesformer
         return "timesformer"
     if "visual.patch_embed.proj.weight" in state or "encoder.patch_embed.proj.weight" in state:
         return "videomae"
-    raise UserError(f"weights: there is no video encoder in ({', '.join(list(state)[:4])}, ...)")
+    raise UserError(f"weights: there is no video encoder in ({few(state, 4)})")

@@ -18,10 +18,10 @@ from avion_dali.models.safetensors_files import HEADER_KEY, read_safetensors
 from avion_dali.models.torch_files import find_state_dict, read_torch_file
 from avion_dali.models.towers import settled_activation
 from avion_dali.models.weight_facts import WeightFacts, facts_of
+from avion_dali.wording import few
 
 OPEN_CLIP_PREFIX: Final = "open_clip:"
 _DEFAULT_NORM_EPS: Final = 1e-6
-_SHOWN: Final = 5
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,6 @@ def by_reason(names: Mapping[str, str]) -> list[str]:
     for name, reason in names.items():
         groups.setdefault(reason, []).append(name)
     return [f"{few(group)} ({reason})" for reason, group in groups.items()]
-
-
-def few(names: list[str]) -> str:
-    """The first names of a list, and how many more there are.
-
-    Args:
-        names: any number.
-    """
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def open_start(weights: str) -> StartWeights:

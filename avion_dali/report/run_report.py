@@ -1,4 +1,4 @@
-"""The report of any run, put together from what its folder holds."""
+"""The report of a run, made from the files in its folder."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import software_versions
-from avion_dali.engine.energy import CARBON_KG_PER_KWH, PUE, UNREADABLE, carbon_kg
-from avion_dali.engine.report import ReportData, ReportQuery, write_report
+from avion_dali.engine.energy import CARBON_KG_PER_KWH, NOT_READABLE, PUE, carbon_kg
 from avion_dali.engine.run_log import LOG_NAME, command_line, read_rows
+from avion_dali.report.html_report import ReportData, ReportQuery, write_report
 
 REPORT_NAME = "report.html"
 QUARANTINE_NAME = "quarantine.jsonl"
 _ROWS_SHOWN = 20
 _JOULES_PER_KWH = 3.6e6
+_FAILURES = (
+    *(UserError, OSError, ImportError, ValueError, TypeError, LookupError, RuntimeError),
+    TemplateError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +35,7 @@ def write_run_report(
     metrics: Mapping[str, float] | None = None,
     gallery: Sequence[ReportQuery] = (),
 ) -> Path:
-    """Write `report.html` of a run: curves, metrics, what it has used, and the clips it could not read.
+    """Write `report.html` of a run: curves, metrics, resources, and the clips that could not be read.
 
     Args:
         output_dir: folder of the run, with its `log.jsonl`.
@@ -64,19 +70,19 @@ def write_run_report(
 
 
 def report_run(output_dir: Path) -> None:
-    """`write_run_report` at a training's end: what goes wrong is logged, the training is finished all the same.
+    """Write the report at the end of a training; a failure is logged and does not fail the training.
 
     Args:
         output_dir: folder of the run.
     """
     try:
         write_run_report(output_dir)
-    except (UserError, OSError, ImportError, ValueError, TypeError, LookupError, RuntimeError) as error:
+    except _FAILURES as error:
         _log.warning("the report of %s could not be written: %s", output_dir, error)
 
 
 def last_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The numbers of the last evaluation in a log; empty without one."""
+    """Return the numbers of the last evaluation in a log; empty without one."""
     for row in reversed(rows):
         if row["kind"] == "evaluation":
             return {
@@ -86,10 +92,10 @@ def last_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def resources(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
-    """Time and energy of all starts of a run, repeated steps included, and the carbon behind it.
+    """Add up time and energy over all starts of a run, with the steps that were repeated.
 
-    Energy is what the hardware counted; what it stands for in carbon is energy x PUE x carbon intensity
-    (Touvron et al. 2023, arXiv 2302.13971, section 6).
+    Energy is what the hardware counted; the carbon emissions are energy x PUE x carbon intensity (Touvron et
+    al. 2023, arXiv 2302.13971, section 6).
 
     Args:
         rows: rows of `log.jsonl`.
@@ -107,7 +113,7 @@ def resources(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
         hours += own_hours
         device_hours += own_hours * start[0].get("world_size", 1)
         joules += max(row.get("energy_j", 0) for row in start)
-        sources.add(str(start[0].get("energy_source", UNREADABLE)))
+        sources.add(str(start[0].get("energy_source", NOT_READABLE)))
     if not starts:
         return {}
     on_gpu = str(starts[-1][0].get("device", "")).startswith("cuda")
@@ -116,8 +122,8 @@ def resources(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
         "hours": hours,
         "GPU-hours" if on_gpu else "process-hours, no GPU": device_hours,
     }
-    if UNREADABLE in sources:
-        return {**found, "energy": UNREADABLE}
+    if NOT_READABLE in sources:
+        return {**found, "energy": NOT_READABLE}
     kwh = joules / _JOULES_PER_KWH
     return {
         **found,

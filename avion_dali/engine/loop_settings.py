@@ -1,4 +1,4 @@
-"""What the training loop is told, once, before it starts."""
+"""Settings of the training loop, which do not change during a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from avion_dali.config import OptimConfig, RunConfig, TrainConfig
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the loop is told.
+    """Settings of a training loop.
 
     Args:
         output_dir: folder of the run.
@@ -19,12 +19,12 @@ class LoopSettings:
         run: seed, precision and intervals.
         config: the whole configuration as plain values, kept in checkpoints and the log.
         decoder: name of the decoder in use, for the log.
-        decoder_reason: why it is this one, for the log's header.
+        decoder_reason: why this decoder was chosen, for the header of the log.
         best_metric: key of the evaluation to maximise; `checkpoint_best.pt` follows it. Empty for none.
-        data: what else a resumed run must share with the interrupted one, such as the manifest's
-            fingerprint.
+        data: what else a resumed run must have in common with the interrupted one, such as the fingerprint
+            of the manifest.
         tensorboard: write TensorBoard curves.
-        classes: names of the classes that the model tells apart, in label order; kept beside its weights.
+        classes: names of the model's classes in label order, which are saved with its weights.
     """
 
     output_dir: Path
@@ -49,7 +49,7 @@ class LoopSettings:
         data: dict[str, int | float | str] | None = None,
         classes: tuple[str, ...] = (),
     ) -> LoopSettings:
-        """The parts of a training's configuration that the loop needs.
+        """Take the parts of a training's configuration that the loop needs.
 
         Args:
             config: the training's configuration.
@@ -75,11 +75,11 @@ class LoopSettings:
         )
 
     def order_facts(self) -> dict[str, int | float | str]:
-        """What a resumed run must share with the interrupted one, as far as these settings know."""
+        """Return what a resumed run must have in common with the interrupted one, from these settings."""
         return {**self.data, "seed": self.run.seed, "global_batch": self.optim.global_batch}
 
     def facts(self) -> dict[str, Any]:
-        """What the log's header says of these settings."""
+        """Return what the header of the log states about these settings."""
         return {
             "config": self.config,
             "decoder": self.decoder,

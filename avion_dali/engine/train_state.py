@@ -1,4 +1,4 @@
-"""Everything a training changes, gathered into a checkpoint and put back from one."""
+"""Everything that a training changes: captured in a checkpoint, and restored from one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,32 @@ from torch import nn
 
 from avion_dali.engine.checkpoint import Checkpoint, check_order, restore_model, restore_optimizer
 from avion_dali.engine.ema import WeightAverage
+from avion_dali.engine.loss_guard import SpikeWatch
 from avion_dali.engine.sharding import gathered
-from avion_dali.engine.spikes import SpikeWatch
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """How a call of `TrainLoop.run` ended.
+
+    Args:
+        step: optimizer steps done.
+        loss: loss of the last log row; NaN when nothing was left to do.
+        metrics: the last evaluation; empty without one.
+        best_metric: best value of the metric to maximise, over all evaluations; None without one.
+        stopped_by: name of the signal that ended the run early, see `signals.exit_status`; else empty.
+    """
+
+    step: int
+    loss: float
+    metrics: dict[str, float]
+    best_metric: float | None
+    stopped_by: str = ""
 
 
 @dataclass
 class TrainState:
-    """What a run must keep to go on as if it had never stopped.
+    """What a run must keep to continue as if it had never stopped.
 
     Args:
         model: the bare model, sharded or not.
@@ -24,7 +43,7 @@ class TrainState:
         scaler: for fp16 gradients.
         order: what decides which samples a step sees.
         average: of the weights; None without one.
-        spikes: the watch over the loss; None without one.
+        spikes: watches the loss; None without one.
         step: optimizer steps done.
         best_metric: best evaluation so far.
         pending_evaluation: the evaluation due at this step has not been done.
@@ -48,7 +67,7 @@ class TrainState:
         Args:
             config: the run's configuration.
             world_size: processes of the run.
-            keep: hold whole tensors; False on ranks that only take part, whose result is useless.
+            keep: keep whole tensors; False on ranks that only take part, whose result is useless.
         """
         return Checkpoint(
             model=gathered(self.model.state_dict(), keep=keep),
@@ -60,7 +79,7 @@ class TrainState:
             pending_evaluation=self.pending_evaluation,
             config=config,
             world_size=world_size,
-            average=self.average.state_dict() if self.average else {},
+            average=self.average.state_dict(keep=keep) if self.average else {},
             spikes=self.spikes.state_dict() if self.spikes else {},
             classes=self.classes,
         )
@@ -70,7 +89,7 @@ class TrainState:
 
         Args:
             checkpoint: the state.
-            source: what it came from, for messages.
+            source: where it is from, for messages.
 
         Raises:
             UserError: its model, optimizer or order of samples is another one.
@@ -81,7 +100,7 @@ class TrainState:
         if checkpoint.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint.scaler)
         if self.average is not None:
-            # A run that was begun without an average starts one from the weights it has.
+            # A run that began without an average starts one from the weights of the checkpoint.
             own = {name: checkpoint.model[name] for name, _ in self.model.named_parameters()}
             self.average.load_state_dict(checkpoint.average or own)
         if self.spikes is not None:

@@ -53,9 +53,9 @@ def test_minutes_between_checkpoints(tmp_path, monkeypatch):
     )
     clock = iter(range(0, 10_000, 25))
     saved = []
-    save = loop.keeper.save
-    monkeypatch.setattr(loop.keeper, "save", lambda name: (saved.append(loop.step), save(name)))
-    monkeypatch.setattr("avion_dali.engine.keeping.time.monotonic", lambda: float(next(clock)))
-    loop.keeper._saved_at = 0.0
+    save = loop.checkpointer.save
+    monkeypatch.setattr(loop.checkpointer, "save", lambda name: (saved.append(loop.step), save(name)))
+    monkeypatch.setattr("avion_dali.engine.checkpointer.time.monotonic", lambda: float(next(clock)))
+    loop.checkpointer._saved_at = 0.0
     loop.run()
     assert len(saved) >= 2 and saved[0] < 6 and saved[-1] == 6
