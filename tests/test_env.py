@@ -16,7 +16,7 @@ from avion_dali.cli import env
 from avion_dali.contracts import UserError
 from avion_dali.engine import precision
 from avion_dali.models import attention
-from pipelines import support
+from pipelines import apart, support
 
 WORKING = dict.fromkeys(support.CODECS, "works")
 NO_GPU = "there is no GPU"
@@ -28,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(support, "codec_support", lambda index: dict.fromkeys(support.CODECS, NO_GPU))
     monkeypatch.setattr(support, "cpu_codec_support", lambda: WORKING)
     monkeypatch.setattr(support, "dali_cpu_problem", lambda: None)
-    monkeypatch.setattr(env, "call_apart", lambda task, module, timeout_s: None)
+    monkeypatch.setattr(apart, "call_apart", lambda task, module, timeout_s: None)
     return monkeypatch
 
 
@@ -90,10 +90,10 @@ def test_what_a_training_cannot_do_without_decides_the_status(
     quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = {"open_clip.transformer": "ImportError: timm is too old"}
-    quick.setattr(env, "call_apart", lambda task, module, timeout_s: broken.get(module))
+    quick.setattr(apart, "call_apart", lambda task, module, timeout_s: broken.get(module))
     assert run() == 1
     out = capsys.readouterr().out
-    assert "import open_clip.transformer: ImportError: timm is too old; pip install" in out
+    assert "import open_clip.transformer: ImportError: timm is too old; install avion_dali" in out
     assert out.splitlines()[-1] == "This environment cannot train: see text tower"
 
 
@@ -184,7 +184,7 @@ def test_without_metadata_versions_are_not_checked(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(metadata, "requires", requires)
     (found,) = env.requirement_findings()
-    assert "pip install --editable ." in str(found.problem)
+    assert "install avion_dali and its requirements again with pip" in str(found.problem)
 
 
 def test_too_little_space_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

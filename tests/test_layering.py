@@ -41,6 +41,7 @@ ALLOWED = {
         "engine",
         "pipelines",
     },
+    "__main__": {"cli"},
     "cli": {
         *("data", "datasets", "decode", "loading", "inspection", "models", "metrics", "device_ops"),
         *("objectives", "engine", "assembly", "pipelines"),
@@ -48,7 +49,6 @@ ALLOWED = {
 }
 FOR_ALL = {"", "contracts", "config", "cores", "files"}
 TOO_HEAVY = ("torch", "open_clip", "pyarrow", "jsonargparse")
-TOO_HEAVY_FOR_ENTRY = ("torch", "open_clip")
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:
@@ -60,13 +60,15 @@ SOURCES = {module_name(p): p for package in PACKAGES for p in sorted((ROOT / pac
 
 
 def imported_names(node: ast.AST) -> Iterator[str]:
-    """Dotted names an import statement may load, the imported objects included."""
+    """Dotted names an import statement or a call of `pipelines_module` may load, imported objects included."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
         assert node.level == 0, f"line {node.lineno}: imports are absolute here"
         yield node.module or ""
         yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pipelines_module":
+        yield f"pipelines.{ast.literal_eval(node.args[0])}"
 
 
 def runs_at_import(tree: ast.Module) -> Iterator[ast.AST]:
@@ -119,6 +121,9 @@ def test_the_check_sees_every_kind_of_import():
     ]
     assert wrong_way("train.pretrain", "import benchmarks.machine") == ["benchmarks.machine"]
     assert wrong_way("avion_dali.contracts", "import avion_dali.config") == ["avion_dali.config"]
+    called = "from avion_dali.assembly.dali_room import pipelines_module\ndef f(): pipelines_module('graph')"
+    assert wrong_way("avion_dali.cli.env", called) == []
+    assert "pipelines.graph" in wrong_way("avion_dali.engine.loop", called)
 
 
 def test_every_room_is_in_the_table():
@@ -173,8 +178,16 @@ def test_entry_points_import_nothing_heavy():
     """A spawned worker imports the module that was started with `-m` once more."""
     started = [m for m, path in SOURCES.items() if m.startswith("train.") and "__main__" in path.read_text()]
     assert {"train.pretrain", "train.evaluate"} <= set(started)
-    commands = [m for m in SOURCES if m == "avion_dali.cli.main"]
-    assert loaded_after_import([*started, *commands], TOO_HEAVY_FOR_ENTRY) == []
+    assert loaded_after_import([*started, "avion_dali.__main__"], TOO_HEAVY) == []
+
+
+def test_the_overview_of_commands_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom avion_dali.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n"
+        f"    print('loaded:', *sorted(set({TOO_HEAVY!r}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "loaded:", done
 
 
 def test_the_import_check_sees_heavy_modules():

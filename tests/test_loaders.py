@@ -8,10 +8,12 @@ import pytest
 import torch
 from dali_clips import VP9, chunk_manifest
 
-from avion_dali.assembly import loaders, pretrain
+from avion_dali.assembly import loaders
+from avion_dali.cli import pretrain
 from avion_dali.cli.demo import chunk_profile
 from avion_dali.contracts import UserError
 from avion_dali.engine.run_log import read_rows
+from pipelines import support
 
 SECONDS = tuple(i / 10 for i in range(11))
 HOW = {"frames": 60, "size": (64, 48)}
@@ -59,7 +61,7 @@ CUDA = torch.device("cuda", 1)
 
 def test_without_nvdec_dali_is_refused_and_auto_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(loaders, "nvdec_problem", lambda index: asked.append(index) or "no libnvcuvid.so.1")
+    monkeypatch.setattr(support, "nvdec_problem", lambda index: asked.append(index) or "no libnvcuvid.so.1")
     with pytest.raises(UserError, match=r"no libnvcuvid.so.1; --decoder cpu-fused"):
         loaders.choose_decoder("dali", CUDA)
     choice = loaders.choose_decoder("auto", CUDA)
@@ -68,7 +70,7 @@ def test_without_nvdec_dali_is_refused_and_auto_takes_the_cpu(monkeypatch: pytes
 
 
 def test_with_nvdec_auto_takes_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaders, "nvdec_problem", lambda index: None)
+    monkeypatch.setattr(support, "nvdec_problem", lambda index: None)
     choice = loaders.choose_decoder("auto", CUDA)
     assert choice.name == "dali"
     assert "NVDEC" in choice.reason
@@ -80,7 +82,7 @@ def test_with_nvdec_auto_takes_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_dali_only_its_own_option_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pipelines.loader", None)
-    monkeypatch.setattr(loaders, "dali_problem", lambda: "DALI is not installed; pip install it")
+    monkeypatch.setattr(support, "dali_problem", lambda: "DALI is not installed; pip install it")
     with pytest.raises(UserError, match="DALI is not installed; pip install it; --decoder cpu-fused"):
         loaders.choose_decoder("dali", torch.device("cpu"))
     for name in ("cpu-fused", "paper-fused", "reference"):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import torch
 
+from avion_dali.assembly.dali_room import pipelines_module
 from avion_dali.config import Decoder, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
@@ -21,8 +23,11 @@ from avion_dali.loading.cpu_loader import CpuLoader
 from avion_dali.loading.filling import LoaderSettings
 from avion_dali.loading.pool import DecodePool, default_workers
 from avion_dali.loading.worker import DecodeClip
-from pipelines.codecs import DECODABLE
-from pipelines.support import auto_decoder, cuda_problem, dali_problem, nvdec_problem
+
+if TYPE_CHECKING:
+    from pipelines import codecs, support
+else:
+    codecs, support = pipelines_module("codecs"), pipelines_module("support")
 
 _DECODE_CLIP: dict[str, DecodeClip] = {
     "cpu-fused": cpu_fused.decode_clip,
@@ -56,7 +61,7 @@ def choose_decoder(decoder: Decoder, device: torch.device) -> DecoderChoice:
         UserError: when it cannot run here.
     """
     if decoder == "auto":
-        return DecoderChoice(*auto_decoder(_nvdec_problem(device)))
+        return DecoderChoice(*support.auto_decoder(_nvdec_problem(device)))
     if decoder == "dali":
         problem = _nvdec_problem(device) if device.type == "cuda" else _import_problem()
         if problem:
@@ -66,16 +71,16 @@ def choose_decoder(decoder: Decoder, device: torch.device) -> DecoderChoice:
 
 def _nvdec_problem(device: torch.device) -> str | None:
     if device.type == "cuda":
-        return nvdec_problem(torch.cuda.current_device() if device.index is None else device.index)
-    return cuda_problem(0) or "the model runs on the CPU"
+        return support.nvdec_problem(torch.cuda.current_device() if device.index is None else device.index)
+    return support.cuda_problem(0) or "the model runs on the CPU"
 
 
 def _import_problem() -> str | None:
     """Import what `--decoder dali` needs; returns why that failed."""
     try:
-        import pipelines.loader  # noqa: F401
+        pipelines_module("loader")
     except (ImportError, OSError) as error:
-        return dali_problem() or str(error)
+        return support.dali_problem() or str(error)
     return None
 
 
@@ -88,7 +93,7 @@ def require_decodable_without_gpu(manifest: Manifest) -> None:
     Raises:
         UserError: when it does not; the message names the ways out.
     """
-    decodable = DECODABLE["cpu"]
+    decodable = codecs.DECODABLE["cpu"]
     others = sorted(chunk_codecs(manifest) - decodable)
     if others:
         raise UserError(
@@ -183,8 +188,6 @@ class Loaders:
         if settings.device.type != "cuda":
             require_decodable_without_gpu(planner.manifest)
         # DALI takes a second to import, and exists for Linux only.
-        from pipelines.graph import default_threads
-        from pipelines.loader import DaliLoader
-
-        threads = default_threads("mixed" if settings.device.type == "cuda" else "cpu", self._ranks_here)
-        return DaliLoader(planner, schedule, self.pool, settings, num_threads=threads)
+        graph, loader = pipelines_module("graph"), pipelines_module("loader")
+        threads = graph.default_threads("mixed" if settings.device.type == "cuda" else "cpu", self._ranks_here)
+        return loader.DaliLoader(planner, schedule, self.pool, settings, num_threads=threads)

@@ -1,6 +1,6 @@
 """The main job at small size: procedural videos -> chunks -> manifest -> training -> retrieval -> report.
 
-python -m train.demo --output-dir runs/demo
+avion-dali demo --output-dir runs/demo
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from avion_dali.cli.arguments import parse_options
 from avion_dali.config import Decoder, TrainConfig
+from avion_dali.config.recipes import recipes_folder
 from avion_dali.data.profiles import ProfileName
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from avion_dali.engine.evaluate import RetrievalResult
     from avion_dali.engine.report import ReportQuery
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 GALLERY_TEXTS = 6
 GALLERY_CLIPS = 5
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments; None takes the process's.
     """
-    options = parse_options(DemoOptions, argv, prog="python -m train.demo", description=__doc__ or "")
+    options = parse_options(DemoOptions, argv, prog="avion-dali demo", description=__doc__ or "")
     output = Path(options.output_dir)
     with stage("videos, chunks and manifests"):
         train_folder, heldout_folder = make_data(output / "data", chunk_profile(options.decoder))
@@ -139,8 +139,18 @@ def make_data(folder: Path, profile: ProfileName) -> tuple[Path, Path]:
     return manifests
 
 
+def recipe_config(name: str) -> TrainConfig:
+    """Return a recipe that this project ships.
+
+    Args:
+        name: of the recipe.
+    """
+    arguments = ["--config", str(recipes_folder() / f"{name}.yaml")]
+    return parse_options(TrainConfig, arguments, prog="demo", description="")
+
+
 def demo_config(output: Path, train_folder: Path, heldout_folder: Path, decoder: Decoder) -> TrainConfig:
-    """Return `configs/demo.yaml` for this folder.
+    """Return the recipe `demo` with the folders of one run.
 
     Args:
         output: folder of the run.
@@ -148,7 +158,7 @@ def demo_config(output: Path, train_folder: Path, heldout_folder: Path, decoder:
         heldout_folder: held-out manifest.
         decoder: how clips are decoded.
     """
-    config = parse_options(TrainConfig, ["--config", str(CONFIG)], prog="demo", description="")
+    config = recipe_config("demo")
     data = replace(config.data, train_manifest=str(train_folder), eval_manifest=str(heldout_folder))
     return replace(config, output_dir=str(output), decoder=decoder, data=data)
 

@@ -1,6 +1,6 @@
 """Fine-tuning at small size: retrieval, recognition and VideoMAE on the demo's videos, each with its control.
 
-python -m train.demo_finetune --output-dir runs/demo_finetune
+avion-dali demo-finetune --output-dir runs/demo_finetune
 """
 
 from __future__ import annotations
@@ -12,22 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avion_dali.cli.arguments import parse_options
-from avion_dali.cli.demo import chunk_profile, demo_config, make_data, stage
+from avion_dali.cli.demo import chunk_profile, demo_config, make_data, recipe_config, stage
 from avion_dali.config import Decoder, TrainConfig
 
 if TYPE_CHECKING:
     from avion_dali.assembly.tasks import EvaluationResult
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
 class FinetuneDemoOptions:
-    """Where the demo finds what `train.demo` made, and where it writes.
+    """Where the demo finds what `avion-dali demo` made, and where it writes.
 
     Args:
-        demo_dir: folder of `train.demo`; its data and its training are made where they are missing.
+        demo_dir: folder of `avion-dali demo`; its data and its training are made where they are missing.
         output_dir: folder for the fine-tuning runs.
         decoder: how clips are decoded; `dali` makes VP9 chunks, which it decodes without a GPU as well.
     """
@@ -119,14 +118,13 @@ class Runs:
 
         Args:
             name: of the run and its folder.
-            recipe: file in `configs/`, without its ending.
+            recipe: its name.
             weights: what to start from; None for random weights.
 
         Returns:
             The weights it ended with.
         """
-        arguments = ["--config", str(CONFIGS / f"{recipe}.yaml")]
-        config = parse_options(TrainConfig, arguments, prog="demo", description="")
+        config = recipe_config(recipe)
         train, heldout = map(str, self.manifests)
         config = replace(
             config,
@@ -183,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments; None takes the process's.
     """
     options = parse_options(
-        FinetuneDemoOptions, argv, prog="python -m train.demo_finetune", description=__doc__ or ""
+        FinetuneDemoOptions, argv, prog="avion-dali demo-finetune", description=__doc__ or ""
     )
     demo, output = Path(options.demo_dir), Path(options.output_dir)
     with stage("videos, chunks and manifests"):
@@ -203,7 +201,7 @@ def measure(runs: Runs, dual_encoder: Path) -> FinetuneNumbers:
 
     Args:
         runs: where and how to train.
-        dual_encoder: pre-trained weights of `configs/demo.yaml`.
+        dual_encoder: pre-trained weights of the recipe `demo`.
     """
     retrieval = runs.train("retrieval", "demo_retrieval", dual_encoder)
     recognition = runs.train("recognition", "demo_recognition", dual_encoder)

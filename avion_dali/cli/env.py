@@ -18,13 +18,16 @@ from dataclasses import dataclass, replace
 from importlib import metadata, util
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from avion_dali.assembly.dali_room import pipelines_module
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
-from pipelines import support
-from pipelines.apart import call_apart, import_modules
-from pipelines.support import WORKS
+
+if TYPE_CHECKING:
+    from pipelines import apart, support
+else:
+    apart, support = pipelines_module("apart"), pipelines_module("support")
 
 GIB = 2**30
 FIELDS = ("value", "problem", "essential")
@@ -34,7 +37,7 @@ ESSENTIAL_IMPORTS = {"training code": "avion_dali.assembly.build", "text tower":
 OPTIONAL_KERNELS = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}
 IMPORT_TIMEOUT_S = 300.0  # a cold shared disk
 _REINSTALL = "pip install --upgrade --force-reinstall"
-_INSTALL = "pip install --editable . in the repository"
+_INSTALL = "install avion_dali and its requirements again with pip"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,7 @@ def examine() -> Report:
             "software": [*(done.result() for done in imports), *requirement_findings()],
         }
     h264 = nvdec.result()["h264"]
-    return Report(sections, *support.auto_decoder(None if h264 == WORKS else h264))
+    return Report(sections, *support.auto_decoder(None if h264 == support.WORKS else h264))
 
 
 def as_plain(report: Report) -> dict[str, Any]:
@@ -248,7 +251,7 @@ def attention_findings() -> list[Finding]:
             found.append(Finding(f"sdpa {name}", "for GPUs only"))
             continue
         problem = sdpa_problem(backend, device, AUTOCAST_DTYPES[precision])
-        value = "does not work" if problem else f"{WORKS} ({precision} on {device})"
+        value = "does not work" if problem else f"{support.WORKS} ({precision} on {device})"
         found.append(Finding(f"sdpa {name}", value, problem, essential=name == "math"))
     return found
 
@@ -278,12 +281,12 @@ def _library_finding(imported: Finding) -> Finding:
         resolve_attention(imported.name, device, AUTOCAST_DTYPES[precision])  # type: ignore[arg-type]
     except UserError as error:
         return replace(imported, value="does not work", problem=str(error))
-    return replace(imported, value=f"{WORKS} ({precision} on {device})")
+    return replace(imported, value=f"{support.WORKS} ({precision} on {device})")
 
 
 def _import_finding(name: str, module: str, advice: str, *, essential: bool = False) -> Finding:
     """Import a module in a process of its own."""
-    failure = call_apart(import_modules, module, timeout_s=IMPORT_TIMEOUT_S)
+    failure = apart.call_apart(apart.import_modules, module, timeout_s=IMPORT_TIMEOUT_S)
     problem = failure and f"import {module}: {failure}; {advice}"
     return Finding(name, "cannot be imported" if problem else "can be imported", problem, essential)
 
@@ -297,10 +300,10 @@ def _nvcuvid_finding() -> Finding:
 
 def _codec_findings(decoder: str, codecs: dict[str, str], *, one_must_work: bool = False) -> list[Finding]:
     """Turn the outcome of decoding tiny clips into findings."""
-    essential = one_must_work and WORKS not in codecs.values()
+    essential = one_must_work and support.WORKS not in codecs.values()
     return [
-        Finding(f"{decoder} {codec}", WORKS, essential=essential)
-        if outcome == WORKS
+        Finding(f"{decoder} {codec}", support.WORKS, essential=essential)
+        if outcome == support.WORKS
         else Finding(f"{decoder} {codec}", "does not work", outcome, essential)
         for codec, outcome in codecs.items()
     ]
@@ -340,7 +343,7 @@ def _dali_finding(problem: str | None) -> Finding:
     """Describe DALI on the CPU, where it has neither H.264 nor HEVC."""
     package = support.dali_package()
     version = " ".join(package) if package else "not installed by pip"
-    return Finding("DALI vp9", f"{version}, {'does not work' if problem else WORKS}", problem)
+    return Finding("DALI vp9", f"{version}, {'does not work' if problem else support.WORKS}", problem)
 
 
 def requirement_findings() -> list[Finding]:

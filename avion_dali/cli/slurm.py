@@ -1,6 +1,6 @@
 """Submit a training to SLURM, with one process per GPU; it goes on by itself after preemption and time limits.
 
-python -m train.slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 -- train.pretrain --config configs/...
+avion-dali slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 -- pretrain --config pretrain_own ...
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ SIGNAL_AHEAD_S = 120
 SAVE_LIMIT_S = 100.0
 """How long the task that answers SLURM's warning waits for its trainer to save; less than `SIGNAL_AHEAD_S`."""
 _POLL_S = 0.2
+SUBMITTED = ("pretrain", "finetune", "evaluate", "features")
 
 
 @dataclass(frozen=True)
@@ -211,9 +212,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     divider = arguments.index("--") if "--" in arguments else len(arguments)
     own, command = arguments[:divider], arguments[divider + 1 :]
-    options = parse_options(SlurmOptions, own, prog="python -m train.slurm", description=__doc__ or "")
+    options = parse_options(SlurmOptions, own, prog="avion-dali slurm", description=__doc__ or "")
     if not command:
-        raise UserError("nothing to run: end the line with `-- train.pretrain --config ...`")
+        raise UserError("nothing to run: end the line with `-- pretrain --config ...`")
+    if command[0] not in SUBMITTED:
+        raise UserError(f"`{command[0]}` is not a command for SLURM; after `--` write {', '.join(SUBMITTED)}")
     try:
         import submitit
     except ImportError:
@@ -221,6 +224,6 @@ def main(argv: list[str] | None = None) -> int:
     more = {"slurm_max_num_timeout": options.stretches} if options.cluster == "slurm" else {}
     executor = submitit.AutoExecutor(folder=options.log_dir, cluster=options.cluster, **more)
     executor.update_parameters(**parameters(options))
-    job = executor.submit(RankTask(command))
+    job = executor.submit(RankTask(["avion_dali", *command]))
     print(f"job {job.job_id}: console output in {job.paths.stdout} and its neighbours")
     return 0
