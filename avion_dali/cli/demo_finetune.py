@@ -26,7 +26,7 @@ class FinetuneDemoOptions:
     """Where the demo finds what `avion-dali demo` made, and where it writes.
 
     Args:
-        demo_dir: folder of `avion-dali demo`; its data and its training are made where they are missing.
+        demo_dir: folder of `avion-dali demo`; what is missing of its data and its training is made.
         output_dir: folder for the fine-tuning runs.
         decoder: how clips are decoded; `dali` makes VP9 chunks, which it decodes without a GPU as well.
     """
@@ -63,13 +63,13 @@ class FinetuneNumbers:
 
 @dataclass(frozen=True)
 class Margin:
-    """A difference that fine-tuning must show.
+    """A difference that fine-tuning must reach.
 
     Args:
-        what: the better one and the one it is compared with.
-        value: of the better one.
-        other: of the one it is compared with.
-        least: what must lie between them.
+        what: the two results, the better one first.
+        value: the result that should be better.
+        other: the result it is compared with.
+        least: the smallest difference that is sufficient.
     """
 
     what: str
@@ -84,7 +84,7 @@ class Margin:
 
 
 def margins(numbers: FinetuneNumbers) -> tuple[Margin, ...]:
-    """Return what the numbers must show: about half of what they do, since seeds and machines differ.
+    """Return the differences to reach: about half of those measured, since seeds and machines differ.
 
     Args:
         numbers: what the demo found.
@@ -113,8 +113,8 @@ class Runs:
     manifests: tuple[Path, Path]
     decoder: Decoder
 
-    def train(self, name: str, recipe: str, weights: Path | None = None) -> Path:
-        """Train, or go on where an earlier start was ended.
+    def train(self, name: str, recipe: str, *, weights: Path | None = None) -> Path:
+        """Train, or resume an earlier start that was interrupted.
 
         Args:
             name: of the run and its folder.
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = Runs(output, manifests, options.decoder)
     dual_encoder = demo / WEIGHTS
     if not dual_encoder.is_file():
-        run_training("dual encoder", demo_config(demo, *manifests, options.decoder))
+        run_training("dual encoder", demo_config(demo, manifests, decoder=options.decoder))
     numbers = measure(runs, dual_encoder)
     (output / "numbers.json").write_text(json.dumps(asdict(numbers), indent=2) + "\n")
     print(f"\n{table(margins(numbers))}\n\nreports: {output}/*/report.html")
@@ -197,17 +197,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(runs: Runs, dual_encoder: Path) -> FinetuneNumbers:
-    """Train what is to be compared, and compare it on the held-out videos.
+    """Train the models to compare, and score them on the held-out videos.
 
     Args:
         runs: where and how to train.
         dual_encoder: pre-trained weights of the recipe `demo`.
     """
-    retrieval = runs.train("retrieval", "demo_retrieval", dual_encoder)
-    recognition = runs.train("recognition", "demo_recognition", dual_encoder)
+    retrieval = runs.train("retrieval", "demo_retrieval", weights=dual_encoder)
+    recognition = runs.train("recognition", "demo_recognition", weights=dual_encoder)
     recognition_scratch = runs.train("recognition_from_random", "demo_recognition")
     pretrained = runs.train("videomae", "demo_videomae_pretrain")
-    videomae = runs.train("videomae_recognition", "demo_videomae_finetune", pretrained)
+    videomae = runs.train("videomae_recognition", "demo_videomae_finetune", weights=pretrained)
     videomae_scratch = runs.train("videomae_recognition_from_random", "demo_videomae_finetune")
     with stage("evaluation on held-out videos"):
         return FinetuneNumbers(

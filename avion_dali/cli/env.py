@@ -124,7 +124,7 @@ def examine() -> Report:
 
 
 def as_plain(report: Report) -> dict[str, Any]:
-    """Return a report as JSON has it.
+    """Return a report as plain values, as they are written to JSON.
 
     Args:
         report: what was found.
@@ -292,7 +292,7 @@ def _import_finding(name: str, module: str, advice: str, *, essential: bool = Fa
 
 
 def _nvcuvid_finding() -> Finding:
-    """Look for the driver's video library; without a driver, that is what to mend."""
+    """Look for the driver's video library; without a driver, the driver is the problem to fix."""
     missing = support.nvcuvid_problem()
     problem = missing and (support.cuda_problem(0) or missing)
     return Finding("libnvcuvid", "missing" if problem else "found", problem)
