@@ -19,7 +19,11 @@ from avion_dali.child_process import die_with_parent
 
 TIMEOUT_S = 120.0  # the first use of a driver, or of packages on a cold shared disk, may take a minute
 
-_CHILD = f"import sys; from {__name__} import answer_parent; answer_parent(sys.argv[1])"
+# Without the empty entry, the working directory: a user's own modules may have names of this project's.
+_CHILD = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    f"from {__name__} import answer_parent; answer_parent(sys.argv[1])"
+)
 
 
 def call_in_subprocess(

@@ -1,6 +1,8 @@
 """Embeddings of videos and manifests: right rows, right numbers, nothing lost."""
 
 import json
+import runpy
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +15,6 @@ from safetensors import safe_open
 from avion_dali.assembly.model import build_model
 from avion_dali.assembly.resolve import resolve
 from avion_dali.cli import features
-from avion_dali.cli.arguments import run_command
 from avion_dali.cli.main import build_parser
 from avion_dali.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from avion_dali.contracts import UserError
@@ -186,8 +187,14 @@ def test_bad_options_say_what_is_wanted(arguments: list[str], message: str):
         run("--checkpoint", "w.safetensors", *arguments)
 
 
-def test_entry_point_for_several_processes_is_the_same_command(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("module", ["avion_dali", "train.features"])
+def test_modules_for_several_processes_are_the_same_command(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["features"] if module == "avion_dali" else []
+    monkeypatch.setattr(sys, "argv", [module, *arguments, "--help"])
     with pytest.raises(SystemExit) as end:
-        run_command(lambda: features.main(["--help"]))
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert end.value.code == 0
-    assert "--checkpoint" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: avion-dali features ") and "--checkpoint" in shown

@@ -105,7 +105,7 @@ def test_16_frames_are_what_the_recipe_says(data: LaunchData, dual: Path, tmp_pa
 
 def test_an_entry_point_names_the_one_for_another_objective() -> None:
     for entry, name, other in ((finetune, "contrastive", "pretrain"), (pretrain, "max-margin", "finetune")):
-        with pytest.raises(UserError, match=f"{name} is for python -m train.{other}. Give --config"):
+        with pytest.raises(UserError, match=f"{name} is for avion-dali {other}. Give --config a recipe"):
             entry.main(["--objective.name", name])
 
 

@@ -38,6 +38,7 @@ ALLOWED = {
     "inference": {"data", "models", "device_ops", "engine", "tasks"},
     "pipelines": {"data", "decode", "loading"},
     "assembly": {"data", "decode", "loading", "models", "device_ops", "engine", "tasks", "report", "pipelines"},
+    "__main__": {"cli"},
     "cli": {
         *("data", "datasets", "decode", "loading", "inspection", "models", "metrics", "device_ops"),
         *("objectives", "engine", "tasks", "inference", "report", "assembly", "pipelines"),
@@ -45,7 +46,6 @@ ALLOWED = {
 }
 FOR_ALL = {"", "contracts", "config", "cores", "files", "wording", "child_process", "subprocess_call"}
 TOO_HEAVY = ("torch", "open_clip", "pyarrow", "jsonargparse")
-TOO_HEAVY_FOR_ENTRY = ("torch", "open_clip")
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:
@@ -57,7 +57,7 @@ SOURCES = {module_name(p): p for package in PACKAGES for p in sorted((ROOT / pac
 
 
 def imported_names(node: ast.AST, module: str) -> Iterator[str]:
-    """Dotted names that an import statement of a module may load, the imported objects included."""
+    """Dotted names that an import or a call of `pipelines_module` may load, the imported objects included."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -66,6 +66,8 @@ def imported_names(node: ast.AST, module: str) -> Iterator[str]:
             source = importlib.util.resolve_name("." * node.level + source, module.rpartition(".")[0])
         yield source
         yield from (f"{source}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pipelines_module":
+        yield f"pipelines.{ast.literal_eval(node.args[0])}"
 
 
 def runs_at_import(tree: ast.Module) -> Iterator[ast.AST]:
@@ -121,6 +123,9 @@ def test_the_check_sees_every_kind_of_import():
     ]
     assert wrong_way("train.pretrain", "import benchmarks.machine") == ["benchmarks.machine"]
     assert wrong_way("avion_dali.contracts", "import avion_dali.config") == ["avion_dali.config"]
+    called = "from avion_dali.assembly.dali_room import pipelines_module\ndef f(): pipelines_module('graph')"
+    assert wrong_way("avion_dali.cli.env", called) == []
+    assert "pipelines.graph" in wrong_way("avion_dali.engine.loop", called)
 
 
 def test_relative_imports_are_resolved():
@@ -198,8 +203,16 @@ def test_entry_points_import_nothing_heavy():
     """A spawned worker imports the module that was started with `-m` once more."""
     started = [m for m, path in SOURCES.items() if m.startswith("train.") and "__main__" in path.read_text()]
     assert {"train.pretrain", "train.evaluate"} <= set(started)
-    commands = [m for m in SOURCES if m == "avion_dali.cli.main"]
-    assert loaded_after_import([*started, *commands], TOO_HEAVY_FOR_ENTRY) == []
+    assert loaded_after_import([*started, "avion_dali.__main__"], TOO_HEAVY) == []
+
+
+def test_the_overview_of_commands_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom avion_dali.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n"
+        f"    print('loaded:', *sorted(set({TOO_HEAVY!r}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "loaded:", done
 
 
 def test_the_import_check_sees_heavy_modules():

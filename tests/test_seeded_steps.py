@@ -98,11 +98,8 @@ def _record(config: TrainConfig) -> list[Step]:
             return batch
 
         loop.next_batch = next_batch
-        loop._batches = loop.loader.batches(0, STEPS)
-        loop.model.train()
-        for _ in range(STEPS):
-            loss = loop.optimizer_step()["loss"]
-            steps.append((float(loss).hex(), seen.copy()))
+        for numbers in loop.steps(0, STEPS):
+            steps.append((float(numbers["loss"]).hex(), seen.copy()))
             seen.clear()
     return steps
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from avion_dali.config.recipes import find_recipe
 from avion_dali.contracts import UserError
 
 Options = TypeVar("Options")
@@ -19,7 +20,7 @@ Options = TypeVar("Options")
 def parse_options(
     options: type[Options], argv: Sequence[str] | None, *, prog: str, description: str
 ) -> Options:
-    """Fill a dataclass from `--config FILE.yaml` and `--field value`, `--section.field value`.
+    """Fill a dataclass from `--config RECIPE` and `--field value`, `--section.field value`.
 
     Args:
         options: the dataclass; its docstring documents each field.
@@ -33,7 +34,9 @@ def parse_options(
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file; later arguments win over it")
+    parser.add_argument(
+        "--config", action="config", help="a recipe or a YAML file; later arguments win over it"
+    )
     parser.add_class_arguments(options)
     try:
         with parameters_as_keys(options):
@@ -45,7 +48,7 @@ def parse_options(
 
 
 def _filled(parser: Any, options: type[Options], argv: Sequence[str] | None) -> Options:
-    values = vars(parser.instantiate(parser.parse_args(_underscored(argv))))
+    values = vars(parser.instantiate(parser.parse_args(_with_recipes(_underscored(argv)))))
     values.pop("config", None)
     return options(**values)
 
@@ -54,6 +57,20 @@ def _underscored(argv: Sequence[str] | None) -> list[str]:
     """Accept `--output-dir` for `--output_dir`: fields are Python names, options are habitually dashed."""
     arguments = sys.argv[1:] if argv is None else argv
     return [re.sub(r"^--[\w.-]+", lambda m: "--" + m.group()[2:].replace("-", "_"), a) for a in arguments]
+
+
+def _with_recipes(arguments: list[str]) -> list[str]:
+    """Replace each recipe that `--config` names by its file."""
+    found: list[str] = []
+    for argument in arguments:
+        option, assigned, named = argument.partition("=")
+        if found[-1:] == ["--config"]:
+            found.append(str(find_recipe(argument)))
+        elif option == "--config" and assigned:
+            found.append(f"--config={find_recipe(named)}")
+        else:
+            found.append(argument)
+    return found
 
 
 def _explain(message: str, options: type) -> str:

@@ -18,13 +18,17 @@ from dataclasses import dataclass, replace
 from importlib import metadata, util
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from avion_dali.assembly.dali_room import pipelines_module
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
 from avion_dali.subprocess_call import call_in_subprocess, import_modules
-from pipelines import support
-from pipelines.support import WORKS
+
+if TYPE_CHECKING:
+    from pipelines import support
+else:
+    support = pipelines_module("support")
 
 GIB = 2**30
 FIELDS = ("value", "problem", "essential")
@@ -34,7 +38,7 @@ ESSENTIAL_IMPORTS = {"training code": "avion_dali.assembly.training", "text towe
 OPTIONAL_KERNELS = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}
 IMPORT_TIMEOUT_S = 300.0  # a cold shared disk
 _REINSTALL = "pip install --upgrade --force-reinstall"
-_INSTALL = "pip install --editable . in the repository"
+_INSTALL = "install avion_dali and its requirements again with pip"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +121,11 @@ def examine() -> Report:
             "software": [*(done.result() for done in imports), *requirement_findings()],
         }
     h264 = nvdec.result()["h264"]
-    return Report(sections, *support.auto_decoder(None if h264 == WORKS else h264))
+    return Report(sections, *support.auto_decoder(None if h264 == support.WORKS else h264))
 
 
 def as_plain(report: Report) -> dict[str, Any]:
-    """Return a report as JSON has it.
+    """Return a report as plain values, as they are written to JSON.
 
     Args:
         report: what was found.
@@ -248,7 +252,7 @@ def attention_findings() -> list[EnvironmentRow]:
             found.append(EnvironmentRow(f"sdpa {name}", "for GPUs only"))
             continue
         problem = sdpa_problem(backend, device, AUTOCAST_DTYPES[precision])
-        value = "does not work" if problem else f"{WORKS} ({precision} on {device})"
+        value = "does not work" if problem else f"{support.WORKS} ({precision} on {device})"
         found.append(EnvironmentRow(f"sdpa {name}", value, problem, essential=name == "math"))
     return found
 
@@ -278,7 +282,7 @@ def _library_finding(imported: EnvironmentRow) -> EnvironmentRow:
         resolve_attention(imported.name, device, AUTOCAST_DTYPES[precision])  # type: ignore[arg-type]
     except UserError as error:
         return replace(imported, value="does not work", problem=str(error))
-    return replace(imported, value=f"{WORKS} ({precision} on {device})")
+    return replace(imported, value=f"{support.WORKS} ({precision} on {device})")
 
 
 def _import_finding(name: str, module: str, advice: str, *, essential: bool = False) -> EnvironmentRow:
@@ -289,7 +293,7 @@ def _import_finding(name: str, module: str, advice: str, *, essential: bool = Fa
 
 
 def _nvcuvid_finding() -> EnvironmentRow:
-    """Look for the driver's video library; without a driver, that is what to mend."""
+    """Look for the driver's video library; without a driver, the driver is the problem to fix."""
     missing = support.nvcuvid_problem()
     problem = missing and (support.cuda_problem(0) or missing)
     return EnvironmentRow("libnvcuvid", "missing" if problem else "found", problem)
@@ -299,10 +303,10 @@ def _codec_findings(
     decoder: str, codecs: dict[str, str], *, one_must_work: bool = False
 ) -> list[EnvironmentRow]:
     """Turn the outcome of decoding tiny clips into findings."""
-    essential = one_must_work and WORKS not in codecs.values()
+    essential = one_must_work and support.WORKS not in codecs.values()
     return [
-        EnvironmentRow(f"{decoder} {codec}", WORKS, essential=essential)
-        if outcome == WORKS
+        EnvironmentRow(f"{decoder} {codec}", support.WORKS, essential=essential)
+        if outcome == support.WORKS
         else EnvironmentRow(f"{decoder} {codec}", "does not work", outcome, essential)
         for codec, outcome in codecs.items()
     ]
@@ -342,7 +346,7 @@ def _dali_finding(problem: str | None) -> EnvironmentRow:
     """Describe DALI on the CPU, where it has neither H.264 nor HEVC."""
     package = support.dali_package()
     version = " ".join(package) if package else "not installed by pip"
-    return EnvironmentRow("DALI vp9", f"{version}, {'does not work' if problem else WORKS}", problem)
+    return EnvironmentRow("DALI vp9", f"{version}, {'does not work' if problem else support.WORKS}", problem)
 
 
 def requirement_findings() -> list[EnvironmentRow]:

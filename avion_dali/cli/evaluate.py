@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on a manifest: retrieval, recognition or reconstruction, as it was trained for.
 
-python -m train.evaluate --checkpoint runs/pretrain/checkpoint_best.pt --manifest M --output metrics.json
+avion-dali evaluate --checkpoint runs/pretrain/checkpoint_best.pt --manifest M --output metrics.json
 """
 
 import json
@@ -17,8 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments; None takes the process's.
     """
-    config = parse_options(EvaluateConfig, argv, prog="python -m train.evaluate", description=__doc__ or "")
-    # Decode workers re-import this module: everything heavy waits until here.
+    config = parse_options(EvaluateConfig, argv, prog="avion-dali evaluate", description=__doc__ or "")
+    # Decode workers import this module again: everything heavy is imported here.
     from avion_dali.assembly.evaluation import evaluate_checkpoint
     from avion_dali.engine.distributed import distributed_session
 

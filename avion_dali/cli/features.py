@@ -1,6 +1,6 @@
 """Write embeddings of videos or of a manifest's clips.
 
-torchrun --nproc_per_node=8 -m train.features --checkpoint FILE --manifest M --output features.safetensors
+torchrun --nproc_per_node=8 -m avion_dali features --checkpoint FILE --manifest M --output features.safetensors
 """
 
 # Light: decode workers re-import this module.
@@ -51,21 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", default="auto", help="how clips are decoded (default: auto)")
     parser.add_argument("--workers", default=0, type=int, help="decode processes (default: one per core)")
     parser.add_argument("--micro-batch", default=32, type=int, help="clips of a forward pass")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point for torchrun.
-
-    Args:
-        argv: arguments; None takes the process's.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m train.features",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -156,7 +141,7 @@ def left_out_files(folder: Path) -> list[dict[str, Any]]:
 
 
 def _build_manifest(options: argparse.Namespace, folder: Path) -> None:
-    from avion_dali.cli.main import list_videos
+    from avion_dali.cli.chunk import list_videos
     from avion_dali.datasets.building import BuildSettings
     from avion_dali.datasets.plain import build_plain_manifest
 
