@@ -14,7 +14,7 @@ from avion_dali.loading.ring import SharedRing
 from avion_dali.loading.strategy import PendingBatch, RefusedRowsError
 
 from .codecs import Device
-from .colour import correct_colours
+from .color import correct_colors
 from .graph import GraphSettings, failure_cause, graph_inputs
 from .mini_clip import MiniClip
 from .source import GraphRunner
@@ -131,7 +131,7 @@ class DaliStrategy:
         expected = [batch.requests[row].sample_id for row in rows]
         if sample_ids.tolist() != expected:
             raise RuntimeError(f"DALI delivered samples {sample_ids.tolist()} in place of {expected}")
-        correct_colours(frames, [self._mini_clip(batch, row).colorspace for row in rows])
+        correct_colors(frames, [self._mini_clip(batch, row).colorspace for row in rows])
         return frames
 
     def _decode_one_by_one(self, batch: PendingBatch[CollectedClip]) -> None:
@@ -145,7 +145,7 @@ class DaliStrategy:
             except RuntimeError as error:
                 refused[row] = _refusal(request, error)
                 continue
-            correct_colours(frames, [mini_clip.colorspace])
+            correct_colors(frames, [mini_clip.colorspace])
             torch.from_numpy(self._ring.frames(batch.slot)[row]).copy_(frames[0])
             batch.results[row] = replace(_collected(batch, row), mini_clip=None)
         if refused:

@@ -1,7 +1,7 @@
-"""Says which codecs can be decoded here, and how, by decoding: a tiny clip of each goes the way of all clips.
+"""Finds out which codecs can be decoded on this machine, by decoding a tiny clip of each as all clips are.
 
-Light: neither PyTorch nor DALI is imported with it. Whatever may crash or hang in a driver runs in a process of
-its own, with a time limit, so that it cannot take a training along.
+Importing this module imports neither PyTorch nor DALI. Whatever may crash or hang in a driver runs in a process
+of its own, with a time limit, so that it cannot end a training.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ def _decode_with_dali(request: ClipRequest, backend: Backend, device_index: int)
 
 
 def _paint(number: int) -> np.ndarray:
-    """Picture (H, W, 3), uint8 RGB: soft colours that grow brighter with the frame number."""
+    """Picture (H, W, 3), uint8 RGB: soft colors that grow brighter with the frame number."""
     import numpy as np
 
     y, x = np.mgrid[0:_SIDE, 0:_SIDE]

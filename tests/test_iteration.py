@@ -177,7 +177,7 @@ def test_a_state_leads_to_exactly_the_next_batch(
 ) -> None:
     list(loader)
     state, rest = taken_state(loader, taken)
-    assert (state["epoch"], state["samples_consumed"]) == (1, 2 * taken)
+    assert (state["epoch"], state["clips_consumed"]) == (1, 2 * taken)
     other = "dali" if decoder == "cpu-fused" else "cpu-fused"
     if other == "dali":
         pytest.importorskip("nvidia.dali")
@@ -197,7 +197,7 @@ def test_a_state_leads_to_exactly_the_next_batch(
 def test_a_state_after_the_last_batch_is_the_next_epochs_begin(loader: ClipLoader) -> None:
     for _batch in loader:
         state = loader.state_dict()
-    assert (state["epoch"], state["samples_consumed"]) == (1, 0)
+    assert (state["epoch"], state["clips_consumed"]) == (1, 0)
     loader.set_epoch(5)
     loader.load_state_dict(state)
     assert ids_of(list(loader)) == expected_ids(loader, 1)
@@ -209,7 +209,7 @@ def test_a_state_reflects_what_was_handed_out_before_a_break(loader: ClipLoader)
     for _ in itertools.islice(loader, 3):
         pass
     state = loader.state_dict()
-    assert (state["epoch"], state["samples_consumed"]) == (0, 6)
+    assert (state["epoch"], state["clips_consumed"]) == (0, 6)
 
 
 @pytest.mark.parametrize(("ranks", "size"), [(2, 4), (4, 8), (1, 8), (1, 2)])

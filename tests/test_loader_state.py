@@ -29,7 +29,7 @@ def test_every_position_is_found_again(accum: int, training: bool) -> None:
 def test_a_state_holds_plain_numbers() -> None:
     assert state_at(27, schedule_of(8, 2, world_size=2), fingerprint=FINGERPRINT) == {
         "epoch": 1,
-        "samples_consumed": 12,
+        "clips_consumed": 12,
         "seed": 0,
         "manifest_fingerprint": 77,
         "training": True,
@@ -53,7 +53,7 @@ def test_positions_move_to_other_sizes() -> None:
 def test_a_position_within_a_batch_names_the_sizes_that_fit() -> None:
     old = schedule_of(4, 4)
     with pytest.raises(
-        UserError, match="after 12 samples of epoch 0.*global batch, 8; .*1 rank: 1, 2, 3, 4, 6, 12"
+        UserError, match="after 12 clips of epoch 0.*global batch, 8; .*1 rank: 1, 2, 3, 4, 6, 12"
     ):
         moved(3, old, schedule_of(8, 8))
     with pytest.raises(UserError, match=r"fit 2 ranks: 2, 4, 6, 12$"):
@@ -88,5 +88,5 @@ def test_another_manifest_and_another_dictionary_are_refused() -> None:
     state = state_at(1, schedule, fingerprint=1)
     with pytest.raises(UserError, match="manifest_fingerprint = 1, and this one has 2"):
         position_of(state, schedule, fingerprint=2)
-    with pytest.raises(UserError, match="lacks clips_per_sample, epoch, global_batch"):
+    with pytest.raises(UserError, match="lacks clips_consumed, clips_per_sample, epoch"):
         position_of({}, schedule, fingerprint=1)

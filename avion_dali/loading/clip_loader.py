@@ -200,7 +200,9 @@ class ClipLoader(Generic[Result]):
             if number < last:
                 begun.append(self._begin(number))
             if begun and (len(begun) > prefetch or number >= last):
-                started.append(self._settle(begun.popleft()))
+                started.append(begun.popleft())
+                for row in range(len(started[-1].requests)):
+                    self._settle(started[-1], row)
                 self._strategy.start(started[-1])
             if started and (len(started) > depth or (number >= last and not begun)):
                 yield self._finish(started.popleft())
@@ -229,13 +231,8 @@ class ClipLoader(Generic[Result]):
             batch.tickets.append(self._pool.schedule(self._strategy.task, request, place))
         return batch
 
-    def _settle(self, batch: PendingBatch[Result]) -> PendingBatch[Result]:
-        """Wait for all clips of a batch; failed ones are replaced, or their rows become invalid."""
-        for row in range(len(batch.requests)):
-            self._settle_row(batch, row)
-        return batch
-
-    def _settle_row(self, batch: PendingBatch[Result], row: int) -> None:
+    def _settle(self, batch: PendingBatch[Result], row: int) -> None:
+        """Wait for one row's clip; one that fails is replaced, or the row becomes invalid."""
         while batch.valid[row]:
             try:
                 batch.results[row] = self._pool.wait(batch.tickets[row])
@@ -278,7 +275,7 @@ class ClipLoader(Generic[Result]):
             except RefusedRowsError as refused:
                 for row, failure in refused.failures.items():
                     self._replace(batch, row, failure)
-                    self._settle_row(batch, row)
+                    self._settle(batch, row)
         requests, rows = batch.requests, len(batch.requests)
         self.stats.delivered += rows
         self._next = batch.number + 1

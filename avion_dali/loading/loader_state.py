@@ -29,7 +29,7 @@ def state_at(number: int, schedule: BatchSchedule, *, fingerprint: int) -> State
     per_micro = schedule.micro_batch * schedule.world_size
     return {
         "epoch": epoch,
-        "samples_consumed": step_of_epoch * schedule.global_batch + micro * per_micro,
+        "clips_consumed": step_of_epoch * schedule.global_batch + micro * per_micro,
         **_facts(schedule, fingerprint),
         **_sizes(schedule),
     }
@@ -47,7 +47,7 @@ def position_of(state: Mapping[str, int | bool], schedule: BatchSchedule, *, fin
         UserError: when the state belongs to other clips, or its position lies within a batch of this schedule.
     """
     facts, sizes = _facts(schedule, fingerprint), _sizes(schedule)
-    missing = sorted({"epoch", "samples_consumed", *facts, *sizes} - state.keys())
+    missing = sorted({"epoch", "clips_consumed", *facts, *sizes} - state.keys())
     if missing:
         raise UserError(f"this is not the state of a clip loader: it lacks {', '.join(missing)}")
     for name, value in facts.items():
@@ -56,7 +56,7 @@ def position_of(state: Mapping[str, int | bool], schedule: BatchSchedule, *, fin
                 f"the state was taken from a loader with {name} = {state[name]}, and this one has {value}: it "
                 "would deliver other clips; open it with the same manifest and settings"
             )
-    consumed, per_micro = state["samples_consumed"], schedule.micro_batch * schedule.world_size
+    consumed, per_micro = state["clips_consumed"], schedule.micro_batch * schedule.world_size
     first_step = state["epoch"] * schedule.steps_per_epoch
     if consumed % state["global_batch"]:
         # The ranks' shares are contiguous: what was consumed within a step is no prefix of the epoch's order.
@@ -68,7 +68,7 @@ def position_of(state: Mapping[str, int | bool], schedule: BatchSchedule, *, fin
             )
     elif consumed % schedule.global_batch:
         raise UserError(
-            f"the state was taken after {consumed} samples of epoch {state['epoch']}, which is no multiple of "
+            f"the state was taken after {consumed} clips of epoch {state['epoch']}, which is no multiple of "
             f"this loader's global batch, {schedule.global_batch}; {_sizes_that_fit(consumed, schedule)}"
         )
     step, rest = divmod(consumed, schedule.global_batch)

@@ -6,17 +6,16 @@ import contextlib
 import errno
 import os
 import weakref
-from dataclasses import dataclass
 from multiprocessing.shared_memory import SharedMemory
+from typing import NamedTuple
 
 import numpy as np
 
 from avion_dali.contracts import UserError
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where in shared memory a worker writes one clip.
+class Place(NamedTuple):
+    """Where in shared memory a worker writes one clip; a tuple, which is pickled faster than a dataclass.
 
     Args:
         memory_name: name of the shared memory.

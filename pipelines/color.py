@@ -1,8 +1,8 @@
-"""DALI converts to RGB as BT.601, whatever a stream says; this turns such colours into the stream's own.
+"""Colors: DALI converts to RGB as BT.601 whatever a stream says; this corrects them to what the stream means.
 
-Limited and full range DALI does honour. Both conversions are linear, so one 3x3 matrix leads from one to the
-other; BT.709 then agrees with the CPU decoders as well as BT.601 does. Not part of the graph: hardly any chunk
-needs it, and which ones do is known only when their packets have been read.
+DALI does honor limited and full range. Both conversions are linear, so one 3x3 matrix leads from one to the
+other; BT.709 then agrees with the CPU decoders as well as BT.601 does. This is not part of the graph: hardly
+any chunk needs it, and which ones do is known only when their packets have been read.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _LUMA_SHARES = {
     4: (0.30, 0.11),  # FCC
     7: (0.212, 0.087),  # SMPTE 240M
     9: (0.2627, 0.0593),  # BT.2020, non-constant luminance
-    10: (0.2627, 0.0593),  # BT.2020, constant luminance: FFmpeg takes the same matrix
+    10: (0.2627, 0.0593),  # BT.2020, constant luminance: FFmpeg uses the same matrix
 }
 
 
-def correct_colours(frames: torch.Tensor, colorspaces: Sequence[int]) -> None:
-    """Turn colours that were converted as BT.601 into those the streams mean, in place.
+def correct_colors(frames: torch.Tensor, colorspaces: Sequence[int]) -> None:
+    """Turn colors that were converted as BT.601 into those the streams mean, in place.
 
     Args:
         frames: uint8 (B, ..., 3) RGB.
