@@ -21,7 +21,7 @@ from avion_dali.assembly.tasks import (
     build_task,
     class_table,
 )
-from avion_dali.config import EvaluateConfig, ModelConfig, TrainConfig
+from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
 from avion_dali.engine.checkpoint import find_checkpoint, load_checkpoint
@@ -31,11 +31,10 @@ from avion_dali.engine.loop import TrainLoop
 from avion_dali.engine.optim import build_optimizer, parameter_groups
 from avion_dali.engine.settings import LoopSettings
 from avion_dali.engine.sharding import shard_model, weight_sum
-from avion_dali.models.blocks import VideoTowerConfig
 from avion_dali.models.implied_config import plain_config
 from avion_dali.models.presets import PRESETS
-from avion_dali.models.start import StartReport, StartWeights, apply_start, open_start, settle
-from avion_dali.models.towers import settled_activation
+from avion_dali.models.starting_weights import StartReport, StartWeights, apply_start, open_start
+from avion_dali.models.towers import resolve_model
 
 Evaluator = Callable[[FramesTransform | None], EvaluationResult]
 
@@ -88,7 +87,7 @@ def _start(
     start = _open_checkpoint(latest) if latest else None
     if config.model.weights and not latest:
         start = open_start(config.model.weights)
-    config = replace(config, model=settle(config.model, start.facts) if start else settled(config.model))
+    config = replace(config, model=resolve_model(config.model, start.facts if start else None))
     task = build_task(config, manifest, distributed.device)
     if start and not latest:
         report = fill_model(task.model, start, config)
@@ -107,17 +106,6 @@ def _open_checkpoint(latest: Path) -> StartWeights:
         raise
 
 
-def settled(model: ModelConfig) -> ModelConfig:
-    """Decide what a configuration leaves open, for a model that starts from random weights.
-
-    Args:
-        model: the model's configuration.
-    """
-    return replace(
-        model, activation=settled_activation(model), norm_eps=model.norm_eps or VideoTowerConfig.norm_eps
-    )
-
-
 def fill_model(model: nn.Module, start: StartWeights, config: TrainConfig) -> StartReport:
     """Load weights into the model of a configuration; positions are fitted to its frames.
 
@@ -126,12 +114,14 @@ def fill_model(model: nn.Module, start: StartWeights, config: TrainConfig) -> St
         start: the weights.
         config: the run's configuration.
     """
+    activation = resolve_model(config.model).activation
+    assert activation != "auto"
     return apply_start(
         model,
         start,
         temporal_resize=config.model.temporal_resize,
         normalization=config.data.normalization,
-        activation=settled_activation(config.model),
+        activation=activation,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import pyarrow as pa
@@ -71,7 +71,8 @@ def build_model(config: TrainConfig, device: torch.device, *, num_classes: int =
             cannot run.
     """
     precision = resolve_precision(config.run.precision, device)
-    resolve_attention(config.model.attention, device, AUTOCAST_DTYPES[precision])
+    kernel = resolve_attention(config.model.attention, device, AUTOCAST_DTYPES[precision])
+    config = replace(config, model=replace(config.model, attention=kernel))
     torch.manual_seed(config.run.seed)
     objective, frames, size = config.objective, config.data.num_frames, config.data.frame_size
     model: nn.Module

@@ -186,7 +186,7 @@ def embed_manifest(
     from avion_dali.assembly.tasks import build_model
     from avion_dali.engine.features import extract_features
     from avion_dali.engine.precision import resolve_precision
-    from avion_dali.models.start import open_start
+    from avion_dali.models.starting_weights import open_start
 
     start = open_start(options.checkpoint)
     settings = {name: getattr(options, name) for name in ("decoder", "workers", "micro_batch", "num_frames")}

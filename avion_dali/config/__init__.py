@@ -15,9 +15,9 @@ from avion_dali.config.data import (
     Sampling,
 )
 from avion_dali.config.model import (
+    DEFAULT_NORM_EPS,
     Activation,
     AttentionBackend,
-    Encoder,
     ModelConfig,
     ModelSize,
     TemporalResize,
@@ -34,6 +34,7 @@ from avion_dali.config.optim import OptimConfig, RunConfig
 
 __all__ = [
     "CPU_DECODERS",
+    "DEFAULT_NORM_EPS",
     "Activation",
     "AttentionBackend",
     "AugmentConfig",
@@ -42,7 +43,6 @@ __all__ = [
     "Crop",
     "DataConfig",
     "Decoder",
-    "Encoder",
     "EvaluateConfig",
     "MaskedVideoConfig",
     "MaxMarginConfig",
