@@ -32,12 +32,14 @@ class ModelConfig:
         activation: `gelu` (exact) or `quick_gelu`; `auto` takes what the weights were trained with, else the
             default of the encoder. AVION's released models ran OpenAI's weights with `gelu`; set it to repeat
             that.
-        norm_eps: LayerNorm epsilon of the video tower; 0 takes that of the weights, else 1e-6.
+        norm_eps: LayerNorm epsilon of the video tower, 1e-6 in AVION's models and 1e-5 in OpenAI's; 0 takes
+            that of the weights, else 1e-6.
         pre_norm: LayerNorm in front of the first block. Only a `timesformer` can be built without it; EgoVLP's
             weights have none, and a run that starts from them follows.
         context_length: number of text tokens that the text tower takes.
         drop_path: stochastic depth rate.
-        drop_path_schedule: `constant` over the blocks (AVION) or `linear` from 0 to the rate.
+        drop_path_schedule: `constant` over the blocks, as in AVION's recipes, or `linear` from 0 in the first
+            block to `drop_path` in the last (Huang et al. 2016, arXiv 1603.09382).
         patch_dropout: share of patch tokens dropped in training (`vit` only).
         attention: kernel of the video encoder's attention; `auto` takes the best one that works on the device.
         checkpoint_every: recompute the activations of every n-th block in the backward pass: 0 none, 1 all.

@@ -33,27 +33,18 @@ ACTIVATIONS: Final[dict[Activation, type[nn.Module]]] = {"gelu": nn.GELU, "quick
 
 @dataclass(frozen=True)
 class VideoTowerConfig:
-    """Everything that shapes a video tower of any kind: sizes, and the options of `ModelConfig`, resolved.
+    """Everything that shapes a video tower of any kind; `tower_config` makes one from a `ModelConfig`.
+
+    The options from `activation` on are documented in `ModelConfig`; here none of them is left open.
 
     Args:
         image_size: side of the square input frames in pixels.
         patch_size: side of a patch in pixels; divides `image_size`.
-        num_frames: frames of a clip (T).
+        num_frames: frames per clip (T).
         width: token width (D).
         layers: number of blocks.
         heads: attention heads; divides `width`.
         embed_dim: width of the output; None leaves out the projection, then it is `width`.
-        activation: `gelu` (exact) or `quick_gelu` (OpenAI weights).
-        norm_eps: LayerNorm epsilon; 1e-6 in AVION's checkpoints, 1e-5 in OpenAI's.
-        pre_norm: LayerNorm in front of the first block; only a tower that declares `optional_pre_norm` can be
-            built without it.
-        drop_path: stochastic depth rate.
-        drop_path_schedule: `constant`, the same in every block, as in AVION's published recipes; or `linear`
-            from 0 in the first block to `drop_path` in the last (Huang et al. 2016, arXiv 1603.09382).
-        patch_dropout: share of patch tokens dropped in training, in [0, 1).
-        attention: attention kernel.
-        checkpoint_every: recompute the activations of every n-th block in the backward pass; 0 for none.
-        compile: run torch.compile on each block.
 
     Raises:
         UserError: when patches do not tile the frame.
