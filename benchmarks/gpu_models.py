@@ -14,7 +14,6 @@ from typing import Protocol
 
 import torch
 
-from avion_dali.config import Encoder
 from benchmarks.gpu_parts import NotRunError, Record, Suite, attempt
 from benchmarks.machine import Row
 from benchmarks.memory import METHODS, MIB, Method, Step, Subject, allocated_per_clip, count
@@ -81,7 +80,7 @@ def train_steps(suite: Suite, record: Record) -> None:
 def subjects(suite: Suite) -> list[Subject]:
     """Whose memory is measured: AVION's tower and the one it replaces, at both lengths."""
     size, side = suite.scale.model, suite.scale.frame_size
-    encoders: tuple[Encoder, ...] = ("vit", "timesformer")
+    encoders: tuple[str, ...] = ("vit", "timesformer")
     return [Subject(encoder, size, frames, side) for frames in (4, 16) for encoder in encoders]
 
 

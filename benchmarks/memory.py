@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from avion_dali.config import AttentionBackend, Encoder, ModelConfig, ModelSize
+from avion_dali.config import AttentionBackend, ModelConfig, ModelSize
 from avion_dali.models.presets import PRESETS
 from avion_dali.models.towers import build_video_tower
 
@@ -75,7 +75,7 @@ class Subject:
         frame_size: side of a frame in pixels; 0 takes that of the size.
     """
 
-    encoder: Encoder = "vit"
+    encoder: str = "vit"
     size: ModelSize = "vit_b16"
     frames: int = 4
     frame_size: int = 0
@@ -277,7 +277,7 @@ def measure_gpu(frames: tuple[int, ...] = (4, 16)) -> list[Row]:
             row = allocated_per_clip(Subject(frames=number), method)
             rows.append({**row, "counted MiB a clip": counted[number, method.name]})
     for number in frames:
-        encoders: tuple[Encoder, ...] = ("vit", "timesformer")
+        encoders: tuple[str, ...] = ("vit", "timesformer")
         subjects = [Subject(encoder=encoder, frames=number) for encoder in encoders]
         rows += [largest_batch(subject, method) for subject in subjects for method in METHODS]
     return rows

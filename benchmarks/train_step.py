@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from avion_dali.config import AttentionBackend, Encoder, ModelConfig, ModelSize
+from avion_dali.config import AttentionBackend, ModelConfig, ModelSize
 from avion_dali.contracts import UserError
 from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.models.attention import resolve_attention
@@ -73,7 +73,7 @@ class Case:
         frame_size: side of a frame in pixels; 0 takes that of the size.
     """
 
-    encoder: Encoder = "vit"
+    encoder: str = "vit"
     size: ModelSize = "vit_b16"
     frames: int = 4
     batch: int = 64

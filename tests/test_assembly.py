@@ -1,4 +1,4 @@
-"""A run's configuration: what weights and checkpoints settle, what an evaluation changes, what must stay."""
+"""A run's configuration: what weights and checkpoints decide, what an evaluation changes, what must stay."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from avion_dali.data.classes import ClassTable
 from avion_dali.data.manifest import Manifest, write_manifest
 from avion_dali.engine.distributed import Distributed
 from avion_dali.models.classifier import build_classifier
-from avion_dali.models.start import open_start, settled
+from avion_dali.models.starting_weights import open_start
 
 TRAINED = TrainConfig(
     output_dir="runs/x",
@@ -45,14 +45,6 @@ def manifest_of(folder: Path, names: tuple[str, ...] = (), *, end: float = 2.0) 
     classes = ClassTable(names) if names else None
     write_manifest(folder, chunk_root="/chunks", chunks=[chunk_row("v", 0)], samples=rows, classes=classes)
     return Manifest(folder)
-
-
-def test_a_model_from_random_weights_leaves_nothing_open() -> None:
-    for encoder, activation in (("vit", "gelu"), ("videomae", "gelu"), ("timesformer", "quick_gelu")):
-        model = settled(ModelConfig(encoder=encoder))
-        assert (model.activation, model.norm_eps) == (activation, 1e-6)
-    named = ModelConfig(activation="quick_gelu", norm_eps=1e-5)
-    assert settled(named) == named
 
 
 def test_an_evaluation_changes_what_it_says_and_nothing_else() -> None:

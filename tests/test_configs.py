@@ -14,7 +14,7 @@ from avion_dali.cli.arguments import parse_options
 from avion_dali.cli.demo import DemoOptions
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.engine.checkpoint import load_checkpoint
-from avion_dali.models.start import open_start
+from avion_dali.models.starting_weights import open_start
 from avion_dali.tasks.table import find_task
 
 OPTIONS = {"pretrain": TrainConfig, "finetune": TrainConfig, "evaluate": EvaluateConfig, "demo": DemoOptions}

@@ -18,7 +18,7 @@ from avion_dali.config import TrainConfig
 from avion_dali.data import synthetic
 from avion_dali.data.manifest import Manifest
 from avion_dali.engine.run_log import read_rows
-from avion_dali.models.start import open_start
+from avion_dali.models.starting_weights import open_start
 
 CONFIGS = demo.recipes_folder()
 RECIPES = ("demo_retrieval", "demo_recognition", "demo_videomae_pretrain", "demo_videomae_finetune")

@@ -6,26 +6,28 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from small_models import same_tensors, save_as, small_classifier, small_dual_encoder, small_masked_video
+from small_models import (
+    same_tensors,
+    save_as,
+    small_classifier,
+    small_dual_encoder,
+    small_masked_video,
+    written,
+)
 
 from avion_dali.cli import weights
 from avion_dali.config import ModelConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import restore_model
-from avion_dali.models.convert import LAYOUTS, from_ours
 from avion_dali.models.dual_encoder import build_dual_encoder
 from avion_dali.models.safetensors_files import read_safetensors
-from avion_dali.models.start import open_start
+from avion_dali.models.starting_weights import open_start
 
 
 def command(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
     weights.add_arguments(parser)
     return weights.run(parser.parse_args([str(a) for a in arguments]))
-
-
-def test_layouts_are_those_of_the_library():
-    assert weights.LAYOUTS == LAYOUTS
 
 
 def test_a_description_says_what_the_file_is(tmp_path, capsys):
@@ -47,7 +49,7 @@ def test_a_description_says_what_the_file_is(tmp_path, capsys):
 
 
 def test_a_description_names_what_is_unknown_and_left_over(tmp_path, capsys):
-    state = from_ours(small_dual_encoder(num_frames=1).state_dict(), "open_clip")
+    state = written(small_dual_encoder(num_frames=1), "open_clip")
     torch.save({**state, "context_length": torch.tensor(12)}, tmp_path / "w.pt")
     command(tmp_path / "w.pt")
     out = capsys.readouterr().out
@@ -78,7 +80,7 @@ def test_ways_there_and_back_are_exact(tmp_path, make, layout):
     assert command(ours, "--output", theirs, "--to", layout) == 0
     assert command(theirs, "--output", again) == 0
     with safe_open(theirs, framework="pt") as file:
-        expected = from_ours(make().state_dict(), layout)
+        expected = written(make(), layout)
         assert same_tensors({name: file.get_tensor(name) for name in expected}, expected)
         assert len(list(file.keys())) == len(expected)
         assert json.loads(file.metadata()["avion_dali"])["layout"] == layout

@@ -8,7 +8,7 @@ from pathlib import Path
 from avion_dali.config import TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
-from avion_dali.models.start import StartWeights
+from avion_dali.models.starting_weights import StartWeights
 from avion_dali.tasks.requirements import class_table
 
 _SAME_CLASSES = "--classes-from the training manifest; for kinetics --class-names, the same file for both"

@@ -21,7 +21,7 @@ from avion_dali.engine.distributed import Distributed
 from avion_dali.loading.pool import WorkerPool
 from avion_dali.models.implied_config import plain_config
 from avion_dali.models.presets import PRESETS
-from avion_dali.models.start import StartWeights, open_start
+from avion_dali.models.starting_weights import StartWeights, open_start
 from avion_dali.tasks.evaluation import EvaluationResult, FramesTransform, evaluate, freeze_first_frame
 
 Evaluator = Callable[[FramesTransform | None], EvaluationResult]

@@ -7,7 +7,7 @@ from torch import nn
 
 from avion_dali.assembly.resolve import ResolvedRun
 from avion_dali.config import TrainConfig
-from avion_dali.models.start import StartReport, StartWeights, apply_start
+from avion_dali.models.starting_weights import StartReport, StartWeights, apply_start
 
 
 def build_model(run: ResolvedRun, *, num_classes: int) -> nn.Module:

@@ -11,7 +11,8 @@ from avion_dali.config import TrainConfig
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.precision import AUTOCAST_DTYPES, Precision, resolve_precision
 from avion_dali.models.attention import resolve_attention
-from avion_dali.models.start import StartWeights, settle, settled
+from avion_dali.models.starting_weights import StartWeights
+from avion_dali.models.towers import resolve_model
 from avion_dali.tasks.table import find_task
 from avion_dali.tasks.task import Task
 
@@ -69,7 +70,7 @@ def resolve(config: TrainConfig, distributed: Distributed, start: StartWeights |
     task = find_task(config.objective.name)
     device = distributed.device
     precision = resolve_precision(config.run.precision, device)
-    model = settle(config.model, start.facts) if start else settled(config.model)
+    model = resolve_model(config.model, start.facts if start else None)
     attention = resolve_attention(model.attention, device, AUTOCAST_DTYPES[precision])
     per_pass = config.optim.micro_batch * distributed.world_size
     return ResolvedRun(

@@ -26,7 +26,7 @@ from avion_dali.engine.loop_settings import LoopSettings
 from avion_dali.engine.optim import build_optimizer, parameter_groups
 from avion_dali.engine.sharding import shard_model, weight_sum
 from avion_dali.loading.clip_loader import ClipLoader
-from avion_dali.models.start import StartWeights, open_start
+from avion_dali.models.starting_weights import StartWeights, open_start
 from avion_dali.report.run_report import report_run
 
 _log = logging.getLogger(__name__)

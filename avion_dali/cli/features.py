@@ -169,7 +169,7 @@ def embed_manifest(
     from avion_dali.assembly.resolve import resolve
     from avion_dali.assembly.run_clips import open_run_clips
     from avion_dali.inference.embeddings import EmbeddingScorer
-    from avion_dali.models.start import open_start
+    from avion_dali.models.starting_weights import open_start
     from avion_dali.tasks.evaluation import evaluate
 
     start = open_start(options.checkpoint)

@@ -14,9 +14,9 @@ from avion_dali.config.data import (
     Sampling,
 )
 from avion_dali.config.model import (
+    DEFAULT_NORM_EPS,
     Activation,
     AttentionBackend,
-    Encoder,
     ModelConfig,
     ModelSize,
     TemporalResize,
@@ -31,6 +31,7 @@ from avion_dali.config.objective import (
 from avion_dali.config.optim import OptimConfig, RunConfig
 
 __all__ = [
+    "DEFAULT_NORM_EPS",
     "Activation",
     "AttentionBackend",
     "AugmentConfig",
@@ -38,7 +39,6 @@ __all__ = [
     "ClipOptions",
     "ContrastiveConfig",
     "DataConfig",
-    "Encoder",
     "EvaluateConfig",
     "LoaderOptions",
     "MaskedVideoConfig",

@@ -1,27 +1,25 @@
-"""Starting from weights that exist: open a file or a published model, settle the options, fill the model."""
+"""Starting from existing weights: open a file or a published model, and fill a model from it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor, nn
 
-from avion_dali.config import Activation, ModelConfig, Normalization, TemporalResize
+from avion_dali.config import Activation, Normalization, TemporalResize
 from avion_dali.contracts import UserError
-from avion_dali.models.convert import Family, identify, to_ours
-from avion_dali.models.fitting import fit_weights
-from avion_dali.models.presets import PRESETS
+from avion_dali.models.convert import identify, to_ours
+from avion_dali.models.find_facts import facts_of_config, guessed_facts
 from avion_dali.models.safetensors_files import HEADER_KEY, read_safetensors
 from avion_dali.models.torch_files import find_state_dict, read_torch_file
-from avion_dali.models.towers import settled_activation
-from avion_dali.models.weight_facts import WeightFacts, facts_of
+from avion_dali.models.weight_facts import Family, WeightFacts
+from avion_dali.models.weight_fitting import fit_weights
 from avion_dali.wording import few
 
 OPEN_CLIP_PREFIX: Final = "open_clip:"
-_DEFAULT_NORM_EPS: Final = 1e-6
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class StartWeights:
         source: where they came from, for messages.
         left_over: entries of the file that no model here has, name to reason.
         config: configuration of the training as plain values, in this project's own files; else empty.
-        classes: names of the head's classes in label order, where the file tells.
+        classes: names of the head's classes in label order, where the file has them.
     """
 
     state: dict[str, Tensor]
@@ -47,15 +45,15 @@ class StartWeights:
 
 @dataclass(frozen=True)
 class StartReport:
-    """What became of weights in a model.
+    """What a model took from weights.
 
     Args:
         source: where they came from.
         loaded: parameters filled from the weights.
         resized: which of them were changed in shape, in words.
-        fresh: parameters as the model was created, name to reason.
+        fresh: parameters that stay as the model was created, name to reason.
         unused: entries that the model has no use for, name to reason.
-        warnings: where the run departs from what the weights were trained with, in words.
+        warnings: where the run differs from the training of the weights, in words.
     """
 
     source: str
@@ -75,7 +73,7 @@ class StartReport:
 
 
 def by_reason(names: Mapping[str, str]) -> list[str]:
-    """Put names with one reason together, in words.
+    """Put names that have the same reason together, in words.
 
     Args:
         names: name to reason.
@@ -92,10 +90,10 @@ def open_start(weights: str) -> StartWeights:
     Args:
         weights: a file (of this project, AVION, LaViLa, EgoVLP, VideoMAE, OpenAI or open_clip; `torch.save` or
             safetensors), `open_clip:NAME/PRETRAINED`, which downloads what is not cached, or
-            `open_clip:NAME//FILE`, which tells by NAME what activation the weights in FILE were trained with.
+            `open_clip:NAME//FILE`, whose NAME says which activation the weights in FILE were trained with.
 
     Raises:
-        UserError: when they cannot be had, read or used; says what is supported.
+        UserError: when they cannot be downloaded, read or used; says what is supported.
     """
     if weights.startswith(OPEN_CLIP_PREFIX):
         path, known = _find_open_clip(weights)
@@ -122,38 +120,36 @@ def _converted(
 ) -> StartWeights:
     try:
         ours, left_over = to_ours(state, family)
-        facts = facts_of(ours, family, known=known)
+        facts = guessed_facts(ours, family, known=known)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     return StartWeights(ours, facts, source, left_over, config={})
 
 
 def _own(state: Mapping[str, Tensor], header: Mapping[str, Any], *, source: str) -> StartWeights:
-    """Weights that this project wrote: its header says what they were trained with."""
-    family: Family = "avion_dali"
-    known = {k: v for k, v in header.get("weights", {}).items() if k in _TOLD_BY_HEADER}
-    config = header.get("config", {})
-    if config:
-        model, data = config.get("model", {}), config.get("data", {})
-        options = {name: model[name] for name in ("encoder", "activation") if name in model}
-        known = {
-            "activation": settled_activation(ModelConfig(**options)),
-            "norm_eps": model.get("norm_eps") or _DEFAULT_NORM_EPS,
-            "normalization": data.get("normalization"),
-            "num_frames": data.get("num_frames", 0),
-            "frame_size": data.get("frame_size", 0),
-        }
-    elif header.get("layout"):
-        family = _identified(state, source=source)
-    started = _converted(state, family, source=source, known=known)
-    return replace(started, config=dict(config), classes=tuple(header.get("classes", ())))
+    """Weights that this project wrote; its header says what they are, so that nothing is guessed."""
+    config, told = header.get("config", {}), header.get("weights", {})
+    if header.get("layout"):  # written in the names of another project
+        known = {name: told[name] for name in _TOLD_BY_HEADER if name in told}
+        return _converted(state, _identified(state, source=source), source=source, known=known)
+    ours, left_over = to_ours(state, "avion_dali")
+    if not config and not told:
+        raise UserError(f"{source} does not say which model it holds; give a file that a training exported")
+    try:
+        # Weights of dimensions that no model.size has are described by the facts alone.
+        facts = facts_of_config(config, ours) if config else WeightFacts(**{**told, "family": "avion_dali"})
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    except TypeError as error:
+        raise UserError(f"{source}: its header is of another version: {error}") from error
+    return StartWeights(ours, facts, source, left_over, dict(config), tuple(header.get("classes", ())))
 
 
 _TOLD_BY_HEADER: Final = ("activation", "norm_eps", "normalization", "num_frames", "frame_size")
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """State dict, this project's header (empty in files of others), and facts that the file's form tells."""
+    """State dict, this project's header (empty for files of others), and what else the file says of itself."""
     if path.suffix == ".safetensors":
         state, header = read_safetensors(path)
         return state, header, {}
@@ -168,7 +164,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
 
 
 def _find_open_clip(weights: str) -> tuple[Path, dict[str, Any]]:
-    """The file of a published model, downloaded when it is not cached, and what its name tells."""
+    """The file of a published model, downloaded when it is not cached, and what its name says."""
     name, _, rest = weights.removeprefix(OPEN_CLIP_PREFIX).partition("/")
     if not name or not rest:
         raise UserError(
@@ -200,68 +196,15 @@ def _find_open_clip(weights: str) -> tuple[Path, dict[str, Any]]:
     }
 
 
-def settle(config: ModelConfig, facts: WeightFacts) -> ModelConfig:
-    """Fill in what a configuration leaves to the weights.
-
-    Args:
-        config: the model's; its size and encoder must be those of the weights.
-        facts: what the weights are.
-
-    Returns:
-        The same with `activation`, `norm_eps` and `pre_norm` decided, which is what a run should keep.
-
-    Raises:
-        UserError: when the weights are of another size or encoder, or have a norm that the model is not to
-            have; names the setting to change.
-    """
-    image_model = facts.family == "open_clip" and config.encoder == "timesformer"
-    if config.encoder != facts.encoder and not image_model:
-        raise UserError(
-            f"model.encoder = {config.encoder}, but {config.weights or 'the weights'} are of a "
-            f"{facts.encoder}; set model.encoder: {facts.encoder}"
-        )
-    if not facts.fits(config.size):
-        preset = PRESETS[config.size]
-        way_out = f"set model.size: {facts.size}" if facts.size else "no model.size has these dimensions"
-        raise UserError(
-            f"model.size = {config.size} has width {preset.video_width}, {preset.video_layers} blocks and "
-            f"patches of {preset.patch_size} pixels, but {config.weights or 'the weights'} have width "
-            f"{facts.width}, {facts.layers} blocks and patches of {facts.patch_size}; {way_out}"
-        )
-    if facts.pre_norm and not config.pre_norm:
-        raise UserError(
-            f"model.pre_norm = false, but {config.weights or 'the weights'} have a norm before their first "
-            "block; leave model.pre_norm out"
-        )
-    activation = config.activation
-    if activation == "auto":
-        activation = facts.activation or settled_activation(config)
-    return replace(
-        config,
-        activation=activation,
-        norm_eps=config.norm_eps or facts.norm_eps or _DEFAULT_NORM_EPS,
-        pre_norm=facts.pre_norm,
-    )
-
-
-def settled(config: ModelConfig) -> ModelConfig:
-    """Decide what a configuration leaves open, for a model that starts from random weights.
-
-    Args:
-        config: the model's configuration.
-    """
-    return replace(config, activation=settled_activation(config), norm_eps=config.norm_eps or _DEFAULT_NORM_EPS)
-
-
 def contradictions(
     facts: WeightFacts, *, normalization: Normalization | None = None, activation: Activation | None = None
 ) -> tuple[str, ...]:
-    """Say where a run departs from what its weights were trained with.
+    """List where a run differs from the training of its weights, in words.
 
     Args:
         facts: what the weights are.
-        normalization: pixel statistics of the run; None leaves them out.
-        activation: activation of the run's model; None leaves it out.
+        normalization: pixel statistics of the run; None to not compare them.
+        activation: activation of the run's model; None to not compare it.
     """
     found = []
     if normalization and facts.normalization and normalization != facts.normalization:
@@ -289,12 +232,12 @@ def apply_start(
     normalization: Normalization | None = None,
     activation: Activation | None = None,
 ) -> StartReport:
-    """Fill a model from weights: all that is expected, or nothing.
+    """Fill a model from weights; on an error the model is unchanged.
 
     Args:
         model: a dual encoder, classifier or masked-video model, just created and not wrapped.
         start: from `open_start`.
-        temporal_resize: how frame positions fit fewer frames; more frames are interpolated.
+        temporal_resize: how frame positions are fitted to fewer frames; for more they are interpolated.
         normalization: pixel statistics of the run, to be compared with those of the weights.
         activation: activation of the model, to be compared with that of the weights.
 
@@ -302,11 +245,10 @@ def apply_start(
         What was loaded, what stayed fresh and what was left over, each with its reason.
 
     Raises:
-        UserError: when anything lacks, is left over or differs in shape that no rule expects; names it.
+        UserError: when an entry is missing, left over or of another shape and no rule allows it; names it.
     """
-    own = model.state_dict()
     try:
-        fit = fit_weights(own, start.state, start.facts, temporal_resize=temporal_resize)
+        fit = fit_weights(model, start.state, start.facts, temporal_resize=temporal_resize)
     except UserError as error:
         raise UserError(f"{start.source}: {error}") from error
     if fit.problems:
@@ -316,7 +258,7 @@ def apply_start(
             f"{start.source} does not fit the model: {few(fit.problems)}. Use the model settings the weights "
             f"were made with{hint}"
         )
-    model.load_state_dict({**own, **fit.tensors})
+    model.load_state_dict({**model.state_dict(), **fit.tensors})
     return StartReport(
         source=start.source,
         loaded=tuple(fit.tensors),

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from small_models import (
+    real_facts,
     same_tensors,
     save_as,
     save_open_clip,
@@ -17,10 +18,7 @@ from small_models import (
 from avion_dali.config import ModelConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import Checkpoint, export_safetensors, save_checkpoint
-from avion_dali.models.dual_encoder import build_dual_encoder
-from avion_dali.models.presets import PRESETS
-from avion_dali.models.start import contradictions, open_start, settle
-from avion_dali.models.weight_facts import facts_of
+from avion_dali.models.starting_weights import contradictions, open_start
 
 
 def test_avion_checkpoint(tmp_path):
@@ -149,7 +147,7 @@ def test_our_own_files(tmp_path, form, averaged):
     assert same_tensors(start.state, expected)
 
 
-def test_our_files_without_settled_options_mean_the_defaults(tmp_path):
+def test_our_files_with_options_left_open_mean_the_defaults(tmp_path):
     export_safetensors(
         small_dual_encoder("timesformer"),
         tmp_path / "w.safetensors",
@@ -157,6 +155,42 @@ def test_our_files_without_settled_options_mean_the_defaults(tmp_path):
     )
     facts = open_start(str(tmp_path / "w.safetensors")).facts
     assert (facts.activation, facts.norm_eps) == ("quick_gelu", 1e-6)
+
+
+def test_files_of_older_versions_and_of_other_objectives_are_known_by_their_header(tmp_path):
+    """Fields that did not exist yet have their defaults, fields that went away are passed over."""
+    model = {"encoder": "timesformer", "size": "tiny", "context_length": 12, "gone": 1}
+    config = {"model": model, "data": {"num_frames": 8, "frame_size": 64}}
+    dual_encoder, classifier = small_dual_encoder(), small_classifier()
+    for objective, weights, role in (
+        ({"name": "max-margin"}, dual_encoder, "dual-encoder"),
+        ({}, dual_encoder, "dual-encoder"),
+        ({"name": "of a user"}, dual_encoder, "dual-encoder"),
+        ({"name": "of a user"}, classifier, "classifier"),
+        ({"name": "classification"}, classifier, "classifier"),
+    ):
+        header = {"config": {**config, "objective": objective}}
+        export_safetensors(weights, tmp_path / "w.safetensors", header)
+        facts = open_start(str(tmp_path / "w.safetensors")).facts
+        # The header decides, whatever the names of the parameters look like.
+        assert (facts.encoder, facts.size, facts.role, facts.pre_norm) == ("timesformer", "tiny", role, True)
+        assert (facts.num_frames, facts.frame_size, facts.normalization) == (8, 64, None)
+        assert facts.num_classes == (5 if weights is classifier else 0)
+        assert facts.context_length == (12 if weights is dual_encoder else 0)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"step": 1}, "does not say which model it holds"),
+        ({"weights": {"encoder": "vit"}}, "its header is of another version"),
+        ({"config": {"model": {"encoder": "vim"}}}, "'vim' is none of vit, timesformer, videomae"),
+    ],
+)
+def test_our_files_that_do_not_say_what_they_are_are_refused(tmp_path, header, message):
+    export_safetensors(small_dual_encoder(), tmp_path / "w.safetensors", header)
+    with pytest.raises(UserError, match=rf"w\.safetensors.*{message}"):
+        open_start(str(tmp_path / "w.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
@@ -174,44 +208,7 @@ def test_a_file_of_unknown_weights_is_named(tmp_path):
         open_start(str(tmp_path / "w.pt"))
 
 
-def real_facts(encoder="vit", size="vit_b16", family="avion", **known):
-    with torch.device("meta"):
-        model = build_dual_encoder(
-            ModelConfig(encoder=encoder, size=size), num_frames=4, frame_size=PRESETS[size].image_size
-        )
-    return facts_of(model.state_dict(), family, known=known)
-
-
-def test_settling_takes_what_is_left_open():
-    config = ModelConfig(weights="w")
-    settled = settle(config, real_facts())
-    assert (settled.activation, settled.norm_eps) == ("gelu", 1e-6)
-    assert settled == dataclasses.replace(config, activation="gelu", norm_eps=1e-6)
-    settled = settle(config, real_facts(family="open_clip", activation="quick_gelu"))
-    assert (settled.activation, settled.norm_eps) == ("quick_gelu", 1e-5)
-    assert settle(config, real_facts(family="open_clip")).activation == "gelu"
-    own = ModelConfig(activation="gelu", norm_eps=1e-3)
-    assert settle(own, real_facts(family="open_clip", activation="quick_gelu")) == own
-
-
-def test_settling_starts_a_timesformer_from_an_image_model_only():
-    config = ModelConfig(encoder="timesformer", weights="w")
-    assert settle(config, real_facts(family="open_clip")).activation == "quick_gelu"
-    with pytest.raises(UserError, match=r"set model\.encoder: vit"):
-        settle(config, real_facts())
-    with pytest.raises(UserError, match=r"set model\.encoder: timesformer"):
-        settle(ModelConfig(weights="w"), real_facts("timesformer", family="lavila"))
-
-
-@pytest.mark.parametrize(("actual", "wrong"), [("vit_l14", "vit_b16"), ("vit_l14_336", "tiny")])
-def test_settling_names_the_right_size(actual, wrong):
-    with pytest.raises(
-        UserError, match=rf"width 1024, 24 blocks and patches of 14; set model\.size: {actual}$"
-    ):
-        settle(ModelConfig(size=wrong, weights="w"), real_facts(size=actual))
-
-
-def test_contradictions_are_said():
+def test_contradictions_are_listed():
     facts = real_facts()
     assert contradictions(facts, normalization="openai-avion", activation="gelu") == ()
     assert contradictions(facts) == ()

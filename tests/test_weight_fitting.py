@@ -17,10 +17,10 @@ from avion_dali.config import ModelConfig
 from avion_dali.contracts import UserError
 from avion_dali.models.convert import to_ours
 from avion_dali.models.dual_encoder import build_dual_encoder
-from avion_dali.models.fitting import fit_weights
+from avion_dali.models.find_facts import guessed_facts
 from avion_dali.models.presets import PRESETS
-from avion_dali.models.start import apply_start, open_start
-from avion_dali.models.weight_facts import facts_of
+from avion_dali.models.starting_weights import apply_start, open_start
+from avion_dali.models.weight_fitting import fit_weights
 
 
 def apply(model, weights: str, **options):
@@ -255,15 +255,15 @@ def test_real_sizes_of_open_clip_fit_ours(name, size, encoder):
 
     with torch.device("meta"):
         theirs = open_clip.CLIP(**open_clip.get_model_config(name)).state_dict()
-        own = build_dual_encoder(
+        model = build_dual_encoder(
             ModelConfig(encoder=encoder, size=size), num_frames=4, frame_size=PRESETS[size].image_size
-        ).state_dict()
+        )
     state, _ = to_ours(theirs, "open_clip")
-    facts = facts_of(state, "open_clip")
+    facts = guessed_facts(state, "open_clip")
     assert facts.size == size
-    fit = fit_weights(own, state, facts, temporal_resize="interpolate")
+    fit = fit_weights(model, state, facts, temporal_resize="interpolate")
     assert not fit.problems and not fit.resized and not fit.unused
     fresh = {name for name in fit.fresh if ".timeattn." not in name and ".norm3." not in name}
     time = "visual.temporal_embedding" if encoder == "vit" else "visual.temporal_embed"
     assert fresh == {"visual.image_projection", "textual.text_projection", "logit_scale", time}
-    assert len(fit.tensors) + len(fit.fresh) == len(own)
+    assert len(fit.tensors) + len(fit.fresh) == len(model.state_dict())
