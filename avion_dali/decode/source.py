@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import groupby
 from typing import BinaryIO, cast
 
 import av
@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 
 from avion_dali.contracts import ClipPart, DecodeError, FailureKind, PacketIndexRef
 from avion_dali.data.bitstream import Entry, PictureTraits, nal_length_size, picture_traits, shows_picture
-from avion_dali.data.indexing import STRICT, TraitsReader, stream_facts, tells_order
+from avion_dali.data.indexing import TraitsReader, is_plain, packets_tell, stream_facts
 from avion_dali.data.packet_index import (
     IndexBlock,
     IndexDamagedError,
@@ -240,20 +240,22 @@ def read_table(
 
     Raises:
         ChunkDamagedError: when the file ends before the last wanted frame, or a packet is cut short.
-        UnorderedStreamError: when packets lack presentation times, share them, or show no frame.
+        UnorderedStreamError: when the packets do not tell which frames the decoder delivers.
     """
-    if not tells_order(container, stream):
-        raise UnorderedStreamError("the container carries no presentation times")
+    if not is_plain(container, stream):
+        raise UnorderedStreamError("its kind of packets does not tell its frames")
     # A generator, which its stub hides; left half-way it must be closed, or 150 bytes are lost.
     with closing(cast(Generator[Packet, None, None], container.demux(stream))) as demuxed:
         packets, pts, ended = _packets_until(demuxed, part.frame_ids[-1])
-    if len(set(pts)) != len(pts):
-        raise UnorderedStreamError("packets share presentation times")
+    if not packets:
+        raise ChunkDamagedError("holds no frame")
     facts = stream_facts(stream)
     if not all(shows_picture(memoryview(packet), codec=facts.codec) for packet in packets):
         raise UnorderedStreamError("a packet shows no frame")
     reader = TraitsReader(facts)
     traits = [reader.read(packet) if packet.is_keyframe else _INNER for packet in packets]
+    if not packets_tell(packets[0], traits[0], pts=pts, pix_fmt=stream.codec_context.pix_fmt or ""):
+        raise UnorderedStreamError("its packets do not tell its frames")
     table = table_of(pts, traits, [not packet.is_discard for packet in packets])
     # Cut in the middle of a reordered group, a file has frames, but lacks some that are shown before them.
     if ended and len(table.order) != part.chunk.num_frames:
@@ -274,8 +276,10 @@ def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[
     visible: list[int] = []  # times of the frames a decoder delivers
     horizon = None
     for packet in demuxed:
-        if not packet.size or not (kept or packet.is_keyframe):
-            continue  # the demuxer's end marker; what nobody can decode
+        if not packet.size:
+            continue  # the demuxer's end marker
+        if not (kept or packet.is_keyframe):
+            raise UnorderedStreamError("it does not begin with a keyframe")
         if packet.is_corrupt:
             raise ChunkDamagedError("holds a damaged packet")
         if packet.pts is None:
@@ -303,21 +307,6 @@ def _with_references(
         traits = _packet_traits(packets[position], stream)
         is_reference[position], layer[position] = traits.is_reference, traits.layer
     return replace(table, is_reference=is_reference, layer=layer)
-
-
-def decode_strictly_from_start(container: InputContainer, stream: VideoStream) -> None:
-    """Go to a file's beginning; its decoder fails on damage from then on, where the first keyframe allows.
-
-    Args:
-        container: the open file.
-        stream: its video stream.
-    """
-    container.seek(0)
-    facts = stream_facts(stream)
-    keyframes = (packet for packet in container.demux(stream) if packet.size and packet.is_keyframe)
-    if all(_packet_traits(packet, facts).entry == Entry.CLEAN for packet in islice(keyframes, 1)):
-        stream.codec_context.options = STRICT
-    container.seek(0)
 
 
 def _packet_traits(packet: Packet, stream: StreamFacts) -> PictureTraits:

@@ -17,10 +17,17 @@ from av.video.frame import VideoFrame
 
 from avion_dali.contracts import ChunkRef, DecodeError
 from avion_dali.data.bitstream import Entry
+from avion_dali.data.delivery import decode_strictly
 from avion_dali.data.indexing import STRICT, make_decoder, make_packet, stream_facts
 from avion_dali.data.packet_index import IndexBlock, IndexDamagedError, PacketIndex, StreamFacts
-from avion_dali.data.probe import ChunkFacts, color_range_name, colorspace_name, open_video, probe_chunk
-from avion_dali.decode.source import decode_strictly_from_start
+from avion_dali.data.probe import (
+    ChunkFacts,
+    color_range_name,
+    colorspace_name,
+    open_video,
+    probe_chunk,
+    rotation_of,
+)
 from avion_dali.inspection.findings import FileReport, Finding, Target
 
 MAX_GOP_SECONDS = 5.0
@@ -136,7 +143,7 @@ def _header_facts(target: Target, ref: ChunkRef) -> ChunkFacts:
         pix_fmt=pix_fmt,
         color_range=color_range_name(header.color_range, pix_fmt),
         colorspace=colorspace_name(header.colorspace),
-        rotation=pictures[0].rotation % 360,
+        rotation=rotation_of(pictures[0]),
         is_cfr=target.is_cfr,
         packet_index=record,
     )
@@ -258,9 +265,8 @@ def _decode_container(facts: ChunkFacts) -> set[int]:
     """Decode a file that cannot have an index, and return the ids of the frames it gives."""
     count = 0
     with open_video(facts.path) as (container, stream):
-        decode_strictly_from_start(container, stream)
         try:
-            for frame in container.decode(stream):
+            for frame in decode_strictly(container, stream):
                 count = _sound(count, frame, facts) + 1
         except av.FFmpegError as error:
             raise _undecodable(error, count) from error
