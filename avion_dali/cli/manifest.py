@@ -59,6 +59,9 @@ def _add_common(
     parser.add_argument("--output", required=True, type=Path, help="manifest folder to write")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out")
     parser.add_argument("--jobs", default=0, type=int, help="probing processes (default: one per core)")
+    names = "chunk file names are start seconds (default), or count pieces of --chunk-seconds"
+    parser.add_argument("--chunk-names", choices=("start", "index"), help=names)
+    parser.add_argument("--chunk-seconds", type=float, help="length of the pieces that names count")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,10 +73,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace, on_chunk: Progress, on_row: Progress) -> BuildReport:
+    from avion_dali.data.scanning import ChunkNames
     from avion_dali.datasets.building import BuildSettings
 
-    if options.kind == "captions":
-        return _build_captions(options, on_chunk, on_row)
     whole_files = options.kind == "kinetics" and options.videos is not None
     settings = BuildSettings(
         chunk_root=options.videos if whole_files else options.chunks,
@@ -82,7 +84,12 @@ def _build(options: argparse.Namespace, on_chunk: Progress, on_row: Progress) ->
         jobs=options.jobs,
         on_chunk=on_chunk,
         on_row=on_row,
+        names=ChunkNames(options.chunk_names or "", options.chunk_seconds or 0.0),
     )
+    if options.kind == "captions":
+        from avion_dali.datasets.captions import read_captions_into
+
+        return read_captions_into(settings, options.annotations, classes_from=options.classes_from)
     if options.kind == "ego4d":
         from avion_dali.datasets.ego4d import build_ego4d_manifest
 
@@ -93,21 +100,6 @@ def _build(options: argparse.Namespace, on_chunk: Progress, on_row: Progress) ->
 
     return build_kinetics_manifest(
         settings, options.annotations, whole_files=whole_files, class_names=options.class_names
-    )
-
-
-def _build_captions(options: argparse.Namespace, on_chunk: Progress, on_row: Progress) -> BuildReport:
-    from avion_dali.datasets.captions import build_captions_manifest
-
-    return build_captions_manifest(
-        options.chunks,
-        options.annotations,
-        options.output,
-        skip_bad_rows=options.skip_bad_rows,
-        jobs=options.jobs,
-        on_progress=on_chunk,
-        on_row=on_row,
-        classes_from=options.classes_from,
     )
 
 

@@ -203,6 +203,7 @@ class Manifest:
             fps=self._fps(columns.fps_num[i], columns.fps_den[i]),
             codec=columns.codec.at(i),
             frame_times=columns.frame_times(i),
+            last_s=columns.last_s[i],
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -51,16 +52,38 @@ class _VideoChunks:
     lost_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class LostPart:
+    """Seconds of a video that have no chunk because the video is damaged there.
+
+    Args:
+        start_s: where the part begins.
+        end_s: where it ends.
+        reason: what is damaged, in words.
+    """
+
+    start_s: float
+    end_s: float
+    reason: str
+
+
 class ChunkLookup:
     """Finds the chunks of a time span.
 
     Args:
         chunks: all chunk rows, sorted by (video, start).
         lost: (video, start in seconds) of chunk files that cannot be used, in any order.
+        damage: by video, the parts that were left out when it was cut.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], lost: Iterable[tuple[str, float]] = ()) -> None:
-        self._chunks = chunks
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        lost: Iterable[tuple[str, float]] = (),
+        *,
+        damage: Mapping[str, Sequence[LostPart]] | None = None,
+    ) -> None:
+        self._chunks, self._damage = chunks, damage or {}
         rows: dict[str, list[int]] = {}
         for row, chunk in enumerate(chunks):
             rows.setdefault(chunk.video, []).append(row)
@@ -74,7 +97,7 @@ class ChunkLookup:
         for video in dict.fromkeys([*self._videos, *lost_starts]):
             path = PurePosixPath(video)
             for name in {video, _without_suffix(video), path.name, _without_suffix(path.name)}:
-                self._names.setdefault(name, []).append(video)
+                self._names.setdefault(_composed(name), []).append(video)
 
     def locate(self, video: str, start_s: float, end_s: float) -> tuple[int, int, float]:
         """Return (first chunk row, number of chunks, end clamped to the video).
@@ -93,6 +116,7 @@ class ChunkLookup:
         if end_s < start_s:
             raise SpanError(f"ends at {end_s:g} s, before its start at {start_s:g} s", "bad times")
         known = self._find(video)
+        self._check_damage(known, start_s, end_s)
         video_end = float(known.ends[-1])
         if end_s > max(known.lost_s, video_end) or start_s >= known.lost_s:
             raise _lost_chunk(known.lost_s)
@@ -105,19 +129,21 @@ class ChunkLookup:
         self._check(known, first, last, (start_s, end_s))
         return known.first_row + first, last - first + 1, end_s
 
-    def locate_whole(self, video: str) -> tuple[int, int, float]:
-        """Return (first chunk row, number of chunks, end in seconds) of a whole video.
+    def locate_whole(self, video: str, *, start_s: float = 0.0) -> tuple[int, int, float]:
+        """Return (first chunk row, number of chunks, end in seconds) of a video from some second to its end.
 
         Args:
             video: the video's name, as for `locate`.
+            start_s: where to begin.
 
         Raises:
             SpanError: when the video is unknown or a chunk of it is missing.
         """
         known = self._find(video)
+        self._check_damage(known, start_s, math.inf)
         if math.isfinite(known.lost_s):
             raise _lost_chunk(known.lost_s)
-        return self.locate(video, 0.0, float(known.ends[-1]))
+        return self.locate(video, start_s, max(float(known.ends[-1]), start_s))
 
     def has(self, video: str) -> bool:
         """Return whether there is a video of this very name.
@@ -136,6 +162,7 @@ class ChunkLookup:
         return video in self._videos or bool(self._candidates(video))
 
     def _candidates(self, video: str) -> list[str]:
+        video = _composed(video)
         return self._names.get(video) or self._names.get(_without_suffix(video), [])
 
     def _find(self, video: str) -> _VideoChunks:
@@ -149,6 +176,11 @@ class ChunkLookup:
         if names[0] not in self._videos:
             raise SpanError(f"video {video!r} has no chunks that can be used", "missing chunk")
         return self._videos[names[0]]
+
+    def _check_damage(self, known: _VideoChunks, start_s: float, end_s: float) -> None:
+        for part in self._damage.get(self._chunks[known.first_row].video, ()):
+            if start_s < part.end_s and max(end_s, np.nextafter(start_s, np.inf)) > part.start_s:
+                raise SpanError(f"lies in a lost part of the video, which is {part.reason}", "in a lost part")
 
     def _check(self, known: _VideoChunks, first: int, last: int, span: tuple[float, float]) -> None:
         start_s, end_s = span
@@ -175,6 +207,11 @@ def _video_chunks(chunks: Sequence[Chunk], rows: list[int], lost_starts: Iterabl
     holes = after > before + _GAP_TOLERANCE_S
     lost_s = min((start for start in lost_starts if start > starts[-1]), default=math.inf)
     return _VideoChunks(rows[0], starts, ends, before[holes], after[holes], lost_s)
+
+
+def _composed(name: str) -> str:
+    """Return a name in one of the two ways to write accents: macOS takes letters and accents apart (NFD)."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _without_suffix(name: str) -> str:
