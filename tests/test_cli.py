@@ -11,9 +11,10 @@ import pytest
 
 from avion_dali.cli import features
 from avion_dali.cli.arguments import parse_options
-from avion_dali.cli.main import build_parser, list_videos, main
+from avion_dali.cli.main import build_parser, main
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.contracts import UserError
+from avion_dali.data.finding import find_videos
 from avion_dali.data.manifest import Manifest
 
 TRAIN_OPTIONS = {
@@ -40,12 +41,14 @@ EVALUATE_OPTIONS = (
     "output_dir"
 )
 COMMANDS = {
-    "chunk": "--output --profile --chunk-seconds --short-side --jobs --root",
-    "manifest captions": "--chunks --annotations --output --skip-bad-rows --jobs --classes-from",
-    "manifest ego4d": "--chunks --annotations --output --skip-bad-rows --jobs",
-    "manifest ek100": "--chunks --annotations --output --skip-bad-rows --jobs --task --classes-from "
-    "--sentences --relevancy",
-    "manifest kinetics": "--annotations --output --skip-bad-rows --jobs --videos --chunks --class-names",
+    "chunk": "--output --profile --chunk-seconds --short-side --max-fps --jobs --root",
+    "manifest captions": "--chunks --annotations --output --skip-bad-rows --jobs --chunk-names "
+    "--chunk-seconds --classes-from",
+    "manifest ego4d": "--chunks --annotations --output --skip-bad-rows --jobs --chunk-names --chunk-seconds",
+    "manifest ek100": "--chunks --annotations --output --skip-bad-rows --jobs --chunk-names --chunk-seconds "
+    "--task --classes-from --sentences --relevancy",
+    "manifest kinetics": "--annotations --output --skip-bad-rows --jobs --chunk-names --chunk-seconds --videos "
+    "--chunks --class-names",
     "check": "--deep --jobs --timeout --output --repair-manifest",
     "plan": "--videos --chunks --profiles --chunk-seconds --short-side --hours --frames --clip-seconds "
     "--frame-size --global-batch --step-seconds --model --micro-batch --processes --workers --disk --seconds",
@@ -147,7 +150,9 @@ def test_folders_are_searched_and_empty_ones_named(tmp_path: Path) -> None:
     for name in ("a/2.MP4", "a/b/1.mkv", "a/notes.txt", "a/out/v.mp4"):
         (tmp_path / name).touch()
     sources = [tmp_path / "a", tmp_path / "a" / "b", tmp_path / "x.mp4"]
-    assert [p.name for p in list_videos(sources, but_not=tmp_path / "a" / "out")] == ["2.MP4", "1.mkv", "x.mp4"]
+    videos, passed_over = find_videos(sources, but_not=tmp_path / "a" / "out")
+    assert [p.name for p in videos] == ["2.MP4", "1.mkv", "x.mp4"]
+    assert [p.name for p in passed_over] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no video"):
-        list_videos([tmp_path / "empty"], but_not=tmp_path / "out")
+        find_videos([tmp_path / "empty"], but_not=tmp_path / "out")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from avion_dali.cli import check, env, features, manifest, plan, weights
 from avion_dali.cli.arguments import run_command
-from avion_dali.contracts import UserError
 from avion_dali.data.profiles import PROFILES
 
 _DESCRIPTION = (
@@ -61,6 +60,7 @@ def _add_chunk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="balanced", choices=tuple(PROFILES), help="default: balanced")
     parser.add_argument("--chunk-seconds", default=15, type=int, help="length of a chunk (default 15)")
     parser.add_argument("--short-side", default=288, type=int, help="pixels, never upscaled (default 288)")
+    parser.add_argument("--max-fps", default=0, type=int, help="most frames a second (default: as the video)")
     parser.add_argument("--jobs", default=0, type=int, help="videos at a time (default: one per core)")
     parser.add_argument("--root", type=Path, help="keep the videos' folders below this one")
 
@@ -72,39 +72,21 @@ def chunk(options: argparse.Namespace) -> int:
         options: parsed arguments.
     """
     from avion_dali.data.chunking import ChunkSettings, chunk_videos
+    from avion_dali.data.finding import describe_passed_over, find_videos
 
-    settings = ChunkSettings(options.profile, options.chunk_seconds, options.short_side)
-    videos = list_videos(options.videos, but_not=options.output)
+    settings = ChunkSettings(options.profile, options.chunk_seconds, options.short_side, options.max_fps)
+    videos, passed_over = find_videos(options.videos, but_not=options.output)
+    if passed_over:
+        print(describe_passed_over(passed_over), file=sys.stderr)
     report = chunk_videos(videos, options.output, settings=settings, root=options.root, jobs=options.jobs)
+    for video in report.videos:
+        for note in video.notes:
+            print(f"note: {video.video}: {note}", file=sys.stderr)
     for video in report.failed:
         print(f"failed: {video.video}: {video.failed}", file=sys.stderr)
     done = len(report.videos) - len(report.failed)
     print(f"{done} of {len(report.videos)} videos done: {report.made} chunks made, {report.kept} kept")
     return 1 if report.failed else 0
-
-
-def list_videos(paths: list[Path], *, but_not: Path) -> list[Path]:
-    """Replace folders by the video files inside them, sorted; each file once.
-
-    Args:
-        paths: files and folders.
-        but_not: a folder whose files are no sources: the chunks.
-
-    Raises:
-        UserError: when a folder holds no video.
-    """
-    suffixes = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"}
-    videos: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            videos.append(path)
-            continue
-        found = (p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-        inside = sorted(p for p in found if but_not.absolute() not in p.absolute().parents)
-        if not inside:
-            raise UserError(f"{path} holds no video ({', '.join(sorted(suffixes))})")
-        videos += inside
-    return list(dict.fromkeys(videos))
 
 
 def demo(options: argparse.Namespace) -> int:

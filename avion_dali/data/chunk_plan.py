@@ -64,9 +64,8 @@ def plan_chunks(facts: ChunkFacts, *, chunk_seconds: int, max_fps: int = 0) -> C
     fps = _grid_rate(facts, chunk_seconds, max_fps)
     if fps == facts.fps and facts.is_cfr:
         return ChunkPlan(fps, round(facts.start_s * fps) + facts.num_frames, chunk_seconds)
-    last = (facts.num_frames - 1) / float(facts.fps) if facts.frame_times is None else facts.frame_times[-1]
-    last_s = facts.start_s + float(last)
-    return ChunkPlan(fps, max(round((last_s + facts.last_s) * fps), round(last_s * fps) + 1), chunk_seconds)
+    end_s = facts.end_s()
+    return ChunkPlan(fps, max(round(end_s * fps), round((end_s - facts.last_s) * fps) + 1), chunk_seconds)
 
 
 def _grid_rate(facts: ChunkFacts, chunk_seconds: int, max_fps: int) -> Fraction:

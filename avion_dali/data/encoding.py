@@ -234,7 +234,10 @@ class ChunkWriter:
         self._fps = fps
         self._frames = 0
         self._part = path.with_name(path.name + PART_SUFFIX)
-        self._container = av.open(str(self._part), "w", format="mp4", options={"movflags": "+faststart"})
+        # An absolute path: FFmpeg takes what stands before a colon for a protocol.
+        self._container = av.open(
+            str(self._part.absolute()), "w", format="mp4", options={"movflags": "+faststart"}
+        )
         self._stream: VideoStream | None = None
 
     def write(self, picture: VideoFrame) -> None:

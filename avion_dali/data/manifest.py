@@ -204,6 +204,7 @@ class Manifest:
             codec=columns.codec.at(i),
             frame_times=columns.frame_times(i),
             last_s=columns.last_s[i],
+            pixel_aspect=columns.pixel_aspect[i],
         )
 
 

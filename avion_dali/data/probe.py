@@ -97,6 +97,11 @@ class ChunkFacts:
     transfer: int = 2
     primaries: int = 2
 
+    def end_s(self) -> float:
+        """Return the seconds on a player's clock at which the last frame ends."""
+        last = (self.num_frames - 1) / float(self.fps) if self.frame_times is None else self.frame_times[-1]
+        return self.start_s + float(last) + (self.last_s or float(1 / self.fps))
+
     def clock_times(self) -> np.ndarray | None:
         """Return seconds on a player's clock for each frame; None where frame i is shown at `i / fps`.
 
@@ -138,7 +143,8 @@ def open_video(
     try:
         if stat.S_ISDIR(os.stat(name).st_mode):
             raise failure("corrupt", "is a directory, not a video file")
-        opened = av.open(name, "r")
+        # An absolute path: FFmpeg takes what stands before a colon for a protocol.
+        opened = av.open(os.path.abspath(name), "r")
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         raise failure("missing", error.strerror or type(error).__name__) from error
     except av.FFmpegError as error:

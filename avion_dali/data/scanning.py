@@ -15,7 +15,13 @@ from avion_dali.contracts import ChunkRef, DecodeError, PacketIndexRef, UserErro
 from avion_dali.data.manifest import Chunk, IndexWriter
 from avion_dali.data.probe import probe_chunk
 
+VIDEO_SUFFIXES = frozenset(
+    ".3g2 .3gp .amv .asf .avi .av1 .divx .dv .f4v .flv .gif .h264 .264 .h265 .265 .hevc .ivf .m1v .m2p .m2t "
+    ".m2ts .m2v .m4v .mjpeg .mjpg .mkv .mod .mov .mp4 .mpe .mpeg .mpg .mpv .mts .mxf .nut .obu .ogm .ogv .ps "
+    ".qt .rm .rmvb .tod .tp .trp .ts .vob .webm .wmv .wtv .y4m".split()
+)
 CHUNK_SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi"})
+_LEAST_SIDE = 2  # crop windows lie on the even pixel grid
 # Chunks cut at keyframes are up to a keyframe distance longer than their names say.
 _OVERLAP_S, _OVERLAP_SHARE, _GAP_SHARE = 0.5, 0.5, 1.5
 # Below this many files, starting processes takes longer than probing.
@@ -100,12 +106,15 @@ class UnusableChunk:
 Probed = tuple[Chunk | UnusableChunk, bytes]
 
 
-def find_chunk_files(folder: str | Path, *, names: ChunkNames = ChunkNames()) -> list[ChunkFile]:
+def find_chunk_files(
+    folder: str | Path, *, names: ChunkNames = ChunkNames(), passed_over: list[Path] | None = None
+) -> list[ChunkFile]:
     """List a folder's chunk files, sorted by video and start.
 
     Args:
         folder: the chunk folder; videos may lie deeper (`P01/P01_01.MP4/15.MP4`).
         names: what the file names say.
+        passed_over: takes the videos whose names are no numbers.
 
     Returns:
         (video, start in seconds, file), the video named by its path below the folder.
@@ -116,11 +125,14 @@ def find_chunk_files(folder: str | Path, *, names: ChunkNames = ChunkNames()) ->
     root = Path(folder).resolve()
     if not root.is_dir():
         raise UserError(f"{folder} is not a folder; name the one that `avion-dali chunk --output` wrote")
+    videos = [path for path in files_below(root) if path.suffix.lower() in VIDEO_SUFFIXES]
     found = [
         (path.parent.relative_to(root).as_posix(), float(path.stem), path)
-        for path in files_below(root)
-        if path.suffix.lower() in CHUNK_SUFFIXES and _is_second(path.stem)
+        for path in videos
+        if _is_second(path.stem)
     ]
+    if passed_over is not None:
+        passed_over += [path for path in videos if not _is_second(path.stem)]
     if not found:
         raise UserError(
             f"{folder} holds no chunks (files <video>/<start second>.mp4); make them with `avion-dali chunk`"
@@ -237,6 +249,8 @@ def _probe_all(files: list[ChunkFile], jobs: int, probe: Callable[[ChunkFile], P
 def _probe(file: ChunkFile, *, index: bool) -> Probed:
     """Return a file's facts, or why it is unusable, and its packet index."""
     video, start_s, path = file
+    if not _is_text(str(path)):
+        return UnusableChunk(str(path), "its name is not UTF-8; rename it"), b""
     try:
         facts = probe_chunk(path, index=index)
     except DecodeError as error:
@@ -246,9 +260,29 @@ def _probe(file: ChunkFile, *, index: bool) -> Probed:
     if facts.rotation:
         reason = f"rotated by {facts.rotation} degrees; chunk it with `avion-dali chunk`"
         return UnusableChunk(str(path), reason), b""
-    ref = ChunkRef(str(path), facts.size_bytes, facts.num_frames, facts.width, facts.height)
-    chunk = Chunk(ref, video, start_s, facts.fps, facts.codec, facts.clock_times(), last_s=facts.last_s)
+    if min(facts.width, facts.height) < _LEAST_SIDE:
+        reason = f"its pictures have {facts.width}x{facts.height} pixels; chunk it with `avion-dali chunk`"
+        return UnusableChunk(str(path), reason), b""
+    chunk = Chunk(
+        ref=ChunkRef(str(path), facts.size_bytes, facts.num_frames, facts.width, facts.height),
+        video=video,
+        start_s=start_s,
+        fps=facts.fps,
+        codec=facts.codec,
+        frame_times=facts.clock_times(),
+        last_s=facts.last_s,
+        pixel_aspect=float(facts.pixel_aspect),
+    )
     return chunk, facts.packet_index
+
+
+def _is_text(name: str) -> bool:
+    """Tell whether a name can be written down: file systems allow bytes that are no text."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_second(stem: str) -> bool:

@@ -1,4 +1,4 @@
-"""What readers of annotation files share: rows are put on chunks as they come, bad ones are told, not lost."""
+"""What readers of annotation files share: rows are put on chunks as they come, unusable ones are listed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from avion_dali.data.scanning import (
     find_chunk_files,
     probe_files,
 )
-from avion_dali.data.sidecar import Sidecar, read_sidecar
 from avion_dali.data.text import CONTEXT_LENGTH, clip_tokenizer, cut_to_context
-from avion_dali.datasets.spans import ChunkLookup, LostPart, SpanError
+from avion_dali.datasets.spans import ChunkLookup, SpanError, damaged_parts
 
 REJECTED_FILE = "rejected.jsonl"
 UNUSABLE_FILE = "unusable_chunks.jsonl"
@@ -177,6 +176,7 @@ class ManifestBuild:
         rejections: takes the rows that cannot be used.
         index: the packet indexes, written but not yet under their name.
         files: the files that were probed.
+        passed_over: videos of the chunk folder whose names are no numbers.
     """
 
     settings: BuildSettings
@@ -185,6 +185,7 @@ class ManifestBuild:
     rejections: Rejections
     index: IndexWriter
     files: Sequence[ChunkFile] = ()
+    passed_over: Sequence[Path] = ()
     lookup: ChunkLookup = field(init=False)
     _tokenize: Callable[[str], tuple[int, ...]] | None = field(init=False, default=None)
     _reasons: dict[str, str] | None = field(init=False, default=None)
@@ -195,7 +196,7 @@ class ManifestBuild:
     def __post_init__(self) -> None:
         bad = {chunk.path for chunk in self.unusable}
         lost = [(video, start_s) for video, start_s, path in self.files if str(path) in bad]
-        self.lookup = ChunkLookup(self.chunks, lost, damage=_damage(self.files))
+        self.lookup = ChunkLookup(self.chunks, lost, damage=damaged_parts(self.files))
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Return a text's token ids; the tokenizer is loaded with the first text."""
@@ -267,14 +268,17 @@ class ManifestBuild:
         )
         rejected = dict(self.rejections.counts.most_common())
         sizes = (self._placed, self._texts, len(self.chunks))
-        return BuildReport(*sizes, rejected, tuple(self.unusable), self._notes())
+        return BuildReport(*sizes, rejected, tuple(self.unusable), tuple(self._notes()))
 
-    def _notes(self) -> tuple[str, ...]:
+    def _notes(self) -> Iterator[str]:
+        if self.passed_over:
+            first = self.passed_over[0].name.encode(errors="backslashreplace").decode()
+            yield f"{len(self.passed_over)} videos passed over, for their names are no numbers: {first}, ..."
         if not self._long_texts:
-            return ()
-        return (
+            return
+        yield (
             f"{self._long_texts} of {self._texts} texts are longer than the {CONTEXT_LENGTH} tokens that a "
-            "text tower sees (fewer, if model.context_length says so): their ends are cut off",
+            "text tower sees (fewer, if model.context_length says so): their ends are cut off"
         )
 
     def _counted(self, samples: Iterable[Sample], info: dict[str, Any]) -> Iterator[Sample]:
@@ -344,7 +348,10 @@ def manifest_build(settings: BuildSettings, files: list[ChunkFile] | None = None
     folder = settings.output
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --output names the manifest's folder")
-    found = find_chunk_files(settings.chunk_root, names=settings.names) if files is None else files
+    passed_over: list[Path] = []
+    found = files
+    if found is None:
+        found = find_chunk_files(settings.chunk_root, names=settings.names, passed_over=passed_over)
     try:
         with IndexWriter(folder) as index:
             jobs = settings.jobs or available_cores()
@@ -353,23 +360,11 @@ def manifest_build(settings: BuildSettings, files: list[ChunkFile] | None = None
             _write_unusable(folder / UNUSABLE_FILE, unusable)
             rejections = Rejections(folder / REJECTED_FILE)
             try:
-                yield ManifestBuild(settings, chunks, unusable, rejections, index, found)
+                yield ManifestBuild(settings, chunks, unusable, rejections, index, found, passed_over)
             finally:
                 rejections.close()
     except OSError as error:
         raise UserError(f"the manifest could not be written to {folder}: {error}") from error
-
-
-def _damage(files: Iterable[ChunkFile]) -> dict[str, list[LostPart]]:
-    """Return the parts of videos that `avion-dali chunk` found damaged and left out."""
-    folders = {video: path.parent for video, _, path in files}
-    sidecars = ((video, read_sidecar(folder)) for video, folder in folders.items())
-    return {video: _lost_parts(sidecar) for video, sidecar in sidecars if sidecar and sidecar.losses.chunks}
-
-
-def _lost_parts(sidecar: Sidecar) -> list[LostPart]:
-    length = float(sidecar.settings["chunk_seconds"])
-    return [LostPart(start, start + length, str(sidecar.losses)) for start in sidecar.losses.chunks]
 
 
 def _write_unusable(path: Path, unusable: list[UnusableChunk]) -> None:

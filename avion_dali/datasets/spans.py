@@ -12,16 +12,14 @@ import numpy as np
 
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Chunk
-from avion_dali.data.scanning import CHUNK_SUFFIXES
+from avion_dali.data.scanning import VIDEO_SUFFIXES, ChunkFile
+from avion_dali.data.sidecar import Sidecar, read_sidecar
 
 # How much a span may reach past the last frame before it is refused: annotations are rounded, and the
 # last frames of a source may not make a chunk.
 PAST_END_TOLERANCE_S = 1.0
 # Neighbouring chunks may lie this far apart: a chunk can miss its last frame.
 _GAP_TOLERANCE_S = 0.5
-
-
-_VIDEO_SUFFIXES = CHUNK_SUFFIXES | {".m4v", ".mpg", ".mpeg", ".ts"}
 
 
 class SpanError(ValueError):
@@ -189,8 +187,8 @@ class ChunkLookup:
             hole = int(np.argmax(touched))
             where = f"{known.hole_starts[hole]:g}-{known.hole_ends[hole]:g} s"
             raise SpanError(f"the chunk that holds {where} is missing", "missing chunk")
-        refs = [self._chunks[known.first_row + i].ref for i in range(first, last + 1)]
-        if len({(r.width, r.height) for r in refs}) > 1:
+        rows = [self._chunks[known.first_row + i] for i in range(first, last + 1)]
+        if len({(row.ref.width, row.ref.height, row.pixel_aspect) for row in rows}) > 1:
             raise SpanError("its chunks differ in frame size", "mixed frame sizes")
 
 
@@ -216,4 +214,20 @@ def _composed(name: str) -> str:
 
 def _without_suffix(name: str) -> str:
     path = PurePosixPath(name)
-    return str(path.with_suffix("")) if path.suffix.lower() in _VIDEO_SUFFIXES else name
+    return str(path.with_suffix("")) if path.suffix.lower() in VIDEO_SUFFIXES else name
+
+
+def damaged_parts(files: Iterable[ChunkFile]) -> dict[str, list[LostPart]]:
+    """Return the parts of videos that `avion-dali chunk` found damaged and left out.
+
+    Args:
+        files: chunk files.
+    """
+    folders = {video: path.parent for video, _, path in files}
+    sidecars = ((video, read_sidecar(folder)) for video, folder in folders.items())
+    return {video: _lost_parts(sidecar) for video, sidecar in sidecars if sidecar and sidecar.losses.chunks}
+
+
+def _lost_parts(sidecar: Sidecar) -> list[LostPart]:
+    length = float(sidecar.settings["chunk_seconds"])
+    return [LostPart(start, start + length, str(sidecar.losses)) for start in sidecar.losses.chunks]
