@@ -312,8 +312,8 @@ def test_plan_of_a_variable_rate_video_uses_its_densest_rate(tmp_path):
     times = [0.0, 0.03, 0.07, 0.10, 0.15, 0.40]
     facts = probe_chunk(mv.write_video(tmp_path / "v.mp4", frames=6, times=times))
     plan = plan_chunks(facts, chunk_seconds=1)
-    assert plan.fps == Fraction(57, 2)  # FFmpeg guesses this rate; 2 of 5 intervals take 0.07 s
-    assert plan.total == 12
+    assert plan.fps == 33  # the most frequent interval is 0.03 s
+    assert plan.total == 14
     assert plan_chunks(facts, chunk_seconds=1, max_fps=20).fps == 20
 
 

@@ -71,7 +71,7 @@ def plan_chunks(facts: ChunkFacts, *, chunk_seconds: int, max_fps: int = 0) -> C
 def _grid_rate(facts: ChunkFacts, chunk_seconds: int, max_fps: int) -> Fraction:
     fps = facts.densest_fps or facts.fps
     if not facts.is_cfr:
-        fps = min(fps, Fraction(max(_MAX_VARYING_FPS, round(facts.fps))))
+        fps = min(max(fps, Fraction(SLOW_FPS)), Fraction(max(_MAX_VARYING_FPS, round(facts.fps))))
     if max_fps:
         fps = min(fps, Fraction(max_fps))
     if fps >= SLOW_FPS:

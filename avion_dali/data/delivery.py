@@ -8,9 +8,11 @@ Imports numpy and PyAV alone, since decode workers share it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 
 import av
 from av.container import InputContainer
@@ -21,9 +23,13 @@ from av.video.stream import VideoStream
 from avion_dali.data.bitstream import Entry, nal_length_size, picture_traits
 from avion_dali.data.indexing import STRICT, stream_facts
 
+_SEAM_PACKETS = 2  # the mark may come that many packets ahead of the seam
+
 
 def decode_strictly(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """Decode a file that was just opened; damage is an error where the first keyframe allows it.
+
+    Some decoders deliver pictures from before the first keyframe; that others cannot is no damage.
 
     Args:
         container: the file, at its beginning.
@@ -36,7 +42,10 @@ def decode_strictly(container: InputContainer, stream: VideoStream) -> Iterator[
     ahead = _until_keyframe(packets)
     if _begins_clean(ahead, stream):
         stream.codec_context.options = STRICT
-    for packet in chain(ahead, packets):
+    for packet in ahead[:-1]:
+        with suppress(av.FFmpegError):
+            yield from stream.codec_context.decode(packet)
+    for packet in chain(ahead[-1:], packets):
         yield from stream.codec_context.decode(packet)
     yield from stream.codec_context.decode(None)
 
@@ -44,6 +53,31 @@ def decode_strictly(container: InputContainer, stream: VideoStream) -> Iterator[
 def _sized_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
     """Yield packets without empty ones: the end marker, and frames that an AVI says to repeat."""
     return (packet for packet in container.demux(stream) if packet.size)
+
+
+def with_damage(packets: Iterable[Packet]) -> Iterator[tuple[Packet, bool]]:
+    """Yield packets, each with whether the container calls it damaged.
+
+    At the seam of transport streams that were joined byte by byte its counters jump as they do where packets
+    are lost; there the time goes back as well, and nothing is missing.
+
+    Args:
+        packets: in the order of the file.
+    """
+    waiting: deque[Packet] = deque()
+    for packet in packets:
+        waiting.append(packet)
+        if len(waiting) > _SEAM_PACKETS:
+            yield waiting[0], waiting[0].is_corrupt and not _is_seam(waiting)
+            waiting.popleft()
+    while waiting:
+        yield waiting[0], waiting[0].is_corrupt and not _is_seam(waiting)
+        waiting.popleft()
+
+
+def _is_seam(packets: Iterable[Packet]) -> bool:
+    times = [packet.dts for packet in packets if packet.dts is not None]
+    return any(after < before for before, after in pairwise(times))
 
 
 def _until_keyframe(packets: Iterator[Packet]) -> list[Packet]:
@@ -98,6 +132,7 @@ class TolerantReader:
     def __init__(self, container: InputContainer, stream: VideoStream) -> None:
         self._container, self._stream = container, stream
         self._number = 0
+        self._had_keyframe = False
         self._is_broken = False
         self._broken_from: int | None = None  # earliest time of a packet since the error
         self.begins_inside = False
@@ -111,22 +146,23 @@ class TolerantReader:
         if self._stream.codec_context.codec.canonical_name == "hevc" and _begins_clean(ahead, self._stream):
             self._stream.codec_context.options = STRICT
         try:
-            for packet in chain(ahead, packets):
-                yield from self._decode(packet)
+            for packet, is_damaged in with_damage(chain(ahead, packets)):
+                yield from self._decode(packet, is_damaged=is_damaged)
         except av.FFmpegError:  # from the demuxer: there is no way past it
             self._is_broken = True
-        yield from self._decode(None)
+        yield from self._decode(None, is_damaged=False)
         self.ends_broken = self._is_broken
 
-    def _decode(self, packet: Packet | None) -> Iterator[Delivered]:
+    def _decode(self, packet: Packet | None, *, is_damaged: bool) -> Iterator[Delivered]:
         frames: list[VideoFrame] = []
-        failed = packet is not None and packet.is_corrupt
+        failed = is_damaged
         try:
             frames = self._stream.codec_context.decode(packet)
         except av.FFmpegError:
             failed = True
-        # A stream that begins in the middle of a group fails up to its first keyframe; nothing is lost there.
-        if failed and packet is not None and (self._number or packet.is_keyframe):
+        # A stream that begins inside a group may fail up to its first keyframe; nothing is lost there.
+        self._had_keyframe |= packet is not None and packet.is_keyframe
+        if failed and self._had_keyframe:
             self._is_broken = True
         if self._is_broken and packet is not None and packet.pts is not None:
             earlier = packet.pts if self._broken_from is None else self._broken_from

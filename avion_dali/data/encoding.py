@@ -325,13 +325,15 @@ def write_chunk(path: Path, pictures: Iterable[VideoFrame], *, profile: EncodePr
 
 
 def look_of(picture: VideoFrame) -> np.ndarray:
-    """Return what a picture looks like in 16 x 16 gray levels, int16.
+    """Return what a picture looks like in 16 x 16 gray levels, float32.
 
     Args:
-        picture: a chunk picture, of any size.
+        picture: a chunk picture; its sides are multiples of 16.
     """
-    gray = picture.reformat(width=_LOOK_SIDE, height=_LOOK_SIDE, format="gray", interpolation="AREA")
-    return gray.to_ndarray().astype(np.int16)
+    luma = picture.planes[0]
+    rows = np.frombuffer(memoryview(luma), np.uint8).reshape(luma.height, luma.line_size)[:, : luma.width]
+    blocks = rows.reshape(_LOOK_SIDE, luma.height // _LOOK_SIDE, _LOOK_SIDE, luma.width // _LOOK_SIDE)
+    return blocks.mean(axis=(1, 3), dtype=np.float32)
 
 
 def verify_chunk(

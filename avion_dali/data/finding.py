@@ -62,4 +62,5 @@ def describe_passed_over(files: Sequence[Path]) -> str:
     counts = ", ".join(f"{count} {suffix}" for suffix, count in kinds)
     names = ", ".join(readable(file.name) for file in files[:_SHOWN])
     more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
-    return f"{len(files)} files passed over ({counts}): {names}{more}; name those that are videos"
+    subject = "1 file is" if len(files) == 1 else f"{len(files)} files are"
+    return f"{subject} passed over ({counts}): {names}{more}; name those that are videos"

@@ -17,6 +17,7 @@ from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError
 from avion_dali.data.bitstream import shows_picture
+from avion_dali.data.delivery import with_damage
 from avion_dali.data.indexing import (
     PacketCollector,
     TraitsReader,
@@ -100,8 +101,8 @@ def survey_packets(
 def _packets(container: InputContainer, stream: VideoStream, *, name: str, tolerant: bool) -> Iterator[Packet]:
     """Yield packets without empty ones: the end marker, and frames that an AVI says to repeat."""
     try:
-        for packet in container.demux(stream):
-            if packet.is_corrupt and not tolerant:
+        for packet, is_damaged in with_damage(container.demux(stream)):
+            if is_damaged and not tolerant:
                 raise DecodeError(name, (), decoder="probe", kind="corrupt", cause="holds a damaged packet")
             if packet.size:
                 yield packet

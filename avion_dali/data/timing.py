@@ -15,6 +15,7 @@ NTSC = Fraction(1000, 1001)
 SLOW_FPS = 10
 # A burst of this many intervals is movement that is worth its rate; fewer may be jitter of a clock.
 _SUSTAINED_INTERVALS = 12
+_FREQUENT_SHARE = 0.25
 # Clocks jitter: a measured rate so near a plain one is that one.
 _SNAP = 0.04
 
@@ -81,10 +82,23 @@ def _plain_rates(rate: Fraction) -> list[Fraction]:
     return sorted((r for r in candidates if r), key=lambda candidate: abs(candidate - rate))
 
 
+def _frequent_interval(intervals: np.ndarray) -> float:
+    """Return the most frequent of some intervals, give or take a millisecond; infinity when none stands out."""
+    milliseconds, counts = np.unique(np.round(intervals * 1000).astype(np.int64), return_counts=True)
+    edges = np.searchsorted(milliseconds, [milliseconds - 1, milliseconds + 2])
+    before = np.concatenate([[0], counts.cumsum()])
+    totals = before[edges[1]] - before[edges[0]]
+    best = int(totals.argmax())
+    if totals[best] < max(_FREQUENT_SHARE * len(intervals), 2):
+        return float("inf")
+    return float(intervals[np.abs(intervals * 1000 - milliseconds[best]) <= 1.5].mean())
+
+
 def densest_rate(seconds: np.ndarray, stated: Sequence[Fraction | None]) -> Fraction:
     """Return the rate of a video whose rate varies, in the passage where its pictures are densest.
 
-    The mean rate says nothing of a video that pauses. A passage has 12 intervals, or half of a shorter video.
+    The mean rate says nothing of a video that pauses. A passage has 12 intervals, or half of a shorter video;
+    an interval that is frequent all over the video counts as well (a camera that drops frames).
 
     Args:
         seconds: float64 (F,), F >= 2, ascending times of the pictures.
@@ -94,8 +108,9 @@ def densest_rate(seconds: np.ndarray, stated: Sequence[Fraction | None]) -> Frac
         Frames per second, a stated or plain rate where one is near.
     """
     count = min(_SUSTAINED_INTERVALS, max((len(seconds) - 1) // 2, 1))
-    shortest = float((seconds[count:] - seconds[:-count]).min())
-    measured = Fraction(count / max(shortest, 1e-3 * count)).limit_denominator(1000)
+    passage = float((seconds[count:] - seconds[:-count]).min()) / count
+    interval = min(passage, _frequent_interval(np.diff(seconds)))
+    measured = Fraction(1 / max(interval, 1e-3)).limit_denominator(1000)
     for rates in ([rate for rate in stated if rate], [Fraction(round(measured))]):
         near = [rate for rate in rates if abs(rate / measured - 1) <= _SNAP]
         if near:

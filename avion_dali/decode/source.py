@@ -22,6 +22,7 @@ from av.video.stream import VideoStream
 
 from avion_dali.contracts import ClipPart, DecodeError, FailureKind, PacketIndexRef
 from avion_dali.data.bitstream import Entry, PictureTraits, nal_length_size, picture_traits, shows_picture
+from avion_dali.data.delivery import with_damage
 from avion_dali.data.indexing import TraitsReader, is_plain, packets_tell, stream_facts
 from avion_dali.data.packet_index import (
     IndexBlock,
@@ -275,13 +276,7 @@ def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[
     times: list[int] = []
     visible: list[int] = []  # times of the frames a decoder delivers
     horizon = None
-    for packet in demuxed:
-        if not packet.size:
-            continue  # the demuxer's end marker
-        if not (kept or packet.is_keyframe):
-            raise UnorderedStreamError("it does not begin with a keyframe")
-        if packet.is_corrupt:
-            raise ChunkDamagedError("holds a damaged packet")
+    for packet in _sound_packets(demuxed):
         if packet.pts is None:
             raise UnorderedStreamError("a packet carries no presentation time")
         # Decode times never decrease and no frame is shown before it is decoded: once they pass the
@@ -296,6 +291,22 @@ def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[
         if len(visible) > last_frame_id and (horizon is None or packet.pts < horizon):
             horizon = sorted(visible)[last_frame_id]
     return kept, times, True
+
+
+def _sound_packets(demuxed: Iterable[Packet]) -> Iterator[Packet]:
+    """Yield packets without the demuxer's end marker; they begin with a keyframe and follow in decode order."""
+    decoded: int | None = None
+    for number, (packet, is_damaged) in enumerate(with_damage(demuxed)):
+        if not packet.size:
+            continue
+        if number == 0 and not packet.is_keyframe:
+            raise UnorderedStreamError("it does not begin with a keyframe")
+        if is_damaged:
+            raise ChunkDamagedError("holds a damaged packet")
+        if decoded is not None and packet.dts is not None and packet.dts < decoded:
+            raise UnorderedStreamError("its times go back")
+        decoded = packet.dts
+        yield packet
 
 
 def _with_references(
