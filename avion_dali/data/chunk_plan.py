@@ -72,6 +72,8 @@ def _grid_rate(facts: ChunkFacts, chunk_seconds: int, max_fps: int) -> Fraction:
     fps = facts.densest_fps or facts.fps
     if not facts.is_cfr:
         fps = min(max(fps, Fraction(SLOW_FPS)), Fraction(max(_MAX_VARYING_FPS, round(facts.fps))))
+        # Any rate will do: one that has a frame at every border is the most exact.
+        fps = Fraction(max(round(fps * chunk_seconds), 1), chunk_seconds)
     if max_fps:
         fps = min(fps, Fraction(max_fps))
     if fps >= SLOW_FPS:

@@ -51,6 +51,8 @@ class SourceReader:
         self.cut_short = ""  # how the file ends before it should
         self._reader = TolerantReader(container, stream)
         self._facts, self._plan = facts, plan
+        self._densest = facts.densest_fps or facts.fps
+        self._tick = stream.time_base or Fraction(1, 1000)  # the last frames of a decoder carry none
         self._shift = Fraction(facts.start_s) - facts.first_s
 
     def slots(self) -> Iterator[Slot]:
@@ -60,10 +62,12 @@ class SourceReader:
             DecodeError: when nothing of it is whole.
         """
         plan = self._plan
-        filled, previous, due, intact_until = 0, None, 0, Fraction(0)
+        filled, previous, due = 0, None, 0
+        intact_until = shown_at = Fraction(0)
         for delivered in self._reader:
             seconds = self._seconds(delivered.frame, delivered.number)
-            if not delivered.is_whole:
+            # Beside damage a decoder may deliver a picture after those that are shown later.
+            if not delivered.is_whole or (previous is not None and seconds < shown_at):
                 continue
             begin = min(round(seconds * plan.fps), plan.total)
             lost_from = begin
@@ -74,8 +78,8 @@ class SourceReader:
             for index in range(filled, max(begin, filled)):
                 yield Slot(index, None if index >= lost_from else shown, due)
             filled = max(filled, begin)
-            previous, due = delivered.frame, begin
-            intact_until = seconds + 1 / self._facts.fps
+            previous, due, shown_at = delivered.frame, begin, seconds
+            intact_until = seconds + 1 / self._densest
         yield from self._tail(filled, previous, due, intact_until)
 
     def _note_loss(self, intact_until: Fraction, whole_from: Fraction, filled: int) -> int:
@@ -103,8 +107,8 @@ class SourceReader:
     def _seconds(self, frame: VideoFrame, number: int) -> Fraction:
         """Return a picture's seconds on a player's clock."""
         facts = self._facts
-        if not facts.is_counted and frame.pts is not None and frame.time_base is not None:
-            return frame.pts * frame.time_base + self._shift
+        if not facts.is_counted and frame.pts is not None:
+            return frame.pts * self._tick + self._shift
         number = min(number, facts.num_frames - 1)
         if facts.frame_times is not None:
             return Fraction(facts.start_s + float(facts.frame_times[number]))

@@ -38,7 +38,7 @@ _ORDERED = {"strict": "1"}
 # FFmpeg's own AV1 decoder only drives hardware.
 _DECODER_NAMES = {"av1": "libdav1d"}
 _PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE; 0 is unknown, more is interlaced
-_X264_BUILD = re.compile(rb"x264 - core (\d{1,4})")
+_X264_BUILD = re.compile(rb"x264 - core *(\d{1,4})")
 # Matroska and AVI point at a small header before the payload.
 _PAYLOAD_WITHIN = 64
 
@@ -99,10 +99,21 @@ def packets_tell(first: Packet, traits: PictureTraits, *, pts: Sequence[int | No
     """
     if traits.entry == Entry.NONE or any(time is None or time < (pts[0] or 0) for time in pts):
         return False  # it begins inside a group, or shows pictures ahead of its first one
+    return len(set(pts)) == len(pts) and not is_of_old_build(first, pix_fmt=pix_fmt)
+
+
+def is_of_old_build(first: Packet, *, pix_fmt: str) -> bool:
+    """Tell whether FFmpeg decodes a stream in another way because an old build of x264 wrote it.
+
+    It learns that from the first packet alone: decoding cannot start anywhere else.
+
+    Args:
+        first: the file's first packet.
+        pix_fmt: FFmpeg's name of the pixel format.
+    """
     build = _X264_BUILD.search(bytes(first))
-    # What FFmpeg does differently for streams of these builds it learns from the first packet alone.
     oldest = 151 if pix_fmt.startswith(("yuv444", "gbr")) else 34
-    return len(set(pts)) == len(pts) and (build is None or int(build[1]) >= oldest)
+    return build is not None and int(build[1]) < oldest
 
 
 def make_decoder(stream: StreamFacts, *, strict: bool) -> VideoCodecContext:
@@ -182,6 +193,7 @@ class PacketCollector:
         self._stream = stream_facts(stream)
         self._reader = TraitsReader(self._stream)
         self._usable = self._stream.codec in INDEXED_CODECS
+        self._pix_fmt = stream.codec_context.pix_fmt or ""
         self._traits: list[PictureTraits] = []
         self._pts: list[int | None] = []
         self._shown: list[bool] = []
@@ -198,7 +210,8 @@ class PacketCollector:
         data = bytes(packet)
         offset = self._find(packet.pos, data)
         shows = shows_picture(data, codec=self._stream.codec)
-        if offset is None or not shows or packet.has_sidedata("new_extradata"):
+        is_old = not self._places and is_of_old_build(packet, pix_fmt=self._pix_fmt)
+        if offset is None or not shows or is_old or packet.has_sidedata("new_extradata"):
             self._usable = False
             return
         self._traits.append(self._reader.read(packet))

@@ -222,6 +222,20 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
         )
 
 
+def is_turned(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a player turns the pictures of a video, by its first one.
+
+    Args:
+        path: the video file.
+
+    Raises:
+        DecodeError: when the file cannot be read.
+    """
+    with open_video(path) as (container, stream):
+        first = next(iter(TolerantReader(container, stream)), None)
+        return bool(rotation_of(first.frame if first else None))
+
+
 def _start_seconds(container: InputContainer, first_frame: Fraction, fps: Fraction) -> float:
     """Seconds on a player's clock before the first frame, as where sound begins before the picture.
 

@@ -15,11 +15,12 @@ from avion_dali.contracts import ChunkRef, DecodeError, PacketIndexRef, UserErro
 from avion_dali.data.manifest import Chunk, IndexWriter
 from avion_dali.data.probe import probe_chunk
 
-VIDEO_SUFFIXES = frozenset(
+_ENDINGS = (
     ".3g2 .3gp .amv .asf .avi .av1 .divx .dv .f4v .flv .gif .h264 .264 .h265 .265 .hevc .ivf .m1v .m2p .m2t "
     ".m2ts .m2v .m4v .mjpeg .mjpg .mkv .mod .mov .mp4 .mpe .mpeg .mpg .mpv .mts .mxf .nut .obu .ogm .ogv .ps "
-    ".qt .rm .rmvb .tod .tp .trp .ts .vob .webm .wmv .wtv .y4m".split()
+    ".qt .rm .rmvb .tod .tp .trp .ts .vob .webm .wmv .wtv .y4m"
 )
+VIDEO_SUFFIXES = frozenset(_ENDINGS.split())
 CHUNK_SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi"})
 _LEAST_SIDE = 2  # crop windows lie on the even pixel grid
 # Chunks cut at keyframes are up to a keyframe distance longer than their names say.
