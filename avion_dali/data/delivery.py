@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 
 import av
 from av.container import InputContainer
@@ -64,15 +64,11 @@ def with_damage(packets: Iterable[Packet]) -> Iterator[tuple[Packet, bool]]:
     Args:
         packets: in the order of the file.
     """
-    waiting: deque[Packet] = deque()
-    for packet in packets:
-        waiting.append(packet)
-        if len(waiting) > _SEAM_PACKETS:
-            yield waiting[0], waiting[0].is_corrupt and not _is_seam(waiting)
-            waiting.popleft()
-    while waiting:
-        yield waiting[0], waiting[0].is_corrupt and not _is_seam(waiting)
-        waiting.popleft()
+    coming, ahead = iter(packets), deque[Packet]()
+    while (packet := ahead.popleft() if ahead else next(coming, None)) is not None:
+        if packet.is_corrupt:
+            ahead.extend(islice(coming, _SEAM_PACKETS - len(ahead)))
+        yield packet, packet.is_corrupt and not _is_seam([packet, *ahead])
 
 
 def _is_seam(packets: Iterable[Packet]) -> bool:

@@ -38,6 +38,7 @@ _ORDERED = {"strict": "1"}
 # FFmpeg's own AV1 decoder only drives hardware.
 _DECODER_NAMES = {"av1": "libdav1d"}
 _PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE; 0 is unknown, more is interlaced
+_HEADERS_WITHIN = 4096  # what is said of a stream comes ahead of its first picture
 _X264_BUILD = re.compile(rb"x264 - core *(\d{1,4})")
 # Matroska and AVI point at a small header before the payload.
 _PAYLOAD_WITHIN = 64
@@ -111,7 +112,7 @@ def is_of_old_build(first: Packet, *, pix_fmt: str) -> bool:
         first: the file's first packet.
         pix_fmt: FFmpeg's name of the pixel format.
     """
-    build = _X264_BUILD.search(bytes(first))
+    build = _X264_BUILD.search(bytes(memoryview(first)[:_HEADERS_WITHIN]))
     oldest = 151 if pix_fmt.startswith(("yuv444", "gbr")) else 34
     return build is not None and int(build[1]) < oldest
 

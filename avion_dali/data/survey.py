@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -47,8 +48,7 @@ class PacketSurvey:
     tells: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(NamedTuple):
     pts: int | None
     dts: int | None
     duration: int
