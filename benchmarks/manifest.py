@@ -103,6 +103,8 @@ def _chunk_columns(first: int, stop: int) -> dict[str, object]:
         "frame_times": [None] * count,
         "index_offset": rows * INDEX_BYTES_PER_CHUNK,
         "index_bytes": np.full(count, INDEX_BYTES_PER_CHUNK),
+        "last_s": np.zeros(count),
+        "pixel_aspect": np.ones(count),
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from avion_dali.data.bitstream import nal_length_size
+from avion_dali.data.bitstream import is_superframe, nal_length_size
 from avion_dali.decode.source import PartPackets
 
 from .mini_clip import UnfitForMiniClipError
@@ -58,12 +58,7 @@ def shows_one_picture(payload: bytes) -> bool:
     Args:
         payload: the packet, not empty.
     """
-    first, last = payload[0], payload[-1]
-    if last & 0xE0 == 0xC0:
-        index_bytes = 2 + ((last >> 3 & 3) + 1) * ((last & 7) + 1)
-        if len(payload) >= index_bytes and payload[-index_bytes] == last:
-            return False
-    return first & 0x30 != 0x30 and first & 0x0A == 0x02
+    return not is_superframe(payload) and payload[0] & 0x30 != 0x30 and payload[0] & 0x0A == 0x02
 
 
 def holds_two_fields(payload: bytes, length_size: int) -> bool:

@@ -119,7 +119,7 @@ def test_a_manifest_built_anew_is_checked_anew_and_a_repaired_one_is_not(sound: 
 def test_many_frame_sizes_are_one_finding(tmp_path: Path) -> None:
     (tmp_path / "c" / "v").mkdir(parents=True)
     for i in range(9):
-        mv.write_video(tmp_path / "c" / "v" / f"{i}.mp4", frames=1, size=(64 + 16 * i, 48), **BT601)
+        mv.write_video(tmp_path / "c" / "v" / f"{i}.mp4", frames=1, fps=1, size=(64 + 16 * i, 48), **BT601)
     report = check(tmp_path / "c", tmp_path / "out")
     assert list(report.tallies) == ["many-sizes"]
     assert report.tallies["many-sizes"].count == 1

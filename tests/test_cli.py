@@ -11,7 +11,6 @@ import make_videos
 import pytest
 
 from avion_dali.cli.arguments import parameters_as_keys, parse_options
-from avion_dali.cli.chunk import list_videos
 from avion_dali.cli.demo import DemoOptions
 from avion_dali.cli.demo_finetune import FinetuneDemoOptions
 from avion_dali.cli.main import SUBCOMMANDS, build_parser, main
@@ -19,6 +18,7 @@ from avion_dali.cli.slurm import SlurmOptions
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.config.recipes import recipe_names, recipes_folder
 from avion_dali.contracts import UserError
+from avion_dali.data.finding import find_videos
 from avion_dali.data.manifest import Manifest
 
 TRAIN_OPTIONS = {
@@ -41,12 +41,14 @@ TRAIN_OPTIONS = {
     "on_spike max_steps",
 }
 COMMANDS = {
-    "chunk": "--output --profile --chunk-seconds --short-side --jobs --root",
-    "manifest captions": "--chunks --annotations --output --skip-bad-rows --jobs --classes-from",
-    "manifest ego4d": "--chunks --annotations --output --skip-bad-rows --jobs",
-    "manifest ek100": "--chunks --annotations --output --skip-bad-rows --jobs --task --classes-from "
-    "--sentences --relevancy",
-    "manifest kinetics": "--annotations --output --skip-bad-rows --jobs --videos --chunks --class-names",
+    "chunk": "--output --profile --chunk-seconds --short-side --max-fps --jobs --root",
+    "manifest captions": "--chunks --annotations --output --skip-bad-rows --jobs --chunk-names "
+    "--chunk-seconds --classes-from",
+    "manifest ego4d": "--chunks --annotations --output --skip-bad-rows --jobs --chunk-names --chunk-seconds",
+    "manifest ek100": "--chunks --annotations --output --skip-bad-rows --jobs --chunk-names --chunk-seconds "
+    "--task --classes-from --sentences --relevancy",
+    "manifest kinetics": "--annotations --output --skip-bad-rows --jobs --chunk-names --chunk-seconds --videos "
+    "--chunks --class-names",
     "check": "--deep --jobs --timeout --output --repair-manifest",
     "plan": "--videos --chunks --profiles --chunk-seconds --short-side --hours --frames --clip-seconds "
     "--frame-size --global-batch --step-seconds --model --micro-batch --processes --workers --disk --seconds",
@@ -222,10 +224,12 @@ def test_folders_are_searched_and_empty_ones_named(tmp_path: Path) -> None:
     for name in ("a/2.MP4", "a/b/1.mkv", "a/notes.txt", "a/out/v.mp4"):
         (tmp_path / name).touch()
     sources = [tmp_path / "a", tmp_path / "a" / "b", tmp_path / "x.mp4"]
-    assert [p.name for p in list_videos(sources, but_not=tmp_path / "a" / "out")] == ["2.MP4", "1.mkv", "x.mp4"]
+    videos, passed_over = find_videos(sources, but_not=tmp_path / "a" / "out")
+    assert [p.name for p in videos] == ["2.MP4", "1.mkv", "x.mp4"]
+    assert [p.name for p in passed_over] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no video"):
-        list_videos([tmp_path / "empty"], but_not=tmp_path / "out")
+        find_videos([tmp_path / "empty"], but_not=tmp_path / "out")
 
 
 def test_errors_name_keys_and_options_where_the_library_names_parameters() -> None:

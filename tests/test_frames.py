@@ -197,7 +197,9 @@ def test_seconds_to_frames_by_timestamps() -> None:
     assert ids(0.0, 0.2) == (0, 2)
     assert ids(0.05, 1.2) == (1, 4)
     assert ids(-3.0, 9.0) == (0, 6)
-    assert ids(1.6, 3.9) == (5, 5)
+    assert ids(1.6, 3.9) == (4, 5), "the picture on show all the while"
+    assert ids(1.6, 4.5) == (4, 6)
+    assert ids(1.6, 1.65) == (5, 5)
     assert ids(5.0, 6.0) == (6, 6)
 
 

@@ -40,23 +40,26 @@ def test_importing_it_imports_nothing_heavy() -> None:
 
 
 def test_the_loader_and_the_dataset_deliver_the_same_clips(data: LaunchData) -> None:
+    dataset = avion_dali.ClipDataset(data.own, **SMALL)
     with open_small(data.own) as loader:
-        dataset = avion_dali.ClipDataset(data.own, **SMALL)
         assert (len(loader), len(dataset)) == (6, 12)
         for epoch in range(2):
             dataset.set_epoch(epoch)
-            seen = []
-            for batch in loader:
-                assert batch.epoch == epoch and batch.tokens_BL.shape == (2, 77)
-                for row, sample in enumerate(batch.sample_ids.tolist()):
-                    item = dataset[sample]
-                    assert torch.equal(item["frames"], batch.frames_BTHWC[row])
-                    assert torch.equal(item["tokens"], batch.tokens_BL[row])
-                    assert item["sample_id"] == sample and item["valid"]
-                    assert item["label"] == batch.labels_B[row]
-                    seen.append(sample)
-            assert sorted(seen) == list(range(12))
+            batches = list(loader)
+            assert {batch.epoch for batch in batches} == {epoch}
+            assert sorted(i for batch in batches for i in batch.sample_ids.tolist()) == list(range(12))
+            for batch in batches:
+                assert_same(batch, [dataset[i] for i in batch.sample_ids.tolist()])
         assert loader.stats.delivered == 24
+
+
+def assert_same(batch: Any, items: list[dict[str, Any]]) -> None:
+    assert batch.tokens_BL.shape == (2, 77)
+    assert torch.equal(batch.frames_BTHWC, torch.stack([item["frames"] for item in items]))
+    assert torch.equal(batch.tokens_BL, torch.stack([item["tokens"] for item in items]))
+    assert batch.labels_B.tolist() == [item["label"] for item in items]
+    assert batch.sample_ids.tolist() == [item["sample_id"] for item in items]
+    assert all(item["valid"] for item in items)
 
 
 @pytest.mark.parametrize("decoder", ["cpu-fused", "dali"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from avion_dali.data.text import CONTEXT_LENGTH, END_OF_TEXT, clip_tokenizer, pad_tokens
+from avion_dali.data.text import CONTEXT_LENGTH, END_OF_TEXT, clip_tokenizer, cut_to_context, pad_tokens
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +32,10 @@ def test_ids_equal_the_recorded_vectors(
 
 
 def test_over_long_text_is_cut_and_keeps_its_end_marker(encode: Callable[[str], tuple[int, ...]]) -> None:
-    exact, over = encode("plate " * 75), encode("plate " * 76)
-    assert exact == over == (49406, *[5135] * 75, END_OF_TEXT)
+    exact, over = cut_to_context(encode("plate " * 75)), cut_to_context(encode("plate " * 76))
+    assert exact == encode("plate " * 75) == over == (49406, *[5135] * 75, END_OF_TEXT)
     assert len(over) == CONTEXT_LENGTH
-    assert len(encode("plate " * 74)) == 76
+    assert len(cut_to_context(encode("plate " * 74))) == 76
 
 
 def test_ids_fit_the_manifest_column(encode: Callable[[str], tuple[int, ...]]) -> None:

@@ -141,11 +141,14 @@ def left_out_files(folder: Path) -> list[dict[str, Any]]:
 
 
 def _build_manifest(options: argparse.Namespace, folder: Path) -> None:
-    from avion_dali.cli.chunk import list_videos
+    from avion_dali.data.finding import describe_passed_over, find_videos
     from avion_dali.datasets.building import BuildSettings
     from avion_dali.datasets.plain import build_plain_manifest
 
-    videos = [path.resolve() for path in list_videos(options.videos, but_not=folder)]
+    found, passed_over = find_videos(options.videos, but_not=folder)
+    if passed_over:
+        print(describe_passed_over(passed_over), file=sys.stderr)
+    videos = [path.resolve() for path in found]
     root = Path(os.path.commonpath([path.parent for path in videos]))
     settings = BuildSettings(chunk_root=root, output=folder, skip_bad_rows=True)
     try:

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Make the manifest and say what went in and what was left out."""
+    from avion_dali.data.scanning import ChunkNames
     from avion_dali.datasets.building import BuildSettings
 
     with _progress() as (on_chunk, on_row):
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
             jobs=options.jobs,
             on_chunk=on_chunk,
             on_row=on_row,
+            names=ChunkNames(options.chunk_names or "", options.chunk_seconds or 0.0),
         )
         report = DATASETS[options.kind].build(options, settings)
     print("\n".join(summary(report, options.output)))
@@ -77,6 +79,9 @@ def add_common_arguments(
     parser.add_argument("--output", required=True, type=Path, help="manifest folder to write")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out")
     parser.add_argument("--jobs", default=0, type=int, help="probing processes (default: one per core)")
+    names = "chunk file names are start seconds (default), or count pieces of --chunk-seconds"
+    parser.add_argument("--chunk-names", choices=("start", "index"), help=names)
+    parser.add_argument("--chunk-seconds", type=float, help="length of the pieces that names count")
 
 
 def _add_captions(parser: argparse.ArgumentParser) -> None:
@@ -85,18 +90,9 @@ def _add_captions(parser: argparse.ArgumentParser) -> None:
 
 
 def _build_captions(options: argparse.Namespace, settings: BuildSettings) -> BuildReport:
-    from avion_dali.datasets.captions import build_captions_manifest
+    from avion_dali.datasets.captions import read_captions_into
 
-    return build_captions_manifest(
-        settings.chunk_root,
-        options.annotations,
-        settings.output,
-        skip_bad_rows=settings.skip_bad_rows,
-        jobs=settings.jobs,
-        on_progress=settings.on_chunk,
-        on_row=settings.on_row,
-        classes_from=options.classes_from,
-    )
+    return read_captions_into(settings, options.annotations, classes_from=options.classes_from)
 
 
 def _add_ego4d(parser: argparse.ArgumentParser) -> None:

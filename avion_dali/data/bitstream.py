@@ -90,7 +90,8 @@ def picture_traits(
     """
     roles = _ROLES.get(codec)
     if roles is None:
-        return _traits(Entry.CLEAN if is_keyframe else Entry.NONE, True, 0)
+        stands_alone = is_keyframe and (codec != "mjpeg" or _brings_tables(bytes(data)))
+        return _traits(Entry.CLEAN if stands_alone else Entry.NONE, True, 0)
     units = _prefixed_units(data, length_size) if length_size else _parted_units(bytes(data))
     ahead: list[int] = []
     try:
@@ -139,14 +140,51 @@ def brings_parameter_sets(data: bytes | memoryview, *, codec: str, length_size: 
 def shows_picture(data: bytes | memoryview, *, codec: str) -> bool:
     """Tell whether decoding a packet gives a frame.
 
-    VP8 has pictures that only others refer to, in packets of their own (RFC 6386, section 9.1, show_frame);
-    where other codecs have such pictures, their packets show another one, too.
+    VP8 has pictures that only others refer to, in packets of their own (RFC 6386, section 9.1, show_frame),
+    and so may VP9 (bitstream specification 0.6, section 6.2); a VP9 superframe shows one of its pictures.
+    Where other codecs have such pictures, their packets show another one, too.
 
     Args:
         data: the packet's bytes, at least one.
         codec: FFmpeg's canonical codec name.
     """
+    if codec == "vp9":
+        is_profile_3 = data[0] & 0x30 == 0x30
+        flags = data[0] >> (0 if is_profile_3 else 1)  # show_existing_frame, frame_type, show_frame
+        return bool(flags & 0b101) or is_superframe(data)
     return codec != "vp8" or bool(data[0] & 0x10)
+
+
+def is_superframe(data: bytes | memoryview) -> bool:
+    """Tell whether a VP9 packet holds several pictures, one of which is shown (specification 0.6, annex B).
+
+    Args:
+        data: the packet's bytes, at least one.
+    """
+    last = data[-1]
+    index_bytes = 2 + ((last >> 3 & 3) + 1) * ((last & 7) + 1)
+    return last & 0xE0 == 0xC0 and len(data) >= index_bytes and data[-index_bytes] == last
+
+
+def _brings_tables(jpeg: bytes) -> bool:
+    """Tell whether a JPEG picture brings all tables that it is decoded with (ITU-T T.81, section B.2).
+
+    Motion JPEG may leave them out; a decoder then takes those of the pictures before.
+
+    Args:
+        jpeg: the picture, from its start marker on.
+    """
+    at, found = 2, set[int]()
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if marker == 0xDA:  # start of scan: what follows is coded
+            break
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        found.add(marker)
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return {0xDB, 0xC4} <= found  # quantization and Huffman tables
 
 
 def _prefixed_units(data: bytes | memoryview, length_size: int) -> Iterator[int]:

@@ -9,30 +9,31 @@ One process works on one video; this module is imported there, so nothing heavy 
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 
-from av.container import InputContainer
-from av.video.frame import VideoFrame
+import numpy as np
 from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, UserError
 from avion_dali.cores import available_cores
-from avion_dali.data.encoding import PictureFilter, write_chunk
-from avion_dali.data.probe import MAX_MISSING_SECONDS, ChunkFacts, open_video, probe_chunk
+from avion_dali.data.chunk_plan import ChunkPlan, plan_chunks
+from avion_dali.data.chunk_source import Slot, SourceReader
+from avion_dali.data.encoding import ChunkWriter, PictureFilter, look_of
+from avion_dali.data.probe import ChunkFacts, open_video, probe_chunk
 from avion_dali.data.profiles import PROFILES, ProfileName
-from avion_dali.files import PARTIAL_PATTERN, whole_or_absent
+from avion_dali.data.sidecar import SIDECAR, Losses, Sidecar, read_sidecar
+from avion_dali.files import PARTIAL_PATTERN
 
-SIDECAR = "chunks.json"
+_TOLD_FROM = Fraction(51, 50)  # a rate that varies by less is a clock's rounding
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ChunkSettings:
         chunk_seconds: length of a chunk; the last one of a video may be shorter.
         short_side: short side of the pictures in pixels, a multiple of 16; videos that are displayed smaller
             are not enlarged.
+        max_fps: upper limit of the frame rate; 0 for none.
 
     Raises:
         UserError: when a value is not allowed.
@@ -52,6 +54,7 @@ class ChunkSettings:
     profile: ProfileName = "balanced"
     chunk_seconds: int = 15
     short_side: int = 288
+    max_fps: int = 0
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
@@ -60,6 +63,8 @@ class ChunkSettings:
             raise UserError(f"chunk_seconds = {self.chunk_seconds!r} must be at least 1")
         if self.short_side < 16 or self.short_side % 16:
             raise UserError(f"short_side = {self.short_side!r} must be a positive multiple of 16")
+        if self.max_fps < 0:
+            raise UserError(f"max_fps = {self.max_fps!r} must be at least 1, or 0 for no limit")
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class VideoReport:
         made: chunks encoded now.
         kept: chunks that were there already.
         failed: why the video is incomplete; empty when it is complete.
+        losses: what damage costs.
+        notes: what else is worth knowing.
     """
 
     video: str
@@ -79,6 +86,8 @@ class VideoReport:
     made: int = 0
     kept: int = 0
     failed: str = ""
+    losses: Losses = Losses()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,60 +112,11 @@ class ChunkReport:
         return tuple(video for video in self.videos if video.failed)
 
 
-@dataclass(frozen=True)
-class ChunkPlan:
-    """Borders of a video's chunks on its constant-rate frame grid.
-
-    Args:
-        fps: frames per second of the chunks.
-        total: frames of the whole video at that rate.
-        chunk_seconds: length of a chunk.
-    """
-
-    fps: Fraction
-    total: int
-    chunk_seconds: int
-    borders: tuple[int, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        borders = [0]
-        while borders[-1] < self.total:
-            borders.append(min(round(len(borders) * self.chunk_seconds * self.fps), self.total))
-        object.__setattr__(self, "borders", tuple(borders))
-
-    @property
-    def frames(self) -> dict[int, int]:
-        """Frames of each chunk by its start second."""
-        sizes = (after - before for before, after in zip(self.borders, self.borders[1:], strict=False))
-        return {k * self.chunk_seconds: size for k, size in enumerate(sizes)}
-
-
-def plan_chunks(facts: ChunkFacts, *, chunk_seconds: int) -> ChunkPlan:
-    """Lay a video's frames on a constant-rate grid and cut it.
-
-    Chunk k holds the grid frames [round(k L fps), round((k + 1) L fps)), so that borders do not drift where
-    the rate is no whole number. A variable-rate video gets the whole rate nearest to its average; frames are
-    placed by their time, so that does not drift either.
-
-    Args:
-        facts: of the source video.
-        chunk_seconds: length L of a chunk.
-
-    Returns:
-        The plan.
-    """
-    if facts.frame_times is None:
-        return ChunkPlan(facts.fps, round(facts.start_s * facts.fps) + facts.num_frames, chunk_seconds)
-    fps = Fraction(max(round(facts.fps), 1))
-    last_s = facts.start_s + float(facts.frame_times[-1])
-    return ChunkPlan(fps, round(last_s * fps) + 1, chunk_seconds)
-
-
 def chunk_video(video: Path, folder: Path, settings: ChunkSettings) -> VideoReport:
     """Make the missing chunks of one video, in one decoding pass.
 
     Only one run may work on a folder at a time. A continued video is decoded from its beginning, but only
-    missing chunks are scaled and encoded.
+    missing chunks are scaled and encoded. Where a video is damaged, the chunks without damage are made.
 
     Args:
         video: source file.
@@ -169,28 +129,130 @@ def chunk_video(video: Path, folder: Path, settings: ChunkSettings) -> VideoRepo
     Raises:
         UserError: when the folder holds chunks of other settings, of another file, or of unknown origin.
     """
-    made = 0
-    kept: set[int] = set()
+    job = _Job(video, folder, settings)
     try:
         if not stat.S_ISREG(os.stat(video).st_mode):
-            return VideoReport(str(video), str(folder), failed="is not a regular file")
-        frames = read_sidecar(video, folder, settings)
-        if frames is not None:
-            kept = _finished(folder, frames)
-            if len(kept) == len(frames):
-                return VideoReport(str(video), str(folder), kept=len(kept))
-        facts = probe_chunk(video)
-        plan = plan_chunks(facts, chunk_seconds=settings.chunk_seconds)
-        _prepare_folder(video, folder, settings, plan)
-        for _ in _make_chunks(facts, folder, settings, plan=plan):
-            made += 1
+            return job.report("is not a regular file")
+        if not job.is_done(planned_frames(video, folder, settings)):
+            job.cut(probe_chunk(video, tolerant=True))
     except (DecodeError, OSError, ValueError) as error:
-        return VideoReport(str(video), str(folder), made, len(kept), failed=str(error) or type(error).__name__)
-    return VideoReport(str(video), str(folder), made, len(kept))
+        return job.report(str(error) or type(error).__name__)
+    return job.report(f"is {job.losses}" if job.losses.spans else "")
 
 
-def read_sidecar(video: Path, folder: Path, settings: ChunkSettings) -> dict[int, int] | None:
-    """Frames of each chunk by start second, as `chunks.json` of an earlier run planned them.
+@dataclass
+class _Job:
+    """The cutting of one video."""
+
+    video: Path
+    folder: Path
+    settings: ChunkSettings
+    made: int = 0
+    kept: set[int] = field(default_factory=set)
+    losses: Losses = Losses()
+    notes: list[str] = field(default_factory=list)
+
+    def report(self, failed: str) -> VideoReport:
+        """Return what became of the video."""
+        names = (str(self.video), str(self.folder))
+        return VideoReport(*names, self.made, len(self.kept), failed, self.losses, tuple(self.notes))
+
+    def is_done(self, planned: Sidecar | None) -> bool:
+        """Tell whether an earlier run left nothing to do."""
+        if planned is None:
+            return False
+        self.kept = _finished(self.folder, planned.chunks)
+        if self.kept | set(planned.losses.chunks) != set(planned.chunks):
+            return False
+        self.losses = planned.losses
+        return True
+
+    def cut(self, facts: ChunkFacts) -> None:
+        """Encode the missing chunks."""
+        settings = self.settings
+        plan = plan_chunks(facts, chunk_seconds=settings.chunk_seconds, max_fps=settings.max_fps)
+        self.notes += _notes(facts, plan)
+        _prepare_folder(self.folder)
+        size = self.video.stat().st_size
+        sidecar = Sidecar(_recorded(settings), self.video.name, size, plan.fps, plan.frames)
+        sidecar.write(self.folder)
+        missing = set(plan.frames) - _finished(self.folder, plan.frames)
+        lost: list[int] = []
+        with open_video(facts.path, decoder="chunker") as (container, stream):
+            source = SourceReader(container, stream, facts=facts, plan=plan)
+            picture_of = PictureFilter(facts.pixel_aspect, short_side=settings.short_side)
+            for start, own_slots in _by_chunk(source, plan):
+                if start in missing and _write_chunk(self, start, own_slots, plan, picture_of, stream):
+                    self.made += 1
+                elif start in missing:
+                    lost.append(start)
+        if picture_of.changes:
+            self.notes.append("its picture changes its size or format: all was fitted into the first size")
+        if source.lost:
+            self.losses = Losses(tuple(source.lost), tuple(lost))
+            replace(sidecar, losses=self.losses).write(self.folder)
+            if source.cut_short:
+                raise ValueError(f"{source.cut_short}; {self.losses}")
+
+
+def _by_chunk(source: SourceReader, plan: ChunkPlan) -> Iterator[tuple[int, Iterator[Slot]]]:
+    """Yield the start second and the slots of each chunk."""
+    # Slots of chunks that exist are decoded and passed over by groupby.
+    for chunk, slots in groupby(source.slots(), key=lambda slot: bisect_right(plan.borders, slot.index) - 1):
+        yield chunk * plan.chunk_seconds, slots
+
+
+def _write_chunk(
+    job: _Job,
+    start: int,
+    slots: Iterator[Slot],
+    plan: ChunkPlan,
+    picture_of: PictureFilter,
+    stream: VideoStream,
+) -> bool:
+    """Encode and prove one chunk; return False, and leave no file, where one of its pictures is lost."""
+    first, count = plan.borders[start // plan.chunk_seconds], plan.frames[start]
+    looked_at = _looked_at(count, plan)
+    looks: dict[int, np.ndarray] = {}
+    profile = PROFILES[job.settings.profile]
+    with ChunkWriter(job.folder / f"{start}.mp4", profile, fps=plan.fps) as writer:
+        for slot in slots:
+            if slot.frame is None:
+                return False
+            aspect = stream.sample_aspect_ratio
+            picture_of.pixel_aspect = Fraction(aspect) if aspect else picture_of.pixel_aspect
+            picture = picture_of(slot.frame)
+            place = max(slot.due, first) - first
+            if slot.index - first in looked_at and place not in looks:
+                looks[place] = look_of(picture)
+            writer.write(picture)
+        writer.finish(looks)
+    return True
+
+
+def _looked_at(count: int, plan: ChunkPlan) -> frozenset[int]:
+    """Return which pictures of a chunk are compared with the source: of its first, a middle and last second."""
+    second = max(round(plan.fps), 1)
+    near = (0, second // 2, second - 1)
+    places = [*near, *(count // 2 + i for i in near), *(count - 1 - i for i in near)]
+    return frozenset(place for place in places if 0 <= place < count)
+
+
+def _notes(facts: ChunkFacts, plan: ChunkPlan) -> Iterator[str]:
+    """Say what was done to a video that is no plain one."""
+    if not facts.is_cfr and facts.densest_fps > facts.fps * _TOLD_FROM:
+        rate, densest = float(facts.fps), float(facts.densest_fps)
+        yield f"its rate varies ({rate:.4g} in the mean, {densest:.4g} at most): cut at {float(plan.fps):.4g}"
+    elif facts.is_cfr and plan.fps != facts.fps:
+        yield f"its {float(facts.fps):.4g} frames a second are cut at {float(plan.fps):.4g}"
+    if facts.start_s:
+        yield f"its picture begins {facts.start_s:.2f} s late: the first one stands in until then"
+    if facts.is_interlaced:
+        yield "it is interlaced: its fields are not parted"
+
+
+def planned_frames(video: Path, folder: Path, settings: ChunkSettings) -> Sidecar | None:
+    """Return what an earlier run planned, if it cut the same file in the same way.
 
     Args:
         video: source file.
@@ -198,120 +260,49 @@ def read_sidecar(video: Path, folder: Path, settings: ChunkSettings) -> dict[int
         settings: how to cut now.
 
     Returns:
-        The plan, or None when there is no such file.
+        Its `chunks.json`, or None when there is none.
 
     Raises:
         UserError: when the folder was made with other settings, from another file, or by something else.
     """
-    path = folder / SIDECAR
-    if not path.is_file():
+    sidecar = read_sidecar(folder)
+    if sidecar is None:
         if any(folder.glob("*.mp4")):
             raise UserError(
                 f"{folder} holds chunks but no {SIDECAR}: they were not made by this command; "
                 "choose another output folder or move them away"
             )
         return None
-    try:
-        sidecar = json.loads(path.read_text())
-        frames = {int(start): int(count) for start, count in sidecar["chunks"].items()}
-        old = (sidecar["settings"], sidecar["source_bytes"])
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged; delete {folder} to make its chunks anew") from error
-    new = _recorded(settings)
-    if old[0] != new:
+    new, size = _recorded(settings), video.stat().st_size
+    if sidecar.settings != new:
         raise UserError(
-            f"{folder} was made with {old[0]}, not {new}; delete it or choose another output folder"
+            f"{folder} was made with {sidecar.settings}, not {new}; delete it or choose another output folder"
         )
-    if old[1] != video.stat().st_size:
+    if sidecar.source_bytes != size:
         raise UserError(
-            f"{folder} was made from a file of {old[1]} bytes, but {video} has {video.stat().st_size}; "
-            "delete it to make its chunks anew"
+            f"{folder} was made from a file of {sidecar.source_bytes} bytes, but {video} has {size}; "
+            "delete it to make its chunks again"
         )
-    return frames
+    return sidecar
 
 
 def _recorded(settings: ChunkSettings) -> dict[str, object]:
     """Settings as the sidecar states them: with the encoder's own, so that a changed profile is noticed."""
-    return {**asdict(settings), "encoder": asdict(PROFILES[settings.profile])}
+    recorded = {**asdict(settings), "encoder": asdict(PROFILES[settings.profile])}
+    if not settings.max_fps:
+        del recorded["max_fps"]  # as in folders made before there was a limit
+    return recorded
 
 
 def _finished(folder: Path, frames: dict[int, int]) -> set[int]:
     return {start for start in frames if (folder / f"{start}.mp4").is_file()}
 
 
-def _prepare_folder(video: Path, folder: Path, settings: ChunkSettings, plan: ChunkPlan) -> None:
-    """Clear what a killed run left and write the sidecar, before the first chunk exists."""
+def _prepare_folder(folder: Path) -> None:
+    """Clear what a killed run left, before the first chunk exists."""
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.glob(PARTIAL_PATTERN):
         partial.unlink()
-    sidecar = {
-        "settings": _recorded(settings),
-        "source": video.name,
-        "source_bytes": video.stat().st_size,
-        "fps": str(plan.fps),
-        "chunks": plan.frames,
-    }
-    with whole_or_absent(folder / SIDECAR) as partial:
-        partial.write_text(json.dumps(sidecar))
-
-
-def _make_chunks(facts: ChunkFacts, folder: Path, settings: ChunkSettings, *, plan: ChunkPlan) -> Iterator[int]:
-    """Encode the missing chunks of a video; yields the start second of each when it is finished."""
-    starts = list(plan.frames)
-    missing = set(starts) - _finished(folder, plan.frames)
-    with open_video(facts.path, decoder="chunker") as (container, stream):
-        aspect = Fraction(stream.sample_aspect_ratio or 1)
-        picture_of = PictureFilter(aspect, short_side=settings.short_side)
-        slots = _fill_grid(container, stream, facts, plan=plan)
-        # Slots of chunks that exist are decoded and passed over by groupby.
-        for chunk, own_slots in groupby(slots, key=lambda slot: bisect_right(plan.borders, slot[0]) - 1):
-            if starts[chunk] not in missing:
-                continue
-            path = folder / f"{starts[chunk]}.mp4"
-            write_chunk(
-                path,
-                (picture_of(frame) for _, frame in own_slots),
-                profile=PROFILES[settings.profile],
-                fps=plan.fps,
-            )
-            yield starts[chunk]
-
-
-def _fill_grid(
-    container: InputContainer, stream: VideoStream, facts: ChunkFacts, *, plan: ChunkPlan
-) -> Iterator[tuple[int, VideoFrame]]:
-    """Decode a video and yield (grid index, frame): each frame from its own time up to the next one's."""
-    filled = 0
-    previous: VideoFrame | None = None
-    for frame, seconds in _timed_frames(container, stream, facts):
-        begin = min(round(seconds * plan.fps), plan.total)
-        if previous is not None:
-            yield from ((index, previous) for index in range(filled, begin))
-            filled = max(filled, begin)
-        previous = frame
-    missing = float((plan.total - filled - 1) / plan.fps)
-    if previous is None or missing > MAX_MISSING_SECONDS:
-        cause = f"decoding ends {missing:.1f} s before the {float(plan.total / plan.fps):.1f} s it should have"
-        raise DecodeError(facts.path, (), decoder="chunker", kind="corrupt", cause=cause)
-    yield from ((index, previous) for index in range(filled, plan.total))
-
-
-def _timed_frames(
-    container: InputContainer, stream: VideoStream, facts: ChunkFacts
-) -> Iterator[tuple[VideoFrame, Fraction]]:
-    """Decoded frames with their seconds on a player's clock; the first stands in for what is before it."""
-    start_s = Fraction(facts.start_s)
-    # AVI stores no presentation times: with B-frames, the decoder's guesses are out of order.
-    by_number = container.format.name == "avi"
-    origin: int | None = None
-    for number, frame in enumerate(container.decode(stream)):
-        if by_number and facts.frame_times is not None:
-            yield frame, Fraction(facts.frame_times[min(number, facts.num_frames - 1)])
-        elif by_number:
-            yield frame, number / facts.fps
-        elif frame.pts is not None and frame.time_base is not None:
-            origin = frame.pts if origin is None else origin
-            yield frame, start_s + (frame.pts - origin) * frame.time_base
 
 
 def chunk_folders(videos: Sequence[Path], output: Path, *, root: Path | None = None) -> list[Path]:
@@ -374,7 +365,7 @@ def chunk_videos(
     folders = chunk_folders(videos, output, root=root)
     for video, folder in zip(videos, folders, strict=True):
         if video.is_file():
-            read_sidecar(video, folder, settings)
+            planned_frames(video, folder, settings)
     workers = max(1, min(jobs or available_cores(), len(videos)))
     with ProcessPool(max_workers=workers, context=get_context("spawn")) as pool:
         try:

@@ -23,6 +23,20 @@ def _even(value: float) -> int:
     return int(value) // 2 * 2
 
 
+def narrowed_window(window: CropWindow, factor: float, *, limit: int) -> CropWindow:
+    """Return the window of stored pixels that shows what a window of square pixels shows.
+
+    Args:
+        window: in a picture of square pixels.
+        factor: stored width divided by displayed width.
+        limit: stored width in pixels, >= 2.
+    """
+    width = min(max(_even(window.width * factor + 1), 2), _even(limit))
+    middle = (window.x + window.width / 2) * factor
+    x = min(max(_even(middle - width / 2 + 1), 0), _even(limit) - width)
+    return CropWindow(x, window.y, width, window.height)
+
+
 def random_resized_window(
     width: int,
     height: int,

@@ -5,17 +5,17 @@ Runs in chunking workers: imports numpy and PyAV alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
 from av.filter import Graph
+from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -24,6 +24,11 @@ from avion_dali.data.probe import color_range_name, colorspace_name, open_video,
 from avion_dali.data.profiles import COLOR_RANGE_LIMITED, COLORSPACE_BT601, PIX_FMT, EncodeProfile
 from avion_dali.files import partial_path, put_in_place
 
+_LOOK_SIDE = 16
+# Gray levels by which an encoded picture may differ from its source, and more than from another picture.
+_MAX_LOOK_DIFFERENCE, _LOOK_SLACK = 16.0, 2.0
+_MAX_OFF_FRAMES = 0.1
+_NEWER_KINDS = 16  # kinds of side data that FFmpeg may have beyond those that PyAV names
 _SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int"
 
 
@@ -68,10 +73,9 @@ def upright_filters(frame: VideoFrame) -> list[str]:
     Raises:
         ValueError: when the matrix turns by something else than quarter turns.
     """
-    side_data: Any = frame.side_data.get("DISPLAYMATRIX")
-    if side_data is None:
+    a, b, c, d = _display_matrix(frame)
+    if not (a or b or c or d):  # no matrix, or one that a writer left empty
         return []
-    a, b, _, c, d = np.frombuffer(bytes(side_data), dtype=np.int32)[:5].tolist()
     if a and d and not (b or c):
         turned, mirror_x, mirror_y = False, a < 0, d < 0
     elif b and c and not (a or d):
@@ -81,8 +85,37 @@ def upright_filters(frame: VideoFrame) -> list[str]:
     return ["transpose=cclock_flip"] * turned + ["hflip"] * mirror_x + ["vflip"] * mirror_y
 
 
+def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
+    """Return the numbers a, b, c, d of a frame's display matrix; zeros where it has none."""
+    try:
+        side_data: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV names all side data of a frame at once, and has no name for newer kinds
+        side_data = _with_nameable_side_data(frame).side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return 0, 0, 0, 0
+    a, b, _, c, d = np.frombuffer(bytes(side_data), dtype=np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def _with_nameable_side_data(frame: VideoFrame) -> VideoFrame:
+    """Return a frame without the kinds of side data that this PyAV has no name for (EXIF, view ids)."""
+    named = max(int(cast(Any, kind).value) for kind in cast(Any, SideDataType))
+    graph = Graph()
+    graph.threads = 1
+    picture = (f"{frame.width}x{frame.height}", frame.format.name)
+    source = graph.add("buffer", video_size=picture[0], pix_fmt=picture[1], time_base="1/1", pixel_aspect="1/1")
+    kinds = range(named + 1, named + 1 + _NEWER_KINDS)
+    steps = [graph.add("sidedata", f"mode=delete:type={kind}") for kind in kinds]
+    graph.link_nodes(source, *steps, graph.add("buffersink")).configure()
+    graph.vpush(frame)
+    return graph.vpull()
+
+
 class PictureFilter:
     """Filter graph from the decoded frames of one video to the pictures of its chunks.
+
+    All pictures have the size that the first one asks for. Where the source changes (joined recordings), later
+    pictures are fitted into that size with black bars.
 
     Args:
         pixel_aspect: width of a source pixel divided by its height.
@@ -90,45 +123,45 @@ class PictureFilter:
     """
 
     def __init__(self, pixel_aspect: Fraction, *, short_side: int) -> None:
-        self._pixel_aspect = pixel_aspect
+        self.pixel_aspect = pixel_aspect
+        self.changes = 0  # how often the source changed its size, format or pixels
         self._short_side = short_side
-        self._graph = Graph()
-        self._graph.threads = 1
-        self._source: tuple[int, int, str] | None = None
+        self._target: tuple[int, int] | None = None
+        self._source: tuple[object, ...] | None = None
 
     def __call__(self, frame: VideoFrame) -> VideoFrame:
         """Turn one decoded frame into a chunk picture.
 
         Args:
-            frame: a decoded frame; all of a video must have the size and format of the first.
+            frame: a decoded frame.
 
         Returns:
             An upright `yuv420p` picture of the target size, limited-range BT.601.
 
         Raises:
-            ValueError: when the frame differs from the first, or is turned by less than a quarter turn.
+            ValueError: when the frame is turned by less than a quarter turn.
         """
-        source = (frame.width, frame.height, frame.format.name)
-        if self._source is None:
+        source = (frame.width, frame.height, frame.format.name, self.pixel_aspect)
+        if source != self._source:
+            self.changes += self._source is not None
             self._build(frame)
             self._source = source
-        if source != self._source:
-            raise ValueError(f"the picture changes from {self._source} to {source} (width, height, format)")
         self._graph.vpush(frame)
         picture = self._graph.vpull()
         picture.pict_type = 0  # else the encoder repeats the source's choice of keyframes
         return picture
 
-    def _build(self, first: VideoFrame) -> None:
-        turns = upright_filters(first)
+    def _build(self, like: VideoFrame) -> None:
+        turns = upright_filters(like)
         # Scaling comes before turning, on the smaller picture, so its size is the one before the turn.
         turned = "transpose=cclock_flip" in turns
-        width, height = round(first.width * self._pixel_aspect), first.height
+        width, height = max(round(like.width * self.pixel_aspect), 1), like.height
         upright = (height, width) if turned else (width, height)
-        new_width, new_height = target_size(*upright, short_side=self._short_side)
-        if turned:
-            new_width, new_height = new_height, new_width
-        matrix, colour_range = _source_colour(first)
+        if self._target is None:
+            self._target = target_size(*upright, short_side=self._short_side)
+        fitted = fit_inside(*upright, self._target)
+        new_width, new_height = fitted[::-1] if turned else fitted
+        matrix, colour_range = _source_colour(like)
         steps = [
             f"scale={new_width}:{new_height}:flags={_SCALE_FLAGS}"
             f":in_color_matrix={matrix}:in_range={colour_range}:out_color_matrix=smpte170m:out_range=tv",
@@ -136,15 +169,35 @@ class PictureFilter:
             *turns,
             "setsar=1",
         ]
+        if fitted != self._target:
+            steps.append("pad={}:{}:(ow-iw)/2:(oh-ih)/2".format(*self._target))
+        self._graph = Graph()
+        self._graph.threads = 1
         source = self._graph.add(
             "buffer",
-            video_size=f"{first.width}x{first.height}",
-            pix_fmt=first.format.name,
+            video_size=f"{like.width}x{like.height}",
+            pix_fmt=like.format.name,
             time_base="1/1",
             pixel_aspect="1/1",
         )
         nodes = [self._graph.add(*step.split("=", 1)) for step in steps]
         self._graph.link_nodes(source, *nodes, self._graph.add("buffersink")).configure()
+
+
+def fit_inside(width: int, height: int, target: tuple[int, int]) -> tuple[int, int]:
+    """Return the even size that fills a target but for bars; the target itself where the shapes agree.
+
+    Args:
+        width: of an upright picture of square pixels.
+        height: of that picture.
+        target: (width, height) to fill.
+    """
+    scale = min(target[0] / width, target[1] / height)
+    # Sides of the target are rounded to 16 pixels: so much of a difference in shape is none.
+    if max(abs(width * scale - target[0]), abs(height * scale - target[1])) <= 16:
+        return target
+    fitted = (width * scale, height * scale)
+    return max(round(fitted[0] / 2) * 2, 2), max(round(fitted[1] / 2) * 2, 2)
 
 
 def _source_colour(frame: VideoFrame) -> tuple[str, str]:
@@ -180,7 +233,10 @@ class ChunkWriter:
         self._fps = fps
         self._frames = 0
         self._partial = partial_path(path)
-        self._container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
+        # An absolute path: FFmpeg takes what stands before a colon for a protocol.
+        self._container = av.open(
+            str(self._partial.absolute()), "w", format="mp4", options={"movflags": "+faststart"}
+        )
         self._stream: VideoStream | None = None
 
     def write(self, picture: VideoFrame) -> None:
@@ -199,8 +255,11 @@ class ChunkWriter:
             self._container.mux(self._stream.encode(picture))
         self._frames += 1
 
-    def finish(self) -> None:
+    def finish(self, looks: Mapping[int, np.ndarray] | None = None) -> None:
         """Complete the file, read it back and give it its name.
+
+        Args:
+            looks: see `verify_chunk`.
 
         Raises:
             OSError: when the file cannot be written.
@@ -211,7 +270,7 @@ class ChunkWriter:
             self._container.mux(self._stream.encode(None))
             self._container.close()
         size = (self._stream.width, self._stream.height)
-        verify_chunk(self._partial, frames=self._frames, fps=self._fps, size=size)
+        verify_chunk(self._partial, frames=self._frames, fps=self._fps, size=size, looks=looks)
         put_in_place(self._partial, self._path)
 
     def _add_stream(self, width: int, height: int) -> VideoStream:
@@ -264,29 +323,71 @@ def write_chunk(path: Path, pictures: Iterable[VideoFrame], *, profile: EncodePr
         writer.finish()
 
 
-def verify_chunk(path: Path, *, frames: int, fps: Fraction, size: tuple[int, int]) -> None:
-    """Check a chunk's facts and decode its first and last frame.
+def look_of(picture: VideoFrame) -> np.ndarray:
+    """Return what a picture looks like in 16 x 16 gray levels, float32.
+
+    Args:
+        picture: a chunk picture; its sides are multiples of 16.
+    """
+    luma = picture.planes[0]
+    rows = np.frombuffer(memoryview(luma), np.uint8).reshape(luma.height, luma.line_size)[:, : luma.width]
+    blocks = rows.reshape(_LOOK_SIDE, luma.height // _LOOK_SIDE, _LOOK_SIDE, luma.width // _LOOK_SIDE)
+    return blocks.mean(axis=(1, 3), dtype=np.float32)
+
+
+def verify_chunk(
+    path: Path,
+    *,
+    frames: int,
+    fps: Fraction,
+    size: tuple[int, int],
+    looks: Mapping[int, np.ndarray] | None = None,
+) -> None:
+    """Check a chunk's facts, decode all of it and compare some pictures with what they should show.
 
     Args:
         path: the file.
         frames: frames it must hold.
         fps: constant rate it must have.
         size: (width, height) it must have.
+        looks: `look_of` the source pictures by the place that their own times give them in the chunk.
 
     Raises:
         DecodeError: `corrupt`, naming what differs.
     """
     facts = probe_chunk(path)
-    found = (facts.num_frames, facts.fps if frames > 1 else fps, facts.is_cfr, facts.width, facts.height)
-    wanted = (frames, fps, True, *size)
-    if found != wanted:
-        raise _unfit(path, f"holds (frames, fps, constant, width, height) {found}, not {wanted}")
+    # A short chunk fits several rates (29.97 and 30000/1001): what counts is when its last frame comes.
+    off = abs((frames - 1) / facts.fps - (frames - 1) / fps) * fps
+    found = (facts.num_frames, facts.is_cfr, facts.width, facts.height)
+    if found != (frames, True, *size) or off > _MAX_OFF_FRAMES:
+        raise _unfit(
+            path,
+            f"holds (frames, fps, constant, width, height) {(found[0], facts.fps, *found[1:])}, "
+            f"not {(frames, fps, True, *size)}",
+        )
+    times, shown = [], {}
     with open_video(path, decoder="chunker") as (container, stream):
-        times = [frame.time for frame in islice(container.decode(stream), 1)]
-        container.seek(stream.duration or 0, stream=stream)
-        times += [frame.time for frame in container.decode(stream)]
-    if not times or abs(times[-1] - times[0] - (frames - 1) / fps) > 0.1 / fps:
-        raise _unfit(path, "its first or last frame cannot be decoded")
+        for number, frame in enumerate(container.decode(stream)):
+            times.append(frame.time)
+            if looks and number in looks:
+                shown[number] = look_of(frame)
+    if len(times) != frames or abs(times[-1] - times[0] - (frames - 1) / fps) > _MAX_OFF_FRAMES / fps:
+        raise _unfit(path, f"{len(times)} of its {frames} frames can be decoded")
+    if looks:
+        _compare(path, looks, shown, fps=fps)
+
+
+def _compare(
+    path: Path, looks: Mapping[int, np.ndarray], shown: Mapping[int, np.ndarray], *, fps: Fraction
+) -> None:
+    """Make sure that each picture is the one of its time, rather than one of the others."""
+    for number, look in looks.items():
+        found = shown.get(number)
+        own = np.inf if found is None else float(np.abs(found - look).mean())
+        others = [np.abs(found - other).mean() for other in looks.values()] if found is not None else []
+        if own > _MAX_LOOK_DIFFERENCE or own > min(others) + _LOOK_SLACK:
+            at = float(number / fps)
+            raise _unfit(path, f"shows another picture {at:.2f} s after its start than the source does then")
 
 
 def _unfit(path: Path, cause: str) -> DecodeError:

@@ -6,6 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 
+_LONG_SHOWN_S = 0.1  # a picture that stays for so long is part of what is seen
+
 
 def segment_frame_ids(
     start: int, stop: int, num_frames: int, rng: np.random.Generator | None = None
@@ -166,11 +168,14 @@ def frame_range_in_seconds(
         frame_times: float64 array (num_frames,) of seconds, for a variable frame rate; None for constant.
 
     Returns:
-        (first, stop), 0 <= first <= stop <= num_frames; empty when no frame lies inside.
+        (first, stop), 0 <= first <= stop <= num_frames; empty when no frame lies inside. A frame that began
+        before the span lies inside when it stays on show for long: slides, and pauses of a screen recording.
     """
     if frame_times is None:
         first, stop = round(start_s * fps), round(end_s * fps)  # half to even, as numpy does
     else:
         first, stop = (int(i) for i in np.searchsorted(frame_times, [start_s, end_s]))
+        shown_until = min(float(frame_times[first]), end_s) if first < len(frame_times) else start_s
+        first -= first > 0 and shown_until - start_s > _LONG_SHOWN_S
     first = min(max(first, 0), num_frames)
     return first, min(max(stop, first), num_frames)

@@ -6,7 +6,9 @@ Imports numpy and PyAV alone, since decode workers share it.
 from __future__ import annotations
 
 import os
+import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 import av
@@ -35,6 +37,9 @@ STRICT = {"err_detect": "explode"}
 _ORDERED = {"strict": "1"}
 # FFmpeg's own AV1 decoder only drives hardware.
 _DECODER_NAMES = {"av1": "libdav1d"}
+_PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE; 0 is unknown, more is interlaced
+_HEADERS_WITHIN = 4096  # what is said of a stream comes ahead of its first picture
+_X264_BUILD = re.compile(rb"x264 - core *(\d{1,4})")
 # Matroska and AVI point at a small header before the payload.
 _PAYLOAD_WITHIN = 64
 
@@ -66,6 +71,50 @@ def tells_order(container: InputContainer, stream: VideoStream) -> bool:
         stream: its video stream.
     """
     return container.format.name != "avi" or not stream.codec_context.codec.reorder
+
+
+def is_plain(container: InputContainer, stream: VideoStream) -> bool:
+    """Tell whether packets can tell which pictures the decoder delivers: one each, at its own time.
+
+    Other codecs have packets without a picture of their own, pictures that replace others, or decoders that
+    deliver more or less than the keyframe flags promise.
+
+    Args:
+        container: an open file.
+        stream: its video stream.
+    """
+    codec = stream.codec_context.codec
+    if codec.canonical_name == "h264" and int(stream.codec_context.field_order) > _PROGRESSIVE:
+        return False  # a packet may hold one field or two
+    return (codec.canonical_name in INDEXED_CODECS or codec.intra_only) and tells_order(container, stream)
+
+
+def packets_tell(first: Packet, traits: PictureTraits, *, pts: Sequence[int | None], pix_fmt: str) -> bool:
+    """Tell whether the packets of a plain stream, from its first one on, settle what its decoder delivers.
+
+    Args:
+        first: the file's first packet.
+        traits: of that packet.
+        pts: times of the packets so far, in decode order.
+        pix_fmt: FFmpeg's name of the pixel format.
+    """
+    if traits.entry == Entry.NONE or any(time is None or time < (pts[0] or 0) for time in pts):
+        return False  # it begins inside a group, or shows pictures ahead of its first one
+    return len(set(pts)) == len(pts) and not is_of_old_build(first, pix_fmt=pix_fmt)
+
+
+def is_of_old_build(first: Packet, *, pix_fmt: str) -> bool:
+    """Tell whether FFmpeg decodes a stream in another way because an old build of x264 wrote it.
+
+    It learns that from the first packet alone: decoding cannot start anywhere else.
+
+    Args:
+        first: the file's first packet.
+        pix_fmt: FFmpeg's name of the pixel format.
+    """
+    build = _X264_BUILD.search(bytes(memoryview(first)[:_HEADERS_WITHIN]))
+    oldest = 151 if pix_fmt.startswith(("yuv444", "gbr")) else 34
+    return build is not None and int(build[1]) < oldest
 
 
 def make_decoder(stream: StreamFacts, *, strict: bool) -> VideoCodecContext:
@@ -145,6 +194,7 @@ class PacketCollector:
         self._stream = stream_facts(stream)
         self._reader = TraitsReader(self._stream)
         self._usable = self._stream.codec in INDEXED_CODECS
+        self._pix_fmt = stream.codec_context.pix_fmt or ""
         self._traits: list[PictureTraits] = []
         self._pts: list[int | None] = []
         self._shown: list[bool] = []
@@ -161,7 +211,8 @@ class PacketCollector:
         data = bytes(packet)
         offset = self._find(packet.pos, data)
         shows = shows_picture(data, codec=self._stream.codec)
-        if offset is None or not shows or packet.has_sidedata("new_extradata"):
+        is_old = not self._places and is_of_old_build(packet, pix_fmt=self._pix_fmt)
+        if offset is None or not shows or is_old or packet.has_sidedata("new_extradata"):
             self._usable = False
             return
         self._traits.append(self._reader.read(packet))
@@ -169,21 +220,23 @@ class PacketCollector:
         self._shown.append(not packet.is_discard)
         self._places.append((offset, len(data), zlib.crc32(data)))
 
-    def record(self, num_frames: int) -> bytes:
+    def record(self, shown: np.ndarray) -> bytes:
         """Return the packed index, or nothing where this file cannot have one.
 
         Args:
-            num_frames: frames that decoding the file gives.
+            shown: times in ticks, ascending, of the frames that decoding the file gives.
         """
         if not self._usable or not self._places:
             return b""
         pts = [p for p in self._pts if p is not None]
-        if not self._tells_order or len(set(pts)) != len(self._pts):
+        by_time = self._tells_order and len(set(pts)) == len(self._pts)
+        if not by_time:
             pts = self._ranks_by_decoding()
         if not pts:
             return b""
         table = table_of(pts, self._traits, self._shown)
-        if len(table.order) != num_frames:
+        times = table.pts[table.order]
+        if len(times) != len(shown) or (by_time and not np.array_equal(times, shown)):
             return b""
         offset, size, crc = (np.array(column) for column in zip(*self._places, strict=True))
         return pack_index(self._stream, table, PacketPlaces(offset, size, crc))

@@ -214,6 +214,8 @@ class Manifest:
             fps=self._fps(columns.fps_num[i], columns.fps_den[i]),
             codec=columns.codec.at(i),
             frame_times=columns.frame_times(i),
+            last_s=columns.last_s[i],
+            pixel_aspect=columns.pixel_aspect[i],
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from avion_dali.config.data import ClipOptions
 from avion_dali.contracts import ClipPart, ClipRequest, CropWindow, UserError
-from avion_dali.data.crops import center_square_window, find_crop, side_square_windows
+from avion_dali.data.crops import center_square_window, find_crop, narrowed_window, side_square_windows
 from avion_dali.data.frames import (
     dense_frame_ids,
     frame_at,
@@ -23,6 +23,8 @@ from avion_dali.data.frames import (
 from avion_dali.data.manifest import Chunk, Manifest
 from avion_dali.data.randomness import generator
 from avion_dali.data.relevancy import open_captions
+
+_SQUARE_ENOUGH = 0.01  # pixels are seldom exactly square where sizes were rounded
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,7 @@ class Planner:
         parts, gather = locate_frames(
             start_s, end_s, chunks, choose=lambda total: choose_frames(total, rules, clip=clip_of_row, rng=rng)
         )
-        size = chunks[0].ref.width, chunks[0].ref.height
-        windows, flips = draw_views(*size, rules, rng)
+        windows, flips = _draw_views_of(chunks[0], rules, rng)
         tokens, caption_id = self._text(sample_id, rng)
         return ClipRequest(
             sample_id=sample_id,
@@ -200,6 +201,18 @@ def choose_frames(total: int, rules: ClipRules, *, clip: int, rng: np.random.Gen
         return view_frame_ids(total, length, stride, start)
     sample = strided_frame_ids if rules.sampling == "strided" else dense_frame_ids
     return sample(total, length, stride, rng)
+
+
+def _draw_views_of(
+    chunk: Chunk, rules: ClipRules, rng: np.random.Generator | None
+) -> tuple[tuple[CropWindow, ...], tuple[bool, ...]]:
+    """Draw views over the picture as it is displayed; windows count the pixels as they are stored."""
+    width, height, aspect = chunk.ref.width, chunk.ref.height, chunk.pixel_aspect
+    if abs(aspect - 1) < _SQUARE_ENOUGH:
+        return draw_views(width, height, rules, rng)
+    displayed = max(round(width * aspect / 2) * 2, 2)
+    windows, flips = draw_views(displayed, height, rules, rng)
+    return tuple(narrowed_window(window, width / displayed, limit=width) for window in windows), flips
 
 
 def draw_views(

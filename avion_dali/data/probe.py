@@ -1,6 +1,7 @@
 """Facts of one video file, read by demuxing: frame count, rate, timing, size, colour and rotation.
 
-Nothing is decoded but the first keyframe (PyAV shows the display rotation on decoded frames only).
+Of plain streams nothing is decoded but the first keyframe (PyAV shows the display rotation on decoded frames
+only). Where packets do not tell which pictures the decoder delivers, the file is decoded and they are counted.
 Imports numpy and PyAV alone, since decode workers share `open_video`.
 """
 
@@ -16,13 +17,15 @@ from fractions import Fraction
 import av
 import numpy as np
 from av.container import InputContainer
+from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, FailureKind
-from avion_dali.data.bitstream import shows_picture
-from avion_dali.data.indexing import PacketCollector, make_packet
+from avion_dali.data.delivery import TolerantReader, decode_strictly
+from avion_dali.data.indexing import PacketCollector, tells_order
+from avion_dali.data.survey import PacketSurvey, survey_packets
+from avion_dali.data.timing import SLOW_FPS, complete_times, densest_rate, measure_rate
 
-AUDIO_PRIMING_SECONDS = 0.1  # sound may begin this much early without meaning anything (AAC priming)
 MAX_MISSING_SECONDS = 1.0  # a file may end this much before its stated duration (rounding, last frame)
 
 # FFmpeg's AVColorSpace numbers (ITU-T H.273, table 4); PyAV's own enum leaves several out.
@@ -60,6 +63,14 @@ class ChunkFacts:
         is_cfr: True when every frame lies within one clock tick of `index / fps`.
         frame_times: float64 (num_frames,), seconds after the first frame; None for a constant rate.
         packet_index: packed index of the packets; empty when not asked for or not possible.
+        first_s: the stated time of the first frame, in seconds of the stream's own clock.
+        is_counted: the packets do not tell the frames: they were decoded and counted.
+        last_s: seconds that the last frame is shown.
+        densest_fps: frames per second where they are densest; `fps` for a constant rate.
+        pixel_aspect: width of a pixel divided by its height.
+        is_interlaced: the first frame consists of two fields.
+        transfer: FFmpeg's number of the transfer characteristics; 2 for unspecified.
+        primaries: FFmpeg's number of the color primaries; 2 for unspecified.
     """
 
     path: str
@@ -77,6 +88,30 @@ class ChunkFacts:
     start_s: float = 0.0
     frame_times: np.ndarray | None = field(default=None, compare=False)
     packet_index: bytes = field(default=b"", compare=False, repr=False)
+    first_s: Fraction = Fraction(0)
+    is_counted: bool = False
+    last_s: float = 0.0
+    densest_fps: Fraction = Fraction(0)
+    pixel_aspect: Fraction = Fraction(1)
+    is_interlaced: bool = False
+    transfer: int = 2
+    primaries: int = 2
+
+    def end_s(self) -> float:
+        """Return the seconds on a player's clock at which the last frame ends."""
+        last = (self.num_frames - 1) / float(self.fps) if self.frame_times is None else self.frame_times[-1]
+        return self.start_s + float(last) + (self.last_s or float(1 / self.fps))
+
+    def clock_times(self) -> np.ndarray | None:
+        """Return seconds on a player's clock for each frame; None where frame i is shown at `i / fps`.
+
+        A slow constant rate has times too: where a picture stays long, the one on show counts, not the
+        nearest one.
+        """
+        times = self.frame_times
+        if times is None and not self.start_s and self.fps >= SLOW_FPS:
+            return None
+        return self.start_s + (np.arange(self.num_frames) / float(self.fps) if times is None else times)
 
 
 @contextmanager
@@ -108,7 +143,8 @@ def open_video(
     try:
         if stat.S_ISDIR(os.stat(name).st_mode):
             raise failure("corrupt", "is a directory, not a video file")
-        opened = av.open(name, "r")
+        # An absolute path: FFmpeg takes what stands before a colon for a protocol.
+        opened = av.open(os.path.abspath(name), "r")
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         raise failure("missing", error.strerror or type(error).__name__) from error
     except av.FFmpegError as error:
@@ -126,12 +162,13 @@ def open_video(
             raise failure("corrupt", error.strerror or type(error).__name__) from error
 
 
-def probe_chunk(path: str | os.PathLike[str], *, index: bool = False) -> ChunkFacts:
+def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: bool = False) -> ChunkFacts:
     """Read the facts of a video file.
 
     Args:
         path: the video file.
         index: make a packet index too.
+        tolerant: describe a damaged file by what is left of it, instead of refusing it.
 
     Returns:
         Its facts.
@@ -144,19 +181,24 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False) -> ChunkFa
         size_bytes = os.stat(path).st_size
         _check_index(name, stream, size_bytes)
         collector = PacketCollector(file.fileno(), container, stream) if file else None
-        table = _scan(name, container, stream, collector)
-        if not len(table.shown):
-            raise _corrupt(name, "holds no decodable frame")
+        survey = survey_packets(container, stream, collector, name=name, tolerant=tolerant)
+        stated = (stream.average_rate, stream.guessed_rate)
+        shown, first = survey.shown, survey.first_picture
+        if not survey.tells:
+            shown, first = _count_pictures(name, survey, stated, tolerant=tolerant)
+        if not len(shown):
+            raise corrupt(name, "holds no decodable frame")
+        if len(shown) > 1 and shown[0] == shown[-1]:
+            raise corrupt(name, "shows all its frames at one time")
         tick = stream.time_base or Fraction(1, 1000)
-        expected = expected_seconds(container, stream)
-        if expected is not None and float(table.extent * tick) < expected - MAX_MISSING_SECONDS:
-            raise _corrupt(name, f"ends after {float(table.extent * tick):.1f} s of {expected:.1f} s")
-        fps, is_cfr = _rate(table.shown, tick, (stream.average_rate, stream.guessed_rate))
+        if not tolerant:
+            _check_end(name, container, stream, survey, shown)
+        fps, is_cfr = measure_rate(shown, tick, stated)
         context = stream.codec_context
         return ChunkFacts(
             path=name,
             size_bytes=size_bytes,
-            num_frames=len(table.shown),
+            num_frames=len(shown),
             fps=fps,
             width=context.width,
             height=context.height,
@@ -164,20 +206,45 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False) -> ChunkFa
             pix_fmt=context.pix_fmt or "",
             color_range=color_range_name(context.color_range, context.pix_fmt or ""),
             colorspace=colorspace_name(context.colorspace),
-            rotation=table.rotation,
+            rotation=rotation_of(first),
             is_cfr=is_cfr,
-            start_s=_start_seconds(container, int(table.shown[0]) * tick),
-            frame_times=None if is_cfr else (table.shown - table.shown[0]) * float(tick),
-            packet_index=collector.record(len(table.shown)) if collector else b"",
+            start_s=_start_seconds(container, int(shown[0]) * tick, fps),
+            first_s=int(shown[0]) * tick,
+            frame_times=None if is_cfr else (shown - shown[0]) * float(tick),
+            packet_index=collector.record(shown) if collector else b"",
+            is_counted=not survey.tells,
+            last_s=float(survey.last_duration * tick) or float(1 / fps),
+            densest_fps=fps if is_cfr else densest_rate((shown - shown[0]) * float(tick), stated),
+            pixel_aspect=Fraction(stream.sample_aspect_ratio or 1),
+            is_interlaced=first is not None and first.interlaced_frame,
+            transfer=int(context.color_trc),
+            primaries=int(context.color_primaries),
         )
 
 
-def _start_seconds(container: InputContainer, first_frame: Fraction) -> float:
-    """Seconds on a player's clock before the first frame, as where sound begins long before the picture."""
-    if container.start_time is None or container.format.name == "avi":
+def is_turned(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a player turns the pictures of a video, by its first one.
+
+    Args:
+        path: the video file.
+
+    Raises:
+        DecodeError: when the file cannot be read.
+    """
+    with open_video(path) as (container, stream):
+        first = next(iter(TolerantReader(container, stream)), None)
+        return bool(rotation_of(first.frame if first else None))
+
+
+def _start_seconds(container: InputContainer, first_frame: Fraction, fps: Fraction) -> float:
+    """Seconds on a player's clock before the first frame, as where sound begins before the picture.
+
+    Less than half a frame is no delay: it comes from the priming of an audio encoder.
+    """
+    if container.format.name == "avi":  # it stores no presentation times
         return 0.0
-    seconds = float(first_frame - Fraction(container.start_time, 1_000_000))
-    return seconds if seconds > AUDIO_PRIMING_SECONDS else 0.0
+    seconds = first_frame - Fraction(container.start_time or 0, 1_000_000)
+    return float(seconds) if seconds * 2 > 1 / fps else 0.0
 
 
 def color_range_name(color_range: int, pix_fmt: str) -> str:
@@ -214,23 +281,13 @@ def expected_seconds(container: InputContainer, stream: VideoStream) -> float | 
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class _PacketTable:
-    """What demuxing showed.
+def corrupt(name: str, cause: str) -> DecodeError:
+    """Return the error of a file that cannot be used.
 
     Args:
-        shown: int64 (num_frames,), sorted presentation times in ticks.
-        extent: ticks up to the end of the last frame, from the first frame or from zero, whichever is
-            more (Matroska counts its duration from zero, mp4 from the first frame).
-        rotation: degrees counter-clockwise, in [0, 360).
+        name: the file.
+        cause: what is wrong, in words.
     """
-
-    shown: np.ndarray
-    extent: int
-    rotation: int
-
-
-def _corrupt(name: str, cause: str) -> DecodeError:
     return DecodeError(name, (), decoder="probe", kind="corrupt", cause=cause)
 
 
@@ -238,67 +295,49 @@ def _check_index(name: str, stream: VideoStream, size_bytes: int) -> None:
     """Refuse a file whose own packet index points behind its end (an mp4 cut short keeps its index)."""
     end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
     if end > size_bytes:
-        raise _corrupt(name, f"is truncated: its index needs {end} bytes, the file has {size_bytes}")
+        raise corrupt(name, f"is truncated: its index needs {end} bytes, the file has {size_bytes}")
 
 
-def _scan(
-    name: str, container: InputContainer, stream: VideoStream, collector: PacketCollector | None
-) -> _PacketTable:
-    """Walk over the packets; which of them become frames follows what FFmpeg's decoders drop."""
-    rows: list[tuple[int | None, int | None, int, bool]] = []
-    rotation, codec = 0, stream.codec_context.codec.canonical_name
-    for packet in container.demux(stream):
-        if not packet.size:  # the end of the stream, or a frame that an AVI says to repeat
-            continue
-        if packet.is_corrupt:
-            raise _corrupt(name, "holds a damaged packet")
-        if not rows:
-            if not packet.is_keyframe:
-                continue  # nothing before the first keyframe can be decoded
-            rotation = _rotation(stream, bytes(packet))
-        if collector is not None:
-            collector.add(packet)
-        hidden = packet.is_discard or not shows_picture(memoryview(packet), codec=codec)
-        rows.append((packet.pts, packet.dts, packet.duration or 0, hidden))
-    # AVI carries decoding times only; their sorted order has the same spacing as presentation times.
-    column = 1 if any(row[0] is None for row in rows) else 0
-    if any(row[column] is None for row in rows):
-        raise _corrupt(name, "has packets without a time")
-    ticks = np.array([row[column] for row in rows], dtype=np.int64)
-    # Pictures shown before the first keyframe (open GOPs, cut files) lean on pictures that are not there.
-    kept = np.array([not row[3] for row in rows], dtype=bool) & (ticks >= ticks[:1])
-    ends = ticks + np.array([row[2] for row in rows], dtype=np.int64)
-    shown = np.sort(ticks[kept])
-    if len(shown) > 1 and shown[0] == shown[-1]:
-        raise _corrupt(name, "shows all its frames at one time")
-    extent = int(ends[kept].max() - min(shown[0], 0)) if len(shown) else 0
-    return _PacketTable(shown, extent, rotation)
+def _check_end(
+    name: str, container: InputContainer, stream: VideoStream, survey: PacketSurvey, shown: np.ndarray
+) -> None:
+    """Refuse a file that ends well before its header says."""
+    expected = expected_seconds(container, stream)
+    if expected is None:
+        return
+    # Matroska counts its duration from zero, mp4 from the first frame.
+    extent = int(shown[-1]) + survey.last_duration - min(int(shown[0]), 0)
+    seconds = float(extent * (stream.time_base or Fraction(1, 1000)))
+    if seconds < expected - MAX_MISSING_SECONDS:
+        raise corrupt(name, f"ends after {seconds:.1f} s of {expected:.1f} s")
 
 
-def _rotation(stream: VideoStream, keyframe: bytes) -> int:
-    """Display rotation in [0, 360) degrees counter-clockwise."""
-    # A bare copy of the packet: with its flags, a keyframe that an edit list hides would give no frame.
-    context = stream.codec_context
-    frames = [*context.decode(make_packet(keyframe, 0)), *context.decode(None)]
-    return frames[0].rotation % 360 if frames else 0
+def _count_pictures(
+    name: str, survey: PacketSurvey, stated: tuple[Fraction | None, ...], *, tolerant: bool
+) -> tuple[np.ndarray, VideoFrame | None]:
+    """Decode a file whose packets do not tell its pictures; return the times of those, and the first one."""
+    times: list[int | None] = []
+    first: VideoFrame | None = None
+    with open_video(name) as (container, stream):
+        whole = (delivered.frame for delivered in TolerantReader(container, stream))
+        for frame in whole if tolerant else decode_strictly(container, stream):
+            first = first or frame
+            times.append(frame.pts)
+        rate = next((rate for rate in stated if rate), Fraction(25))
+        step = 1 / (rate * (stream.time_base or Fraction(1, 1000)))
+        if not tells_order(container, stream):
+            # In order, decoding times have the spacing of the presentation times that AVI lacks.
+            decoding = np.sort(survey.decoding)
+            same = len(decoding) == len(times) and bool((np.diff(decoding) > 0).all())
+            return decoding if same else complete_times([None] * len(times), step), first
+    return complete_times(times, step), first
 
 
-def _rate(ticks: np.ndarray, tick: Fraction, stated: tuple[Fraction | None, ...]) -> tuple[Fraction, bool]:
-    """Frame rate and whether it is constant: the plainest rate that the times fit, else their average."""
-    rates = [rate for rate in stated if rate]
-    if len(ticks) == 1:
-        return (rates or [Fraction(25)])[0], True
-    exact = (len(ticks) - 1) / (int(ticks[-1] - ticks[0]) * tick)
-    average = exact.limit_denominator(100_000)
-    # A header's average over a short file is off by the rounding of its clock (19001/317 for 59.94), so
-    # whole and NTSC rates are tried first.
-    ntsc = Fraction(1000, 1001)
-    near = sorted([Fraction(round(exact)), round(exact / ntsc) * ntsc], key=lambda rate: abs(rate - exact))
-    plain = [rate for rate in rates if rate.denominator in (1, 1001)]
-    seconds = (ticks - ticks[0]) * float(tick)
-    for rate in (*plain, *near, *rates, average):
-        # Times are rounded to ticks; where a tick is as coarse as a frame (AVI) no rounding is excused.
-        tolerance = min(float(tick), 0.25 / max(float(rate), 1.0)) * 1.001
-        if rate and np.abs(seconds - np.arange(len(ticks)) / float(rate)).max() <= tolerance:
-            return rate, True
-    return average, False
+def rotation_of(frame: VideoFrame | None) -> int:
+    """Return by how many degrees, in [0, 360), a player turns a picture counter-clockwise.
+
+    Args:
+        frame: a decoded frame, or None.
+    """
+    # A matrix of zeros has no angle, and FFmpeg returns the least integer for it; players do not turn then.
+    return frame.rotation % 360 if frame is not None and abs(frame.rotation) <= 360 else 0

@@ -25,11 +25,15 @@ CHUNK_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("size_bytes", pa.int64()),
         ("codec", pa.string()),
-        ("frame_times", pa.list_(pa.float64())),  # null for a constant frame rate
+        ("frame_times", pa.list_(pa.float64())),  # null where frame i is shown at i / fps
         ("index_offset", pa.int64()),  # of its record in packets.bin
         ("index_bytes", pa.int32()),  # 0 for a chunk without index
+        ("last_s", pa.float64()),  # seconds that the last frame is shown
+        ("pixel_aspect", pa.float64()),  # width of a pixel divided by its height
     ]
 )
+# Columns that manifests of earlier builds lack, and what stands for them.
+_LATER_COLUMNS = {"last_s": 0.0, "pixel_aspect": 1.0}
 SAMPLE_SCHEMA = pa.schema(
     [
         ("first_chunk", pa.int32()),
@@ -52,10 +56,13 @@ class Chunk:
     Args:
         ref: path, size, frame count and frame size.
         video: name of the source video.
-        start_s: seconds from the start of the video to the chunk's first frame.
+        start_s: seconds from the start of the video to time 0 of the chunk.
         fps: frames per second.
         codec: codec name as libavcodec says it.
-        frame_times: float64 seconds of each frame from the first one, or None for a constant rate.
+        frame_times: float64 seconds of each frame after time 0 of the chunk, or None where frame i is shown at
+            `i / fps`.
+        last_s: seconds that the last frame is shown; 0 for `1 / fps`.
+        pixel_aspect: width of a pixel divided by its height.
     """
 
     ref: ChunkRef
@@ -64,12 +71,14 @@ class Chunk:
     fps: Fraction
     codec: str
     frame_times: np.ndarray | None = None
+    last_s: float = 0.0
+    pixel_aspect: float = 1.0
 
     @property
     def end_s(self) -> float:
         """Seconds from the start of the video to the end of the chunk's last frame."""
         if self.frame_times is not None:
-            return self.start_s + float(self.frame_times[-1]) + float(1 / self.fps)
+            return self.start_s + float(self.frame_times[-1]) + (self.last_s or float(1 / self.fps))
         return self.start_s + float(self.ref.num_frames / self.fps)
 
 
@@ -122,14 +131,21 @@ class ChunkColumns:
         self.num_frames = numbers(batch["num_frames"])
         self.width, self.height = numbers(batch["width"]), numbers(batch["height"])
         self.index_offset, self.index_bytes = numbers(batch["index_offset"]), numbers(batch["index_bytes"])
+        self.last_s, self.pixel_aspect = (_later_numbers(batch, name) for name in _LATER_COLUMNS)
         self._times = batch["frame_times"]
         self._has_times = self._times.null_count < len(self._times)
 
     def frame_times(self, row: int) -> np.ndarray | None:
-        """Return a variable-rate chunk's timestamps in seconds, float64; None for a constant rate."""
+        """Return the seconds of a chunk's frames, float64; None where frame i is shown at `i / fps`."""
         if not self._has_times or not self._times[row].is_valid:
             return None
         return self._times[row].values.to_numpy()
+
+
+def _later_numbers(batch: pa.RecordBatch, name: str) -> memoryview:
+    if batch.schema.get_field_index(name) >= 0:
+        return numbers(batch[name])
+    return numbers(pa.array(np.full(len(batch), _LATER_COLUMNS[name])))
 
 
 class SampleColumns:
@@ -166,7 +182,7 @@ def chunk_values(chunks: list[Chunk], root: str) -> dict[str, list[Any]]:
     }
     for name in ("num_frames", "width", "height", "size_bytes"):
         values[name] = [getattr(ref, name) for ref in refs]
-    for name in ("video", "start_s", "codec", "frame_times"):
+    for name in ("video", "start_s", "codec", "frame_times", *_LATER_COLUMNS):
         values[name] = [getattr(chunk, name) for chunk in chunks]
     return values
 

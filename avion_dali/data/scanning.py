@@ -4,22 +4,91 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from avion_dali.contracts import ChunkRef, DecodeError, PacketIndexRef, UserError
 from avion_dali.data.manifest import Chunk, IndexWriter
 from avion_dali.data.probe import probe_chunk
 
+_ENDINGS = (
+    ".3g2 .3gp .amv .asf .avi .av1 .divx .dv .f4v .flv .gif .h264 .264 .h265 .265 .hevc .ivf .m1v .m2p .m2t "
+    ".m2ts .m2v .m4v .mjpeg .mjpg .mkv .mod .mov .mp4 .mpe .mpeg .mpg .mpv .mts .mxf .nut .obu .ogm .ogv .ps "
+    ".qt .rm .rmvb .tod .tp .trp .ts .vob .webm .wmv .wtv .y4m"
+)
+VIDEO_SUFFIXES = frozenset(_ENDINGS.split())
 CHUNK_SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi"})
+_LEAST_SIDE = 2  # crop windows lie on the even pixel grid
+# Chunks cut at keyframes are up to a keyframe distance longer than their names say.
+_OVERLAP_S, _OVERLAP_SHARE, _GAP_SHARE = 0.5, 0.5, 1.5
 # Below this many files, starting processes takes longer than probing.
 _SERIAL_LIMIT = 64
 
 
 ChunkFile = tuple[str, float, Path]  # video, start in seconds, file
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkNames:
+    """What the names of chunk files say.
+
+    Args:
+        kind: `start` for the second at which a chunk begins, `index` for its place among the pieces of its
+            video, counted from 0 or 1; empty for start seconds that nobody vouches for.
+        seconds: length of the pieces that an index counts.
+
+    Raises:
+        UserError: when a length is missing or superfluous.
+    """
+
+    kind: str = ""
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind == "index" and not self.seconds > 0:
+            raise UserError("--chunk-names index needs --chunk-seconds, the length of a piece")
+        if self.kind != "index" and self.seconds:
+            raise UserError("--chunk-seconds goes with --chunk-names index")
+
+    def problem(self, spans: Sequence[tuple[float, float | None]]) -> str:
+        """Tell why the names of one video's chunks cannot be what they are taken for.
+
+        Args:
+            spans: (start, end) in seconds of each chunk, by name and length, sorted; the end of a chunk that
+                cannot be read is None.
+
+        Returns:
+            What is wrong and the way out; empty when nothing is.
+        """
+        pairs = [(start, end, after) for (start, end), (after, _) in pairwise(spans) if end is not None]
+        for start, end, after in pairs:
+            if end - after > max(_OVERLAP_S, _OVERLAP_SHARE * (after - start)):
+                return self._misnamed("overlap", start, end, after)
+        spacings = [after - start for start, _, after in pairs]
+        is_regular = len(pairs) > 1 and max(spacings) < min(spacings) * 1.01
+        if not self.kind and is_regular and all(after - s > _GAP_SHARE * (end - s) for s, end, after in pairs):
+            return self._misnamed("leave gaps", *pairs[0])
+        return ""
+
+    def _misnamed(self, how: str, start: float, end: float, following: float) -> str:
+        length = end - start
+        names = ", ".join(f"{start + i * length:.4g}" for i in range(3))
+        if self.kind == "index":
+            advice = f"give --chunk-seconds {length:.4g} if that is how long the pieces are"
+        else:
+            advice = (
+                f"names must be start seconds ({names}, ...); for names that count pieces, give "
+                f"--chunk-names index --chunk-seconds {length:.4g}"
+            )
+            advice += "" if how == "overlap" else ", and --chunk-names start if the gaps are meant"
+        return (
+            f"chunks {how}: the one taken to begin at {start:g} s lasts {length:.2f} s, the next one is taken "
+            f"to begin at {following:g} s; {advice}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +107,15 @@ class UnusableChunk:
 Probed = tuple[Chunk | UnusableChunk, bytes]
 
 
-def find_chunk_files(folder: str | Path) -> list[ChunkFile]:
+def find_chunk_files(
+    folder: str | Path, *, names: ChunkNames = ChunkNames(), passed_over: list[Path] | None = None
+) -> list[ChunkFile]:
     """List a folder's chunk files, sorted by video and start.
 
     Args:
         folder: the chunk folder; videos may lie deeper (`P01/P01_01.MP4/15.MP4`).
+        names: what the file names say.
+        passed_over: takes the videos whose names are no numbers.
 
     Returns:
         (video, start in seconds, file), the video named by its path below the folder.
@@ -53,16 +126,40 @@ def find_chunk_files(folder: str | Path) -> list[ChunkFile]:
     root = Path(folder).resolve()
     if not root.is_dir():
         raise UserError(f"{folder} is not a folder; name the one that `avion-dali chunk --output` wrote")
+    videos = [path for path in files_below(root) if path.suffix.lower() in VIDEO_SUFFIXES]
     found = [
         (path.parent.relative_to(root).as_posix(), float(path.stem), path)
-        for path in _files_below(root)
-        if path.suffix.lower() in CHUNK_SUFFIXES and _is_second(path.stem)
+        for path in videos
+        if _is_second(path.stem)
     ]
+    if passed_over is not None:
+        passed_over += [path for path in videos if not _is_second(path.stem)]
     if not found:
         raise UserError(
             f"{folder} holds no chunks (files <video>/<start second>.mp4); make them with `avion-dali chunk`"
         )
+    if names.kind == "index":
+        base = 1 if min(start for _, start, _ in found) == 1 else 0
+        found = [(video, (index - base) * names.seconds, path) for video, index, path in found]
     return sorted(found)
+
+
+def check_names(files: Iterable[ChunkFile], chunks: Iterable[Chunk], names: ChunkNames) -> None:
+    """Make sure that the names of chunks can be what they are taken for.
+
+    Args:
+        files: all chunk files, sorted by (video, start).
+        chunks: those of them that can be used.
+        names: what the file names say.
+
+    Raises:
+        UserError: when chunks of a video overlap, or all leave gaps between them.
+    """
+    ends = {chunk.ref.path: chunk.end_s for chunk in chunks}
+    for video, members in groupby(files, key=lambda file: file[0]):
+        problem = names.problem([(start, ends.get(str(path))) for _, start, path in members])
+        if problem:
+            raise UserError(f"video {video!r}: {problem}")
 
 
 def scan_chunks(
@@ -122,8 +219,12 @@ def probe_files(
     return chunks, unusable
 
 
-def _files_below(root: Path) -> Iterator[Path]:
-    """Yield all files, also those in linked folders (videos spread over disks), each folder once."""
+def files_below(root: Path) -> Iterator[Path]:
+    """Yield all files, also those in linked folders (videos spread over disks), each folder once.
+
+    Args:
+        root: the folder.
+    """
     entered: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -149,6 +250,8 @@ def _probe_all(files: list[ChunkFile], jobs: int, probe: Callable[[ChunkFile], P
 def _probe(file: ChunkFile, *, index: bool) -> Probed:
     """Return a file's facts, or why it is unusable, and its packet index."""
     video, start_s, path = file
+    if not _is_text(str(path)):
+        return UnusableChunk(str(path), "its name is not UTF-8; rename it"), b""
     try:
         facts = probe_chunk(path, index=index)
     except DecodeError as error:
@@ -158,8 +261,29 @@ def _probe(file: ChunkFile, *, index: bool) -> Probed:
     if facts.rotation:
         reason = f"rotated by {facts.rotation} degrees; chunk it with `avion-dali chunk`"
         return UnusableChunk(str(path), reason), b""
-    ref = ChunkRef(str(path), facts.size_bytes, facts.num_frames, facts.width, facts.height)
-    return Chunk(ref, video, start_s, facts.fps, facts.codec, facts.frame_times), facts.packet_index
+    if min(facts.width, facts.height) < _LEAST_SIDE:
+        reason = f"its pictures have {facts.width}x{facts.height} pixels; chunk it with `avion-dali chunk`"
+        return UnusableChunk(str(path), reason), b""
+    chunk = Chunk(
+        ref=ChunkRef(str(path), facts.size_bytes, facts.num_frames, facts.width, facts.height),
+        video=video,
+        start_s=start_s,
+        fps=facts.fps,
+        codec=facts.codec,
+        frame_times=facts.clock_times(),
+        last_s=facts.last_s,
+        pixel_aspect=float(facts.pixel_aspect),
+    )
+    return chunk, facts.packet_index
+
+
+def _is_text(name: str) -> bool:
+    """Tell whether a name can be written down: file systems allow bytes that are no text."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_second(stem: str) -> bool:

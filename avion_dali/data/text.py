@@ -13,18 +13,25 @@ END_OF_TEXT = 49407
 def clip_tokenizer() -> Callable[[str], tuple[int, ...]]:
     """Return CLIP's byte-pair encoder (49,408 entries): text to ids with start and end markers.
 
-    Over-long text is cut to 77 ids and keeps its end marker (Radford et al., arXiv 2103.00020, section
-    2.4). The import takes seconds, so it happens here and not with the module.
+    The import takes seconds, so it happens here and not with the module.
     """
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer = SimpleTokenizer()
 
     def encode(text: str) -> tuple[int, ...]:
-        ids = [tokenizer.sot_token_id, *tokenizer.encode(text)]
-        return (*ids[: CONTEXT_LENGTH - 1], tokenizer.eot_token_id)
+        return (tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id)
 
     return encode
+
+
+def cut_to_context(ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Cut over-long text to 77 ids; it keeps its end marker (Radford et al., arXiv 2103.00020, section 2.4).
+
+    Args:
+        ids: of one text, start and end markers included.
+    """
+    return ids if len(ids) <= CONTEXT_LENGTH else (*ids[: CONTEXT_LENGTH - 1], ids[-1])
 
 
 def pad_tokens(rows: Sequence[tuple[int, ...]], context_length: int) -> np.ndarray:

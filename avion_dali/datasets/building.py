@@ -1,4 +1,4 @@
-"""What readers of annotation files share: rows are put on chunks as they come, bad ones are told, not lost."""
+"""What readers of annotation files share: rows are put on chunks as they come, unusable ones are listed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
 from avion_dali.data.classes import CaptionTable, ClassTable
 from avion_dali.data.manifest import Chunk, IndexWriter, Sample, write_manifest
-from avion_dali.data.scanning import ChunkFile, UnusableChunk, find_chunk_files, probe_files
-from avion_dali.data.text import clip_tokenizer
-from avion_dali.datasets.spans import ChunkLookup, SpanError
+from avion_dali.data.scanning import (
+    ChunkFile,
+    ChunkNames,
+    UnusableChunk,
+    check_names,
+    find_chunk_files,
+    probe_files,
+)
+from avion_dali.data.text import CONTEXT_LENGTH, clip_tokenizer, cut_to_context
+from avion_dali.datasets.spans import ChunkLookup, SpanError, damaged_parts
 
 REJECTED_FILE = "rejected.jsonl"
 UNUSABLE_FILE = "unusable_chunks.jsonl"
@@ -85,6 +92,7 @@ class BuildSettings:
         jobs: probing processes; 0 takes all cores.
         on_chunk: called with the number of files probed.
         on_row: called with the number of rows read, after each one.
+        names: what the names of chunk files say.
     """
 
     chunk_root: Path
@@ -93,6 +101,7 @@ class BuildSettings:
     jobs: int = 0
     on_chunk: Callable[[int], object] | None = None
     on_row: Callable[[int], object] | None = None
+    names: ChunkNames = ChunkNames()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +176,7 @@ class ManifestBuild:
         rejections: takes the rows that cannot be used.
         index: the packet indexes, written but not yet under their name.
         files: the files that were probed.
+        passed_over: videos of the chunk folder whose names are no numbers.
     """
 
     settings: BuildSettings
@@ -175,22 +185,26 @@ class ManifestBuild:
     rejections: Rejections
     index: IndexWriter
     files: Sequence[ChunkFile] = ()
+    passed_over: Sequence[Path] = ()
     lookup: ChunkLookup = field(init=False)
     _tokenize: Callable[[str], tuple[int, ...]] | None = field(init=False, default=None)
     _reasons: dict[str, str] | None = field(init=False, default=None)
     _placed: int = field(init=False, default=0)
     _texts: int = field(init=False, default=0)
+    _long_texts: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         bad = {chunk.path for chunk in self.unusable}
         lost = [(video, start_s) for video, start_s, path in self.files if str(path) in bad]
-        self.lookup = ChunkLookup(self.chunks, lost)
+        self.lookup = ChunkLookup(self.chunks, lost, damage=damaged_parts(self.files))
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Return a text's token ids; the tokenizer is loaded with the first text."""
         if self._tokenize is None:
             self._tokenize = lru_cache(_REMEMBERED_TEXTS)(clip_tokenizer())
-        return self._tokenize(text)
+        ids = self._tokenize(text)
+        self._long_texts += len(ids) > CONTEXT_LENGTH
+        return cut_to_context(ids)
 
     def unusable_reason(self, path: Path) -> str:
         """Return why a probed file is not among the chunks."""
@@ -254,7 +268,18 @@ class ManifestBuild:
         )
         rejected = dict(self.rejections.counts.most_common())
         sizes = (self._placed, self._texts, len(self.chunks))
-        return BuildReport(*sizes, rejected, tuple(self.unusable))
+        return BuildReport(*sizes, rejected, tuple(self.unusable), tuple(self._notes()))
+
+    def _notes(self) -> Iterator[str]:
+        if self.passed_over:
+            first = self.passed_over[0].name.encode(errors="backslashreplace").decode()
+            yield f"{len(self.passed_over)} videos passed over, for their names are no numbers: {first}, ..."
+        if not self._long_texts:
+            return
+        yield (
+            f"{self._long_texts} of {self._texts} texts are longer than the {CONTEXT_LENGTH} tokens that a "
+            "text tower sees (fewer, if model.context_length says so): their ends are cut off"
+        )
 
     def _counted(self, samples: Iterable[Sample], info: dict[str, Any]) -> Iterator[Sample]:
         yield from samples
@@ -267,7 +292,7 @@ class ManifestBuild:
             return None
         try:
             if row.end_s is None:
-                first, count, end_s = self.lookup.locate_whole(row.video)
+                first, count, end_s = self.lookup.locate_whole(row.video, start_s=row.start_s)
             else:
                 first, count, end_s = self.lookup.locate(row.video, row.start_s, row.end_s)
             for text in row.texts:
@@ -299,7 +324,7 @@ class ManifestBuild:
             if bad.total > _SHOWN:
                 lines.append(f"  and {bad.total - _SHOWN} more in {path}")
             lines += [f"  chunk {u.path}: {u.reason}" for u in self.unusable[:_SHOWN]]
-            lines.append("mend them, or leave them out with --skip-bad-rows")
+            lines.append("correct them, or leave them out with --skip-bad-rows")
             raise UserError("\n".join(lines))
         if not self._placed:
             where = f"reasons are in {path}" if bad.total else "the files have none"
@@ -323,15 +348,19 @@ def manifest_build(settings: BuildSettings, files: list[ChunkFile] | None = None
     folder = settings.output
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --output names the manifest's folder")
-    found = find_chunk_files(settings.chunk_root) if files is None else files
+    passed_over: list[Path] = []
+    found = files
+    if found is None:
+        found = find_chunk_files(settings.chunk_root, names=settings.names, passed_over=passed_over)
     try:
         with IndexWriter(folder) as index:
             jobs = settings.jobs or available_cores()
             chunks, unusable = probe_files(found, jobs=jobs, index=index, on_progress=settings.on_chunk)
+            check_names(found, chunks, settings.names)
             _write_unusable(folder / UNUSABLE_FILE, unusable)
             rejections = Rejections(folder / REJECTED_FILE)
             try:
-                yield ManifestBuild(settings, chunks, unusable, rejections, index, found)
+                yield ManifestBuild(settings, chunks, unusable, rejections, index, found, passed_over)
             finally:
                 rejections.close()
     except OSError as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from avion_dali.contracts import UserError
 from avion_dali.data.classes import ClassTable
@@ -27,6 +29,9 @@ from avion_dali.wording import few
 
 SPAN_COLUMNS = ("video", "start", "end")
 _COLUMNS = (*SPAN_COLUMNS, "text", "verb", "noun", "label")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
+_MAX_LIST_LENGTH = 100_000
+Default = TypeVar("Default", float, None)
 
 
 def build_captions_manifest(
@@ -36,9 +41,27 @@ def build_captions_manifest(
     *,
     skip_bad_rows: bool = False,
     jobs: int = 0,
-    on_progress: Callable[[int], object] | None = None,
-    on_row: Callable[[int], object] | None = None,
     classes_from: str | Path | None = None,
+) -> BuildReport:
+    """Make a manifest of chunks and annotated spans; see `read_captions_into`.
+
+    Args:
+        chunk_root: folder of `<video>/<start second>.mp4` chunks.
+        annotations: `.csv` or `.jsonl` file.
+        output: manifest folder to write.
+        skip_bad_rows: leave unusable rows out instead of refusing the file.
+        jobs: probing processes; 0 takes all cores.
+        classes_from: a manifest whose classes the labels are.
+
+    Returns:
+        What went in and what was left out.
+    """
+    settings = BuildSettings(Path(chunk_root), Path(output), skip_bad_rows, jobs)
+    return read_captions_into(settings, annotations, classes_from=classes_from)
+
+
+def read_captions_into(
+    settings: BuildSettings, annotations: str | Path, *, classes_from: str | Path | None = None
 ) -> BuildReport:
     """Make a manifest of chunks and annotated spans.
 
@@ -47,14 +70,10 @@ def build_captions_manifest(
     labels; once to put its rows on the chunks.
 
     Args:
-        chunk_root: folder of `<video>/<start second>.mp4` chunks.
-        annotations: `.csv` (with a header) or `.jsonl` file. `noun` may hold several, parted by `;`; in JSON it
-            may be a list, and so may `text`. A row needs a `text` or a `label`, the name of its class.
-        output: manifest folder to write.
-        skip_bad_rows: leave unusable rows out instead of refusing the file.
-        jobs: probing processes; 0 takes all cores.
-        on_progress: called with the number of probed chunk files.
-        on_row: called with the number of rows put on chunks, after each one.
+        settings: how the manifest is built.
+        annotations: `.csv` (with a header) or `.jsonl` file. `noun` may hold several, separated by `;`; in JSON
+            it may be a list, and so may `text`. A row needs a `text` or a `label`, the name of its class; a row
+            without `start` and `end` means the whole video.
         classes_from: a manifest whose classes the labels are: the training one, for held-out rows. By default
             all labels of the file are the classes, sorted as strings.
 
@@ -65,18 +84,17 @@ def build_captions_manifest(
         UserError: when a file or column is missing, or rows are unusable and not to be skipped.
     """
     path = Path(annotations)
-    names, unread = _survey(path)
-    classes = ClassTable(tuple(sorted(names))) if names else None
+    survey = _survey(path)
+    classes = ClassTable(tuple(sorted(survey.labels))) if survey.labels else None
     if classes_from is not None:
         classes = Manifest(classes_from).classes
         if classes is None:
             raise UserError(f"{classes_from} has no classes; name the training manifest of labelled clips")
-    settings = BuildSettings(Path(chunk_root), Path(output), skip_bad_rows, jobs, on_progress, on_row)
     with manifest_build(settings) as build:
         counts = _Counts()
         samples = counts.seen(_placed(build, annotation_rows(path, classes), path))
         report = build.finish(samples, source=str(annotations), classes=classes)
-    return replace(report, notes=(*_unread_note(unread), *counts.notes()))
+    return report.with_notes(*survey.notes(), *counts.notes())
 
 
 @dataclass
@@ -111,18 +129,38 @@ def _placed(build: ManifestBuild, rows: Iterator[AnnotationRow | RejectedRow], p
         raise UserError(f"{path}: {error}") from None
 
 
-def _survey(path: Path) -> tuple[set[str], list[str]]:
-    """Return all labels of a file and the columns that are not read; checks the file on the way.
+@dataclass
+class _Survey:
+    """What a first look through an annotation file finds."""
 
-    Labels of rows that will be rejected are among them.
-    """
-    names: set[str] = set()
-    columns: dict[str, None] = {}
+    labels: set[str] = field(default_factory=set)
+    columns: dict[str, None] = field(default_factory=dict)
+    rows: int = 0
+    whole: int = 0  # rows without times
+    lists: int = 0  # text cells that hold a list
+
+    def notes(self) -> Iterator[str]:
+        """Say what is not read as it may have been meant."""
+        yield from _unread_note([name for name in self.columns if name and name not in _COLUMNS])
+        if self.whole:
+            count = "all" if self.whole == self.rows else str(self.whole)
+            yield f"{count} rows have neither start nor end: each means its whole video"
+        if self.lists:
+            yield f"{self.lists} text cells hold a list: each is taken for several texts of one clip"
+
+
+def _survey(path: Path) -> _Survey:
+    """Look through a file and check it on the way; labels of rows that will be rejected are counted too."""
+    survey = _Survey()
     for _, row in read_rows(path):
-        columns.update(dict.fromkeys(row))
-        with suppress(SpanError):  # told with the row
-            names.add(_words(row.get("label")))
-    return names - {""}, [name for name in columns if name and name not in _COLUMNS]
+        survey.rows += 1
+        survey.columns.update(dict.fromkeys(row))
+        survey.lists += list_in_cell(row.get("text")) is not None
+        with suppress(SpanError):  # reported with the row
+            survey.labels.add(_words(row.get("label")))
+            survey.whole += not (_words(row.get("start")) or _words(row.get("end")))
+    survey.labels.discard("")
+    return survey
 
 
 def _unread_note(columns: Sequence[str]) -> tuple[str, ...]:
@@ -154,13 +192,14 @@ def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(file, strict=True, skipinitialspace=True)
     try:
         header = list(map(_column_name, reader.fieldnames or ()))
-        absent = [name for name in SPAN_COLUMNS if name not in header]
+        absent = ["video"] if "video" not in header else []
         if "text" not in header and "label" not in header:
             absent.append("text")
         if absent:
             raise UserError(
-                f"{path}: column {', '.join(absent)} is missing; the header must name video, start, end, text "
-                f"(or label instead of text), parted by commas, and is {','.join(header)!r}"
+                f"{path}: column {', '.join(absent)} is missing; the header must name video, text (or label), "
+                "and start and end if clips are not whole videos, separated by commas, and is "
+                f"{','.join(header)!r}"
             )
         twice = [name for name in _COLUMNS if header.count(name) > 1]
         if twice:
@@ -210,8 +249,9 @@ def annotation_rows(path: Path, classes: ClassTable | None) -> Iterator[Annotati
 
 
 def _annotation_row(line: int, row: dict[str, Any], labels: dict[str, int]) -> AnnotationRow:
-    label, texts = _words(row.get("label")), _listed(row.get("text"))
-    missing = [name for name in SPAN_COLUMNS if not _words(row.get(name))]
+    texts = _listed(list_in_cell(row.get("text")) or row.get("text"))
+    label = _words(row.get("label"))
+    missing = [] if _words(row.get("video")) else ["video"]
     if not any(texts) and not label:
         missing.append("text")
     if missing:
@@ -224,8 +264,8 @@ def _annotation_row(line: int, row: dict[str, Any], labels: dict[str, int]) -> A
     return AnnotationRow(
         line=line,
         video=_words(row["video"]),
-        start_s=_seconds(row["start"]),
-        end_s=_seconds(row["end"]),
+        start_s=_seconds(row.get("start"), default=0.0),
+        end_s=_seconds(row.get("end"), default=None),
         texts=texts,
         verb=_words(row.get("verb")),
         nouns=_listed(noun if isinstance(noun, list) else _words(noun).split(";")),
@@ -234,8 +274,25 @@ def _annotation_row(line: int, row: dict[str, Any], labels: dict[str, int]) -> A
 
 
 def _listed(value: Any) -> tuple[str, ...]:
-    """Return the texts of a field that holds one or a JSON list of them, without empty ones."""
+    """Return the texts of a field that holds one or a list of them, without empty ones."""
     return tuple(filter(None, map(_words, value if isinstance(value, list) else [value])))
+
+
+def list_in_cell(value: Any) -> list[str] | None:
+    """Return the texts of a cell that holds a list as Python or JSON write it; None for any other cell.
+
+    Args:
+        value: the cell.
+    """
+    text = value.strip() if isinstance(value, str) else ""
+    if not (text.startswith("[") and text.endswith("]")) or len(text) > _MAX_LIST_LENGTH:
+        return None
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            items = read(text)
+            if items and all(isinstance(item, str) for item in items):
+                return list(items)
+    return None
 
 
 def _words(value: Any) -> str:
@@ -250,8 +307,11 @@ def _words(value: Any) -> str:
     return text
 
 
-def _seconds(value: Any) -> float:
-    try:
-        return float(_words(value))
-    except ValueError:
-        raise SpanError(f"{value!r} is not a number of seconds") from None
+def _seconds(value: Any, *, default: Default) -> float | Default:
+    """Return a time; the default for an absent one."""
+    words = _words(value)
+    if not words:
+        return default
+    if not _NUMBER.fullmatch(words):  # Python would read digits of other scripts and with underscores too
+        raise SpanError(f"{value!r} is not a number of seconds")
+    return float(words)

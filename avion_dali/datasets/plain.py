@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from avion_dali.contracts import DecodeError
+from avion_dali.data.chunking import ChunkSettings, chunk_video
 from avion_dali.data.manifest import Chunk
+from avion_dali.data.probe import is_turned
 from avion_dali.datasets.building import (
     AnnotationRow,
     BuildReport,
@@ -17,11 +20,16 @@ from avion_dali.datasets.building import (
     manifest_build,
 )
 
+UPRIGHT_FOLDER = "upright"
+_ONE_PIECE_S = 1_000_000  # longer than any video
+
 
 def build_plain_manifest(
     settings: BuildSettings, videos: Sequence[Path], *, clip_seconds: float = 0.0
 ) -> BuildReport:
     """Make a manifest of whole video files.
+
+    Decoders do not turn pictures: upright copies are made of videos that a player turns, beside the manifest.
 
     Args:
         settings: how it is built; `chunk_root` is a folder that all videos lie below.
@@ -35,10 +43,22 @@ def build_plain_manifest(
         UserError: when files are unusable and not to be skipped.
     """
     root = settings.chunk_root.resolve()
-    files = sorted((path.resolve().relative_to(root).as_posix(), 0.0, path.resolve()) for path in videos)
+    named = sorted((path.resolve().relative_to(root).as_posix(), path.resolve()) for path in videos)
+    files = [(name, 0.0, _upright(path, settings.output / UPRIGHT_FOLDER / name)) for name, path in named]
     with manifest_build(settings, files) as build:
         rows = _rows([path for _, _, path in files], build, clip_seconds)
         return build.finish(build.place(rows), source="videos without annotations")
+
+
+def _upright(path: Path, folder: Path) -> Path:
+    """Return the file, or an upright copy of it in one piece where a player turns its pictures."""
+    try:
+        if not is_turned(path):
+            return path
+    except DecodeError:
+        return path  # reported with the reason when it is probed
+    report = chunk_video(path, folder, ChunkSettings("compat", chunk_seconds=_ONE_PIECE_S))
+    return path if report.failed else folder / "0.mp4"
 
 
 def _rows(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -11,7 +12,8 @@ import numpy as np
 
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Chunk
-from avion_dali.data.scanning import CHUNK_SUFFIXES
+from avion_dali.data.scanning import VIDEO_SUFFIXES, ChunkFile
+from avion_dali.data.sidecar import Sidecar, read_sidecar
 from avion_dali.wording import few
 
 # How much a span may reach past the last frame before it is refused: annotations are rounded, and the
@@ -19,9 +21,6 @@ from avion_dali.wording import few
 PAST_END_TOLERANCE_S = 1.0
 # Neighbouring chunks may lie this far apart: a chunk can miss its last frame.
 _GAP_TOLERANCE_S = 0.5
-
-
-_VIDEO_SUFFIXES = CHUNK_SUFFIXES | {".m4v", ".mpg", ".mpeg", ".ts"}
 
 
 class SpanError(ValueError):
@@ -52,16 +51,38 @@ class _VideoChunks:
     lost_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class LostPart:
+    """Seconds of a video that have no chunk because the video is damaged there.
+
+    Args:
+        start_s: where the part begins.
+        end_s: where it ends.
+        reason: what is damaged, in words.
+    """
+
+    start_s: float
+    end_s: float
+    reason: str
+
+
 class ChunkLookup:
     """Finds the chunks of a time span.
 
     Args:
         chunks: all chunk rows, sorted by (video, start).
         lost: (video, start in seconds) of chunk files that cannot be used, in any order.
+        damage: by video, the parts that were left out when it was cut.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], lost: Iterable[tuple[str, float]] = ()) -> None:
-        self._chunks = chunks
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        lost: Iterable[tuple[str, float]] = (),
+        *,
+        damage: Mapping[str, Sequence[LostPart]] | None = None,
+    ) -> None:
+        self._chunks, self._damage = chunks, damage or {}
         rows: dict[str, list[int]] = {}
         for row, chunk in enumerate(chunks):
             rows.setdefault(chunk.video, []).append(row)
@@ -75,7 +96,7 @@ class ChunkLookup:
         for video in dict.fromkeys([*self._videos, *lost_starts]):
             path = PurePosixPath(video)
             for name in {video, _without_suffix(video), path.name, _without_suffix(path.name)}:
-                self._names.setdefault(name, []).append(video)
+                self._names.setdefault(_composed(name), []).append(video)
 
     def locate(self, video: str, start_s: float, end_s: float) -> tuple[int, int, float]:
         """Return (first chunk row, number of chunks, end clamped to the video).
@@ -94,6 +115,7 @@ class ChunkLookup:
         if end_s < start_s:
             raise SpanError(f"ends at {end_s:g} s, before its start at {start_s:g} s", "bad times")
         known = self._find(video)
+        self._check_damage(known, start_s, end_s)
         video_end = float(known.ends[-1])
         if end_s > max(known.lost_s, video_end) or start_s >= known.lost_s:
             raise _lost_chunk(known.lost_s)
@@ -106,19 +128,21 @@ class ChunkLookup:
         self._check(known, first, last, (start_s, end_s))
         return known.first_row + first, last - first + 1, end_s
 
-    def locate_whole(self, video: str) -> tuple[int, int, float]:
-        """Return (first chunk row, number of chunks, end in seconds) of a whole video.
+    def locate_whole(self, video: str, *, start_s: float = 0.0) -> tuple[int, int, float]:
+        """Return (first chunk row, number of chunks, end in seconds) of a video from some second to its end.
 
         Args:
             video: the video's name, as for `locate`.
+            start_s: where to begin.
 
         Raises:
             SpanError: when the video is unknown or a chunk of it is missing.
         """
         known = self._find(video)
+        self._check_damage(known, start_s, math.inf)
         if math.isfinite(known.lost_s):
             raise _lost_chunk(known.lost_s)
-        return self.locate(video, 0.0, float(known.ends[-1]))
+        return self.locate(video, start_s, max(float(known.ends[-1]), start_s))
 
     def has(self, video: str) -> bool:
         """Return whether there is a video of this very name.
@@ -137,6 +161,7 @@ class ChunkLookup:
         return video in self._videos or bool(self._candidates(video))
 
     def _candidates(self, video: str) -> list[str]:
+        video = _composed(video)
         return self._names.get(video) or self._names.get(_without_suffix(video), [])
 
     def _find(self, video: str) -> _VideoChunks:
@@ -151,6 +176,11 @@ class ChunkLookup:
             raise SpanError(f"video {video!r} has no chunks that can be used", "missing chunk")
         return self._videos[names[0]]
 
+    def _check_damage(self, known: _VideoChunks, start_s: float, end_s: float) -> None:
+        for part in self._damage.get(self._chunks[known.first_row].video, ()):
+            if start_s < part.end_s and max(end_s, np.nextafter(start_s, np.inf)) > part.start_s:
+                raise SpanError(f"lies in a lost part of the video, which is {part.reason}", "in a lost part")
+
     def _check(self, known: _VideoChunks, first: int, last: int, span: tuple[float, float]) -> None:
         start_s, end_s = span
         touched = (known.hole_starts < max(end_s, np.nextafter(start_s, np.inf))) & (known.hole_ends > start_s)
@@ -158,8 +188,8 @@ class ChunkLookup:
             hole = int(np.argmax(touched))
             where = f"{known.hole_starts[hole]:g}-{known.hole_ends[hole]:g} s"
             raise SpanError(f"the chunk that holds {where} is missing", "missing chunk")
-        refs = [self._chunks[known.first_row + i].ref for i in range(first, last + 1)]
-        if len({(r.width, r.height) for r in refs}) > 1:
+        rows = [self._chunks[known.first_row + i] for i in range(first, last + 1)]
+        if len({(row.ref.width, row.ref.height, row.pixel_aspect) for row in rows}) > 1:
             raise SpanError("its chunks differ in frame size", "mixed frame sizes")
 
 
@@ -178,6 +208,27 @@ def _video_chunks(chunks: Sequence[Chunk], rows: list[int], lost_starts: Iterabl
     return _VideoChunks(rows[0], starts, ends, before[holes], after[holes], lost_s)
 
 
+def _composed(name: str) -> str:
+    """Return a name in one of the two ways to write accents: macOS takes letters and accents apart (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _without_suffix(name: str) -> str:
     path = PurePosixPath(name)
-    return str(path.with_suffix("")) if path.suffix.lower() in _VIDEO_SUFFIXES else name
+    return str(path.with_suffix("")) if path.suffix.lower() in VIDEO_SUFFIXES else name
+
+
+def damaged_parts(files: Iterable[ChunkFile]) -> dict[str, list[LostPart]]:
+    """Return the parts of videos that `avion-dali chunk` found damaged and left out.
+
+    Args:
+        files: chunk files.
+    """
+    folders = {video: path.parent for video, _, path in files}
+    sidecars = ((video, read_sidecar(folder)) for video, folder in folders.items())
+    return {video: _lost_parts(sidecar) for video, sidecar in sidecars if sidecar and sidecar.losses.chunks}
+
+
+def _lost_parts(sidecar: Sidecar) -> list[LostPart]:
+    length = float(sidecar.settings["chunk_seconds"])
+    return [LostPart(start, start + length, str(sidecar.losses)) for start in sidecar.losses.chunks]

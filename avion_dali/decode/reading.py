@@ -6,15 +6,14 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import chain
 
-from av.container import InputContainer
 from av.packet import Packet, PacketSideData
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 
 from avion_dali.contracts import ClipPart
 from avion_dali.data.bitstream import Entry
-from avion_dali.data.indexing import STRICT, make_decoder, make_packet
+from avion_dali.data.delivery import decode_strictly
+from avion_dali.data.indexing import INDEXED_CODECS, STRICT, make_decoder, make_packet
 from avion_dali.data.packet_index import StreamFacts
 from avion_dali.decode.packets import spanning_run
 from avion_dali.decode.source import (
@@ -22,7 +21,6 @@ from avion_dali.decode.source import (
     RunPackets,
     UnorderedStreamError,
     damage_as_decode_error,
-    decode_strictly_from_start,
     gather_packets,
     opened,
     read_table,
@@ -50,6 +48,9 @@ def read_planned(part: ClipPart) -> list[VideoFrame]:
         packets = gather_packets(part, decoder="cpu-fused")
     except UnorderedStreamError:
         return _read_by_counting(part, "cpu-fused")
+    if packets.stream.codec not in INDEXED_CODECS:
+        # Its decoder needs more than a packet index knows (pixel format, bits per sample, the codec's tag).
+        return _read_span(part, "cpu-fused")
     found: dict[int, VideoFrame] = {}
     with damage_as_decode_error(part, decoder="cpu-fused"):
         for run in packets.runs:
@@ -71,11 +72,16 @@ def read_spanned(part: ClipPart) -> list[VideoFrame]:
     Raises:
         DecodeError: when the file is missing, changed or corrupt.
     """
-    with opened(part, decoder="paper-fused") as (container, stream):
-        try:
-            table, packets = read_table(part, container, stream)
-        except UnorderedStreamError:
-            return _pick(part, container, stream)
+    try:
+        return _read_span(part, "paper-fused")
+    except UnorderedStreamError:
+        return _read_by_counting(part, "paper-fused")
+
+
+def _read_span(part: ClipPart, decoder: str) -> list[VideoFrame]:
+    """Decode everything between the wanted frames with the decoder that the container sets up."""
+    with opened(part, decoder=decoder) as (container, stream):
+        table, packets = read_table(part, container, stream)
         run = spanning_run(table, part.frame_ids)
         if table.entry[run.positions[0]] == Entry.CLEAN:
             stream.codec_context.options = STRICT
@@ -137,19 +143,14 @@ def _in_order(part: ClipPart, found: dict[int, VideoFrame], wanted: Iterable[int
 
 
 def _read_by_counting(part: ClipPart, decoder: str) -> list[VideoFrame]:
-    with opened(part, decoder=decoder) as (container, stream):
-        return _pick(part, container, stream)
-
-
-def _pick(part: ClipPart, container: InputContainer, stream: VideoStream) -> list[VideoFrame]:
-    decode_strictly_from_start(container, stream)
     wanted, frames = set(part.frame_ids), []
-    for index, frame in enumerate(container.decode(stream)):
-        if index in wanted:
-            frames.append(_sound(index, frame))
-        if index == part.frame_ids[-1]:
-            return _alike(part, frames)
-    raise ChunkDamagedError(f"frame {part.frame_ids[len(frames)]} could not be decoded")
+    with opened(part, decoder=decoder) as (container, stream):
+        for index, frame in enumerate(decode_strictly(container, stream)):
+            if index in wanted:
+                frames.append(_sound(index, frame))
+            if index == part.frame_ids[-1]:
+                return _alike(part, frames)
+        raise ChunkDamagedError(f"frame {part.frame_ids[len(frames)]} could not be decoded")
 
 
 def _sound(frame_id: int, frame: VideoFrame | None) -> VideoFrame:

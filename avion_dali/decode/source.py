@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import cast
 
 import av
@@ -20,8 +19,14 @@ from av.video.stream import VideoStream
 
 from avion_dali.contracts import ClipPart, DecodeError
 from avion_dali.data.bitstream import Entry, PictureTraits, nal_length_size, picture_traits, shows_picture
-from avion_dali.data.indexing import STRICT, TraitsReader, stream_facts, tells_order
-from avion_dali.data.packet_index import PacketPlaces, PacketTable, StreamFacts, table_of
+from avion_dali.data.delivery import with_damage
+from avion_dali.data.indexing import TraitsReader, is_plain, packets_tell, stream_facts
+from avion_dali.data.packet_index import (
+    PacketPlaces,
+    PacketTable,
+    StreamFacts,
+    table_of,
+)
 from avion_dali.data.probe import open_video
 from avion_dali.decode.packets import Run, drop_unneeded, plan_runs
 from avion_dali.decode.reads import RunReads, planned_reads
@@ -203,20 +208,22 @@ def read_table(
 
     Raises:
         ChunkDamagedError: when the file ends before the last wanted frame, or a packet is cut short.
-        UnorderedStreamError: when packets lack presentation times, share them, or show no frame.
+        UnorderedStreamError: when the packets do not tell which frames the decoder delivers.
     """
-    if not tells_order(container, stream):
-        raise UnorderedStreamError("the container carries no presentation times")
+    if not is_plain(container, stream):
+        raise UnorderedStreamError("its kind of packets does not tell its frames")
     # A generator, which its stub hides; left half-way it must be closed, or 150 bytes are lost.
     with closing(cast(Generator[Packet, None, None], container.demux(stream))) as demuxed:
         packets, pts, ended = _packets_until(demuxed, part.frame_ids[-1])
-    if len(set(pts)) != len(pts):
-        raise UnorderedStreamError("packets share presentation times")
+    if not packets:
+        raise ChunkDamagedError("holds no frame")
     facts = stream_facts(stream)
     if not all(shows_picture(memoryview(packet), codec=facts.codec) for packet in packets):
         raise UnorderedStreamError("a packet shows no frame")
     reader = TraitsReader(facts)
     traits = [reader.read(packet) if packet.is_keyframe else _INNER for packet in packets]
+    if not packets_tell(packets[0], traits[0], pts=pts, pix_fmt=stream.codec_context.pix_fmt or ""):
+        raise UnorderedStreamError("its packets do not tell its frames")
     table = table_of(pts, traits, [not packet.is_discard for packet in packets])
     # Cut in the middle of a reordered group, a file has frames, but lacks some that are shown before them.
     if ended and len(table.order) != part.chunk.num_frames:
@@ -236,11 +243,7 @@ def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[
     times: list[int] = []
     visible: list[int] = []  # times of the frames a decoder delivers
     horizon = None
-    for packet in demuxed:
-        if not packet.size or not (kept or packet.is_keyframe):
-            continue  # the demuxer's end marker; what nobody can decode
-        if packet.is_corrupt:
-            raise ChunkDamagedError("holds a damaged packet")
+    for packet in _sound_packets(demuxed):
         if packet.pts is None:
             raise UnorderedStreamError("a packet carries no presentation time")
         # Decode times never decrease and no frame is shown before it is decoded: once they pass the
@@ -257,6 +260,22 @@ def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[
     return kept, times, True
 
 
+def _sound_packets(demuxed: Iterable[Packet]) -> Iterator[Packet]:
+    """Yield packets without the demuxer's end marker; they begin with a keyframe and follow in decode order."""
+    decoded: int | None = None
+    for number, (packet, is_damaged) in enumerate(with_damage(demuxed)):
+        if not packet.size:
+            continue
+        if number == 0 and not packet.is_keyframe:
+            raise UnorderedStreamError("it does not begin with a keyframe")
+        if is_damaged:
+            raise ChunkDamagedError("holds a damaged packet")
+        if decoded is not None and packet.dts is not None and packet.dts < decoded:
+            raise UnorderedStreamError("its times go back")
+        decoded = packet.dts
+        yield packet
+
+
 def _with_references(
     table: PacketTable, runs: Sequence[Run], packets: Sequence[Packet], stream: StreamFacts
 ) -> PacketTable:
@@ -266,21 +285,6 @@ def _with_references(
         traits = _packet_traits(packets[position], stream)
         is_reference[position], layer[position] = traits.is_reference, traits.layer
     return replace(table, is_reference=is_reference, layer=layer)
-
-
-def decode_strictly_from_start(container: InputContainer, stream: VideoStream) -> None:
-    """Go to a file's beginning; its decoder fails on damage from then on, where the first keyframe allows.
-
-    Args:
-        container: the open file.
-        stream: its video stream.
-    """
-    container.seek(0)
-    facts = stream_facts(stream)
-    keyframes = (packet for packet in container.demux(stream) if packet.size and packet.is_keyframe)
-    if all(_packet_traits(packet, facts).entry == Entry.CLEAN for packet in islice(keyframes, 1)):
-        stream.codec_context.options = STRICT
-    container.seek(0)
 
 
 def _packet_traits(packet: Packet, stream: StreamFacts) -> PictureTraits:

@@ -13,13 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+import numpy as np
 from pebble import ProcessExpired
 
 from avion_dali import __version__
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
-from avion_dali.data.manifest import INDEX_FILE, Manifest
-from avion_dali.data.scanning import find_chunk_files
+from avion_dali.data.manifest import INDEX_FILE, Chunk, Manifest
+from avion_dali.data.scanning import ChunkNames, find_chunk_files
 from avion_dali.files import partial_path, put_in_place
 from avion_dali.inspection.chunk_file import file_stamp, inspect_file
 from avion_dali.inspection.findings import KINDS, FileReport, Finding, Target
@@ -154,7 +155,7 @@ def list_targets(source: Path, *, deep: bool) -> tuple[Iterator[Target], int]:
     """
     if not is_manifest(source):
         files = find_chunk_files(source)
-        return (Target(str(path), deep) for _, _, path in files), len(files)
+        return (Target(str(path), deep, video=video, start_s=start) for video, start, path in files), len(files)
     manifest = Manifest(source)
     if not os.path.isdir(manifest.chunk_root):
         raise UserError(
@@ -162,8 +163,25 @@ def list_targets(source: Path, *, deep: bool) -> tuple[Iterator[Target], int]:
             f"chunk_root in {source / 'manifest.json'} when it moved"
         )
     chunks = (manifest.chunk(row) for row in range(manifest.num_chunks))
-    targets = (Target(c.ref.path, deep, c.ref, c.fps, is_cfr=c.frame_times is None) for c in chunks)
-    return targets, manifest.num_chunks
+    return (_target(chunk, deep) for chunk in chunks), manifest.num_chunks
+
+
+def _target(chunk: Chunk, deep: bool) -> Target:
+    times = chunk.frame_times
+    # A rate that is constant from the first picture on has times as well, where that one is late or long.
+    is_cfr = times is None or bool(
+        np.allclose(times, times[0] + np.arange(len(times)) / float(chunk.fps), atol=1e-3)
+    )
+    return Target(
+        path=chunk.ref.path,
+        deep=deep,
+        ref=chunk.ref,
+        fps=chunk.fps,
+        is_cfr=is_cfr,
+        video=chunk.video,
+        start_s=chunk.start_s,
+        late_s=0.0 if times is None else float(times[0]),
+    )
 
 
 def is_manifest(folder: Path) -> bool:
@@ -286,7 +304,9 @@ def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _as_report(row: dict[str, Any]) -> FileReport:
     findings = tuple(Finding(**finding) for finding in row["findings"])
-    return FileReport(row["path"], tuple(row["stamp"]), row["deep"], tuple(row["frame_size"]), findings)
+    facts = (row["path"], tuple(row["stamp"]), row["deep"], tuple(row["frame_size"]), findings)
+    span = row.get("span")
+    return FileReport(*facts, row.get("video", ""), (span[0], span[1]) if span else None)
 
 
 class _Findings:
@@ -300,14 +320,17 @@ class _Findings:
     def __init__(self, output: Path, report: CheckReport) -> None:
         self._path, self._report = output / FINDINGS_FILE, report
         self._partial = partial_path(self._path)
-        self._file: TextIO = self._partial.open("w")
+        self._file: TextIO = self._partial.open("w", encoding="utf-8")
         self._sizes: Counter[tuple[int, int]] = Counter()
+        self._spans: dict[str, list[tuple[float, float | None]]] = {}
 
     def add_file(self, done: FileReport) -> None:
         """Take what was found in one file."""
         self._report.num_files += 1
         if done.frame_size != (0, 0):
             self._sizes[done.frame_size] += 1
+        if done.span is not None:
+            self._spans.setdefault(done.video, []).append(done.span)
         for finding in done.findings:
             self._add(done.path, finding)
         errors = [finding.kind for finding in done.findings if finding.is_error]
@@ -319,12 +342,17 @@ class _Findings:
         if len(self._sizes) > MAX_SIZES:
             common = ", ".join(f"{w}x{h} ({count})" for (w, h), count in self._sizes.most_common(3))
             self._add(str(source), Finding("many-sizes", f"{len(self._sizes)} frame sizes: {common}, ..."))
+        for video, spans in self._spans.items():
+            problem = ChunkNames().problem(sorted(spans))
+            if problem:
+                self._add(video, Finding("chunk-names", problem))
         tallies = self._report.tallies
         self._report.tallies = {kind: tallies[kind] for kind in KINDS if kind in tallies}
         self._file.close()
         put_in_place(self._partial, self._path)
 
     def _add(self, path: str, finding: Finding) -> None:
+        path = path.encode(errors="backslashreplace").decode()  # names may be bytes that are no text
         row = {"severity": KINDS[finding.kind].severity, "path": path, **asdict(finding)}
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         tally = self._report.tallies.setdefault(finding.kind, Tally(0, path, finding.detail))

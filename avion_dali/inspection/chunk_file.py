@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import chain
 
 import av
@@ -17,13 +18,23 @@ from av.video.frame import VideoFrame
 
 from avion_dali.contracts import ChunkRef, DecodeError
 from avion_dali.data.bitstream import Entry
+from avion_dali.data.delivery import decode_strictly
 from avion_dali.data.indexing import STRICT, make_decoder, make_packet, stream_facts
 from avion_dali.data.packet_index import IndexBlock, IndexDamagedError, PacketIndex, StreamFacts
-from avion_dali.data.probe import ChunkFacts, color_range_name, colorspace_name, open_video, probe_chunk
-from avion_dali.decode.source import decode_strictly_from_start
+from avion_dali.data.probe import (
+    ChunkFacts,
+    color_range_name,
+    colorspace_name,
+    open_video,
+    probe_chunk,
+    rotation_of,
+)
 from avion_dali.inspection.findings import FileReport, Finding, Target
 
 MAX_GOP_SECONDS = 5.0
+# FFmpeg's numbers (ITU-T H.273, tables 2 and 3).
+_HDR_TRANSFERS = {16: "PQ (SMPTE 2084)", 18: "HLG"}
+_WIDE_PRIMARIES = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
 _BT601 = ("smpte170m", "bt470bg")  # one matrix, two names
 
 
@@ -55,9 +66,11 @@ def inspect_file(target: Target) -> FileReport:
         target: the file, and what the manifest says of it.
     """
     stamp, frame_size, found = file_stamp(target.path), (0, 0), list[Finding]()
+    span: tuple[float, float] | None = None
     try:
         facts = _read_facts(target)
         frame_size = facts.width, facts.height
+        span = target.start_s, target.start_s + facts.end_s()
         found += _picture_findings(facts)
         blocks = _read_blocks(facts.packet_index)
         found += _access_findings(facts, blocks)
@@ -71,7 +84,7 @@ def inspect_file(target: Target) -> FileReport:
         found.append(Finding("missing", f"cannot be read: {error.strerror or error}"))
     except Exception as error:  # a process boundary: what one damaged file provokes is that file's finding
         found.append(Finding("undecodable", f"{type(error).__name__}: {error}"))
-    return FileReport(target.path, stamp, target.deep, frame_size, tuple(found))
+    return FileReport(target.path, stamp, target.deep, frame_size, tuple(found), target.video, span)
 
 
 def _finding_of(error: DecodeError) -> Finding:
@@ -114,6 +127,7 @@ def _header_facts(target: Target, ref: ChunkRef) -> ChunkFacts:
     record = _read_record(ref)
     blocks = _read_blocks(record)
     with open_video(target.path) as (_, stream), open(target.path, "rb", buffering=0) as file:
+        aspect = Fraction(stream.sample_aspect_ratio or 1)
         header, pix_fmt = stream_facts(stream), stream.codec_context.pix_fmt or ""
         if _settings(_open_index(record).stream) != _settings(header):
             raise _FaultError("changed", "its header is not that of its packet index")
@@ -136,9 +150,14 @@ def _header_facts(target: Target, ref: ChunkRef) -> ChunkFacts:
         pix_fmt=pix_fmt,
         color_range=color_range_name(header.color_range, pix_fmt),
         colorspace=colorspace_name(header.colorspace),
-        rotation=pictures[0].rotation % 360,
+        rotation=rotation_of(pictures[0]),
         is_cfr=target.is_cfr,
+        start_s=target.late_s,
         packet_index=record,
+        pixel_aspect=aspect,
+        is_interlaced=pictures[0].interlaced_frame,
+        transfer=int(decoder.color_trc),
+        primaries=int(decoder.color_primaries),
     )
 
 
@@ -180,12 +199,28 @@ def _picture_findings(facts: ChunkFacts) -> Iterator[Finding]:
         yield Finding("colour", f"{tags}: GPU decoders read little else than 8-bit 4:2:0")
     elif facts.colorspace == "unspecified":
         yield Finding("untagged", f"{tags}: the matrix is a guess")
+    yield from _display_findings(facts)
     if facts.rotation:
         yield Finding("rotation", f"to be turned by {facts.rotation} degrees counter-clockwise")
     if facts.width % 16 or facts.height % 16:
         yield Finding("nvdec-size", f"{facts.width}x{facts.height} are not multiples of 16")
     if not facts.is_cfr:
         yield Finding("variable-rate", f"{float(facts.fps):.2f} frames a second in the mean")
+
+
+def _display_findings(facts: ChunkFacts) -> Iterator[Finding]:
+    """Find what a player would do to the pictures and a decoder does not."""
+    if facts.transfer in _HDR_TRANSFERS:
+        yield Finding("hdr", f"its transfer characteristics are {_HDR_TRANSFERS[facts.transfer]}")
+    if facts.primaries in _WIDE_PRIMARIES:
+        yield Finding("wide-gamut", f"its color primaries are {_WIDE_PRIMARIES[facts.primaries]}")
+    if facts.is_interlaced:
+        yield Finding("interlaced", "its pictures consist of two fields")
+    if facts.pixel_aspect != 1:
+        ratio = f"{facts.pixel_aspect.numerator}:{facts.pixel_aspect.denominator}"
+        yield Finding("pixel-aspect", f"its pixels are not square ({ratio}): as stored, pictures are squeezed")
+    if facts.start_s:
+        yield Finding("late-picture", f"its first picture begins {facts.start_s:.2f} s after time 0")
 
 
 def _access_findings(facts: ChunkFacts, blocks: list[IndexBlock]) -> Iterator[Finding]:
@@ -258,9 +293,8 @@ def _decode_container(facts: ChunkFacts) -> set[int]:
     """Decode a file that cannot have an index, and return the ids of the frames it gives."""
     count = 0
     with open_video(facts.path) as (container, stream):
-        decode_strictly_from_start(container, stream)
         try:
-            for frame in container.decode(stream):
+            for frame in decode_strictly(container, stream):
                 count = _sound(count, frame, facts) + 1
         except av.FFmpegError as error:
             raise _undecodable(error, count) from error

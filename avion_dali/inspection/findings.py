@@ -16,7 +16,8 @@ class Kind:
     """A class of findings.
 
     Args:
-        severity: an error costs clips, a warning costs speed or colours, a note costs nothing.
+        severity: an error costs clips, a warning costs speed or fidelity, or needs a decision; a note costs
+            nothing.
         advice: what to do.
     """
 
@@ -36,12 +37,20 @@ KINDS: dict[str, Kind] = {
     "crashed": Kind("error", "check the memory; if it crashes again, " + _REMAKE),
     "timeout": Kind("error", "check the disk or network drive; long files may need a longer --timeout"),
     "colour": Kind("warning", "chunk with `avion-dali chunk`, or train with --decoder cpu-fused"),
+    "chunk-names": Kind(
+        "warning", "rename the files, or give `avion-dali manifest` --chunk-names and --chunk-seconds"
+    ),
+    "pixel-aspect": Kind("warning", "clips are corrected, at fewer pixels: chunk with `avion-dali chunk`"),
+    "interlaced": Kind("warning", "moving edges show combs: remove the interlacing before chunking"),
+    "hdr": Kind("warning", "its colors come out pale: convert it to standard range before chunking"),
+    "wide-gamut": Kind("warning", "its colors come out pale: convert it to BT.709 primaries before chunking"),
     "rotation": Kind("warning", "decoders do not turn it: chunk with `avion-dali chunk`"),
     "nvdec-size": Kind("warning", "the GPU decoder starts anew for every clip: chunk with `avion-dali chunk`"),
     "many-sizes": Kind("warning", "the GPU decoder is kept for one size at a time: chunk to fewer sizes"),
     "long-gop": Kind("warning", "clips decode many frames they do not keep: `avion-dali chunk` has --profile"),
     "untagged": Kind("note", "nothing if it is limited-range BT.601, which all decoders take it for"),
     "variable-rate": Kind("note", "nothing: frames are found by their times"),
+    "late-picture": Kind("note", "nothing: until its first picture begins, that one stands in"),
     "open-gop": Kind("note", "nothing: the frames they need are decoded too"),
 }
 
@@ -76,6 +85,9 @@ class Target:
         ref: its row of the manifest, or None.
         fps: frames per second by the manifest.
         is_cfr: whether the rate is constant by the manifest.
+        video: name of its video.
+        start_s: seconds from the start of the video, by its name.
+        late_s: seconds before its first picture, by the manifest.
     """
 
     path: str
@@ -83,6 +95,9 @@ class Target:
     ref: ChunkRef | None = None
     fps: Fraction = Fraction(0)
     is_cfr: bool = True
+    video: str = ""
+    start_s: float = 0.0
+    late_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +110,8 @@ class FileReport:
         deep: whether it was to be decoded.
         frame_size: width and height in pixels; (0, 0) when unknown.
         findings: empty when all is well.
+        video: name of its video.
+        span: start and end in seconds of the video, by its name and length; None when unknown.
     """
 
     path: str
@@ -102,3 +119,5 @@ class FileReport:
     deep: bool
     frame_size: tuple[int, int] = (0, 0)
     findings: tuple[Finding, ...] = ()
+    video: str = ""
+    span: tuple[float, float] | None = None

@@ -1,0 +1,182 @@
+"""What a decoder delivers of a file from its beginning on: the pictures, in order, and what is lost.
+
+Which pictures a file has is decided by its decoder. The packets alone tell it only for streams of plain kinds
+(`indexing.packets_tell`); all others are decoded and counted, by every reader in the same way.
+
+Imports numpy and PyAV alone, since decode workers share it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain, islice, pairwise
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from avion_dali.data.bitstream import Entry, nal_length_size, picture_traits
+from avion_dali.data.indexing import STRICT, stream_facts
+
+_SEAM_PACKETS = 2  # the mark may come that many packets ahead of the seam
+
+
+def decode_strictly(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """Decode a file that was just opened; damage is an error where the first keyframe allows it.
+
+    Some decoders deliver pictures from before the first keyframe; that others cannot is no damage.
+
+    Args:
+        container: the file, at its beginning.
+        stream: its video stream.
+
+    Yields:
+        The pictures in the order in which they are shown.
+    """
+    packets = _sized_packets(container, stream)
+    ahead = _until_keyframe(packets)
+    if _begins_clean(ahead, stream):
+        stream.codec_context.options = STRICT
+    for packet in ahead[:-1]:
+        with suppress(av.FFmpegError):
+            yield from stream.codec_context.decode(packet)
+    for packet in chain(ahead[-1:], packets):
+        yield from stream.codec_context.decode(packet)
+    yield from stream.codec_context.decode(None)
+
+
+def _sized_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """Yield packets without empty ones: the end marker, and frames that an AVI says to repeat."""
+    return (packet for packet in container.demux(stream) if packet.size)
+
+
+def with_damage(packets: Iterable[Packet]) -> Iterator[tuple[Packet, bool]]:
+    """Yield packets, each with whether the container calls it damaged.
+
+    At the seam of transport streams that were joined byte by byte its counters jump as they do where packets
+    are lost; there the time goes back as well, and nothing is missing.
+
+    Args:
+        packets: in the order of the file.
+    """
+    coming, ahead = iter(packets), deque[Packet]()
+    while (packet := ahead.popleft() if ahead else next(coming, None)) is not None:
+        if packet.is_corrupt:
+            ahead.extend(islice(coming, _SEAM_PACKETS - len(ahead)))
+        yield packet, packet.is_corrupt and not _is_seam([packet, *ahead])
+
+
+def _is_seam(packets: Iterable[Packet]) -> bool:
+    times = [packet.dts for packet in packets if packet.dts is not None]
+    return any(after < before for before, after in pairwise(times))
+
+
+def _until_keyframe(packets: Iterator[Packet]) -> list[Packet]:
+    ahead: list[Packet] = []
+    for packet in packets:
+        ahead.append(packet)
+        if packet.is_keyframe:
+            break
+    return ahead
+
+
+def _begins_clean(ahead: list[Packet], stream: VideoStream) -> bool:
+    """Tell whether a strict decoder has nothing to complain of at a stream's first keyframe."""
+    if not ahead or not ahead[-1].is_keyframe:
+        return False
+    facts = stream_facts(stream)
+    length_size = nal_length_size(facts.codec, facts.extradata)
+    data = bytes(ahead[-1])
+    return (
+        picture_traits(data, codec=facts.codec, length_size=length_size, is_keyframe=True).entry == Entry.CLEAN
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """A picture as its decoder delivered it.
+
+    Args:
+        frame: the picture.
+        number: its place among all delivered ones, from 0.
+        is_whole: False for pictures that are damaged, or that lean on damaged ones.
+        after_loss: what was damaged lies between the whole picture before and this whole one.
+    """
+
+    frame: VideoFrame
+    number: int
+    is_whole: bool
+    after_loss: bool = False
+
+
+class TolerantReader:
+    """Decodes a file that may be damaged: pictures from an error up to the next keyframe are not whole.
+
+    Args:
+        container: the file, just opened.
+        stream: its video stream.
+
+    Its attributes hold after the first picture, and after the last one: `begins_inside`, whether the stream
+    begins inside a group of pictures, and `ends_broken`, whether the end of the file is lost.
+    """
+
+    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
+        self._container, self._stream = container, stream
+        self._number = 0
+        self._had_keyframe = False
+        self._is_broken = False
+        self._broken_from: int | None = None  # earliest time of a packet since the error
+        self.begins_inside = False
+        self.ends_broken = False
+
+    def __iter__(self) -> Iterator[Delivered]:
+        packets = _sized_packets(self._container, self._stream)
+        ahead = _until_keyframe(packets)
+        self.begins_inside = bool(ahead) and not ahead[0].is_keyframe
+        # FFmpeg's HEVC decoder marks no damaged picture; asked to be strict, it reports the damage.
+        if self._stream.codec_context.codec.canonical_name == "hevc" and _begins_clean(ahead, self._stream):
+            self._stream.codec_context.options = STRICT
+        try:
+            for packet, is_damaged in with_damage(chain(ahead, packets)):
+                yield from self._decode(packet, is_damaged=is_damaged)
+        except av.FFmpegError:  # from the demuxer: there is no way past it
+            self._is_broken = True
+        yield from self._decode(None, is_damaged=False)
+        self.ends_broken = self._is_broken
+
+    def _decode(self, packet: Packet | None, *, is_damaged: bool) -> Iterator[Delivered]:
+        frames: list[VideoFrame] = []
+        failed = is_damaged
+        try:
+            frames = self._stream.codec_context.decode(packet)
+        except av.FFmpegError:
+            failed = True
+        # A stream that begins inside a group may fail up to its first keyframe; nothing is lost there.
+        self._had_keyframe |= packet is not None and packet.is_keyframe
+        if failed and self._had_keyframe:
+            self._is_broken = True
+        if self._is_broken and packet is not None and packet.pts is not None:
+            earlier = packet.pts if self._broken_from is None else self._broken_from
+            self._broken_from = min(packet.pts, earlier)
+        for frame in frames:
+            yield self._judge(frame)
+            self._number += 1
+
+    def _judge(self, frame: VideoFrame) -> Delivered:
+        """Tell whether a picture is whole, and remember where damage begins and ends."""
+        number = self._number
+        if frame.is_corrupt:
+            self._is_broken = True
+            return Delivered(frame, number, is_whole=False)
+        # What was decoded before the damage may be delivered after it.
+        is_early = frame.pts is not None and self._broken_from is not None and frame.pts < self._broken_from
+        if not self._is_broken or is_early:
+            return Delivered(frame, number, is_whole=True)
+        if frame.key_frame:
+            self._is_broken, self._broken_from = False, None
+        return Delivered(frame, number, is_whole=frame.key_frame, after_loss=frame.key_frame)

@@ -1,0 +1,144 @@
+"""Walk over a file's packets: which pictures they promise, and whether that promise can be relied on.
+
+Runs in probing workers: imports numpy and PyAV alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from avion_dali.contracts import DecodeError
+from avion_dali.data.bitstream import shows_picture
+from avion_dali.data.delivery import with_damage
+from avion_dali.data.indexing import (
+    PacketCollector,
+    TraitsReader,
+    is_plain,
+    make_packet,
+    packets_tell,
+    stream_facts,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PacketSurvey:
+    """What the packets of a file say.
+
+    Args:
+        shown: int64 (F,), sorted presentation times in ticks of the pictures that the packets promise.
+        decoding: int64 (F,), decoding times of these packets, where all have one; else empty.
+        last_duration: ticks that the last picture is shown, 0 where the container does not say.
+        first_picture: the first keyframe, decoded by itself; None where that gives nothing.
+        tells: the decoder delivers just the pictures that the packets promise.
+    """
+
+    shown: np.ndarray
+    decoding: np.ndarray
+    last_duration: int
+    first_picture: VideoFrame | None
+    tells: bool
+
+
+class _Row(NamedTuple):
+    pts: int | None
+    dts: int | None
+    duration: int
+    is_shown: bool
+
+
+def survey_packets(
+    container: InputContainer,
+    stream: VideoStream,
+    collector: PacketCollector | None,
+    *,
+    name: str,
+    tolerant: bool,
+) -> PacketSurvey:
+    """Walk over the packets of a file that was just opened.
+
+    Args:
+        container: the open file.
+        stream: its video stream.
+        collector: takes the packets from the first keyframe on, for an index.
+        name: the file, as errors name it.
+        tolerant: pass over damage.
+
+    Returns:
+        What they say.
+
+    Raises:
+        DecodeError: `corrupt` when a packet is damaged and `tolerant` is False.
+    """
+    codec = stream.codec_context.codec.canonical_name
+    rows: list[_Row] = []
+    first: Packet | None = None
+    picture: VideoFrame | None = None
+    tells = is_plain(container, stream)
+    for packet in _packets(container, stream, name=name, tolerant=tolerant):
+        if first is None and not packet.is_keyframe:
+            tells = False  # some decoders deliver pictures from before the first keyframe
+            continue
+        if first is None:
+            first, picture = packet, _decode_alone(stream, packet)
+        if collector is not None:
+            collector.add(packet)
+        shows = shows_picture(memoryview(packet), codec=codec)
+        tells = tells and shows
+        rows.append(_Row(packet.pts, packet.dts, packet.duration or 0, shows and not packet.is_discard))
+    tells = tells and first is not None and _settled(stream, first, rows)
+    return _summary(rows, picture, tells=tells)
+
+
+def _packets(container: InputContainer, stream: VideoStream, *, name: str, tolerant: bool) -> Iterator[Packet]:
+    """Yield packets without empty ones: the end marker, and frames that an AVI says to repeat."""
+    try:
+        for packet, is_damaged in with_damage(container.demux(stream)):
+            if is_damaged and not tolerant:
+                raise DecodeError(name, (), decoder="probe", kind="corrupt", cause="holds a damaged packet")
+            if packet.size:
+                yield packet
+    except av.FFmpegError:
+        if not tolerant:
+            raise
+
+
+def _settled(stream: VideoStream, first: Packet, rows: list[_Row]) -> bool:
+    traits = TraitsReader(stream_facts(stream)).read(first)
+    pts = [row.pts for row in rows]
+    dts = [row.dts for row in rows if row.dts is not None]
+    ascending = all(a <= b for a, b in zip(dts, dts[1:], strict=False))  # else recordings were joined
+    return ascending and packets_tell(first, traits, pts=pts, pix_fmt=stream.codec_context.pix_fmt or "")
+
+
+def _summary(rows: list[_Row], picture: VideoFrame | None, *, tells: bool) -> PacketSurvey:
+    rows = [row for row in rows if row.is_shown]
+    shown = [row.pts for row in rows if row.pts is not None]
+    decoding = [row.dts for row in rows if row.dts is not None]
+    last = max(rows, key=lambda row: row.pts or 0).duration if len(shown) == len(rows) and rows else 0
+    return PacketSurvey(
+        shown=np.sort(np.array(shown, dtype=np.int64)),
+        decoding=np.array(decoding if len(decoding) == len(rows) else [], dtype=np.int64),
+        last_duration=last,
+        first_picture=picture,
+        tells=tells,
+    )
+
+
+def _decode_alone(stream: VideoStream, keyframe: Packet) -> VideoFrame | None:
+    """Decode a keyframe by itself, for what PyAV shows on decoded frames only."""
+    # A bare copy of the packet: with its flags, a keyframe that an edit list hides would give no frame.
+    context = stream.codec_context
+    try:
+        frames = [*context.decode(make_packet(bytes(keyframe), 0)), *context.decode(None)]
+    except av.FFmpegError:
+        return None
+    return frames[0] if frames else None

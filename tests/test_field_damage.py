@@ -1,0 +1,139 @@
+"""Damaged recordings: what is whole is kept, what is lost is named, and captions there say so."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import field_videos as fv
+import make_videos as mv
+import pytest
+from field_videos import Style
+
+from avion_dali.cli.main import main
+from avion_dali.data.chunking import ChunkSettings, chunk_video
+from avion_dali.data.sidecar import read_sidecar
+from avion_dali.datasets import building
+
+SETTINGS = ChunkSettings("compat", chunk_seconds=1, short_side=96)
+COUNT = 150
+
+STYLES = {
+    "h264.mkv": Style(),
+    "h264.mp4": Style(),
+    "h264.ts": Style(),
+    "h264.flv": Style(),
+    "hevc.mkv": Style("libx265", options={"x265-params": "log-level=none:keyint=10:min-keyint=10"}),
+    "mpeg4.mkv": Style("mpeg4", options={"qscale": "2"}),
+    "mpeg2.ts": Style("mpeg2video", options={"qscale": "2"}),
+    "mpeg2.mpg": Style("mpeg2video", options={"qscale": "2"}, container="mpeg"),
+    "mjpeg.mov": Style("mjpeg", pix_fmt="yuvj420p", options={"qscale": "3"}),
+}
+
+
+def overwritten(data: bytearray) -> None:
+    at = int(len(data) * 0.52)
+    data[at : at + 64] = b"\xff" * 64
+
+
+def zeroed(data: bytearray) -> None:
+    at = int(len(data) * 0.52)
+    data[at : at + 4_000] = bytes(4_000)
+
+
+def dropped(data: bytearray) -> None:
+    at = int(len(data) * 0.52) // 188 * 188
+    del data[at : at + 2 * 188]
+
+
+def damaged(folder: Path, name: str, damage: Callable[[bytearray], None]) -> Path:
+    whole = fv.write(folder / f"whole.{name}", STYLES[name], count=COUNT)
+    data = bytearray(whole.read_bytes())
+    damage(data)
+    (folder / name).write_bytes(data)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, overwritten) for name in STYLES if name != "mjpeg.mov"),
+        *((name, zeroed) for name in ("h264.mp4", "h264.ts", "mjpeg.mov")),
+        *((name, dropped) for name in ("h264.mkv", "h264.ts", "mpeg2.ts")),
+    ],
+)
+def test_one_damaged_spot_costs_one_spot(
+    tmp_path: Path, name: str, damage: Callable[[bytearray], None]
+) -> None:
+    video = damaged(tmp_path, name, damage)
+    report = chunk_video(video, tmp_path / "out", SETTINGS)
+    made = fv.chunk_pictures(tmp_path / "out")
+    assert len(made) == report.made >= 3
+    # Matroska's clock of a millisecond makes rates vary, so a picture may stand a place beside its own.
+    for start, (rate, numbers) in made.items():
+        assert len(numbers) == pytest.approx(rate, abs=1)
+        for place, number in enumerate(numbers):
+            assert number == pytest.approx((start + place / rate) * 30, abs=1.01)
+    spans, lost = report.losses.spans, report.losses.chunks
+    assert sorted([*made, *lost]) == [0, 1, 2, 3, 4]
+    assert lost
+    assert all(2.0 < start <= end < 4.1 for start, end in spans)
+    assert all(any(start < chunk + 1 and end >= chunk for start, end in spans) for chunk in lost)
+    for start, end in spans:
+        assert f"{start:.2f}-{end:.2f} s" in report.failed
+    sidecar = read_sidecar(tmp_path / "out")
+    assert sidecar is not None
+    assert sidecar.losses.chunks == lost
+    again = chunk_video(video, tmp_path / "out", SETTINGS)
+    assert (again.made, again.kept, again.losses.chunks) == (0, report.made, lost)
+    assert again.failed, "a loss stays a loss"
+
+
+def test_a_damaged_beginning_and_a_damaged_end(tmp_path: Path) -> None:
+    whole = fv.write(tmp_path / "whole.ts", count=COUNT)
+    data = whole.read_bytes()
+    packets = len(data) // 188
+    start = bytearray(data)
+    start[188 * 4 : 188 * 6] = b"\xff" * (188 * 2)
+    (tmp_path / "start.ts").write_bytes(start)
+    report = chunk_video(tmp_path / "start.ts", tmp_path / "a", SETTINGS)
+    assert report.made >= 4
+    assert report.losses.chunks in ((0,), ())
+    end = bytearray(data)
+    end[188 * (packets - 8) : 188 * (packets - 5)] = b"\xff" * (188 * 3)
+    (tmp_path / "end.ts").write_bytes(end)
+    report = chunk_video(tmp_path / "end.ts", tmp_path / "b", SETTINGS)
+    assert report.losses.chunks == (4,)
+    assert sorted(fv.chunk_pictures(tmp_path / "b")) == [0, 1, 2, 3]
+
+
+def test_captions_in_a_lost_part_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(building, "clip_tokenizer", lambda: lambda text: (1, len(text), 2))
+    video = damaged(tmp_path, "h264.mkv", overwritten)
+    chunks = tmp_path / "chunks"
+    command = ["chunk", str(video), "--output", str(chunks), "--chunk-seconds", "1", "--short-side", "96"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    sidecar = json.loads((chunks / "h264.mkv" / "chunks.json").read_text())
+    (lost,) = sidecar["lost_chunks"]
+    assert "damaged at" in error
+    assert f"{sidecar['lost_seconds'][0][0]:.2f}-" in error
+    rows = [(lost + 0.2, lost + 0.4), (lost - 0.5, lost + 0.1), (0.1, 0.9), (lost + 1, lost + 1.5), (4.0, "")]
+    lines = ["video,start,end,text", *(f"h264,{start},{end},x" for start, end in rows), "h264,,,all of it"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    build = ["manifest", "captions", "--chunks", str(chunks), "--annotations", str(tmp_path / "rows.csv")]
+    assert main([*build, "--output", str(tmp_path / "m"), "--skip-bad-rows"]) == 0
+    assert "3 rows left out" in (out := capsys.readouterr().out)
+    assert "3 in a lost part" in out
+    rejected = [json.loads(line) for line in (tmp_path / "m" / "rejected.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in rejected] == [2, 3, 7]
+    assert all("damaged at" in row["reason"] for row in rejected)
+
+
+def test_sound_videos_lose_nothing(tmp_path: Path) -> None:
+    for name in STYLES:
+        video = fv.write(tmp_path / name, STYLES[name], count=40)
+        report = chunk_video(video, tmp_path / "out" / name, SETTINGS)
+        assert (report.failed, report.losses.spans, report.made) == ("", (), 2), name
+        assert mv.frame_numbers(tmp_path / "out" / name / "1.mp4")[-1] == 39
