@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import weakref
@@ -79,9 +78,15 @@ class SharedRing:
 
 def _release(memory: SharedMemory) -> None:
     memory.unlink()
-    # A view may still be alive; the mapping is then released together with it.
-    with contextlib.suppress(BufferError):
+    try:
         memory.close()
+    except BufferError:
+        # A view is still alive, and the mapping goes with it; the destructor would complain of the same.
+        memory.close = _do_nothing  # type: ignore[method-assign]
+
+
+def _do_nothing() -> None:
+    """Stand in for the `close` of a memory that is in use to the end."""
 
 
 def _allocate(size: int) -> SharedMemory:
