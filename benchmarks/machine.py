@@ -1,23 +1,19 @@
-"""What every benchmark result says about where it was measured, and the one form all results have.
+"""What every benchmark result says about the machine, and readings of processor time and memory.
 
 Imports stay light: spawned processes whose memory is measured import the benchmark's module again.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
 import subprocess
-import sys
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     "avion_dali",
     "torch",
@@ -32,8 +28,6 @@ PACKAGES = (
     "decord",
     "spdl",
 )
-
-Row = dict[str, Any]
 
 
 def versions() -> dict[str, str]:
@@ -67,57 +61,8 @@ def git_commit() -> str:
     return commit + ("+changes" if commit and changes else "")
 
 
-def write_result(
-    name: str,
-    rows: list[Row],
-    *,
-    machine: dict[str, Any],
-    baseline: Row | None = None,
-    picture: Path | None = None,
-    folder: Path | None = None,
-) -> Path:
-    """Write `benchmarks/results/<name>.json`, whole or not at all.
-
-    Args:
-        name: of the benchmark, as in `python -m benchmarks.<name>`.
-        rows: what was measured; units are in the keys.
-        machine: `machine_facts()` from before the measurement.
-        baseline: what the rows are held against: a requirement, or another program's numbers.
-        picture: what was drawn of the rows.
-        folder: write there instead.
-    """
-    result = {
-        "benchmark": name,
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
-        "machine": machine,
-        "versions": versions(),
-        "commit": git_commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "baseline": baseline,
-        **({"picture": picture.relative_to(ROOT).as_posix()} if picture else {}),
-        "rows": rows,
-    }
-    path = (folder or RESULTS) / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(unfinished, path)
-    return path
-
-
-def print_rows(rows: list[Row]) -> None:
-    """Print rows as one table of names and values each."""
-    for row in rows:
-        width = max(map(len, row))
-        print("\n".join(f"{key:<{width}}  {value}" for key, value in row.items()), end="\n\n")
-
-
 def process_memory_mb(pid: int | str = "self") -> dict[str, float]:
-    """Memory of a process in MB (10^6 bytes): VmRSS, RssAnon (private), RssFile (mapped files). Linux only.
-
-    Args:
-        pid: process id.
-    """
+    """Memory of a process in MB (10^6 bytes): VmRSS, RssAnon (private), RssFile (mapped files). Linux only."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     wanted = ("VmRSS", "RssAnon", "RssFile")
@@ -125,11 +70,7 @@ def process_memory_mb(pid: int | str = "self") -> dict[str, float]:
 
 
 def process_cpu_s(pid: int) -> float:
-    """Processor seconds a process has used, all threads together; other load changes it little.
-
-    Args:
-        pid: process id.
-    """
+    """Processor seconds a process has used, all threads together; other load changes it little."""
     after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
 

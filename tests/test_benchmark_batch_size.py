@@ -11,8 +11,8 @@ import pytest
 from avion_dali.cli.demo import demo_config
 from avion_dali.contracts import UserError
 from avion_dali.datasets.captions import build_captions_manifest
-from benchmarks import batch_size
-from benchmarks.batch_size import Run, Setting
+from benchmarks.train import batch_size
+from benchmarks.train.batch_size import Run, Setting
 
 
 def invented(batch: int, rule: str, seed: int, map_avg: float) -> Run:
@@ -74,23 +74,19 @@ def test_means_are_over_seeds_and_the_middle_batch_counts_for_both_rules():
     assert means["fixed", 8]["range"] == pytest.approx(0.02)
     assert means["sqrt", 16] == means["fixed", 16] | {"rule": "sqrt"}
     assert means["sqrt", 64]["learning_rate"] == pytest.approx(1e-3)
-    fixed, scaled = of(rows, "verdict")
-    assert (fixed["best global_batch"], fixed["worst global_batch"]) == (16, 64)
-    assert (scaled["best global_batch"], scaled["worst global_batch"]) == (64, 8)
-    assert scaled["best - worst map_avg"] == pytest.approx(0.59 - 0.49)
-    assert scaled["largest range of seeds"] == pytest.approx(0.04)
 
 
 def test_table_and_picture(tmp_path):
     rows = batch_size.compare(RUNS)
-    lines = batch_size.readme_table(rows).splitlines()
+    lines = batch_size.tables(rows).splitlines()
     assert lines[2:] == [
         "| 8 | 128 | 0.510 | 0.490 |",
         "| 16 | 64 | 0.550 | 0.550 |",
         "| 64 | 16 | 0.410 | 0.590 |",
     ]
     assert {line.count("|") for line in lines} == {5}
-    picture = batch_size.draw(rows, tmp_path / "docs" / "batch_size.png")
+    picture = tmp_path / "batch_size.png"
+    batch_size.draw(rows).savefig(picture)
     assert 5_000 < picture.stat().st_size < 150_000
 
 
