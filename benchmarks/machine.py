@@ -15,18 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
-    "avion_dali",
-    "torch",
-    "numpy",
-    "av",
-    "pillow",
-    "pyarrow",
-    "pebble",
-    "nvidia-dali-cuda130",
-    "open_clip_torch",
-    "torchcodec",
-    "decord",
-    "spdl",
+    *("avion_dali", "torch", "numpy", "av", "pillow", "pyarrow", "pebble", "nvidia-dali-cuda130"),
+    *("open_clip_torch", "torchcodec", "decord", "spdl"),
 )
 
 

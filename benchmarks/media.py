@@ -4,8 +4,8 @@ python -m benchmarks.media [--output media] [--seconds 15]
 
 Each video is a textured scene with objects on it, seen by a moving camera past two hands, with changing light
 and sensor noise. Motion and noise of the head-mounted ones are set so that the chunk profile `compat` (x264's
-defaults at 288 lines) needs 60 to 100 kB per second, as such footage does: 69 and 71. The hand-held video needs
-42, that from a tripod 27. Real videos take part where `--extra-videos FOLDER` or the environment variable
+defaults at 288 lines) needs 60 to 100 kB per second, as such footage does: 69 and 70. The hand-held video needs
+41, that from a tripod 27. Real videos take part where `--extra-videos FOLDER` or the environment variable
 AVION_EXTRA_VIDEOS names a folder of them.
 """
 
@@ -104,14 +104,13 @@ def _world(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     width, height = size
     shape = (round(height * (1 + _MARGIN)), width + round(height * _MARGIN))
     world_HWC = _texture(rng, shape, contrast=1.0)
-    y, x = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
     for _ in range(150):
-        at_y, at_x = rng.uniform(0, shape[0]), rng.uniform(0, shape[1])
+        center = rng.uniform(0, shape[0]), rng.uniform(0, shape[1])
         half_y, half_x = rng.uniform(0.03, 0.18, 2) * height
-        power = rng.choice([2, 8])  # ellipses and boxes
-        inside = (np.abs((y - at_y) / half_y) ** power + np.abs((x - at_x) / half_x) ** power) < 1
+        power = int(rng.choice([2, 8]))  # ellipses and boxes
         grey, tint = rng.uniform(-70, 70), rng.uniform(-25, 25, 3)
-        world_HWC[inside] = 0.5 * world_HWC[inside] + 64 + grey + tint.astype(np.float32)
+        part_HWC, inside = _ellipse(world_HWC, center, (half_y, half_x), power=power)
+        part_HWC[inside] = 0.5 * part_HWC[inside] + 64 + grey + tint.astype(np.float32)
     return world_HWC
 
 
@@ -163,13 +162,22 @@ def _view(
 def _put_hand(picture_HWC: np.ndarray, hand_HWC: np.ndarray, shift: float, *, is_right: bool) -> None:
     """Cover a part of the picture by a textured ellipse that reaches in from below."""
     height, width = picture_HWC.shape[:2]
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    at_x = width * (0.68 if is_right else 0.3) + height * shift * 0.8
-    at_y = height * (0.95 + shift)
-    inside = ((y - at_y) / (0.4 * height)) ** 2 + ((x - at_x) / (0.17 * height)) ** 2 < 1
+    center = height * (0.95 + shift), width * (0.68 if is_right else 0.3) + height * shift * 0.8
+    part_HWC, inside = _ellipse(picture_HWC, center, (0.4 * height, 0.17 * height))
     rows, columns = np.nonzero(inside)
-    half = hand_HWC.shape[0] // 2
-    picture_HWC[rows, columns] = hand_HWC[rows - int(at_y) + half, columns - int(at_x) + half]
+    part_HWC[rows, columns] = hand_HWC[rows, columns]
+
+
+def _ellipse(
+    image_HWC: np.ndarray, center: tuple[float, float], half: tuple[float, float], *, power: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
+    """The part of an image around an ellipse, a view, and which of its pixels lie inside, bool (h, w)."""
+    low = [max(0, int(c - h)) for c, h in zip(center, half, strict=True)]
+    high = [max(0, int(c + h) + 2) for c, h in zip(center, half, strict=True)]
+    part_HWC = image_HWC[low[0] : high[0], low[1] : high[1]]
+    y, x = np.ogrid[low[0] : low[0] + part_HWC.shape[0], low[1] : low[1] + part_HWC.shape[1]]
+    distance = np.abs((y - center[0]) / half[0]) ** power + np.abs((x - center[1]) / half[1]) ** power
+    return part_HWC, distance < 1
 
 
 def write_video(

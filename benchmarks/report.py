@@ -51,10 +51,11 @@ class Benchmark:
         else:
             machine = machine_facts()
             rows = rounded(measure())
-            print(write_result(self, rows, machine=machine))
+            print(write_result(self, rows, machine=machine, folder=options.results))
         print("\n".join([self.tables(rows), *skipped_lines(rows)]))
         if self.draw:
-            path = PICTURES / f"{self.name}.png"
+            path = (options.results or PICTURES) / f"{self.name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
             self.draw(rows).savefig(path, dpi=80)
             print(path)
 
@@ -63,6 +64,9 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     """A command line that can show a result without measuring."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="measure nothing: show the result that is there")
+    parser.add_argument(
+        "--results", type=Path, metavar="FOLDER", help="write there, not where results are kept"
+    )
     return parser
 
 

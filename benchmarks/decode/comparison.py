@@ -164,21 +164,10 @@ def run(chunks: Chunks, bench: Bench) -> list[Row]:
     for cell, agreement in agreements.items():
         case = Case(backends[cell.decoder], requests[cell[:3]])
         rows.append(clip_row(cell, case, agreement, timings.get(cell)))
-    rows += [_decoder_row(backend, agreements) for backend in found]
+    rows += [{"measured": "decoder", "decoder": b.name, "conversion": b.conversion} for b in found]
     rows += [{"measured": "skipped", "what": name, "reason": cause} for name, cause in missing.items()]
     rows += report.pooled(rows)
     return [*rows, *report.ratios(rows)]
-
-
-def _decoder_row(backend: Backend, agreements: dict[Cell, Agreement]) -> Row:
-    own = [agreement for cell, agreement in agreements.items() if cell.decoder == backend.name]
-    return {
-        "measured": "decoder",
-        "decoder": backend.name,
-        "conversion": backend.conversion,
-        "min_psnr_db": min(agreement.psnr_db for agreement in own),
-        "max_bias_levels": max(agreement.bias_levels for agreement in own),
-    }
 
 
 BENCHMARK = Benchmark("decode", report.tables, report.draw, report.REQUIREMENT)

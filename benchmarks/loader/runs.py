@@ -314,12 +314,14 @@ def main() -> None:
     parser.add_argument("--profiles", nargs="+", choices=list(PROFILES), default=WANTED_PROFILES)
     parser.add_argument("--rounds", type=int, default=2, help="repetitions; the best counts")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one measurement")
+    simulated = LoaderBench.simulated_workers
+    parser.add_argument("--simulated-workers", type=int, nargs="*", default=simulated, help="that sleep")
     options = parser.parse_args()
     cores = available_cores()
     bench = LoaderBench(
         profiles=tuple(options.profiles),
         workers=worker_counts(cores),
-        simulated_workers=tuple(n for n in LoaderBench.simulated_workers if n > cores),
+        simulated_workers=tuple(n for n in options.simulated_workers if n > cores),
         rounds=options.rounds,
         seconds=options.seconds,
     )

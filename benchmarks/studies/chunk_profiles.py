@@ -30,7 +30,6 @@ from avion_dali.data.encoding import PictureFilter, write_chunk
 from avion_dali.data.probe import open_video
 from avion_dali.data.profiles import PIX_FMT, PROFILES, EncodeProfile
 from avion_dali.decode import cpu_fused, paper_fused
-from avion_dali.decode.source import gather_packets
 from benchmarks.corpus import CLIP_KINDS, draw_clips, indexed_chunk
 from benchmarks.media import FPS, add_video_options, chosen_videos
 from benchmarks.report import Benchmark, Row, markdown, parser_of, read_rows, select
@@ -146,12 +145,6 @@ def _seconds(clips: Sequence[ClipRequest]) -> np.ndarray:
     return np.diff(clock)
 
 
-def frames_decoded(clips: Sequence[ClipRequest]) -> float:
-    """Pictures decoded for a clip, on average: what a hardware decoder's time goes by."""
-    runs = [gather_packets(part, decoder="cpu-fused").runs for clip in clips for part in clip.parts]
-    return sum(len(run.payloads) for part in runs for run in part) / len(clips)
-
-
 def measure(
     profiles: Mapping[str, EncodeProfile], source: Source, *, clips: int, rounds: int
 ) -> dict[str, Row]:
@@ -163,7 +156,6 @@ def measure(
             for (name, profile), path in zip(profiles.items(), paths, strict=False)
         }
         times = clip_times(list(chunks.values()), rounds=rounds)
-        decoded = [{kind: frames_decoded(c) for kind, c in chunk.clips.items()} for chunk in chunks.values()]
     seconds = len(source.pictures_FHW) / FPS
     compat, compat_ms = chunks["compat"], times[list(chunks).index("compat")]
     return {
@@ -178,9 +170,8 @@ def measure(
             "encode_ratio": chunk.encode_s / compat.encode_s,
             **{f"cpu_ms, {kind}": round(ms[kind], 3) for kind in KINDS},
             **{f"cpu_ratio, {kind}": round(ms[kind] / compat_ms[kind], 3) for kind in KINDS},
-            **{f"frames_decoded, {kind}": round(frames[kind], 1) for kind in KINDS},
         }
-        for (name, chunk), ms, frames in zip(chunks.items(), times, decoded, strict=True)
+        for (name, chunk), ms in zip(chunks.items(), times, strict=True)
     }
 
 
