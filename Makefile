@@ -23,10 +23,10 @@ help:
 	@echo "make clean  remove .venv, caches and build leftovers; runs/ stays"
 
 demo: $(INSTALLED)
-	$(BIN)/python -m train.demo --output-dir runs/demo
+	$(BIN)/avion-dali demo --output-dir runs/demo
 
 demo-finetune: $(INSTALLED)
-	$(BIN)/python -m train.demo_finetune --demo-dir runs/demo --output-dir runs/demo_finetune
+	$(BIN)/avion-dali demo-finetune --demo-dir runs/demo --output-dir runs/demo_finetune
 
 media: $(INSTALLED)
 	$(BIN)/python -m benchmarks.media --output media

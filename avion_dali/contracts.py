@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 FailureKind = Literal["missing", "changed", "corrupt", "timeout", "worker-died"]
-FAILURE_KINDS: tuple[FailureKind, ...] = ("missing", "changed", "corrupt", "timeout", "worker-died")
 
 
 class UserError(Exception):

@@ -28,6 +28,7 @@ from av.video.stream import VideoStream
 from avion_dali.cores import available_cores
 from avion_dali.data.chunking import ChunkSettings, chunk_videos
 from avion_dali.data.probe import probe_chunk
+from avion_dali.files import whole_or_absent
 from benchmarks.machine import ROOT
 from benchmarks.report import Benchmark, Row, markdown, parser_of, working_folder
 
@@ -192,7 +193,7 @@ def write_video(
     """Encode a scene; a file that is there is kept.
 
     Args:
-        path: of the file; its ending names the container.
+        path: of the file; its ending is FFmpeg's name of the container, such as `mp4` or `webm`.
         scene: what is filmed.
         frames: number of pictures.
         size: (width, height) in pixels, both even.
@@ -205,8 +206,7 @@ def write_video(
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_stem(f".{path.stem}.part")
-    with av.open(str(part), "w") as container:
+    with whole_or_absent(path) as partial, av.open(str(partial), "w", format=path.suffix[1:]) as container:
         stream = container.add_stream(codec, rate=FPS, options=dict(options))
         assert isinstance(stream, VideoStream)
         stream.width, stream.height = size
@@ -214,7 +214,6 @@ def write_video(
         for rgb_HWC in pictures(scene, frames, size):
             container.mux(stream.encode(VideoFrame.from_ndarray(rgb_HWC, format="rgb24")))
         container.mux(stream.encode(None))
-    os.replace(part, path)
     return path
 
 

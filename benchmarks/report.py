@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from avion_dali.files import atomic_write
+from avion_dali.files import atomic_write_text
 from benchmarks.machine import ROOT, git_commit, machine_facts, versions
 
 if TYPE_CHECKING:
@@ -103,8 +103,7 @@ def write_result(
         "rows": rows,
     }
     path = (folder or RESULTS) / f"{benchmark.name}.json"
-    text = json.dumps(result, indent=2) + "\n"
-    atomic_write(path, lambda file: file.write(text.encode()))
+    atomic_write_text(path, json.dumps(result, indent=2) + "\n")
     return path
 
 

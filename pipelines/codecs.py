@@ -1,4 +1,7 @@
-"""What DALI decodes, by device, and which packets it would count wrongly. Light: decode workers import it."""
+"""What DALI decodes, by device, and which packets it would count wrongly.
+
+Workers import this module, so it imports neither DALI nor torch.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from typing import Literal
 
 from avion_dali.data.bitstream import nal_length_size
 from avion_dali.decode.source import PartPackets
-from pipelines.mini_clip import UnfitForMiniClipError
+
+from .mini_clip import UnfitForMiniClipError
 
 Device = Literal["cpu", "mixed"]
 
-# The FFmpeg inside DALI has no H.264 and no HEVC decoder. On NVDEC, DALI takes the pixel range of JPEG pictures
-# from where JPEG has none (DALI 2.4, frames_decoder_gpu.cc), so MJPEG is left to the CPU.
+# The FFmpeg inside DALI has no H.264 and no HEVC decoder. On NVDEC, DALI reads the pixel range from a field
+# that JPEG pictures do not have (DALI 2.4, frames_decoder_gpu.cc), so MJPEG is left to the CPU.
 DECODABLE: dict[Device, frozenset[str]] = {
     "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
     "mixed": frozenset({"h264", "hevc", "vp8", "vp9"}),
@@ -20,10 +24,10 @@ DECODABLE: dict[Device, frozenset[str]] = {
 
 
 def require_decodable(parts: Sequence[PartPackets], *, device: Device) -> None:
-    """Check that DALI gives the frames of these packets, each at its place.
+    """Check that DALI delivers the frames of these packets, each at its position.
 
-    On NVDEC, DALI gives every decoded picture the time of its packet: a packet must hold one picture and show
-    it (DALI 2.4, frames_decoder_gpu.cc; read there, not seen happening).
+    On NVDEC, DALI gives every decoded picture the time of its packet: a packet must hold exactly one picture,
+    and show it. (This follows from the code, DALI 2.4, frames_decoder_gpu.cc; no such failure was observed.)
 
     Args:
         parts: packets of a clip's parts.

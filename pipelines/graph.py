@@ -1,12 +1,12 @@
-"""The one DALI graph: mini clips in, square uint8 clips out, on NVDEC (`mixed`) or on the CPU.
+"""The DALI graph: mini clips in, square uint8 clips out, on NVDEC (`mixed`) or on the CPU.
 
-Why each step is as it is (DALI 2.4):
+Reasons for each step (DALI 2.4):
 
 - `external_source` calls back in this process for whole batches. DALI's own worker processes are not used:
   one that is killed can hang the training. A batch may be smaller than the pipeline's, so a last batch needs
   no padding.
-- `decoders.video` takes the wanted frames by number; each once, since a repeated number decodes the clip anew
-  from its start. Out of range numbers must raise (`pad_mode="none"`): the default paints black frames.
+- `decoders.video` takes the wanted frames by number, each number once: a repeated one decodes the clip again
+  from its start. Numbers out of range must raise (`pad_mode="none"`): the default delivers black frames.
 - `slice` before `resize` rather than `resize` with a region: near a region's border `resize` reads pixels
   beyond it, which the CPU decoders, cropping first, do not have. For training windows that is 0.5 dB at most,
   for small windows at a border 4 dB, and one upscaled from there was at 43 dB. All views share one decode.
@@ -15,13 +15,13 @@ Why each step is as it is (DALI 2.4):
 - `sequence_rearrange` comes last, so repeated frames are decoded and resized once. Every clip then has T
   frames, which makes the batch one dense tensor.
 
-Nothing here is random: everything drawn for a clip is in its request.
+Nothing here is random: all random decisions about a clip are in its request.
 
 A clip that cannot be decoded raises RuntimeError for its whole batch and does not say which clip it was; feed
-the batch again one clip at a time to find it. The dynamic executor carries on with the next batch, although
-the message says otherwise; the older executor stays dead. DALI's iterator, however, does not schedule a batch
-in the place of one that raised: after `prefetch_depth` of them it ends early (StopIteration), with no batch
-lost, and goes on after its `reset`.
+the batch again one clip at a time to find it. The dynamic executor continues with the next batch, although
+the message says otherwise; the older executor does not. DALI's iterator, however, does not schedule a batch
+in place of one that raised: after `prefetch_depth` of them it ends early (StopIteration), without losing a
+batch, and continues after its `reset`.
 
 On a CPU a VP9 clip of 4 frames of 512x288 takes about 20 ms (`benchmarks.loader.dali`): 15 to decode it to
 whole RGB pictures, 4 for `resize`, which computes with plain floating point, 0.5 for `slice`, 0.1 for the rest.
@@ -41,8 +41,9 @@ from nvidia.dali.types import DALIDataType, DALIInterpType
 
 from avion_dali.contracts import ClipRequest
 from avion_dali.cores import available_cores
-from pipelines.codecs import Device
-from pipelines.mini_clip import MiniClip
+
+from .codecs import Device
+from .mini_clip import MiniClip
 
 GraphInputs = tuple[list[np.ndarray], ...]
 
@@ -59,7 +60,7 @@ class GraphSettings:
     Args:
         device: `mixed` decodes on NVDEC; `cpu` decodes VP8, VP9 and MJPEG, all that DALI's own FFmpeg has.
         device_id: the GPU; ignored for `cpu`.
-        batch_size: most clips in a batch.
+        batch_size: largest number of clips in a batch.
         num_views: V, crop windows of every clip.
         frame_size: side of the square output in pixels.
         num_threads: clips decoded at the same time; see `default_threads`.
@@ -79,8 +80,8 @@ class GraphSettings:
 def default_threads(device: Device, ranks_on_machine: int = 1) -> int:
     """Return how many clips to decode at the same time.
 
-    On the CPU one a core. With NVDEC a thread mostly waits for its decode session, and one session uses one of
-    the GPU's engines (7 on H100 and H200, 4 on L4): two for each of 8 engines.
+    On the CPU one per core. With NVDEC a thread mostly waits for its decode session, and one session uses one
+    of the GPU's engines (7 on H100 and H200, 4 on L4): two per engine, for up to 8 engines.
 
     Args:
         device: where frames are decoded.
@@ -90,7 +91,7 @@ def default_threads(device: Device, ranks_on_machine: int = 1) -> int:
 
 
 def graph_inputs(clips: Sequence[tuple[ClipRequest, MiniClip]]) -> GraphInputs:
-    """Return what the graph's source yields for a batch: for each input a list of one array a clip.
+    """Return what the graph's source yields for a batch: for each input a list with one array per clip.
 
     Args:
         clips: requests and their mini clips.
@@ -122,7 +123,7 @@ def failure_cause(error: RuntimeError) -> str:
 def build_graph(source: Callable[[], GraphInputs], settings: GraphSettings) -> Pipeline:
     """Build the pipeline; it has the outputs `OUTPUTS`.
 
-    `frames` is uint8 (V, T, H, W, C) a clip, RGB, on the GPU for `mixed`; `sample_ids` is int64, on the CPU,
+    `frames` is uint8 (V, T, H, W, C) per clip, RGB, on the GPU for `mixed`; `sample_ids` is int64, on the CPU,
     in the order they were fed.
 
     Args:

@@ -24,7 +24,7 @@ from avion_dali.decode.source import PartPackets, RunPackets
 # frames_decoder_gpu.cc), so a picture may be decoded at most this much later than its place in the order shown.
 MAX_REORDER_FRAMES = 7
 
-# Sample entry and configuration record of each codec; None: its packets tell everything.
+# Sample entry and configuration record of each codec; None where packets need no configuration record.
 _ENTRIES: dict[str, tuple[bytes, bytes | None]] = {
     "h264": (b"avc1", b"avcC"),
     "hevc": (b"hvc1", b"hvcC"),
@@ -32,12 +32,12 @@ _ENTRIES: dict[str, tuple[bytes, bytes | None]] = {
     "vp9": (b"vp09", None),
     "mjpeg": (b"jpeg", None),
 }
-_TIMESCALE = 30  # ticks a second, one a frame; nobody reads the seconds
+_TIMESCALE = 30  # ticks per second, one per frame; DALI does not use the seconds
 _UNITY_MATRIX = struct.pack(">9I", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 
 
 class UnfitForMiniClipError(ValueError):
-    """A fresh decoder would not give these packets' frames back from one file; the message says why."""
+    """A fresh decoder would not reproduce these packets' frames from one file; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class MiniClip:
     """One clip as a file for DALI.
 
     Args:
-        data: the mp4; bytes, or uint8 that lies elsewhere.
+        data: the mp4; bytes, or a uint8 view of shared memory.
         frame_ids: place of each wanted frame in the order that the mp4 is shown in, ascending: the frames of
             the first part, then those of the next.
         colorspace: FFmpeg's AVColorSpace number of its stream, which DALI does not look at.
@@ -83,7 +83,7 @@ def _check(stream: StreamFacts, parts: Sequence[PartPackets], runs: Sequence[Run
     if stream.codec not in _ENTRIES:
         raise UnfitForMiniClipError(f"codec {stream.codec} is not one of {', '.join(_ENTRIES)}")
     if any(part.stream != stream for part in parts):
-        raise UnfitForMiniClipError("its chunks differ in codec, size, colour or parameter sets")
+        raise UnfitForMiniClipError("its chunks differ in codec, size, color or parameter sets")
     if _ENTRIES[stream.codec][1] and not nal_length_size(stream.codec, stream.extradata):
         raise UnfitForMiniClipError("its parameter sets are not stored as mp4 and Matroska store them")
     # Away from its own GOP such a keyframe takes what was decoded before it for its neighbourhood: picture
@@ -178,10 +178,10 @@ def _sample_tables(sizes: Sequence[int], timeline: _Timeline) -> Iterator[bytes]
 
 def _sample_description(stream: StreamFacts) -> bytes:
     kind, record = _ENTRIES[stream.codec]
-    resolution, frames_per_sample, depth, no_colour_table = 72 << 16, 1, 24, 0xFFFF
+    resolution, frames_per_sample, depth, no_color_table = 72 << 16, 1, 24, 0xFFFF
     entry = struct.pack(
         ">6xH16xHHII4xH32xHH",
-        *(1, stream.width, stream.height, resolution, resolution, frames_per_sample, depth, no_colour_table),
+        *(1, stream.width, stream.height, resolution, resolution, frames_per_sample, depth, no_color_table),
     )
     return _full_box(b"stsd", b"\0\0\0\1", _box(kind, entry, _box(record, stream.extradata) if record else b""))
 

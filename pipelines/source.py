@@ -1,24 +1,26 @@
-"""Batches in, batches out: the graph behind DALI's iterator, kept going when a batch fails."""
+"""The graph behind DALI's iterator: batches are put in and taken out in order, also when one fails."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 
 import torch
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-from pipelines.graph import OUTPUTS, GraphInputs, GraphSettings, build_graph
+from .graph import OUTPUTS, GraphInputs, GraphSettings, build_graph
 
 
 class BatchQueue:
-    """The graph's source: gives the batches that were put into it, and ends for now when it has none.
+    """The graph's source: gives the batches that were put into it, and pauses when it has none.
 
-    DALI asks from within its iterator, where waiting for workers would hold up a finished batch, and where an
-    error would lose it. So nothing is done here but handing over.
+    DALI calls it from within its iterator, where waiting for workers would hold up a finished batch, and where
+    an error would lose it. So it hands over what is there and does nothing else.
     """
 
     def __init__(self) -> None:
         self.is_open = True
+        self.under_way = 0  # batches that the graph has asked for and not returned yet
         self.ready: deque[GraphInputs] = deque()
 
     def __call__(self) -> GraphInputs:
@@ -29,6 +31,7 @@ class BatchQueue:
         """
         if not self.is_open or not self.ready:
             raise StopIteration
+        self.under_way += 1
         return self.ready.popleft()
 
 
@@ -69,20 +72,31 @@ class GraphRunner:
             self._restart()
             return self.take()
         except RuntimeError:
-            # In place of a batch that failed, DALI begins no other one: once all others are done, start anew.
+            # DALI begins no other batch in place of one that failed: it is restarted when the others are done.
             self._queue.is_open = False
+            self._queue.under_way -= 1
             raise
+        self._queue.under_way -= 1
         return outputs["frames"], outputs["sample_ids"]
 
     def clear(self) -> None:
         """Forget the batches that are queued."""
         self._queue.ready.clear()
 
+    def discard(self) -> None:
+        """Forget the batches that are queued, and wait for those under way without returning them."""
+        self.clear()
+        while self._queue.under_way:
+            # What a batch that nobody wants failed on does not matter.
+            with contextlib.suppress(RuntimeError):
+                self.take()
+
     def _restart(self) -> None:
         """Let DALI fill up with batches again.
 
-        It does so only after it was told of an end; a reset without one begins a single batch.
+        It does so only after the source has ended; a reset before that begins a single batch.
         """
+        self._queue.under_way = 0
         if not self._queue.ready:
             raise RuntimeError("no batch was put in")
         self._queue.is_open = False

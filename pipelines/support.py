@@ -1,7 +1,7 @@
-"""Says which codecs can be decoded here, and how, by decoding: a tiny clip of each goes the way of all clips.
+"""Finds out which codecs can be decoded on this machine, by decoding a tiny clip of each as all clips are.
 
-Light: neither PyTorch nor DALI is imported with it. Whatever may crash or hang in a driver runs in a process of
-its own, with a time limit, so that it cannot take a training along.
+Importing this module imports neither PyTorch nor DALI. Whatever may crash or hang in a driver runs in a process
+of its own, with a time limit, so that it cannot end a training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from avion_dali.cores import available_cores
-from pipelines.apart import call_apart, import_modules
+from avion_dali.subprocess_call import call_in_subprocess, import_modules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +74,7 @@ def nvdec_problem(device_index: int) -> str | None:
     Returns:
         None when it does, else one line that says why not and what to do.
     """
-    return nvdec_obstacle(device_index) or _decode_apart("h264", "nvdec", device_index)
+    return nvdec_obstacle(device_index) or _decode_in_subprocess("h264", "nvdec", device_index)
 
 
 def codec_support(device_index: int) -> dict[str, str]:
@@ -101,7 +101,7 @@ def dali_cpu_problem() -> str | None:
     Returns:
         None when it does, else one line that says why not.
     """
-    return _dali_missing() or _decode_apart(_DALI_CPU_CODEC, "dali-cpu")
+    return _dali_missing() or _decode_in_subprocess(_DALI_CPU_CODEC, "dali-cpu")
 
 
 def dali_problem() -> str | None:
@@ -113,7 +113,7 @@ def dali_problem() -> str | None:
     missing = _dali_missing()
     if missing:
         return missing
-    failure = call_apart(import_modules, "pipelines.graph")
+    failure = call_in_subprocess(import_modules, f"{__package__}.graph")
     return failure and f"DALI cannot be imported: {failure}; reinstall it: {_INSTALL_DALI}"
 
 
@@ -241,17 +241,17 @@ def nvcuvid_problem() -> str | None:
 def _try_all(backend: Backend, device_index: int = 0) -> dict[str, str]:
     """Decode a clip of each codec, each in a process of its own: one that fails may leave the GPU unusable."""
     with ThreadPoolExecutor(min(available_cores(), len(CODECS))) as pool:
-        problems = pool.map(lambda codec: _decode_apart(codec, backend, device_index), CODECS)
+        problems = pool.map(lambda codec: _decode_in_subprocess(codec, backend, device_index), CODECS)
         return {codec: problem or WORKS for codec, problem in zip(CODECS, problems, strict=True)}
 
 
-def _decode_apart(codec: str, backend: Backend, device_index: int = 0) -> str | None:
-    failure = call_apart(decode_problem, codec, backend, device_index)
+def _decode_in_subprocess(codec: str, backend: Backend, device_index: int = 0) -> str | None:
+    failure = call_in_subprocess(decode_problem, codec, backend, device_index)
     return failure and f"a tiny {codec} clip: {failure}"
 
 
 def decode_problem(codec: str, backend: Backend, device_index: int = 0) -> str | None:
-    """Make a tiny clip, decode it and look at its frames; a task for `call_apart`.
+    """Make a tiny clip, decode it and look at its frames; a task for `call_in_subprocess`.
 
     Args:
         codec: one of `CODECS`.
@@ -289,9 +289,9 @@ def _decode_with_dali(request: ClipRequest, backend: Backend, device_index: int)
     """Return frames (V, T, H, W, C), uint8, or what DALI cannot do."""
     import numpy as np
 
-    from pipelines.codecs import Device
-    from pipelines.mini_clip import UnfitForMiniClipError
-    from pipelines.worker import collect_mini_clip
+    from .codecs import Device
+    from .mini_clip import UnfitForMiniClipError
+    from .worker import collect_mini_clip
 
     device: Device = "mixed" if backend == "nvdec" else "cpu"
     try:
@@ -299,7 +299,7 @@ def _decode_with_dali(request: ClipRequest, backend: Backend, device_index: int)
     except UnfitForMiniClipError as error:
         return str(error)
     try:
-        from pipelines.graph import GraphSettings, build_graph, failure_cause, graph_inputs
+        from .graph import GraphSettings, build_graph, failure_cause, graph_inputs
     except (ImportError, OSError) as error:
         return f"DALI cannot be imported: {error}"
     inputs = graph_inputs([(request, mini_clip)])
@@ -320,7 +320,7 @@ def _decode_with_dali(request: ClipRequest, backend: Backend, device_index: int)
 
 
 def _paint(number: int) -> np.ndarray:
-    """Picture (H, W, 3), uint8 RGB: soft colours that grow brighter with the frame number."""
+    """Picture (H, W, 3), uint8 RGB: soft colors that grow brighter with the frame number."""
     import numpy as np
 
     y, x = np.mgrid[0:_SIDE, 0:_SIDE]

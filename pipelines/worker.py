@@ -1,8 +1,8 @@
-"""What a clip for DALI costs a decode process: its packets are read, checked and put into a mini clip.
+"""What a worker does for a clip under DALI: its packets are read, checked and put into a mini clip.
 
 DALI has readers of its own, but they read whole files: they decode a chunk from its first frame on, or open
 every file of the data set ahead; they check no byte, name no file when they fail, and cannot be stopped when a
-disk does not answer. Here a clip costs a few reads in a process that may fail alone.
+disk does not answer. Here a clip takes a few reads, in a process that may fail without harming others.
 
 Light: neither DALI nor torch is imported.
 """
@@ -17,24 +17,11 @@ import numpy as np
 from avion_dali.contracts import ClipRequest
 from avion_dali.decode import cpu_fused
 from avion_dali.decode.source import UnorderedStreamError, gather_packets
+from avion_dali.loading.ring import Place
 from avion_dali.loading.worker import attached_memory, failures_as_decode_errors
-from pipelines.codecs import Device, require_decodable
-from pipelines.mini_clip import MiniClip, UnfitForMiniClipError, build_mini_clip
 
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Shared memory that a clip may fill.
-
-    Args:
-        memory_name: its name.
-        offset: first byte.
-        num_bytes: length; enough for the clip's decoded frames.
-    """
-
-    memory_name: str
-    offset: int
-    num_bytes: int
+from .codecs import Device, require_decodable
+from .mini_clip import MiniClip, UnfitForMiniClipError, build_mini_clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +29,11 @@ class CollectedClip:
     """What became of a clip in a worker.
 
     Args:
-        mini_clip: the clip for DALI; None when its decoded frames lie at its place instead.
-        num_bytes: of the mini clip's data, how much lies at its place; 0 when it is too large for that and
-            comes along.
+        mini_clip: the clip for DALI; None when its decoded frames are at its place in the ring instead.
+        num_bytes: how many bytes of the mini clip's data are at its place; 0 when they did not fit and are
+            part of `mini_clip`.
         seconds: spent on it.
-        unfit: why it was decoded here, for those that were.
+        unfit: why the worker decoded the clip itself; empty when it did not.
     """
 
     mini_clip: MiniClip | None
@@ -67,7 +54,7 @@ def collect_into(request: ClipRequest, place: Place, device: Device) -> Collecte
         DecodeError: when the clip cannot be read, whatever the cause.
     """
     start = time.perf_counter()
-    memory = attached_memory(place.memory_name)[place.offset : place.offset + place.num_bytes]
+    memory = attached_memory(place)
     with failures_as_decode_errors(request, decoder="dali"):
         try:
             mini_clip = collect_mini_clip(request, device)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +21,9 @@ from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.data.probe import probe_chunk
 from avion_dali.decode import cpu_fused
-from avion_dali.loading.cpu_loader import CpuLoader
-from avion_dali.loading.filling import LoaderSettings
-from avion_dali.loading.pool import DecodePool
+from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
+from avion_dali.loading.frames_strategy import FramesStrategy
+from avion_dali.loading.pool import WorkerPool
 
 VP9 = {"codec": "libvpx-vp9", "options": make_videos.VP9_FAST, "color_range": 1, "colorspace": 6}
 MJPEG = {"codec": "mjpeg", "options": {"q": "3"}, "pix_fmt": "yuvj420p", "color_range": 2, "colorspace": 6}
@@ -110,35 +111,36 @@ def planner_of(manifest: Manifest, *, training: bool = True, size: int = 48, fra
     return Planner(manifest, rules, seed=3)
 
 
-@contextmanager
-def pool_of(
-    *, workers: int = 1, timeout: float = 60.0, kind: type[DecodePool] = DecodePool
-) -> Iterator[DecodePool]:
-    pool = kind(cpu_fused.decode_clip, workers=workers, clip_timeout_s=timeout)
-    try:
-        yield pool
-    finally:
-        pool.close()
+def strategy_of(decoder: str) -> Any:
+    if decoder == "cpu-fused":
+        return FramesStrategy(cpu_fused.decode_clip)
+    from pipelines.strategy import DaliStrategy
+
+    return DaliStrategy(num_threads=2)
 
 
 @contextmanager
 def loader_of(
-    planner: Any, pool: DecodePool, *, decoder: str = "dali", bad: float = 1.0, **schedule: Any
+    planner: Any,
+    pool: WorkerPool,
+    *,
+    decoder: str = "dali",
+    bad: float = 1.0,
+    collect: Callable[..., Any] | None = None,
+    **schedule: Any,
 ) -> Iterator[Any]:
-    """A loader of any planner's clips; by default all at once, in order, as an evaluation."""
+    """A loader of any planner's clips; by default all at once, in order, as an evaluation.
+
+    With `collect`, workers do that for each clip instead of what DALI's strategy has them do.
+    """
     count = len(planner.requests) if isinstance(planner, FixedPlanner) else planner.manifest.num_samples
     sizes = {"global_batch": 12, "micro_batch": 12, "training": False, "seed": 5} | schedule
     settings = LoaderSettings(torch.device("cpu"), context_length=4, max_bad_fraction=bad)
-    if decoder == "dali":
-        from pipelines.loader import DaliLoader
-
-        loader: Any = DaliLoader(planner, BatchSchedule(count, **sizes), pool, settings, num_threads=2)
-    else:
-        loader = CpuLoader(planner, BatchSchedule(count, **sizes), pool, settings)
-    try:
+    strategy, plan = strategy_of(decoder), BatchSchedule(count, **sizes)
+    with ClipLoader(planner, plan, pool=pool, strategy=strategy, settings=settings) as loader:
+        if collect is not None:
+            strategy.task = partial(collect, device="cpu")
         yield loader
-    finally:
-        loader.close()
 
 
 def epoch(loader: Any, first: int = 0, last: int | None = None) -> list[ClipBatch]:

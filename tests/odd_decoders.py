@@ -18,6 +18,13 @@ def paint_identity(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
     frames_VTHWC[:, :, 1, 0, 0] = request.parts[0].frame_ids[0] % 256
 
 
+def paint_late(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
+    """Take a second for every tenth sample of epoch 0."""
+    if request.epoch == 0 and request.sample_id % 10 == 0:
+        time.sleep(1.0)
+    paint_identity(request, frames_VTHWC)
+
+
 def fail_on_sevens(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
     """Fail for the samples 7, 17, 27, ... each in another way."""
     sample = request.sample_id

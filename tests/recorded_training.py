@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    from avion_dali.assembly.build import training
+    from avion_dali.assembly.training import training
     from avion_dali.cli.arguments import parse_options
     from avion_dali.config import TrainConfig
     from avion_dali.contracts import ClipBatch

@@ -19,8 +19,8 @@ from avion_dali.contracts import ClipBatch
 from avion_dali.engine.checkpoint import LATEST_NAME
 from avion_dali.engine.distributed import Distributed, all_gather_rows, barrier, init_distributed, shutdown
 from avion_dali.engine.loop import TrainLoop
+from avion_dali.engine.loop_settings import LoopSettings
 from avion_dali.engine.optim import build_optimizer, parameter_groups
-from avion_dali.engine.settings import LoopSettings
 from avion_dali.engine.sharding import gathered, shard_model, weight_sum
 from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
 from avion_dali.models.presets import PRESETS
@@ -126,9 +126,7 @@ def score_of(model: DualEncoder, distributed: Distributed) -> Callable[[], dict[
 
 def gradients(loop: TrainLoop) -> dict[str, torch.Tensor]:
     """Whole gradients of the first step, before clipping."""
-    loop._batches = loop.loader.batches(0, 1)
-    loop.model.train()
-    loop.optimizer_step()
+    (_,) = loop.steps(0, 1)
     return {n: gathered(p.grad.clone(), keep=True) for n, p in loop.model.named_parameters()}
 
 
@@ -177,8 +175,8 @@ def four_shards(rank: int, folder: Path, port: int) -> None:
     lion.run()
     results["lion"] = whole_weights(lion.model)
     half = make_training(folder / "none", here, sharding="shard", precision="bf16")
-    half._batches = half.loader.batches(0, 1)
-    results["half"] = float(half.optimizer_step()["loss"])
+    (numbers,) = half.steps(0, 1)
+    results["half"] = float(numbers["loss"])
     torch.save(results, folder / f"rank{rank}.pt")
     barrier()
     shutdown()

@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from avion_dali.config import ModelConfig, ModelSize
 from avion_dali.models.blocks import VideoTowerConfig
 from avion_dali.models.classifier import Classifier
 from avion_dali.models.convert import from_ours
-from avion_dali.models.dual_encoder import DualEncoder
+from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
+from avion_dali.models.find_facts import guessed_facts
 from avion_dali.models.masked_video import MaskedVideo
+from avion_dali.models.presets import PRESETS
 from avion_dali.models.text import TextTowerConfig, build_text_tower
-from avion_dali.models.timesformer import TimeSformer
-from avion_dali.models.videomae import VideoMAETower
-from avion_dali.models.vit import VideoTower
+from avion_dali.models.towers import ENCODERS, encoder_name
+from avion_dali.models.weight_facts import Family, WeightFacts
 
-TOWERS = {"vit": VideoTower, "timesformer": TimeSformer, "videomae": VideoMAETower}
 SHAPE = VideoTowerConfig(32, 8, 4, 64, 2, 4, 16)
 TEXT = TextTowerConfig(12, 100, 32, 2, 4, 16)
 
@@ -39,12 +40,12 @@ def small_dual_encoder(
         TEXT, activation=config.activation, embed_dim=config.embed_dim, **(text or {})
     )
     torch.manual_seed(seed)
-    return randomize(DualEncoder(TOWERS[encoder](config), build_text_tower(text_config)), seed)
+    return randomize(DualEncoder(ENCODERS[encoder](config), build_text_tower(text_config)), seed)
 
 
 def small_classifier(encoder: str = "vit", *, seed: int = 0, classes: int = 5, **tower) -> Classifier:
     torch.manual_seed(seed)
-    visual = TOWERS[encoder](dataclasses.replace(SHAPE, embed_dim=None, **tower))
+    visual = ENCODERS[encoder](dataclasses.replace(SHAPE, embed_dim=None, **tower))
     return randomize(Classifier(visual, classes), seed)
 
 
@@ -54,13 +55,19 @@ def small_masked_video(*, seed: int = 0, **tower) -> MaskedVideo:
     return randomize(MaskedVideo(config, decoder_depth=1), seed)
 
 
+def written(model: nn.Module, layout: str) -> dict[str, torch.Tensor]:
+    """A model's weights in another project's names."""
+    encoder = "videomae" if isinstance(model, MaskedVideo) else encoder_name(model.visual)
+    return from_ours(model.state_dict(), layout, encoder=encoder)
+
+
 def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def save_as(path: Path, model: torch.nn.Module, layout: str, *, key: str = "state_dict") -> str:
     """A checkpoint as the reference programs write them: DDP's prefix, options in a Namespace."""
-    state = {f"module.{name}": tensor for name, tensor in from_ours(model.state_dict(), layout).items()}
+    state = {f"module.{name}": tensor for name, tensor in written(model, layout).items()}
     torch.save({key: state, "epoch": 3, "args": argparse.Namespace(lr=1.0)}, path)
     return str(path)
 
@@ -78,3 +85,14 @@ def small_open_clip(kind: str = "CLIP", *, quick_gelu: bool = False) -> nn.Modul
 def save_open_clip(path: Path) -> str:
     torch.save({"state_dict": small_open_clip().state_dict()}, path)
     return f"open_clip:ViT-B-16-quickgelu//{path}"
+
+
+def real_facts(
+    encoder: str = "vit", size: ModelSize = "vit_b16", family: Family = "avion", **known
+) -> WeightFacts:
+    """What weights of a published size are, from their shapes alone."""
+    with torch.device("meta"):
+        model = build_dual_encoder(
+            ModelConfig(encoder=encoder, size=size), num_frames=4, frame_size=PRESETS[size].image_size
+        )
+    return guessed_facts(model.state_dict(), family, known=known)

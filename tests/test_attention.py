@@ -18,9 +18,14 @@ PACKAGES = {"flash-attn": "flash_attn", "xformers": "xformers"}
 
 @pytest.fixture(autouse=True)
 def _nothing_found_out_before():
-    attention._find_problem.cache_clear()
+    forget()
     yield
+    forget()
+
+
+def forget() -> None:
     attention._find_problem.cache_clear()
+    attention._find_automatic_kernel.cache_clear()
     attention._PACKAGE_KERNELS.clear()
 
 
@@ -130,12 +135,38 @@ def test_a_package_whose_kernel_fails_is_not_taken(monkeypatch):
 def test_a_package_gets_heads_behind_tokens(monkeypatch):
     package = FakePackage()
     install(monkeypatch, package)
-    resolve_attention("flash-attn", CUDA, torch.bfloat16)
-    monkeypatch.setattr(attention, "resolve_attention", lambda name, *where: name)
+    kernel = resolve_attention("flash-attn", CUDA, torch.bfloat16)
+    monkeypatch.setattr(attention, "resolve_attention", never_again)
     q, k, v = make_qkv(queries=3)
-    mixed = attend(q, k, v, "flash-attn")
+    mixed = attend(q, k, v, kernel)
     assert package.shapes[-1] == ((2, 3, 4, 5), (2, 7, 4, 5))
     assert torch.allclose(mixed, attend(q, k, v, "math"))
+
+
+def never_again(*where: object) -> None:
+    raise AssertionError("a kernel was resolved in a forward pass")
+
+
+@pytest.mark.parametrize("kind", [SelfAttention, FusedAttention])
+def test_a_forward_pass_does_not_resolve_a_kernel_that_has_a_name(monkeypatch, kind):
+    module, x = kind(24, 3, backend=resolve_attention("auto", CPU, torch.float32)), torch.randn(2, 9, 24)
+    monkeypatch.setattr(attention, "resolve_attention", never_again)
+    assert module.backend == "sdpa" and module(x).shape == x.shape
+
+
+def test_auto_in_a_module_built_by_hand_is_resolved_once_per_device_and_type(monkeypatch):
+    asked = []
+
+    def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+        asked.append((name, device, dtype))
+        return "math"
+
+    monkeypatch.setattr(attention, "resolve_attention", resolve)
+    modules, x = [SelfAttention(24, 3, backend="auto") for _ in range(2)], torch.randn(2, 9, 24)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        for module in modules:
+            module.to(dtype)(x.to(dtype))
+    assert asked == [("auto", CPU, torch.float32), ("auto", CPU, torch.float64)]
 
 
 def test_compiled_code_does_not_look_for_packages(monkeypatch):

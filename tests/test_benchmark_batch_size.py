@@ -55,7 +55,7 @@ def test_every_batch_is_trained_by_both_rules_but_the_one_where_they_agree():
     [(64, "sqrt", 16, 2.0), (4, "sqrt", 4, 0.5), (64, "fixed", 16, 1.0), (16, "sqrt", 16, 1.0)],
 )
 def test_the_rate_follows_and_large_batches_are_accumulated(batch, rule, micro, factor):
-    base = demo_config(Path("out"), Path("a"), Path("b"), "cpu-fused")
+    base = demo_config(Path("out"), (Path("a"), Path("b")), decoder="cpu-fused")
     config = batch_size.configured(base, Setting(batch, rule, seed=3), epochs=5)
     assert (config.optim.global_batch, config.optim.micro_batch) == (batch, micro)
     assert config.optim.learning_rate == pytest.approx(factor * base.optim.learning_rate)
@@ -111,7 +111,7 @@ def manifest(tmp_path: Path) -> Path:
 
 
 def test_trainings_take_the_steps_of_their_batch(manifest, tmp_path):
-    base = demo_config(tmp_path / "runs", manifest, manifest, "cpu-fused")
+    base = demo_config(tmp_path / "runs", (manifest, manifest), decoder="cpu-fused")
     small = batch_size.train(base, Setting(8, "fixed", 0), 1)
     (large,) = batch_size.train_all(base, [Setting(32, "sqrt", 0)], epochs=1, jobs=1)
     assert (small.steps, large.steps) == (4, 1)
@@ -123,7 +123,7 @@ def test_trainings_take_the_steps_of_their_batch(manifest, tmp_path):
 
 
 def test_a_training_that_was_stopped_has_no_result(manifest, tmp_path, monkeypatch):
-    base = demo_config(tmp_path / "runs", manifest, manifest, "cpu-fused")
+    base = demo_config(tmp_path / "runs", (manifest, manifest), decoder="cpu-fused")
     setting = Setting(16, "fixed", 0)
     log = tmp_path / "runs" / setting.name / "log.jsonl"
     log.parent.mkdir(parents=True)

@@ -27,13 +27,14 @@ from avion_dali.engine.checkpoint import (
     export_safetensors,
     find_checkpoint,
     load_checkpoint,
-    read_weights,
     restore_model,
     restore_optimizer,
     save_checkpoint,
     software_versions,
 )
 from avion_dali.engine.run_log import LOG_NAME, read_rows
+from avion_dali.engine.sharding import gathered
+from avion_dali.models.safetensors_files import read_safetensors
 
 
 def make_checkpoint(step: int = 4, size: int = 3) -> Checkpoint:
@@ -214,6 +215,20 @@ def test_other_parameter_groups_are_a_user_error():
         restore_optimizer(one, split.state_dict(), source="f.pt")
 
 
+def test_only_parameters_that_had_a_gradient_have_moments_after_a_resume(tmp_path):
+    """A parameter's first step is its first: nothing invents moments or step counts for it."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for used in (0, 1):
+        saved = gathered(optimizer.state_dict(), keep=True)
+        assert len(optimizer.state) == len(saved["state"]) == 2 * used
+        resumed = torch.optim.AdamW(model.parameters())
+        restore_optimizer(resumed, saved, source="f.pt")
+        assert len(resumed.state) == 2 * used
+        model[0](torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+
 def test_moments_are_restored_but_options_stay_the_runs_own():
     model = nn.Linear(2, 2)
     saved = torch.optim.AdamW(model.parameters(), weight_decay=0.5)
@@ -253,22 +268,19 @@ def test_safetensors_describe_themselves_and_load_back(tmp_path):
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["avion_dali"])
     assert header["config"]["model"]["size"] == "tiny" and header["versions"]["torch"]
-    state, described = read_weights(path)
+    state, described = read_safetensors(path)
     assert described == header
     other = Tied()
     restore_model(other, state, source="w")
     assert_same(weights(model), weights(other))
 
 
-def test_weights_come_from_either_kind_of_file(tmp_path):
-    save_checkpoint(tmp_path / "c.pt", make_checkpoint())
-    state, header = read_weights(tmp_path / "c.pt")
-    assert torch.equal(state["weight"], torch.arange(3.0)) and "data" in header["config"]
+def test_weights_that_cannot_be_read_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="none.safetensors"):
-        read_weights(tmp_path / "none.safetensors")
+        read_safetensors(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"12345678 nothing")
     with pytest.raises(UserError, match="not a readable safetensors file"):
-        read_weights(tmp_path / "bad.safetensors")
+        read_safetensors(tmp_path / "bad.safetensors")
 
 
 @pytest.mark.parametrize("accum_steps", [1, 2])

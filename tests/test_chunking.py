@@ -154,7 +154,7 @@ def test_only_missing_chunks_are_made_and_leftovers_removed(tmp_path):
     before = cut(video, out)
     stamps = {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
     (out / "1.mp4").unlink()
-    (out / "2.mp4.part").write_bytes(b"half")
+    (out / ".2.mp4.partial").write_bytes(b"half")
     report = chunk_video(video, out, SETTINGS)
     assert (report.made, report.kept, report.failed) == (1, 3, "")
     assert mv.frame_numbers(out / "1.mp4") == before[1]
@@ -178,7 +178,7 @@ def test_killed_run_is_continued(tmp_path):
     assert (report.kept, report.made) == (len(finished), 20 - len(finished))
     assert all((out / name).stat().st_mtime_ns == stamp for name, stamp in finished.items())
     assert flat({k: mv.frame_numbers(out / f"{k}.mp4") for k in range(20)}) == list(range(600))
-    assert not list(out.glob("*.part"))
+    assert not list(out.glob(".*.partial"))
 
 
 @pytest.mark.parametrize("change", [{"profile": "vp9"}, {"chunk_seconds": 2}, {"short_side": 64}])

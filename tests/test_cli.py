@@ -3,24 +3,29 @@
 import argparse
 import dataclasses
 import json
+import re
 from operator import attrgetter
 from pathlib import Path
 
 import make_videos
 import pytest
 
-from avion_dali.cli import features
-from avion_dali.cli.arguments import parse_options
-from avion_dali.cli.main import build_parser, list_videos, main
+from avion_dali.cli.arguments import parameters_as_keys, parse_options
+from avion_dali.cli.chunk import list_videos
+from avion_dali.cli.demo import DemoOptions
+from avion_dali.cli.demo_finetune import FinetuneDemoOptions
+from avion_dali.cli.main import SUBCOMMANDS, build_parser, main
+from avion_dali.cli.slurm import SlurmOptions
 from avion_dali.config import EvaluateConfig, TrainConfig
+from avion_dali.config.recipes import recipe_names, recipes_folder
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
 
 TRAIN_OPTIONS = {
     "": "output_dir decoder resume",
-    "data": "train_manifest eval_manifest num_frames frame_size sampling stride crop crop_scale crop_ratio "
-    "flip_probability repeats eval_clips eval_crops text relevancy_threshold normalization workers "
-    "prefetch_batches clip_timeout_s max_bad_fraction",
+    "data": "num_frames frame_size sampling stride crop crop_scale crop_ratio flip_probability repeats "
+    "eval_clips eval_crops text relevancy_threshold workers prefetch_batches clip_timeout_s max_bad_fraction "
+    "train_manifest eval_manifest normalization",
     "augment": "color_jitter rand_augment_ops rand_augment_magnitude erasing_probability",
     "model": "encoder size weights temporal_resize embed_dim activation norm_eps pre_norm context_length "
     "drop_path drop_path_schedule patch_dropout attention checkpoint_every compile train_logit_scale",
@@ -35,10 +40,6 @@ TRAIN_OPTIONS = {
     "run": "seed precision sharding log_every eval_every save_every save_minutes keep_last spike_factor "
     "on_spike max_steps",
 }
-EVALUATE_OPTIONS = (
-    "checkpoint manifest decoder workers micro_batch num_frames eval_clips eval_crops frozen_frames output "
-    "output_dir"
-)
 COMMANDS = {
     "chunk": "--output --profile --chunk-seconds --short-side --jobs --root",
     "manifest captions": "--chunks --annotations --output --skip-bad-rows --jobs --classes-from",
@@ -53,7 +54,20 @@ COMMANDS = {
     "features": "--checkpoint --manifest --output --clip-seconds --num-frames --eval-clips --eval-crops "
     "--before-projection --decoder --workers --micro-batch",
     "env": "--json",
-    "demo": "--output-dir --decoder",
+    "recipes": "",
+}
+CONFIGURED = {
+    "evaluate": (
+        EvaluateConfig,
+        "checkpoint manifest decoder workers micro_batch num_frames eval_clips eval_crops frozen_frames output "
+        "output_dir",
+    ),
+    "slurm": (
+        SlurmOptions,
+        "nodes gpus_per_node cpus_per_process memory_gb time stretches partition account name log_dir cluster",
+    ),
+    "demo": (DemoOptions, "output_dir decoder"),
+    "demo-finetune": (FinetuneDemoOptions, "demo_dir output_dir decoder"),
 }
 
 
@@ -76,11 +90,72 @@ def test_options_of_training_and_evaluation() -> None:
     sections = {name: names(type(attrgetter(name)(config))) for name in TRAIN_OPTIONS if name}
     top = [name for name in names(TrainConfig) if name not in sections]
     assert {"": top} | sections == {section: text.split() for section, text in TRAIN_OPTIONS.items()}
-    assert names(EvaluateConfig) == EVALUATE_OPTIONS.split()
+    for kind, text in CONFIGURED.values():
+        assert names(kind) == text.split()
 
 
 def test_subcommands_and_their_options() -> None:
-    assert subcommands(build_parser()) == {name: text.split() for name, text in COMMANDS.items()}
+    with_settings = dict.fromkeys(("pretrain", "finetune", *CONFIGURED), "")
+    assert subcommands(build_parser()) == {
+        name: text.split() for name, text in (COMMANDS | with_settings).items()
+    }
+
+
+def options_shown(capsys: pytest.CaptureFixture[str], command: str) -> set[str]:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert not end.value.code
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: avion-dali {command} ")
+    return set(re.findall(r"^  --([\w.]+)", shown, re.MULTILINE))
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_the_help_of_a_training_shows_all_settings(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    settings = {f"{s}.{name}".lstrip(".") for s, text in TRAIN_OPTIONS.items() for name in text.split()}
+    assert settings <= options_shown(capsys, command)
+
+
+@pytest.mark.parametrize("command", CONFIGURED)
+def test_the_help_of_other_commands_shows_all_settings(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert set(CONFIGURED[command][1].split()) <= options_shown(capsys, command)
+
+
+def test_a_missing_and_a_wrong_command_are_answered_with_all_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for argv in ([], ["pretrian"]):
+        with pytest.raises(SystemExit) as end:
+            main(argv)
+        assert end.value.code == 2
+    assert re.search("choose from .*pretrain", capsys.readouterr().err)
+
+
+def test_a_recipe_is_found_by_name_and_a_file_is_preferred(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for named in ("pretrain_tiny", "pretrain_tiny.yaml", "configs/pretrain_tiny.yaml"):
+        for argv in (["--config", named], [f"--config={named}"]):
+            assert parse_options(TrainConfig, argv, prog="p", description="d").model.size == "tiny"
+    (tmp_path / "configs").mkdir()
+    for own in (tmp_path / "pretrain_tiny.yaml", tmp_path / "configs" / "pretrain_tiny.yaml"):
+        own.write_text("run: {seed: 7}\n")
+        named = str(own.relative_to(tmp_path))
+        assert parse_options(TrainConfig, ["--config", named], prog="p", description="d").run.seed == 7
+    for missing in ("pretrain_tinny", "elsewhere/pretrain_tiny.yaml", "configs/pretrain_tiny.yml"):
+        with pytest.raises(UserError, match=f"--config {missing}: .*recipes are: demo, .*, pretrain_tiny, "):
+            parse_options(TrainConfig, ["--config", missing], prog="p", description="d")
+    (tmp_path / "pretrain_tiny.yaml").unlink()
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"{name}\n    " in listed for name in recipe_names()) and listed.count("Hardware: ") == len(
+        recipe_names()
+    )
+    assert main(["recipes", "pretrain_tiny"]) == 0
+    assert capsys.readouterr().out == (recipes_folder() / "pretrain_tiny.yaml").read_text()
 
 
 def test_dashes_and_underscores_are_the_same(tmp_path: Path) -> None:
@@ -112,9 +187,9 @@ def test_an_unknown_key_is_answered_with_the_keys_of_its_section(argument: str, 
 
 
 def test_help_speaks_to_its_reader(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (main, features.main):
+    for argv in (["--help"], *([name, "--help"] for name in SUBCOMMANDS)):
         with pytest.raises(SystemExit):
-            command(["--help"])
+            main(argv)
         shown = capsys.readouterr().out
         assert "usage:" in shown and "re-import" not in shown and "Light" not in shown
 
@@ -151,3 +226,16 @@ def test_folders_are_searched_and_empty_ones_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no video"):
         list_videos([tmp_path / "empty"], but_not=tmp_path / "out")
+
+
+def test_errors_name_keys_and_options_where_the_library_names_parameters() -> None:
+    def translated(message: str, options: type) -> str:
+        with pytest.raises(UserError) as caught, parameters_as_keys(options):
+            raise UserError(message)
+        return str(caught.value)
+
+    message = "`num_frames` and `decoder` do not fit `other` and `avion-dali chunk`"
+    assert translated(message, TrainConfig) == (
+        "data.num_frames and --decoder do not fit `other` and `avion-dali chunk`"
+    )
+    assert translated(message, EvaluateConfig).startswith("--num-frames and --decoder do not")

@@ -54,12 +54,12 @@ def test_rules_follow_the_configuration() -> None:
         crop_ratio=(1.0, 2.0), flip_probability=0.25, repeats=2, eval_clips=5, eval_crops=3, text="relevant",
         relevancy_threshold=0.4,
     )  # fmt: skip
-    training, evaluation = (ClipRules.from_config(data, training=value) for value in (True, False))
+    training, evaluation = (ClipRules.from_options(data, training=value) for value in (True, False))
     assert replace(training, training=False) == evaluation
     for name in (field.name for field in fields(ClipRules) if field.name != "training"):
         assert getattr(training, name) == getattr(data, name)
         assert getattr(data, name) != getattr(DataConfig(), name)
-    assert ClipRules.from_config(DataConfig(), training=True) == ClipRules(4, 224, training=True)
+    assert ClipRules.from_options(DataConfig(), training=True) == ClipRules(4, 224, training=True)
     assert (training.clip_shape, evaluation.clip_shape) == ((2, 16, 112, 112, 3), (3, 16, 112, 112, 3))
 
 
@@ -98,7 +98,7 @@ def test_relevant_texts_are_captions_above_the_threshold(tmp_path: Path) -> None
 
 def test_a_row_without_a_relevant_caption_is_named(tmp_path: Path) -> None:
     rules = replace(RULES, text="relevant")
-    with pytest.raises(UserError, match=r"row 2 exceeds data\.relevancy_threshold = 0\.1; lower it"):
+    with pytest.raises(UserError, match=r"row 2 exceeds `relevancy_threshold` = 0\.1; lower it"):
         Planner(labelled_manifest(tmp_path), rules, seed=0).plan(2, 0)
     evaluation = Planner(labelled_manifest(tmp_path), replace(rules, training=False), seed=0)
     assert evaluation.plan(3, 0).tokens == (1, 101, 99)
@@ -154,8 +154,8 @@ def clips_of_a_row(folder: Path, num_source: int, **rules: object) -> list[list[
     write_manifest(folder, chunk_root="/chunks", chunks=[chunk], samples=samples)
     clips = ClipRules(16, 224, training=False, **rules)
     planner = Planner(Manifest(folder), clips, seed=0)
-    assert planner.num_rows == 2 * clips.eval_clips
-    requests = [planner.plan(row, 0) for row in range(clips.eval_clips, planner.num_rows)]
+    assert planner.num_clips == 2 * clips.eval_clips
+    requests = [planner.plan(row, 0) for row in range(clips.eval_clips, planner.num_clips)]
     assert {request.sample_id for request in requests} == {1}
     return [[request.parts[0].frame_ids[i] for i in request.gather] for request in requests]
 

@@ -8,26 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch_data import CONFIGS, RECIPES, ROOT, LaunchData, launch, launch_data, of_kind, recipe_config  # noqa: F401
+from launch_data import CONFIGS, RECIPES, LaunchData, launch, launch_data, of_kind, recipe_config  # noqa: F401
 
-from avion_dali.assembly.tasks import BEST_METRIC
 from avion_dali.cli.arguments import parse_options
 from avion_dali.cli.demo import DemoOptions
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.engine.checkpoint import load_checkpoint
-from avion_dali.models.start import open_start
+from avion_dali.models.starting_weights import open_start
+from avion_dali.tasks.table import find_task
 
-OPTIONS = {
-    "train.pretrain": TrainConfig,
-    "train.finetune": TrainConfig,
-    "train.evaluate": EvaluateConfig,
-    "train.demo": DemoOptions,
-}
+OPTIONS = {"pretrain": TrainConfig, "finetune": TrainConfig, "evaluate": EvaluateConfig, "demo": DemoOptions}
 TRAINS = {
-    "contrastive": "train.pretrain",
-    "masked-video": "train.pretrain",
-    "max-margin": "train.finetune",
-    "classification": "train.finetune",
+    "contrastive": "pretrain",
+    "masked-video": "pretrain",
+    "max-margin": "finetune",
+    "classification": "finetune",
 }
 
 
@@ -52,20 +47,21 @@ def header_fields(recipe: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_says_how_it_is_run_and_what_was_published(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = header_fields(recipe)
     assert set(fields) == {"Command", "Hardware", "Published number"}
     assert all(fields.values())
     words = shlex.split(fields["Command"])
-    module = next(word for word in words if word.startswith("train."))
-    arguments = words[words.index(module) + 1 :]
-    monkeypatch.chdir(ROOT)
-    if module in OPTIONS:
-        parse_options(OPTIONS[module], arguments, prog="p", description="d")
-    if module in ("train.pretrain", "train.finetune"):
-        assert arguments[arguments.index("--config") + 1] == f"configs/{recipe.name}"
-        assert module == TRAINS[recipe_config(recipe).objective.name]
+    launch = next(i for i, word in enumerate(words) if word in ("avion-dali", "avion_dali"))
+    assert launch == 0 or words[0] == "torchrun" and words[launch - 1] == "-m"
+    command, *arguments = words[launch + 1 :]
+    monkeypatch.chdir(tmp_path)
+    parse_options(OPTIONS[command], arguments, prog="p", description="d")
+    if command != "demo":
+        assert arguments[arguments.index("--config") + 1] == recipe.stem
+    if command in TRAINS.values():
+        assert command == TRAINS[recipe_config(recipe).objective.name]
 
 
 @pytest.fixture(scope="session")
@@ -86,12 +82,13 @@ def test_a_recipe_trains(
     data: LaunchData,
     pretrained: dict[str, Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", logger="avion_dali")
     if decoder == "dali":
         pytest.importorskip("nvidia.dali")
     config = recipe_config(recipe)
-    is_finetuning = TRAINS[config.objective.name] == "train.finetune"
+    is_finetuning = TRAINS[config.objective.name] == "finetune"
     weights = str(pretrained[config.model.encoder]) if is_finetuning else ""
     more = ("--decoder", decoder, "--run.max_steps", "3", "--model.weights", weights)
     rows = launch(recipe, data, tmp_path, *more)
@@ -101,13 +98,13 @@ def test_a_recipe_trains(
     assert {row["decoder"] for row in trained} == {decoder}
     assert trained[-1]["decoded_on_cpu"] == trained[-1]["replaced"] == 0
     (evaluation,) = of_kind(rows, "evaluation")[-1:]
-    assert np.isfinite(evaluation[BEST_METRIC[config.objective.name]])
+    assert np.isfinite(evaluation[find_task(config.objective.name).best_metric])
     assert (evaluation["unreadable"], evaluation["step"]) == (0, 3)
     assert load_checkpoint(tmp_path / "checkpoint.pt").step == 3
     assert (
         open_start(str(tmp_path / "weights.safetensors")).config["objective"]["name"] == config.objective.name
     )
     assert (tmp_path / "report.html").is_file() and (tmp_path / "checkpoint_best.pt").is_file()
-    said = re.search(r"(\d+) of (\d+) parameters loaded", capsys.readouterr().err)
+    said = re.search(r"(\d+) of (\d+) parameters loaded", caplog.text)
     assert bool(said) == is_finetuning
     assert said is None or int(said[1]) >= int(said[2]) - 4  # a head, and what stands before it

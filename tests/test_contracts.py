@@ -4,14 +4,12 @@ import pickle
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
-from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 from avion_dali.contracts import (
-    FAILURE_KINDS,
     ChunkRef,
     ClipBatch,
     ClipError,
@@ -19,7 +17,6 @@ from avion_dali.contracts import (
     ClipRequest,
     CropWindow,
     DecodeError,
-    FailureKind,
 )
 
 CHUNK = ChunkRef("/chunks/a/0.mp4", 1000, 10, 64, 48)
@@ -142,10 +139,6 @@ def test_decode_error_survives_pickling_and_tells_everything() -> None:
     assert str(copy) == str(error)
     for word in ("/chunks/a/0.mp4", "corrupt", "bad slice", "cpu-fused", "[1, 4]"):
         assert word in str(error)
-
-
-def test_failure_kinds_are_listed_once_each() -> None:
-    assert get_args(FailureKind) == FAILURE_KINDS
 
 
 def test_batch_length_counts_clips_not_views() -> None:

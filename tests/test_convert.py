@@ -11,14 +11,16 @@ from small_models import (
     small_dual_encoder,
     small_masked_video,
     small_open_clip,
+    written,
 )
 from test_presets import TABLES, expand
+from torch import nn
 
 from avion_dali.config import ModelConfig
 from avion_dali.contracts import UserError
 from avion_dali.models.blocks import VideoTowerConfig
 from avion_dali.models.classifier import Classifier, build_classifier
-from avion_dali.models.convert import LAYOUTS, from_ours, identify, remap_avion_keys, to_ours
+from avion_dali.models.convert import from_ours, identify, remap_avion_keys, to_ours
 from avion_dali.models.convert_lavila import vit_to_timesformer
 from avion_dali.models.dual_encoder import build_dual_encoder
 from avion_dali.models.masked_video import MaskedVideo, build_masked_video
@@ -27,6 +29,7 @@ from avion_dali.models.timesformer import TimeSformer
 from avion_dali.models.towers import build_video_tower
 from avion_dali.models.videomae import VideoMAETower
 from avion_dali.models.vit import VideoTower
+from avion_dali.models.weight_facts import LAYOUTS
 
 FOLDER = Path(__file__).parent
 GOLDEN = json.loads((FOLDER / "golden_clip_tiny.json").read_text())
@@ -171,7 +174,9 @@ def test_every_published_name_has_its_place_both_ways(table):
     assert ours == shapes_of(real_model(table))
     flash = "flash" in table
     layout = "avion-flash" if flash else "avion-plain" if family == "avion" else "videomae"
-    back = {name: tuple(tensor.shape) for name, tensor in from_ours(state, layout).items()}
+    encoder = "vit" if family == "avion" else "videomae"
+    theirs_again = from_ours(state, layout, encoder=encoder)
+    back = {name: tuple(tensor.shape) for name, tensor in theirs_again.items()}
     assert back == theirs
 
 
@@ -198,16 +203,18 @@ MODELS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_conversions_are_inverses(layout):
-    state = MODELS[layout]().state_dict()
+    model = MODELS[layout]()
+    state = model.state_dict()
     if layout == "videomae":  # which has no biases of keys
         for name, tensor in state.items():
             if name.endswith("qkv.bias"):
                 tensor[tensor.shape[0] // 3 : 2 * tensor.shape[0] // 3] = 0
-    theirs = from_ours(state, layout)
+    theirs = written(model, layout)
     assert layout == "avion-plain" or theirs.keys() != state.keys()
     family = identify(theirs)
     assert same_tensors(to_ours(theirs, family)[0], state)
-    assert same_tensors(from_ours(to_ours(theirs, family)[0], layout), theirs)
+    model.load_state_dict(to_ours(theirs, family)[0])
+    assert same_tensors(written(model, layout), theirs)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +222,7 @@ def test_conversions_are_inverses(layout):
 )
 def test_avions_videomae_style_keeps_biases_of_keys(make):
     state = make().state_dict()
-    theirs = from_ours(state, "avion-flash")
+    theirs = written(make(), "avion-flash")
     assert any(name.endswith("attn.Wqkv.bias") for name in theirs)
     assert same_tensors(to_ours(theirs, identify(theirs))[0], state)
 
@@ -224,18 +231,18 @@ def test_a_bias_of_keys_changes_nothing():
     model = small_classifier("videomae")
     clips = wave(2, 3, 4, 32, 32)
     before = model(clips)
-    state = to_ours(from_ours(model.state_dict(), "videomae"), "videomae")[0]
+    state = to_ours(written(model, "videomae"), "videomae")[0]
     assert not torch.equal(state["visual.blocks.0.attn.qkv.bias"], model.visual.blocks[0].attn.qkv.bias)
     model.load_state_dict(state)
     assert torch.allclose(model(clips), before, atol=1e-5)
 
 
 def test_frame_positions_do_not_go_to_open_clip():
-    state = small_dual_encoder().state_dict()
+    model = small_dual_encoder()
     with pytest.raises(UserError, match="no place for 4 frame positions"):
-        from_ours(state, "open_clip")
-    state["visual.temporal_embedding"].zero_()
-    assert "visual.temporal_embedding" not in from_ours(state, "open_clip")
+        written(model, "open_clip")
+    nn.init.zeros_(model.visual.temporal_embedding)
+    assert "visual.temporal_embedding" not in written(model, "open_clip")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +256,7 @@ def test_frame_positions_do_not_go_to_open_clip():
 )
 def test_models_that_a_project_lacks_are_refused(make, layout):
     with pytest.raises(UserError, match=f"cannot be written as {layout}"):
-        from_ours(make().state_dict(), layout)
+        written(make(), layout)
 
 
 @pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])

@@ -19,6 +19,7 @@ import numpy as np
 import odd_decoders
 import pytest
 import torch
+from processes import left_after
 
 from avion_dali.contracts import ChunkRef, ClipBatch, ClipRequest, UserError
 from avion_dali.data.manifest import Chunk, Manifest, Sample, write_manifest
@@ -26,10 +27,10 @@ from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.data.probe import probe_chunk
 from avion_dali.decode import cpu_fused
-from avion_dali.loading.cpu_loader import CpuLoader
-from avion_dali.loading.filling import LoaderSettings
-from avion_dali.loading.pool import DecodePool, Ticket
-from avion_dali.loading.ring import SharedRing
+from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
+from avion_dali.loading.frames_strategy import FramesStrategy
+from avion_dali.loading.pool import Ticket, WorkerPool
+from avion_dali.loading.ring import Place
 
 SAMPLES = 60
 
@@ -48,31 +49,28 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @contextmanager
 def loader_of(
     manifest: Manifest,
-    pool: DecodePool,
+    pool: WorkerPool,
+    decode: Callable = odd_decoders.paint_identity,
     *,
     quarantine: Path | None = None,
     bad: float = 0.5,
+    eval_clips: int = 1,
     **schedule: object,
-) -> Iterator[CpuLoader]:
-    rules = ClipRules(num_frames=2, frame_size=16, training=bool(schedule.get("training", True)))
-    plan = BatchSchedule(manifest.num_samples, **{"global_batch": 12, "micro_batch": 6, "seed": 5, **schedule})
+) -> Iterator[ClipLoader]:
+    training = bool(schedule.get("training", True))
+    rules = ClipRules(num_frames=2, frame_size=16, training=training, eval_clips=eval_clips)
+    sizes = {"global_batch": 12, "micro_batch": 6, "seed": 5, "clips_per_sample": rules.clips_per_row}
+    plan = BatchSchedule(manifest.num_samples, **sizes | schedule)
     settings = LoaderSettings(
         torch.device("cpu"), context_length=4, max_bad_fraction=bad, quarantine=quarantine
     )
-    loader = CpuLoader(Planner(manifest, rules, seed=plan.seed), plan, pool, settings)
-    try:
+    planner, strategy = Planner(manifest, rules, seed=plan.seed), FramesStrategy(decode)
+    with ClipLoader(planner, plan, pool=pool, strategy=strategy, settings=settings) as loader:
         yield loader
-    finally:
-        loader.close()
 
 
-@contextmanager
-def pool_of(decode: Callable, *, workers: int = 1, timeout: float = 20.0) -> Iterator[DecodePool]:
-    pool = DecodePool(decode, workers=workers, clip_timeout_s=timeout)
-    try:
-        yield pool
-    finally:
-        pool.close()
+def pool_of(*, workers: int = 1, timeout: float = 20.0) -> WorkerPool:
+    return WorkerPool(workers=workers, timeout_s=timeout)
 
 
 def painted_ids(batch: ClipBatch) -> list[int]:
@@ -85,7 +83,7 @@ def test_every_sample_once_with_its_own_frames_and_text(
     manifest: Manifest, workers: int, world_size: int, micro_batch: int
 ) -> None:
     seen: dict[int, list[int]] = {0: [], 1: []}
-    with pool_of(odd_decoders.paint_identity, workers=workers) as pool:
+    with pool_of(workers=workers) as pool:
         for rank in range(world_size):
             sizes = {"world_size": world_size, "rank": rank, "micro_batch": micro_batch}
             with loader_of(manifest, pool, **sizes) as loader:
@@ -103,7 +101,7 @@ def test_every_sample_once_with_its_own_frames_and_text(
 
 def test_evaluation_drops_nothing_and_keeps_the_order(manifest: Manifest) -> None:
     with (
-        pool_of(odd_decoders.paint_identity) as pool,
+        pool_of() as pool,
         loader_of(manifest, pool, training=False, global_batch=16, micro_batch=16) as loader,
     ):
         batches = list(loader.batches(0, loader.steps_per_epoch))
@@ -112,7 +110,7 @@ def test_evaluation_drops_nothing_and_keeps_the_order(manifest: Manifest) -> Non
 
 
 def test_resume_in_mid_epoch_gives_the_same_batches(manifest: Manifest) -> None:
-    with pool_of(odd_decoders.paint_identity) as pool:
+    with pool_of() as pool:
         with loader_of(manifest, pool) as loader:
             whole = [b.frames_BTHWC.numpy().copy() for b in loader.batches(0, 8)]
         with loader_of(manifest, pool) as loader:
@@ -120,10 +118,10 @@ def test_resume_in_mid_epoch_gives_the_same_batches(manifest: Manifest) -> None:
     np.testing.assert_array_equal(np.stack(whole[3 * 2 :]), np.stack(rest))
 
 
-def run_faulty_epoch(manifest: Manifest, workers: int, quarantine: Path) -> tuple[list[int], CpuLoader]:
+def run_faulty_epoch(manifest: Manifest, workers: int, quarantine: Path) -> tuple[list[int], ClipLoader]:
     with (
-        pool_of(odd_decoders.fail_on_sevens, workers=workers, timeout=1.0) as pool,
-        loader_of(manifest, pool, quarantine=quarantine) as loader,
+        pool_of(workers=workers, timeout=1.0) as pool,
+        loader_of(manifest, pool, odd_decoders.fail_on_sevens, quarantine=quarantine) as loader,
     ):
         delivered = []
         for batch in loader.batches(0, 5):
@@ -153,7 +151,7 @@ def test_a_stalled_read_a_killed_worker_and_bad_files_cost_one_clip_each(
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_killed_while_it_has_nothing_to_do_costs_no_clip(manifest: Manifest, workers: int) -> None:
     with (
-        pool_of(odd_decoders.paint_identity, workers=workers) as pool,
+        pool_of(workers=workers) as pool,
         loader_of(manifest, pool) as loader,
     ):
         delivered: list[int] = []
@@ -169,8 +167,10 @@ def test_a_worker_killed_while_it_has_nothing_to_do_costs_no_clip(manifest: Mani
 
 def test_evaluation_marks_unreadable_clips_instead_of_replacing_them(manifest: Manifest) -> None:
     with (
-        pool_of(odd_decoders.fail_on_sevens, timeout=1.0) as pool,
-        loader_of(manifest, pool, training=False, global_batch=30, micro_batch=30) as loader,
+        pool_of(timeout=1.0) as pool,
+        loader_of(
+            manifest, pool, odd_decoders.fail_on_sevens, training=False, global_batch=30, micro_batch=30
+        ) as loader,
     ):
         batches = list(loader.batches(0, 2))
     invalid = [int(i) for b in batches for i in b.sample_ids[~b.valid]]
@@ -182,10 +182,27 @@ def test_evaluation_marks_unreadable_clips_instead_of_replacing_them(manifest: M
         assert all(error.substitute_id is None for error in batch.errors)
 
 
+def test_bad_samples_are_bounded_by_samples_however_many_clips_each_gives(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    """60 samples of 5 clips: 20 % are 12 samples, which fail in 60 clips."""
+    sizes = {"training": False, "global_batch": 10, "micro_batch": 10, "eval_clips": 5}
+    quarantine = tmp_path / "q.jsonl"
+    with (
+        pool_of() as pool,
+        loader_of(manifest, pool, odd_decoders.fail_always, bad=0.2, quarantine=quarantine, **sizes) as loader,
+    ):
+        assert len(loader) == 30
+        with pytest.raises(UserError, match="13 of 60 samples could not be read"):
+            list(loader)
+    failed = [json.loads(line)["sample_id"] for line in quarantine.read_text().splitlines()]
+    assert failed == [i // 5 for i in range(12 * 5 + 1)]
+
+
 def test_too_many_failures_stop_the_run(manifest: Manifest, tmp_path: Path) -> None:
     with (
-        pool_of(odd_decoders.fail_always) as pool,
-        loader_of(manifest, pool, bad=0.2, quarantine=tmp_path / "q.jsonl") as loader,
+        pool_of() as pool,
+        loader_of(manifest, pool, odd_decoders.fail_always, bad=0.2, quarantine=tmp_path / "q.jsonl") as loader,
         pytest.raises(UserError, match=r"could not be read.*disk is gone"),
     ):
         list(loader.batches(0, 5))
@@ -193,8 +210,8 @@ def test_too_many_failures_stop_the_run(manifest: Manifest, tmp_path: Path) -> N
 
 def test_no_failure_is_tolerated_when_the_limit_is_zero(manifest: Manifest) -> None:
     with (
-        pool_of(odd_decoders.fail_always) as pool,
-        loader_of(manifest, pool, bad=0.0) as loader,
+        pool_of() as pool,
+        loader_of(manifest, pool, odd_decoders.fail_always, bad=0.0) as loader,
         pytest.raises(UserError, match="1 of 60 samples could not be read"),
     ):
         list(loader.batches(0, 5))
@@ -203,8 +220,10 @@ def test_no_failure_is_tolerated_when_the_limit_is_zero(manifest: Manifest) -> N
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_are_light(manifest: Manifest) -> None:
     with (
-        pool_of(odd_decoders.confess) as pool,
-        loader_of(manifest, pool, training=False, bad=1.0, global_batch=1, micro_batch=1) as loader,
+        pool_of() as pool,
+        loader_of(
+            manifest, pool, odd_decoders.confess, training=False, bad=1.0, global_batch=1, micro_batch=1
+        ) as loader,
     ):
         (batch,) = loader.batches(0, 1)
     facts = json.loads(batch.errors[0].cause)
@@ -228,8 +247,9 @@ def test_a_pipe_that_never_answers_is_a_timeout_and_the_next_clip_is_right(tmp_p
     rules = ClipRules(num_frames=2, frame_size=48, training=False)
     planner = Planner(Manifest(tmp_path / "m"), rules, seed=0)
     schedule = BatchSchedule(2, global_batch=2, micro_batch=2, training=False)
-    with pool_of(cpu_fused.decode_clip, timeout=1.5) as pool:
-        loader = CpuLoader(planner, schedule, pool, LoaderSettings(torch.device("cpu"), 4))
+    settings, strategy = LoaderSettings(torch.device("cpu"), 4), FramesStrategy(cpu_fused.decode_clip)
+    with pool_of(timeout=1.5) as pool:
+        loader = ClipLoader(planner, schedule, pool=pool, strategy=strategy, settings=settings)
         start = time.monotonic()
         (batch,) = loader.batches(0, 1)
         loader.close()
@@ -241,28 +261,36 @@ def test_a_pipe_that_never_answers_is_a_timeout_and_the_next_clip_is_right(tmp_p
     np.testing.assert_array_equal(batch.frames_BTHWC[1].numpy(), expected[0])
 
 
-def test_an_abandoned_loader_is_not_used_again(manifest: Manifest) -> None:
-    with pool_of(odd_decoders.paint_identity) as pool, loader_of(manifest, pool) as loader:
-        batches = loader.batches(0, 5)
-        next(batches)
-        batches.close()
-        with pytest.raises(RuntimeError, match="left early"):
-            next(loader.batches(0, 5))
+def test_a_late_worker_does_not_write_into_the_next_iteration(manifest: Manifest) -> None:
+    """Of two workers, one is still busy with clips of an iteration that was left."""
+    with pool_of(workers=2) as pool, loader_of(manifest, pool, odd_decoders.paint_late) as loader:
+        for taken in (1, 2, 3):
+            loader.set_epoch(0)
+            for _ in zip(range(taken), loader, strict=False):
+                pass
+            loader.set_epoch(1)
+            batches = iter(loader)
+            delivered = [next(batches)]
+            time.sleep(1.5)  # the clips worked on ahead are done, and the late ones as well
+            delivered += batches
+            for batch in delivered:
+                assert painted_ids(batch) == batch.sample_ids.tolist()
+                assert batch.frames_BTHWC[:, 0, 0, 0, 2].tolist() == [1] * 6
 
 
 TRAINER = """
 import os, sys, time
 import odd_decoders
-from avion_dali.loading.pool import DecodePool, Ticket
+from avion_dali.loading.pool import WorkerPool
 from avion_dali.loading.ring import SharedRing
-from avion_dali.loading.ring import SharedRing
+from avion_dali.loading.worker import decode_into
 if __name__ == "__main__":
-    pool = DecodePool(odd_decoders.paint_identity, workers=2, clip_timeout_s=30)
+    pool = WorkerPool(workers=2, timeout_s=30)
     ring = SharedRing(2, (4, 1, 2, 16, 16, 3))
     from avion_dali.contracts import *
     parts = (ClipPart(ChunkRef("x", 1, 9, 64, 48), (1,)),)
     request = ClipRequest(1, 0, parts, (0, 0), (CropWindow(0, 0, 8, 8),), (False,), 16)
-    pool.wait(pool.submit(request, ring, 0))
+    pool.wait(pool.schedule(decode_into, odd_decoders.paint_identity, request, ring.place(0, 0)))
     print(ring.name, flush=True)
     time.sleep(60)
 """
@@ -272,7 +300,8 @@ if __name__ == "__main__":
 def test_nothing_survives_a_killed_trainer(tmp_path: Path) -> None:
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    tests = Path(__file__).resolve().parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests)))}
     trainer = subprocess.Popen(
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,
@@ -285,37 +314,21 @@ def test_nothing_survives_a_killed_trainer(tmp_path: Path) -> None:
     assert memory.exists()
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()
-    deadline = time.monotonic() + 3
-    while time.monotonic() < deadline and (_session_members(trainer.pid) or memory.exists()):
-        time.sleep(0.05)
-    assert _session_members(trainer.pid) == []
+    assert left_after(3, trainer.pid) == []
     assert not memory.exists()
-
-
-def _session_members(session: int) -> list[int]:
-    members = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(fields[3]) == session and fields[0] != "Z":
-                members.append(int(entry.name))
-    return members
 
 
 def requests_of(manifest: Manifest, workers: int, world_size: int, *, seed: int = 5) -> dict[int, ClipRequest]:
     """All requests of one epoch, by sample, as they reach the pool."""
     sent: dict[int, ClipRequest] = {}
-    with pool_of(odd_decoders.paint_identity, workers=workers) as pool:
-        submit = pool.submit
+    with pool_of(workers=workers) as pool:
+        schedule = pool.schedule
 
-        def noting(request: ClipRequest, ring: SharedRing, offset: int) -> Ticket:
+        def noting(task: Callable, request: ClipRequest, place: Place) -> Ticket:
             sent[request.sample_id] = request
-            return submit(request, ring, offset)
+            return schedule(task, request, place)
 
-        pool.submit = noting  # type: ignore[method-assign]
+        pool.schedule = noting  # type: ignore[method-assign]
         for rank in range(world_size):
             sizes = {"global_batch": 40, "micro_batch": 10, "rank": rank, "world_size": world_size}
             with loader_of(manifest, pool, seed=seed, **sizes) as loader:

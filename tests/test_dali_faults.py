@@ -17,13 +17,13 @@ from dali_clips import (
     epoch,
     loader_of,
     planner_of,
-    pool_of,
 )
 
 from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.planner import Planner
 from avion_dali.decode.source import gather_packets
+from avion_dali.loading.pool import WorkerPool
 
 pytest.importorskip("nvidia.dali")
 
@@ -81,8 +81,9 @@ def assert_right_frames(batch: ClipBatch, planner: Planner) -> None:
 
 def test_an_epoch_of_training_goes_on_past_every_kind_of_fault(manifest: Manifest) -> None:
     planner = planner_of(manifest)
-    with pool_of(workers=2, timeout=3.0, kind=odd_collectors.OddPool) as pool:
-        with loader_of(planner, pool, training=True, global_batch=4, micro_batch=4) as loader:
+    sizes = {"training": True, "global_batch": 4, "micro_batch": 4, "collect": odd_collectors.collect_oddly}
+    with WorkerPool(workers=2, timeout_s=3.0) as pool:
+        with loader_of(planner, pool, **sizes) as loader:
             batches = epoch(loader)
             stats = loader.stats
         assert len(batches) == 5
@@ -100,7 +101,7 @@ def test_an_epoch_of_training_goes_on_past_every_kind_of_fault(manifest: Manifes
         assert all(error.cause.startswith("DALI cannot decode it: ") for error in refused)
         assert refused
         assert all(Path(error.path).stem == "b" and error.frame_ids for error in refused)
-        with loader_of(planner, pool, training=True, global_batch=4, micro_batch=4) as loader:
+        with loader_of(planner, pool, **sizes) as loader:
             again = epoch(loader, 3, 5)
     for batch, same in zip(batches[3:], again, strict=True):
         np.testing.assert_array_equal(batch.sample_ids, same.sample_ids)
@@ -109,10 +110,8 @@ def test_an_epoch_of_training_goes_on_past_every_kind_of_fault(manifest: Manifes
 
 def test_evaluation_marks_them_and_keeps_all_others(manifest: Manifest) -> None:
     planner = planner_of(manifest, training=False)
-    with (
-        pool_of(workers=2, timeout=3.0, kind=odd_collectors.OddPool) as pool,
-        loader_of(planner, pool, global_batch=5, micro_batch=5) as loader,
-    ):
+    sizes = {"global_batch": 5, "micro_batch": 5, "collect": odd_collectors.collect_oddly}
+    with WorkerPool(workers=2, timeout_s=3.0) as pool, loader_of(planner, pool, **sizes) as loader:
         batches = epoch(loader)
         assert loader.stats.invalid == len(UNREADABLE)
     ids = [i for batch in batches for i in batch.sample_ids.tolist()]
@@ -126,14 +125,30 @@ def test_evaluation_marks_them_and_keeps_all_others(manifest: Manifest) -> None:
 def test_when_dali_refuses_everything(manifest: Manifest) -> None:
     """Batches of invalid rows alone, or an end at once where no failure is tolerated."""
     planner = FixedPlanner([planner_of(manifest).plan(i, 0) for i in range(6)])
-    with pool_of(kind=odd_collectors.RefusedPool) as pool:
-        with loader_of(planner, pool, global_batch=4, micro_batch=4) as loader:
+    refused = {"collect": odd_collectors.collect_refused}
+    with WorkerPool(workers=1, timeout_s=60) as pool:
+        with loader_of(planner, pool, global_batch=4, micro_batch=4, **refused) as loader:
             batches = epoch(loader)
             assert loader.stats.invalid == 6
         assert [len(batch) for batch in batches] == [4, 2]
         assert not any(batch.valid.any() or batch.frames_BTHWC.any() for batch in batches)
         with (
-            loader_of(planner, pool, bad=0.0) as loader,
+            loader_of(planner, pool, bad=0.0, **refused) as loader,
             pytest.raises(UserError, match="1 of 6 samples could not be read.*DALI cannot decode it"),
         ):
             epoch(loader)
+
+
+def test_leaving_while_dali_has_refused_batches_under_way(manifest: Manifest) -> None:
+    """They are given up with the iteration, and the next one finds its own."""
+    planner = FixedPlanner([planner_of(manifest).plan(i, 0) for i in range(16)])
+    sizes = {"global_batch": 2, "micro_batch": 2, "collect": odd_collectors.collect_with_refused_pairs}
+    with WorkerPool(workers=1, timeout_s=60) as pool, loader_of(planner, pool, **sizes) as loader:
+        for taken in (1, 3, 5):
+            for _ in zip(range(taken), loader, strict=False):
+                pass
+            batches = list(loader)
+            ids = [i for batch in batches for i in batch.sample_ids.tolist()]
+            valid = [v for batch in batches for v in batch.valid.tolist()]
+            assert ids == list(range(16))
+            assert valid == [i % 4 < 2 for i in ids]

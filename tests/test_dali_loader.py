@@ -1,11 +1,10 @@
-"""DaliLoader: every clip once and in order, whatever DALI can decode of it, and a clear word otherwise."""
+"""Loading with DALI: every clip once and in order, whether DALI can decode it or not, and clear errors."""
 
 import errno
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,19 +23,19 @@ from dali_clips import (
     epoch,
     loader_of,
     planner_of,
-    pool_of,
+    strategy_of,
 )
+from processes import left_after
 from test_source import indexed_ref
 
 from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.data.manifest import Manifest
-from avion_dali.loading.pool import DecodePool
+from avion_dali.loading.pool import WorkerPool
 
 pytest.importorskip("nvidia.dali")
 
 from test_graph import assert_close
 
-from pipelines.loader import DaliLoader
 from pipelines.source import GraphRunner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +53,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[DecodePool]:
-    with pool_of() as pool:
+def pool() -> Iterator[WorkerPool]:
+    with WorkerPool(workers=1, timeout_s=60) as pool:
         yield pool
 
 
@@ -69,7 +68,7 @@ def assert_same(batches: list[ClipBatch], others: list[ClipBatch]) -> None:
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 8), (2, 2)])
 def test_every_sample_once_an_epoch_with_its_own_frames_and_text(
-    manifest: Manifest, pool: DecodePool, world_size: int, micro_batch: int
+    manifest: Manifest, pool: WorkerPool, world_size: int, micro_batch: int
 ) -> None:
     planner, seen = planner_of(manifest), {0: [], 1: []}
     for rank in range(world_size):
@@ -88,7 +87,7 @@ def test_every_sample_once_an_epoch_with_its_own_frames_and_text(
     assert seen[0] != seen[1]
 
 
-def test_resume_at_any_step_gives_the_same_batches(manifest: Manifest, pool: DecodePool) -> None:
+def test_resume_at_any_step_gives_the_same_batches(manifest: Manifest, pool: WorkerPool) -> None:
     sizes = {"training": True, "global_batch": 6, "micro_batch": 3}
     with loader_of(planner_of(manifest), pool, **sizes) as loader:
         whole = epoch(loader, 0, 7)
@@ -97,7 +96,7 @@ def test_resume_at_any_step_gives_the_same_batches(manifest: Manifest, pool: Dec
             assert_same(whole[2 * first :], epoch(loader, first, 7))
 
 
-def test_evaluation_drops_nothing_and_repeats_itself(manifest: Manifest, pool: DecodePool) -> None:
+def test_evaluation_drops_nothing_and_repeats_itself(manifest: Manifest, pool: WorkerPool) -> None:
     """With two ranks the last batch leaves one of them two clips and the other none."""
     planner = planner_of(manifest, training=False)
     ids = []
@@ -111,7 +110,7 @@ def test_evaluation_drops_nothing_and_repeats_itself(manifest: Manifest, pool: D
     assert sorted(ids) == list(range(22))
 
 
-def test_two_loaders_in_turn_share_a_pool(manifest: Manifest, pool: DecodePool) -> None:
+def test_two_loaders_in_turn_share_a_pool(manifest: Manifest, pool: WorkerPool) -> None:
     evaluating, training = planner_of(manifest, training=False), planner_of(manifest, size=32)
     with (
         loader_of(evaluating, pool) as first,
@@ -125,7 +124,7 @@ def test_two_loaders_in_turn_share_a_pool(manifest: Manifest, pool: DecodePool) 
         assert_same(taken, epoch(second, 0, 5))
 
 
-def test_a_batch_stays_as_it_was_delivered(manifest: Manifest, pool: DecodePool) -> None:
+def test_a_batch_stays_as_it_was_delivered(manifest: Manifest, pool: WorkerPool) -> None:
     with loader_of(planner_of(manifest), pool, training=True, global_batch=2, micro_batch=2) as loader:
         batches = loader.batches(0, 11)
         first = next(batches)
@@ -134,19 +133,8 @@ def test_a_batch_stays_as_it_was_delivered(manifest: Manifest, pool: DecodePool)
     assert torch.equal(first.frames_BTHWC, copy)
 
 
-def test_an_abandoned_loader_is_not_used_again(manifest: Manifest, pool: DecodePool) -> None:
-    for taken in (1, 10):  # while clips are being collected, and when all are in the graph
-        with loader_of(planner_of(manifest), pool, training=True, global_batch=2, micro_batch=2) as loader:
-            batches = loader.batches(0, 11)
-            for _ in range(taken):
-                next(batches)
-            batches.close()
-            with pytest.raises(RuntimeError, match="left early"):
-                next(loader.batches(0, 11))
-
-
 def test_clips_of_no_use_to_dali_are_decoded_in_workers_and_counted(
-    pool: DecodePool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pool: WorkerPool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """H.264 among VP9, parts of two sizes, and two batches in a row with nothing for the graph."""
     write = make_videos.write_video
@@ -175,7 +163,7 @@ def test_clips_of_no_use_to_dali_are_decoded_in_workers_and_counted(
     assert "chunks differ" in said[1]
 
 
-def test_mini_clips_larger_than_their_place_come_along(pool: DecodePool, tmp_path: Path) -> None:
+def test_mini_clips_larger_than_their_place_come_along(pool: WorkerPool, tmp_path: Path) -> None:
     noise = np.random.default_rng(0)
     path = make_videos.write_video(
         tmp_path / "noise.mp4",
@@ -186,7 +174,7 @@ def test_mini_clips_larger_than_their_place_come_along(pool: DecodePool, tmp_pat
     )
     request = clip_request(0, [(indexed_ref(path, tmp_path), (3, 9))], [(0, 0, 96, 80)], size=16)
     with loader_of(FixedPlanner([request] * 3), pool) as loader:
-        clip = pool.wait(loader._submit(request, 0, 0))
+        clip = pool.wait(pool.schedule(loader._strategy.task, request, loader._ring.place(0, 0)))
         assert len(clip.mini_clip.data) > loader._ring.clip_bytes
         (batch,) = epoch(loader)
         assert loader.stats.decoded_on_cpu == 0
@@ -194,7 +182,7 @@ def test_mini_clips_larger_than_their_place_come_along(pool: DecodePool, tmp_pat
         assert_close(batch.frames_BTHWC[row].numpy(), decoded(request)[0], row)
 
 
-def test_colours_of_another_matrix_are_put_right(pool: DecodePool, tmp_path: Path) -> None:
+def test_colours_of_another_matrix_are_put_right(pool: WorkerPool, tmp_path: Path) -> None:
     refs = []
     for colorspace in (6, 1):
         path = tmp_path / f"{colorspace}.mp4"
@@ -209,7 +197,7 @@ def test_colours_of_another_matrix_are_put_right(pool: DecodePool, tmp_path: Pat
 
 
 def test_too_little_shared_memory_is_a_clear_error(
-    manifest: Manifest, pool: DecodePool, monkeypatch: pytest.MonkeyPatch
+    manifest: Manifest, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -245,11 +233,12 @@ import sys
 from pathlib import Path
 import dali_clips
 from avion_dali.data.manifest import Manifest
+from avion_dali.loading.pool import WorkerPool
 
 if __name__ == "__main__":
     rank, planner = int(sys.argv[2]), dali_clips.planner_of(Manifest(sys.argv[1]), training=False)
     schedule = {"rank": rank, "world_size": 2, "global_batch": 8, "micro_batch": 4}
-    with dali_clips.pool_of() as pool, dali_clips.loader_of(planner, pool, **schedule) as loader:
+    with WorkerPool(workers=1, timeout_s=60) as pool, dali_clips.loader_of(planner, pool, **schedule) as loader:
         print(loader._ring.name, *(int(i) for b in dali_clips.epoch(loader) for i in b.sample_ids), flush=True)
         batches = loader.batches(0, 3)
         next(batches)
@@ -283,24 +272,8 @@ def test_two_processes_share_an_epoch_and_nothing_survives_their_death(
     for trainer in trainers:
         with closing(trainer.stdin), closing(trainer.stdout):
             trainer.wait()
-    deadline = time.monotonic() + 3
-    while time.monotonic() < deadline and (members(trainers) or any(m.exists() for m in memories)):
-        time.sleep(0.05)
-    assert members(trainers) == []
+    assert left_after(3, *(trainer.pid for trainer in trainers)) == []
     assert not any(memory.exists() for memory in memories)
-
-
-def members(trainers: list[subprocess.Popen]) -> list[int]:
-    """Living processes of the trainers' sessions."""
-    sessions, found = {trainer.pid for trainer in trainers}, []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[3]) in sessions and fields[0] != "Z":
-            found.append(int(entry.name))
-    return found
 
 
 def test_workers_import_neither_dali_nor_torch() -> None:
@@ -310,14 +283,15 @@ def test_workers_import_neither_dali_nor_torch() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_batches_stay_there(manifest: Manifest, pool: DecodePool) -> None:
+def test_on_a_gpu_batches_stay_there(manifest: Manifest, pool: WorkerPool) -> None:
     from avion_dali.data.order import BatchSchedule
-    from avion_dali.loading.filling import LoaderSettings
+    from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
 
     planner = planner_of(manifest, training=False)
     settings = LoaderSettings(torch.device("cuda", 0), context_length=4)
     schedule = BatchSchedule(22, global_batch=8, micro_batch=8, training=False)
-    with closing(DaliLoader(planner, schedule, pool, settings, num_threads=4)) as loader:
+    strategy = strategy_of("dali")
+    with ClipLoader(planner, schedule, pool=pool, strategy=strategy, settings=settings) as loader:
         batches = epoch(loader)
     for batch in batches:
         assert batch.frames_BTHWC.device == batch.tokens_BL.device == settings.device

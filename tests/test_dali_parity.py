@@ -8,11 +8,11 @@ import av
 import make_videos
 import numpy as np
 import pytest
-from dali_clips import MJPEG, VP9, FixedPlanner, clip_request, draw_noisy, draw_soft, epoch, loader_of, pool_of
+from dali_clips import MJPEG, VP9, FixedPlanner, clip_request, draw_noisy, draw_soft, epoch, loader_of
 from test_source import indexed_ref
 
 from avion_dali.contracts import ChunkRef, ClipRequest
-from avion_dali.loading.pool import DecodePool
+from avion_dali.loading.pool import WorkerPool
 from benchmarks import media
 
 pytest.importorskip("nvidia.dali")
@@ -25,8 +25,8 @@ Chunks = dict[tuple[str, str], list[ChunkRef]]  # by codec and content; of two c
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[DecodePool]:
-    with pool_of() as pool:
+def pool() -> Iterator[WorkerPool]:
+    with WorkerPool(workers=1, timeout_s=60) as pool:
         yield pool
 
 
@@ -116,7 +116,7 @@ def numbers_wanted(request: ClipRequest) -> list[int]:
     ],
     ids=["4 frames", "3 views", "16 frames", "shrunk", "enlarged"],
 )
-def test_both_loaders_deliver_the_same(chunks: Chunks, pool: DecodePool, what: dict[str, int]) -> None:
+def test_both_loaders_deliver_the_same(chunks: Chunks, pool: WorkerPool, what: dict[str, int]) -> None:
     planner = FixedPlanner(random_requests(chunks, **what))
     with loader_of(planner, pool, decoder="cpu-fused") as loader:
         expected = epoch(loader)

@@ -18,9 +18,9 @@ from avion_dali.config import TrainConfig
 from avion_dali.data import synthetic
 from avion_dali.data.manifest import Manifest
 from avion_dali.engine.run_log import read_rows
-from avion_dali.models.start import open_start
+from avion_dali.models.starting_weights import open_start
 
-CONFIGS = demo_finetune.CONFIGS
+CONFIGS = demo.recipes_folder()
 RECIPES = ("demo_retrieval", "demo_recognition", "demo_videomae_pretrain", "demo_videomae_finetune")
 SMALL = synthetic.SyntheticSettings(train_videos=2, heldout_videos=1, seconds=24, fps=8, side=32)
 RUNS = {
@@ -62,8 +62,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (configs / f"{name}.yaml").write_text(shorter)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synthetic, "make_videos", partial(synthetic.make_videos, settings=SMALL, jobs=1))
-        patch.setattr(demo, "CONFIG", configs / "demo.yaml")
-        patch.setattr(demo_finetune, "CONFIGS", configs)
+        patch.setattr(demo, "recipes_folder", lambda: configs)
         assert main(arguments(folder)) == 1, "two steps teach nothing"
         yield folder
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from small_models import same_tensors, save_as, small_dual_encoder
 from torch.nn import functional
 
-from avion_dali.assembly.build import evaluate_checkpoint, trained_config
+from avion_dali.assembly.evaluation import evaluate_checkpoint, trained_config
 from avion_dali.cli import features, weights
 from avion_dali.cli.main import build_parser
 from avion_dali.config import EvaluateConfig, ModelConfig
@@ -21,8 +21,8 @@ from avion_dali.engine.checkpoint import export_safetensors
 from avion_dali.engine.distributed import Distributed
 from avion_dali.models.classifier import build_classifier
 from avion_dali.models.dual_encoder import build_dual_encoder
-from avion_dali.models.start import apply_start, open_start, settle
-from avion_dali.models.towers import build_video_tower
+from avion_dali.models.starting_weights import apply_start, open_start
+from avion_dali.models.towers import build_video_tower, resolve_model
 
 WIDTH, LAYERS, HEADS, PATCH, SIDE, FRAMES = 192, 4, 3, 16, 64, 4
 PLACES = (SIDE // PATCH) ** 2
@@ -154,7 +154,7 @@ def test_lavilas_copy_of_the_file_is_the_same(egovlp: str, tmp_path: Path) -> No
 
 def test_a_classifier_computes_what_the_published_tower_does(egovlp: str) -> None:
     start = open_start(egovlp)
-    config = settle(model_config(egovlp), start.facts)
+    config = resolve_model(model_config(egovlp), start.facts)
     assert (config.pre_norm, config.activation, config.norm_eps) == (False, "gelu", 1e-6)
     model = build_classifier(config, num_classes=5, dropout=0.0, **CLIPS).eval()
     report = apply_start(model, start, temporal_resize="interpolate", normalization="imagenet")
@@ -170,7 +170,7 @@ def test_a_classifier_computes_what_the_published_tower_does(egovlp: str) -> Non
 
 def test_a_dual_encoder_gets_a_fresh_text_tower(egovlp: str) -> None:
     start = open_start(egovlp)
-    model = build_dual_encoder(settle(model_config(egovlp), start.facts), **CLIPS).eval()
+    model = build_dual_encoder(resolve_model(model_config(egovlp), start.facts), **CLIPS).eval()
     report = apply_start(model, start, temporal_resize="interpolate")
     fresh = {name for name in model.state_dict() if name.startswith("textual.")}
     assert set(report.fresh) == {*fresh, "visual.image_projection", "logit_scale"}
@@ -180,12 +180,15 @@ def test_a_dual_encoder_gets_a_fresh_text_tower(egovlp: str) -> None:
 
 
 def test_a_training_that_started_so_goes_on_so(egovlp: str, tmp_path: Path) -> None:
-    """Our own file, named without `pre_norm`, and written from EgoVLP's by `avion-dali weights`."""
+    """Our own file, whose run was started without `pre_norm`, and one that `avion-dali weights` wrote."""
     start = open_start(egovlp)
-    model = build_classifier(settle(model_config(egovlp), start.facts), num_classes=5, dropout=0.0, **CLIPS)
-    plain = asdict(replace(trained_config(start), model=model_config("")))
+    resolved = resolve_model(model_config(egovlp), start.facts)
+    model = build_classifier(resolved, num_classes=5, dropout=0.0, **CLIPS)
+    plain = asdict(replace(trained_config(start), model=resolved))
     export_safetensors(model, tmp_path / "own.safetensors", {"config": plain})
-    assert settle(model_config(""), open_start(str(tmp_path / "own.safetensors")).facts).pre_norm is False
+    assert (
+        resolve_model(model_config(""), open_start(str(tmp_path / "own.safetensors")).facts).pre_norm is False
+    )
     weights.write(start, tmp_path / "converted.safetensors", layout=None)
     converted = open_start(str(tmp_path / "converted.safetensors"))
     config = trained_config(converted)
@@ -211,9 +214,9 @@ def test_the_features_command_takes_the_file_as_it_is(egovlp: str, tmp_path: Pat
 def test_a_norm_is_neither_lost_nor_invented(tmp_path: Path) -> None:
     lavila = open_start(save_as(tmp_path / "w.pt", small_dual_encoder("timesformer"), "lavila"))
     facts = replace(lavila.facts, width=WIDTH, layers=LAYERS, patch_size=PATCH)
-    assert facts.pre_norm and settle(model_config(""), facts).pre_norm
+    assert facts.pre_norm and resolve_model(model_config(""), facts).pre_norm
     with pytest.raises(UserError, match=r"have a norm before their first block; leave model\.pre_norm out"):
-        settle(replace(model_config(""), pre_norm=False), facts)
+        resolve_model(replace(model_config(""), pre_norm=False), facts)
     for encoder in ("vit", "videomae"):
         with pytest.raises(UserError, match=r"model\.pre_norm = false is for model\.encoder timesformer"):
             build_video_tower(ModelConfig(encoder=encoder, size="tiny", pre_norm=False), embed_dim=8, **CLIPS)

@@ -146,7 +146,7 @@ def test_unfinished_chunk_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), ChunkWriter(path, PROFILES["compat"], fps=Fraction(30)) as writer:
         for _ in range(100):  # more than the encoder holds back
             writer.write(picture)
-        assert [p.name for p in tmp_path.iterdir()] == ["0.mp4.part"]
+        assert [p.name for p in tmp_path.iterdir()] == [".0.mp4.partial"]
         raise RuntimeError
     with pytest.raises(RuntimeError), ChunkWriter(path, PROFILES["compat"], fps=Fraction(30)):
         raise RuntimeError
@@ -158,7 +158,7 @@ def test_full_disk_is_told_from_a_bad_source(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     writer = ChunkWriter(out / "0.mp4", PROFILES["compat"], fps=Fraction(30))
-    (out / "0.mp4.part").symlink_to("/dev/full")
+    (out / ".0.mp4.partial").symlink_to("/dev/full")
     noise = np.random.default_rng(0)
     with pytest.raises(OSError, match="cannot write .*No space left"), writer:
         for _ in range(60):

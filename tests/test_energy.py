@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
+import time
 from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 
@@ -50,39 +51,62 @@ def test_one_rank_answers_for_a_machines_processors(tmp_path, monkeypatch):
 
 
 class FakeNvml:
-    """The three calls of NVIDIA's library, with a counter in millijoules."""
+    """NVIDIA's library with one GPU, whose counter is in millijoules."""
 
-    def __init__(self, *, known: bytes) -> None:
-        self.known, self.millijoules = known, 5_000_000
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, known: str) -> None:
+        self.known, self.millijoules, self.is_lost = known, 5_000_000, False
+        monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", self.handle)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", self.energy)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12-34"))
 
-    def nvmlInit_v2(self) -> int:  # noqa: N802
-        return 0
+    def handle(self, uuid: str) -> str:
+        if uuid != self.known:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return "handle"
 
-    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: object) -> int:  # noqa: N802
-        return 0 if uuid == self.known else 6
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: object, used: object) -> int:  # noqa: N802
-        ctypes.cast(used, ctypes.POINTER(ctypes.c_ulonglong))[0] = self.millijoules
-        return 0
+    def energy(self, handle: str) -> int:
+        if self.is_lost:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        assert handle == "handle"
+        return self.millijoules
 
 
 def test_a_gpu_is_found_by_its_identifier(monkeypatch):
-    nvml = FakeNvml(known=b"GPU-12-34")
-    monkeypatch.setattr(energy.ctypes, "CDLL", lambda name: nvml)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12-34"))
+    nvml = FakeNvml(monkeypatch, known="GPU-12-34")
     meter = EnergyMeter(torch.device("cuda", 0), counts_processors=False)
     nvml.millijoules += 7_500
     assert meter.joules() == pytest.approx(7.5) and meter.source == "GPU (NVML)"
-    nvml.known = b"another"
+    nvml.millijoules, nvml.is_lost = 0, True
+    assert meter.joules() == pytest.approx(7.5)  # the last number that could be read
+    nvml.known = "another"
     assert nvml_counter(torch.device("cuda", 0)) is None
 
 
-def test_without_nvidias_library_there_is_no_counter(monkeypatch):
-    def missing(name: str) -> None:
-        raise OSError(name)
+def test_an_old_gpu_has_no_counter(monkeypatch):
+    FakeNvml(monkeypatch, known="GPU-12-34").is_lost = True
+    meter = EnergyMeter(torch.device("cuda", 0), counts_processors=False)
+    assert meter.joules() == 0 and meter.source == energy.NOT_READABLE
 
-    monkeypatch.setattr(energy.ctypes, "CDLL", missing)
+
+def test_without_a_driver_there_is_no_counter(monkeypatch):
+    def missing() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", missing)
     assert nvml_counter(torch.device("cuda", 0)) is None
+
+
+@pytest.mark.gpu
+def test_the_counter_of_a_real_gpu_rises():
+    meter = EnergyMeter(torch.device("cuda", 0), counts_processors=False)
+    assert meter.source == "GPU (NVML)"
+    end = time.monotonic() + 1.0
+    square = torch.ones(2048, 2048, device="cuda")
+    while time.monotonic() < end:
+        square = (square @ square).clamp(max=1)
+    torch.cuda.synchronize()
+    assert 10 < meter.joules() < 5_000  # a second at tens to hundreds of watts
 
 
 def test_carbon_follows_the_published_table():

@@ -28,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(support, "codec_support", lambda index: dict.fromkeys(support.CODECS, NO_GPU))
     monkeypatch.setattr(support, "cpu_codec_support", lambda: WORKING)
     monkeypatch.setattr(support, "dali_cpu_problem", lambda: None)
-    monkeypatch.setattr(env, "call_apart", lambda task, module, timeout_s: None)
+    monkeypatch.setattr(env, "call_in_subprocess", lambda task, module, timeout_s: None)
     return monkeypatch
 
 
@@ -38,7 +38,7 @@ def run(*arguments: str) -> int:
     return env.run(parser.parse_args(arguments))
 
 
-def by_name(findings: list[env.Finding]) -> dict[str, env.Finding]:
+def by_name(findings: list[env.EnvironmentRow]) -> dict[str, env.EnvironmentRow]:
     return {finding.name: finding for finding in findings}
 
 
@@ -90,10 +90,10 @@ def test_what_a_training_cannot_do_without_decides_the_status(
     quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = {"open_clip.transformer": "ImportError: timm is too old"}
-    quick.setattr(env, "call_apart", lambda task, module, timeout_s: broken.get(module))
+    quick.setattr(env, "call_in_subprocess", lambda task, module, timeout_s: broken.get(module))
     assert run() == 1
     out = capsys.readouterr().out
-    assert "import open_clip.transformer: ImportError: timm is too old; pip install" in out
+    assert "import open_clip.transformer: ImportError: timm is too old; install avion_dali" in out
     assert out.splitlines()[-1] == "This environment cannot train: see text tower"
 
 
@@ -184,7 +184,7 @@ def test_without_metadata_versions_are_not_checked(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(metadata, "requires", requires)
     (found,) = env.requirement_findings()
-    assert "pip install --editable ." in str(found.problem)
+    assert "install avion_dali and its requirements again with pip" in str(found.problem)
 
 
 def test_too_little_space_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

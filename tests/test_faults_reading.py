@@ -21,8 +21,9 @@ from avion_dali.data.indexing import make_packet
 from avion_dali.data.probe import probe_chunk
 from avion_dali.decode import cpu_fused
 from avion_dali.decode.reading import read_planned
-from avion_dali.loading.pool import DecodePool
+from avion_dali.loading.pool import WorkerPool
 from avion_dali.loading.ring import SharedRing
+from avion_dali.loading.worker import decode_into
 from benchmarks.studies import mutations
 from benchmarks.studies.mutations import Source, Trial
 
@@ -298,11 +299,14 @@ def test_thousands_of_clips_leave_no_trace_in_a_worker(sources: list[Source]) ->
         refs = [source.ref] * 14 + [replace(source.ref, index=None)] * 2 + [bad]
         requests += [source.request(source.random_ids(rng), ref) for ref in refs]
     shape = (1, mutations.FRAMES_PER_CLIP, mutations.FRAME_SIZE, mutations.FRAME_SIZE, 3)
-    pool, ring = DecodePool(cpu_fused.decode_clip, workers=1, clip_timeout_s=5.0), SharedRing(1, (8, *shape))
+    pool, ring = WorkerPool(workers=1, timeout_s=5.0), SharedRing(1, (8, *shape))
     memory_kb = []
     clips = (requests[i % len(requests)] for i in range(CLIPS))
     while batch := list(islice(clips, 8)):
-        tickets = [pool.submit(request, ring, ring.offset(0, i)) for i, request in enumerate(batch)]
+        tickets = [
+            pool.schedule(decode_into, cpu_fused.decode_clip, request, ring.place(0, i))
+            for i, request in enumerate(batch)
+        ]
         failed = [ticket.future.exception() is not None for ticket in tickets]
         assert failed == [request.parts[0].chunk.size_bytes == 1 for request in batch]
         memory_kb.append(private_memory_kb(multiprocessing.active_children()[0].pid))

@@ -1,6 +1,8 @@
 """Embeddings of videos and manifests: right rows, right numbers, nothing lost."""
 
 import json
+import runpy
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,9 +12,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from avion_dali.assembly.tasks import build_model
+from avion_dali.assembly.model import build_model
+from avion_dali.assembly.resolve import resolve
 from avion_dali.cli import features
-from avion_dali.cli.arguments import run_command
 from avion_dali.cli.main import build_parser
 from avion_dali.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from avion_dali.contracts import UserError
@@ -22,8 +24,8 @@ from avion_dali.datasets.captions import build_captions_manifest
 from avion_dali.decode.cpu_fused import decode_clip
 from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.engine.checkpoint import export_safetensors
+from avion_dali.engine.distributed import Distributed
 
-CPU = torch.device("cpu")
 CONFIG = TrainConfig(
     data=DataConfig(num_frames=2, frame_size=32),
     model=ModelConfig(size="tiny", embed_dim=8, context_length=8),
@@ -41,10 +43,14 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def model_of(config: TrainConfig, num_classes: int = 0) -> torch.nn.Module:
+    return build_model(resolve(config, Distributed()), num_classes=num_classes)
+
+
 def exported(folder: Path, config: TrainConfig, **more: int) -> Path:
     """Weights of a model as a training leaves them."""
     path = folder / "weights.safetensors"
-    export_safetensors(build_model(config, CPU, **more), path, {"config": asdict(config)})
+    export_safetensors(model_of(config, **more), path, {"config": asdict(config)})
     return path
 
 
@@ -112,8 +118,8 @@ def test_numbers_are_those_of_the_model_itself(videos: Path, tmp_path: Path):
     assert (
         run("--checkpoint", weights, "--manifest", tmp_path / "m", "--output", output, "--micro-batch", 3) == 0
     )
-    manifest, model = Manifest(tmp_path / "m"), build_model(CONFIG, CPU).eval()
-    planner = Planner(manifest, ClipRules.from_config(CONFIG.data, training=False), seed=0)
+    manifest, model = Manifest(tmp_path / "m"), model_of(CONFIG).eval()
+    planner = Planner(manifest, ClipRules.from_options(CONFIG.data, training=False), seed=0)
     frames = np.empty((4, 2, 32, 32, 3), np.uint8)
     for row in range(4):
         decode_clip(planner.plan(row, 0), frames[row : row + 1])
@@ -181,8 +187,14 @@ def test_bad_options_say_what_is_wanted(arguments: list[str], message: str):
         run("--checkpoint", "w.safetensors", *arguments)
 
 
-def test_entry_point_for_several_processes_is_the_same_command(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("module", ["avion_dali", "train.features"])
+def test_modules_for_several_processes_are_the_same_command(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["features"] if module == "avion_dali" else []
+    monkeypatch.setattr(sys, "argv", [module, *arguments, "--help"])
     with pytest.raises(SystemExit) as end:
-        run_command(lambda: features.main(["--help"]))
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert end.value.code == 0
-    assert "--checkpoint" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: avion-dali features ") and "--checkpoint" in shown

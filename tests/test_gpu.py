@@ -22,7 +22,7 @@ from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.engine.checkpoint import load_checkpoint, save_checkpoint
 from avion_dali.engine.optim import build_optimizer, parameter_groups
 from avion_dali.engine.precision import autocast, gradient_scaler, resolve_precision
-from avion_dali.engine.state import TrainState
+from avion_dali.engine.train_state import TrainState
 from avion_dali.loading.ring import SharedRing
 from avion_dali.loading.transfer import DeviceCopier
 from avion_dali.models.attention import attend, resolve_attention

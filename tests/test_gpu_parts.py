@@ -1,10 +1,11 @@
 """Each part of the GPU suite, where a fake takes the GPU's place: what it notices, counts and refuses."""
 
-import ctypes
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pynvml
 import pytest
 import torch
 from PIL import Image
@@ -13,9 +14,9 @@ from avion_dali.decode import cpu_fused
 
 pytest.importorskip("nvidia.dali")
 
-from benchmarks.gpu import chunks, correctness, loading, models, rates
+from benchmarks.gpu import chunks, correctness, device, loading, models, rates
 from benchmarks.gpu.correctness import everything_kept, mini_clips, planned
-from benchmarks.gpu.device import GpuSampler, Nvml, sampling
+from benchmarks.gpu.device import sampling
 from benchmarks.gpu.parts import QUICK, NotRunError, Scale, Suite, attempt
 
 
@@ -156,63 +157,53 @@ def test_graphs_that_fail_have_no_rate(suite):
     assert {len(inputs[0]) for inputs in supply.batches} == {QUICK.batch}
 
 
-class FakeLibrary:
-    """NVIDIA's management library with one GPU; functions in `lacking` answer 3, not supported."""
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> object:
+    """NVIDIA's management library with one GPU, by its identifier, which does not tell about its decoders."""
 
-    def __init__(self, lacking: set[str] = frozenset()) -> None:
-        self.lacking = lacking
-        self.numbers = {
-            "nvmlDeviceGetDecoderUtilization": lambda busy, period: self._set(busy, 81),
-            "nvmlDeviceGetUtilizationRates": lambda rates: setattr(rates._obj, "gpu", 97),
-            "nvmlDeviceGetMemoryInfo": lambda memory: setattr(memory._obj, "used", 5_000_000_000),
-            "nvmlDeviceGetClockInfo": lambda kind, clock: self._set(clock, 1500 + kind.value),
-        }
+    def refuse(gpu) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
-    def _set(self, reference, value: int) -> None:
-        reference._obj.value = value
-
-    def __getattr__(self, name: str):
-        def call(*arguments) -> int:
-            if name in self.lacking:
-                return 3
-            if name in self.numbers:
-                self.numbers[name](*arguments[1:])
-            if name == "nvmlSystemGetDriverVersion":
-                ctypes.memmove(arguments[0], b"580.1\0", 6)
-            return 0
-
-        return call
+    gpu = object()
+    numbers = {
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetHandleByUUID": {"GPU-12-34": gpu}.__getitem__,
+        "nvmlDeviceGetDecoderUtilization": refuse,
+        "nvmlDeviceGetUtilizationRates": lambda gpu: SimpleNamespace(gpu=97),
+        "nvmlDeviceGetMemoryInfo": lambda gpu: SimpleNamespace(used=5_000_000_000),
+        "nvmlDeviceGetClockInfo": lambda gpu, kind: 1500 + kind,
+    }
+    for name, function in numbers.items():
+        monkeypatch.setattr(pynvml, name, function)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="12-34"))
+    return gpu
 
 
-def test_utilisation_is_read():
-    nvml = Nvml(FakeLibrary())
-    sample = nvml.sample()
-    assert (sample.nvdec_percent, sample.kernels_percent) == (81, 97)
-    assert (sample.gpu_memory_mb, sample.video_clock_mhz) == (5000.0, 1503)
-    assert nvml.driver() == "580.1"
-    with pytest.raises(OSError, match="nvmlInit_v2 answered 3"):
-        Nvml(FakeLibrary({"nvmlInit_v2"}))
+def test_what_a_gpu_tells_is_read(one_gpu, monkeypatch):
+    assert device.open_gpu() is one_gpu
+    told = {"kernels_percent": 97, "gpu_memory_mb": 5000.0, "video_clock_mhz": 1500 + pynvml.NVML_CLOCK_VIDEO}
+    assert device.read(one_gpu) == told
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetDecoderUtilization", lambda gpu: [81, 100_000])
+    assert device.read(one_gpu) == told | {"nvdec_percent": 81}
 
 
-def test_samples_are_summed_up_and_what_is_not_told_is_left_out():
-    sampler = GpuSampler(Nvml(FakeLibrary({"nvmlDeviceGetDecoderUtilization"})))
+def test_samples_are_summed_up_and_what_is_not_told_is_left_out(one_gpu):
     start = time.perf_counter()
-    while not sampler.since(start):
-        time.sleep(0.01)
-    row = sampler.since(start)
+    with sampling() as sampler:
+        while not sampler.since(start):
+            time.sleep(0.01)
+        row = sampler.since(start)
     assert row == {"kernels_percent": 97, "gpu_memory_mb": 5000, "video_clock_mhz": 1503}
-    assert sampler.memory_mb() == 5000
-    sampler.close()
     assert sampler.since(time.perf_counter()) == {}
 
 
-def test_nothing_is_sampled_without_a_gpu(monkeypatch):
-    def no_library(name: str) -> None:
-        raise OSError(name)
+def test_nothing_is_sampled_without_a_driver(monkeypatch):
+    def no_library() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
-    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    monkeypatch.setattr(pynvml, "nvmlInit", no_library)
     with sampling() as sampler:
-        assert sampler.since(0) == {} and sampler.memory_mb() is None
+        assert sampler.since(0) == {}
 
 
 def test_a_training_takes_the_batch_that_fits(suite, monkeypatch):

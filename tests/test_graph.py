@@ -22,7 +22,7 @@ from pipelines.mini_clip import MiniClip, build_mini_clip
 
 pytest.importorskip("nvidia.dali")
 
-from pipelines.colour import correct_colours
+from pipelines.color import correct_colors
 from pipelines.graph import (
     GraphInputs,
     GraphSettings,
@@ -154,7 +154,7 @@ def assert_parity(runner: Runner, requests: Sequence[ClipRequest], *, right_colo
         cpu_fused.decode_clip(request, expected)
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
         if right_colours:
-            correct_colours(torch.from_numpy(got)[None], [mini.colorspace])
+            correct_colors(torch.from_numpy(got)[None], [mini.colorspace])
         for v, window in enumerate(request.windows):
             assert_close(got[v], expected[v], window)
 
@@ -242,7 +242,7 @@ def test_other_matrices_than_bt601(videos: dict[str, Path], runner: Callable, st
 def test_only_rows_of_other_matrices_are_changed() -> None:
     """Grey is grey in all of them; BT.709's green is not BT.601's, and what leaves the range is cut off."""
     frames = torch.tensor([[90, 90, 90], [0, 200, 0], [255, 0, 0]], dtype=torch.uint8).expand(3, 3, 3).clone()
-    correct_colours(frames, [6, 1, 2])
+    correct_colors(frames, [6, 1, 2])
     assert frames[0].tolist() == frames[2].tolist() == [[90, 90, 90], [0, 200, 0], [255, 0, 0]]
     assert frames[1, 0].tolist() == [90, 90, 90]
     luma, cb, cr = 0.587 * 200, -0.587 * 200 / 1.772, -0.587 * 200 / 1.402  # BT.601

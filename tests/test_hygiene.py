@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ("avion_dali", "pipelines")
-PRINTING = ("avion_dali/cli/", "avion_dali/assembly/")
+PRINTING = "avion_dali/cli/"
 MAX_FILE_LINES, MEDIAN_FILE_LINES = 400, 180
 MAX_FUNCTION_LINES, MEDIAN_FUNCTION_LINES = 60, 12
 MAX_NESTING = 3

@@ -13,7 +13,7 @@ from launch_data import CONFIGS, LaunchData, launch, launch_data, of_kind, score
 from small_models import randomize, save_as
 from torch import nn
 
-from avion_dali.assembly.build import evaluate_checkpoint
+from avion_dali.assembly.evaluation import evaluate_checkpoint
 from avion_dali.cli import finetune, pretrain
 from avion_dali.config import EvaluateConfig, ModelConfig, TrainConfig
 from avion_dali.contracts import UserError
@@ -41,7 +41,7 @@ def decoded_clips(manifest: Manifest, rules: ClipRules) -> list[torch.Tensor]:
     """Every clip of a manifest, (V, T, H, W, C) each, planned and decoded one by one."""
     planner = Planner(manifest, rules, seed=0)
     clips = []
-    for row in range(planner.num_rows):
+    for row in range(planner.num_clips):
         frames = np.empty(rules.clip_shape, np.uint8)
         decode_clip(planner.plan(row, 0), frames)
         clips.append(torch.from_numpy(frames))
@@ -105,7 +105,7 @@ def test_16_frames_are_what_the_recipe_says(data: LaunchData, dual: Path, tmp_pa
 
 def test_an_entry_point_names_the_one_for_another_objective() -> None:
     for entry, name, other in ((finetune, "contrastive", "pretrain"), (pretrain, "max-margin", "finetune")):
-        with pytest.raises(UserError, match=f"{name} is for python -m train.{other}. Give --config"):
+        with pytest.raises(UserError, match=f"{name} is for avion-dali {other}. Give --config a recipe"):
             entry.main(["--objective.name", name])
 
 
@@ -215,7 +215,7 @@ def test_repeated_augmentation_with_both_decoders(
 def test_a_run_goes_on_within_an_epoch_without_the_weights_it_started_from(
     data: LaunchData,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     recipe: str,
 ) -> None:
     start = tmp_path / "start"
@@ -224,13 +224,14 @@ def test_a_run_goes_on_within_an_epoch_without_the_weights_it_started_from(
     more = [*CPU, "--optim.learning_rate", "1e-2", "--optim.rate_batch", "0", "--model.drop_path", "0.2"]
     more += ["--model.weights", str(start / "weights.safetensors"), "--data.eval_manifest", ""]
     more += ["--data.train_manifest", str(data.cls_train)]  # three steps an epoch
-    capsys.readouterr()
+    caplog.set_level("INFO", logger="avion_dali")
     whole = launch(CONFIGS / f"{recipe}.yaml", data, tmp_path / "whole", *more, "--run.max_steps", "5")
     launch(CONFIGS / f"{recipe}.yaml", data, tmp_path / "cut", *more, "--run.max_steps", "2")
-    assert capsys.readouterr().err.count("parameters loaded") == 2
+    assert caplog.text.count("parameters loaded") == 2
+    caplog.clear()
     (start / "weights.safetensors").unlink()
     cut = launch(CONFIGS / f"{recipe}.yaml", data, tmp_path / "cut", *more, "--run.max_steps", "5")
-    assert "parameters loaded" not in capsys.readouterr().err
+    assert "parameters loaded" not in caplog.text
     losses = [[row["loss"] for row in of_kind(rows, "train")] for rows in (whole, cut)]
     assert losses[0] == losses[1] and len(losses[0]) == 5
     before, after = (load_checkpoint(tmp_path / name / "checkpoint.pt").model for name in ("whole", "cut"))

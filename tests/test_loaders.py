@@ -8,7 +8,10 @@ import pytest
 import torch
 from dali_clips import VP9, chunk_manifest
 
-from avion_dali.assembly import loaders, pretrain
+from avion_dali.assembly import decoder_choice
+from avion_dali.assembly.dali_room import pipelines_module
+from avion_dali.assembly.open_clips import chunk_codecs
+from avion_dali.cli import pretrain
 from avion_dali.cli.demo import chunk_profile
 from avion_dali.contracts import UserError
 from avion_dali.engine.run_log import read_rows
@@ -45,7 +48,7 @@ def test_h264_without_a_gpu_is_refused_before_training(tmp_path: Path) -> None:
         make_videos.write_video(tmp_path / "b.mp4", **HOW, **VP9),
     ]
     manifest = chunk_manifest(tmp_path / "m", dict.fromkeys(paths, SECONDS))
-    assert loaders.chunk_codecs(manifest) == {"h264", "vp9"}
+    assert chunk_codecs(manifest) == {"h264", "vp9"}
     arguments = ["--data.train_manifest", str(manifest.folder), "--output-dir", str(tmp_path / "run")]
     with pytest.raises(UserError) as caught:
         pretrain.main([*TRAINING, *arguments])
@@ -55,36 +58,38 @@ def test_h264_without_a_gpu_is_refused_before_training(tmp_path: Path) -> None:
 
 
 CUDA = torch.device("cuda", 1)
+SUPPORT = pipelines_module("support")
+NO_DRIVER = "no libnvcuvid.so.1"
 
 
 def test_without_nvdec_dali_is_refused_and_auto_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(loaders, "nvdec_problem", lambda index: asked.append(index) or "no libnvcuvid.so.1")
-    with pytest.raises(UserError, match=r"no libnvcuvid.so.1; --decoder cpu-fused"):
-        loaders.choose_decoder("dali", CUDA)
-    choice = loaders.choose_decoder("auto", CUDA)
+    monkeypatch.setattr(SUPPORT, "nvdec_problem", lambda index: asked.append(index) or "no libnvcuvid.so.1")
+    with pytest.raises(UserError, match=r"no libnvcuvid.so.1; `decoder` cpu-fused"):
+        decoder_choice.choose_decoder("dali", CUDA)
+    choice = decoder_choice.choose_decoder("auto", CUDA)
     assert (choice.name, choice.reason) == ("cpu-fused", "no libnvcuvid.so.1")
     assert asked == [1, 1]
 
 
 def test_with_nvdec_auto_takes_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaders, "nvdec_problem", lambda index: None)
-    choice = loaders.choose_decoder("auto", CUDA)
+    monkeypatch.setattr(SUPPORT, "nvdec_problem", lambda index: None)
+    choice = decoder_choice.choose_decoder("auto", CUDA)
     assert choice.name == "dali"
     assert "NVDEC" in choice.reason
-    assert loaders.choose_decoder("dali", CUDA).name == "dali"
-    cpu = loaders.choose_decoder("auto", torch.device("cpu"))
+    assert decoder_choice.choose_decoder("dali", CUDA).name == "dali"
+    cpu = decoder_choice.choose_decoder("auto", torch.device("cpu"))
     assert cpu.name == "cpu-fused"
     assert cpu.reason
 
 
 def test_without_dali_only_its_own_option_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pipelines.loader", None)
-    monkeypatch.setattr(loaders, "dali_problem", lambda: "DALI is not installed; pip install it")
-    with pytest.raises(UserError, match="DALI is not installed; pip install it; --decoder cpu-fused"):
-        loaders.choose_decoder("dali", torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "pipelines.strategy", None)
+    monkeypatch.setattr(SUPPORT, "dali_problem", lambda: "DALI is not installed; pip install it")
+    with pytest.raises(UserError, match="DALI is not installed; pip install it; `decoder` cpu-fused"):
+        decoder_choice.choose_decoder("dali", torch.device("cpu"))
     for name in ("cpu-fused", "paper-fused", "reference"):
-        assert loaders.choose_decoder(name, torch.device("cpu")).name == name
+        assert decoder_choice.choose_decoder(name, torch.device("cpu")).name == name
 
 
 def test_the_demo_makes_chunks_that_its_decoder_reads_without_a_gpu() -> None:

@@ -30,12 +30,12 @@ from avion_dali.engine.checkpoint import (
     LATEST_NAME,
     find_checkpoint,
     load_checkpoint,
-    read_weights,
 )
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.loop import TrainLoop
+from avion_dali.engine.loop_settings import LoopSettings
 from avion_dali.engine.run_log import LOG_NAME, read_rows
-from avion_dali.engine.settings import LoopSettings
+from avion_dali.models.safetensors_files import read_safetensors
 
 
 @pytest.mark.parametrize("objective", [ToyContrastive(), ToySamplewise()], ids=["coupled", "samplewise"])
@@ -60,8 +60,7 @@ def test_coupled_accumulation_differs_from_averaging_micro_losses(tmp_path):
 def test_coupled_accumulation_skips_outputs_without_gradient(tmp_path):
     train_loop = make_loop(tmp_path, loader=ToyLoader(accum_steps=2))
     train_loop.model.logit_scale.requires_grad_(False)
-    train_loop._batches = train_loop.loader.batches(0, 1)
-    train_loop.optimizer_step()
+    (_,) = train_loop.steps(0, 1)
     assert train_loop.model.logit_scale.grad is None
     reference = reference_gradients(ToyContrastive(), micro_batches=2)
     name, weight = "video.0.weight", train_loop.model.video[0].weight
@@ -106,6 +105,57 @@ def test_loss_falls_and_rows_are_complete(tmp_path):
     assert header["kind"] == "header" and header["accum_steps"] == 1 and header["precision"] == "fp32"
 
 
+def test_steps_and_train_step_are_what_run_does(tmp_path):
+    """The public parts, put together by a caller, give the numbers and weights of `run`."""
+    settings = make_settings(tmp_path / "run")
+    whole = make_loop(tmp_path / "run", settings=settings, loader=ToyLoader(accum_steps=2))
+    whole.run()
+    losses = [r["loss"] for r in read_rows(tmp_path / "run" / LOG_NAME) if r["kind"] == "train"]
+    ranged = make_loop(tmp_path / "none", loader=ToyLoader(accum_steps=2))
+    numbers = [*ranged.steps(0, 4), *ranged.steps(4, 6)]
+    assert [float(row["loss"]) for row in numbers] == losses
+    given = make_loop(tmp_path / "none", loader=ToyLoader(accum_steps=2))
+    for step in range(6):
+        given.train_step([toy_batch(step, micro) for micro in range(2)])
+    single = make_loop(tmp_path / "none", objective=ToySamplewise())
+    for batch in single.loader.batches(0, 6):
+        single.optimizer.zero_grad()
+        loss, _ = single.micro_step(batch, 0)
+        single.optimizer_step(loss, batch.sample_ids)
+    samplewise = make_loop(tmp_path / "none", objective=ToySamplewise())
+    assert len(list(samplewise.steps(0, 6))) == samplewise.step == single.step == 6
+    assert_same(weights(single.model), weights(samplewise.model))
+    for loop in (ranged, given):
+        assert loop.step == 6
+        assert_same(weights(loop.model), weights(whole.model))
+    assert not (tmp_path / "none").exists()  # nothing is saved or logged outside of `run`
+
+
+def test_micro_batches_are_taken_when_they_are_needed(tmp_path):
+    loop = make_loop(tmp_path, objective=ToySamplewise(), loader=ToyLoader(accum_steps=3))
+    forwards = []
+
+    def batches():
+        for micro in range(3):
+            forwards.append(loop.model.forwards)
+            yield toy_batch(0, micro)
+
+    loop.train_step(batches())
+    assert forwards == [0, 1, 2]
+
+
+def test_wrong_numbers_of_batches_and_steps_are_errors(tmp_path):
+    loop = make_loop(tmp_path, loader=ToyLoader(accum_steps=2))
+    before = weights(loop.model)
+    for count in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"a step has 2 micro-batches, not {count}"):
+            loop.train_step([toy_batch(0, micro) for micro in range(count)])
+    with pytest.raises(ValueError, match="at step 0 and cannot begin with step 2"):
+        next(loop.steps(2, 3))
+    assert loop.step == 0
+    assert_same(weights(loop.model), before)
+
+
 def test_after_step_sees_every_update(tmp_path):
     train_loop = make_loop(tmp_path)
 
@@ -126,8 +176,7 @@ def test_clipping_bounds_the_gradient_and_reports_the_norm_before(tmp_path):
     clipped = make_loop(
         tmp_path, settings=replace(settings, optim=replace(settings.optim, clip_grad_norm=0.01))
     )
-    clipped._batches = clipped.loader.batches(0, 1)
-    numbers = clipped.optimizer_step()
+    (numbers,) = clipped.steps(0, 1)
     assert float(numbers["grad_norm"]) == pytest.approx(norm, rel=1e-5) and norm > 0.01
     total = torch.cat([p.grad.flatten() for p in clipped.model.parameters()]).norm()
     assert float(total) == pytest.approx(0.01, rel=1e-3)
@@ -176,7 +225,7 @@ def test_evaluation_is_in_eval_mode_every_n_epochs_and_at_the_end(tmp_path):
         seen.append((train_loop.step, train_loop.model.training, torch.is_grad_enabled()))
         return {"score": 0.0}
 
-    train_loop.keeper.evaluate = evaluate
+    train_loop.checkpointer.evaluate = evaluate
     train_loop.run()
     assert seen == [(6, False, False), (12, False, False), (15, False, False)]
     assert train_loop.model.training
@@ -276,10 +325,10 @@ def test_the_average_of_the_weights_is_evaluated_saved_and_continued(tmp_path):
         expected = {name: 0.9 * expected[name] + 0.1 * step[name] for name in step}
     assert_same(seen[1], expected, atol=1e-6)  # the second evaluation is that of the last step
     assert_same(weights(straight.model), history[-1])  # and the weights are back
-    average, _ = read_weights(tmp_path / "a" / BEST_NAME)
+    average = load_checkpoint(tmp_path / "a" / BEST_NAME).average
     assert_same(average, seen[0])
     straight.export(tmp_path / "w.safetensors")
-    assert_same(read_weights(tmp_path / "w.safetensors")[0], seen[1])
+    assert_same(read_safetensors(tmp_path / "w.safetensors")[0], seen[1])
     trained(tmp_path / "b", max_steps=2)
     trained(tmp_path / "b")
     assert_same(seen[-1], seen[1])
@@ -290,7 +339,7 @@ def test_header_says_how_the_batch_and_the_rates_come_about(tmp_path, capsys):
     settings = replace(settings, optim=replace(settings.optim, global_batch=12, rate_batch=6))
     make_loop(tmp_path, settings=settings, loader=ToyLoader(accum_steps=3)).run()
     printed = capsys.readouterr().out
-    assert "batch: 12 clips a step = 1 ranks x 4 clips x 3 micro-batches" in printed
+    assert "batch: 12 clips per step = 1 ranks x 4 clips x 3 micro-batches" in printed
     assert "learning rate 0.02 = 0.01 x 12 / 6" in printed
 
 
@@ -312,6 +361,6 @@ def test_time_and_energy_of_a_killed_start_are_kept(tmp_path):
 def test_only_rank_zero_writes(tmp_path):
     # A second rank without a process group: what it does alone must leave no file.
     train_loop = make_loop(tmp_path)
-    train_loop.distributed = train_loop.keeper.distributed = Distributed(rank=1, world_size=2)
+    train_loop.distributed = train_loop.checkpointer.distributed = Distributed(rank=1, world_size=2)
     train_loop.run()
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from avion_dali.data.classes import ClassTable
 from avion_dali.device_ops.randomness import StepKey
 from avion_dali.engine.accumulate import averages_gradients, coupled_backward
 from avion_dali.engine.distributed import Distributed
-from avion_dali.engine.evaluate_classes import evaluate_classes
 from avion_dali.engine.optim import build_optimizer, parameter_groups
 from avion_dali.models.classifier import build_classifier
 from avion_dali.models.dual_encoder import build_dual_encoder
@@ -41,6 +39,8 @@ from avion_dali.objectives.classification import Classification
 from avion_dali.objectives.contrastive import Contrastive
 from avion_dali.objectives.masked_video import MaskedReconstruction
 from avion_dali.objectives.max_margin import MaxMargin
+from avion_dali.tasks.evaluation import evaluate
+from avion_dali.tasks.recognition import ClassScorer
 
 CLIPS, FRAMES, SIDE, CLASSES = 8, 2, 32, 5
 KEY = StepKey(seed=0, step=2)
@@ -200,11 +200,10 @@ def evaluation_batches(rank: int | None) -> list[ClipBatch]:
 
 def evaluated(rank: int | None) -> dict[str, object]:
     model, _ = make_case("vit", "classification")
-    result = evaluate_classes(
+    result = evaluate(
         model.eval(),
         evaluation_batches(rank),
-        TABLE,
-        normalization="openai",
+        ClassScorer(TABLE, normalization="openai"),
         precision="fp32",
         distributed=Distributed(rank=rank or 0, world_size=1 if rank is None else 2),
     )
@@ -213,7 +212,7 @@ def evaluated(rank: int | None) -> dict[str, object]:
         "ids": ids,
         "labels": labels,
         "probabilities": torch.from_numpy(result.probabilities_NK),
-        **asdict(result.logit_scores),
+        **result.logit_scores,
     }
 
 

@@ -21,9 +21,17 @@ from avion_dali.engine.optim import (
 )
 from avion_dali.models.classifier import build_classifier
 from avion_dali.models.dual_encoder import build_dual_encoder
+from avion_dali.models.layout import TowerLayout
+from avion_dali.models.masked_video import build_masked_video
 
 
 class Tower(nn.Module):
+    layout = TowerLayout(
+        tokens=("class_embedding", "mask_token"),
+        frame_positions=("temporal_embedding",),
+        place_positions=("positional_embedding",),
+    )
+
     def __init__(self) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(4))
@@ -50,6 +58,14 @@ def test_only_matrices_decay():
     assert names_of(model, decayed) == {"token_embedding.weight", "attention.weight", "projection"}
     tables = {"class_embedding", "positional_embedding", "temporal_embedding", "mask_token", "logit_scale"}
     assert names_of(model, undecayed) == tables | {"attention.bias", "ln_pre.weight", "ln_pre.bias"}
+
+
+def test_declared_tables_are_exempt_in_every_part_and_under_no_other_name():
+    whole = nn.ModuleDict({"a": Tower(), "b": nn.Module()})
+    whole["b"].register_parameter("mask_token", nn.Parameter(torch.zeros(1, 1, 4)))
+    decayed, undecayed = (names_of(whole, group) for group in parameter_groups(whole, 0.2))
+    assert "a.positional_embedding" in undecayed and "a.mask_token" in undecayed
+    assert "b.mask_token" in decayed  # this part declares nothing
 
 
 def test_the_dual_encoders_tables_are_exempt():
@@ -138,6 +154,49 @@ def test_lion_takes_the_published_steps():
         np.testing.assert_allclose(optimizer.state[weight]["exp_avg"].numpy()[0], moment, atol=1e-9)
 
 
+def test_lion_is_the_published_formula():
+    """Chen et al. 2023, arXiv 2302.06675, program 1, over groups with decay and rate of their own."""
+    generator = torch.Generator().manual_seed(0)
+    config = OptimConfig(optimizer="lion", learning_rate=0.01, beta1=0.9, beta2=0.99)
+    values = [torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2)]
+    weights = [nn.Parameter(value.clone()) for value in values]
+    groups = [{"params": [weights[0]], "weight_decay": 0.3, "lr_scale": 0.5}]
+    groups.append({"params": [weights[1]], "weight_decay": 0.0})
+    optimizer = build_optimizer(groups, config)
+    moments = [torch.zeros(5, 7, dtype=torch.float64) for _ in range(2)]
+    for step in range(20):
+        set_learning_rate(optimizer, rate := 0.01 * (1 + step))
+        for i, (lr, decay) in enumerate(((0.5 * rate, 0.3), (rate, 0.0))):
+            grad = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+            weights[i].grad = grad
+            direction = (0.9 * moments[i] + 0.1 * grad).sign()
+            values[i] = values[i] * (1 - lr * decay) - lr * direction
+            moments[i] = 0.99 * moments[i] + 0.01 * grad
+        optimizer.step()
+        for i in range(2):
+            torch.testing.assert_close(weights[i].detach(), values[i], atol=1e-7, rtol=0)
+            torch.testing.assert_close(optimizer.state[weights[i]]["exp_avg"], moments[i], atol=1e-12, rtol=0)
+            assert optimizer.state[weights[i]].keys() == {"exp_avg"}  # as in checkpoints
+
+
+def test_both_ways_of_lion_agree():
+    """Parameter by parameter, as on CPUs, and all at once, as on GPUs."""
+    generator = torch.Generator().manual_seed(0)
+    start, grad = torch.randn(2, 3, 6, 5, generator=generator)
+    results = []
+    for foreach in (False, True):
+        weights = [nn.Parameter(value.clone()) for value in start]
+        optimizer = build_optimizer(
+            [{"params": weights, "weight_decay": 0.1, "foreach": foreach}], OptimConfig(optimizer="lion")
+        )
+        for _ in range(3):
+            for weight, value in zip(weights, grad, strict=True):
+                weight.grad = value.clone()
+            optimizer.step()
+        results.append(torch.stack([weight.detach() for weight in weights]))
+    torch.testing.assert_close(results[0], results[1], atol=1e-7, rtol=0)
+
+
 def test_lion_goes_on_from_its_saved_state():
     config = OptimConfig(optimizer="lion", learning_rate=0.1)
     grads = torch.tensor([[[0.3, -0.1]], [[-0.2, 0.1]], [[0.1, 0.1]]], dtype=torch.float64)
@@ -179,12 +238,25 @@ def test_sgd_has_momentum_and_coupled_decay():
 
 def test_layer_decay_vector():
     """Of a tower with 12 blocks at 0.75, as VideoMAE fine-tunes."""
-    names = [f"visual.blocks.{i}.norm1.weight" for i in range(12)]
-    scales = LayerScales([*names, "visual.patch_embed.proj.weight", "visual.fc_norm.weight"], 0.75)
+    with torch.device("meta"):
+        model = build_classifier(
+            ModelConfig(encoder="videomae"), num_classes=5, num_frames=2, frame_size=32, dropout=0.0
+        )
+    scales = LayerScales(model, 0.75)
     assert scales.of("visual.patch_embed.proj.weight") == pytest.approx(0.023757, abs=5e-7)
     assert scales.of("visual.blocks.0.mlp.fc1.weight") == pytest.approx(0.031676, abs=5e-7)
     assert scales.of("visual.blocks.11.norm1.weight") == 0.75
     assert scales.of("visual.fc_norm.weight") == scales.of("fc_cls.weight") == 1.0
+
+
+def test_encoder_and_decoder_of_a_masked_video_model_have_layers_of_their_own():
+    config = ModelConfig(encoder="videomae", size="tiny")
+    scales = LayerScales(build_masked_video(config, num_frames=2, frame_size=32, decoder_depth=2), 0.5)
+    assert scales.of("encoder.patch_embed.proj.bias") == 0.5**5
+    assert scales.of("encoder.blocks.3.norm1.weight") == scales.of("decoder.blocks.1.norm1.weight") == 0.5
+    assert (
+        scales.of("mask_token") == scales.of("encoder_to_decoder.weight") == scales.of("decoder.head.bias") == 1
+    )
 
 
 @pytest.mark.parametrize("encoder", ["vit", "timesformer", "videomae"])
@@ -212,7 +284,7 @@ def test_layers_of_all_encoders_are_known(encoder):
 
 def test_both_towers_of_a_dual_encoder_have_layers_of_their_own():
     model = build_dual_encoder(ModelConfig(size="tiny"), num_frames=2, frame_size=32)  # 4 and 2 blocks
-    scales = LayerScales([name for name, _ in model.named_parameters()], 0.5)
+    scales = LayerScales(model, 0.5)
     assert scales.of("visual.conv1.weight") == 0.5**5
     assert scales.of("textual.token_embedding.weight") == 0.5**3
     assert scales.of("textual.transformer.resblocks.1.ln_1.weight") == 0.5

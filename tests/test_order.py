@@ -124,9 +124,9 @@ def test_evaluation_loses_and_repeats_nothing(num_samples: int, world_size: int,
     assert seen == list(range(num_samples))
 
 
-def test_training_drops_and_counts_the_last_partial_batch() -> None:
+def test_training_drops_the_last_partial_batch() -> None:
     schedule = BatchSchedule(num_samples=21, global_batch=8, micro_batch=4)
-    assert (schedule.steps_per_epoch, schedule.dropped_per_epoch, schedule.accum_steps) == (2, 5, 2)
+    assert (schedule.steps_per_epoch, schedule.accum_steps) == (2, 2)
     left_out = []
     for epoch in range(4):
         steps = range(epoch * 2, epoch * 2 + 2)
@@ -140,9 +140,9 @@ def test_training_drops_and_counts_the_last_partial_batch() -> None:
 
 def test_evaluation_counts_the_partial_batch_and_drops_none() -> None:
     schedule = BatchSchedule(num_samples=21, global_batch=8, micro_batch=4, training=False)
-    assert (schedule.steps_per_epoch, schedule.dropped_per_epoch) == (3, 0)
+    assert schedule.steps_per_epoch == 3
     whole = BatchSchedule(num_samples=16, global_batch=8, micro_batch=4, training=False)
-    assert (whole.steps_per_epoch, whole.dropped_per_epoch) == (2, 0)
+    assert whole.steps_per_epoch == 2
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(3, 2), (1, 3), (2, 8), (16, 1)])
@@ -158,3 +158,16 @@ def test_too_few_samples_name_the_key_and_the_count() -> None:
     with pytest.raises(UserError, match="0 samples"):
         BatchSchedule(num_samples=0, global_batch=8, micro_batch=4, training=False)
     assert BatchSchedule(num_samples=7, global_batch=8, micro_batch=4, training=False).steps_per_epoch == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_several_clips_per_sample_are_counted_apart_from_samples(world_size: int) -> None:
+    schedules = [
+        BatchSchedule(3, 8, 8 // world_size, rank, world_size, training=False, clips_per_sample=5)
+        for rank in range(world_size)
+    ]
+    assert {(s.num_samples, s.num_clips, s.steps_per_epoch) for s in schedules} == {(3, 15, 2)}
+    drawn = [s.micro_batch_ids(step, 0)[1].tolist() for step in range(2) for s in schedules]
+    assert sum(drawn, []) == list(range(15))
+    with pytest.raises(ValueError, match="one clip per sample, not 5"):
+        BatchSchedule(30, 8, 8, clips_per_sample=5)

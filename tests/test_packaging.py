@@ -1,5 +1,6 @@
 """What installation promises: bounded requirements, the command, and life without DALI."""
 
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -70,6 +71,16 @@ def test_package_metadata_follows_the_files():
     assert metadata.version("avion_dali") == avion_dali.__version__
     declared = {Requirement(r).name for r in metadata.requires("avion_dali") or [] if "extra ==" not in r}
     assert declared == {r.name for r in REQUIREMENTS}
+
+
+def test_every_folder_of_the_library_is_installed():
+    """`packages` in pyproject.toml lists them, since two folders are installed under other names."""
+    listed = re.search(
+        r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
+    )
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "avion_dali").rglob("__init__.py")}
+    inside = {".".join(folder.parts) for folder in folders}
+    assert set(re.findall(r'"(.+?)"', listed[1])) == inside | {"avion_dali.pipelines", "avion_dali.recipes"}
 
 
 def test_the_command_resolves():

@@ -6,16 +6,15 @@ import pytest
 import torch
 from golden_fill import shape_table, videomae_flash_name
 
-from avion_dali.config import Encoder, ModelConfig, ModelSize
+from avion_dali.config import ModelConfig, ModelSize
 from avion_dali.models.classifier import build_classifier
 from avion_dali.models.convert import from_ours, identify, remap_avion_keys, to_ours
 from avion_dali.models.dual_encoder import build_dual_encoder
-from avion_dali.models.fitting import fit_weights
+from avion_dali.models.find_facts import guessed_facts
 from avion_dali.models.masked_video import build_masked_video
 from avion_dali.models.presets import PRESETS
-from avion_dali.models.start import settle
-from avion_dali.models.towers import build_video_tower
-from avion_dali.models.weight_facts import facts_of
+from avion_dali.models.towers import ENCODERS, build_video_tower, resolve_model
+from avion_dali.models.weight_fitting import fit_weights
 
 TABLES = json.loads((Path(__file__).parent / "clip_shapes.json").read_text())
 SIZES = {
@@ -107,16 +106,16 @@ def test_videomaes_large_weights_find_their_size():
     assert count == encoder + decoding + decoder + width * decoder
     assert masked.time_slots * masked.places == 1568
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    published = from_ours(weights, "videomae")
+    published = from_ours(weights, "videomae", encoder="videomae")
     assert "encoder.blocks.23.attn.q_bias" in published
     state, left_over = to_ours(published, identify(published))
-    facts = facts_of(state, "videomae")
+    facts = guessed_facts(state, "videomae")
     assert (facts.size, facts.role) == ("vit_l16", "masked-video") and not left_over
     config = ModelConfig(encoder="videomae", size="vit_l16")
-    assert settle(config, facts).activation == "gelu"
+    assert resolve_model(config, facts).activation == "gelu"
     with torch.device("meta"):
         tuned = build_classifier(config, num_classes=400, num_frames=16, frame_size=224, dropout=0.0)
-    fit = fit_weights(tuned.state_dict(), state, facts, temporal_resize="interpolate")
+    fit = fit_weights(tuned, state, facts, temporal_resize="interpolate")
     assert not fit.problems and {name.split(".")[-2] for name in fit.fresh} == {"fc_cls", "fc_norm"}
 
 
@@ -142,7 +141,7 @@ def test_tiny_runs_on_a_laptop():
     assert model.visual(torch.zeros(1, 3, 4, 64, 64)).shape == (1, 256)
 
 
-@pytest.mark.parametrize("encoder", get_args(Encoder))
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_tiny_comes_with_every_encoder(encoder):
     config = ModelConfig(encoder=encoder, size="tiny")
     tower = build_video_tower(config, num_frames=4, frame_size=64, embed_dim=24)

@@ -79,6 +79,8 @@ def unknown(words: list[str]) -> list[str]:
         return [target for target in targets if target not in make_targets()]
     if program == "avion-dali":
         return [name for name in words[1:2] if not name.startswith("-") and not subcommand_exists(name)]
+    if "avion_dali" in after(words, "-m"):
+        return [name for name in after(words, "avion_dali") if not subcommand_exists(name)]
     runs_module = program.startswith("python") or program == "torchrun" or "-m" in words
     return [name for name in after(words, "-m") if runs_module and not module_exists(name)]
 
@@ -111,5 +113,7 @@ def test_unknown_commands_are_found():
     assert unknown(["OMP_NUM_THREADS=1", ".venv/bin/python", "-m", "benchmarks.absent"]) == [
         "benchmarks.absent"
     ]
+    assert unknown(["torchrun", "--nproc_per_node=2", "-m", "avion_dali", "absent", "-x"]) == ["absent"]
+    assert unknown(["python", "-m", "avion_dali", "recipes"]) == []
     assert unknown([".venv/bin/python", "-m", "pytest"]) == []
     assert unknown(["git", "clone", "somewhere"]) == []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avion_dali.engine.report import ReportData, ReportMatch, ReportQuery, write_report
+from avion_dali.report.html_report import ReportData, ReportMatch, ReportQuery, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -105,6 +105,24 @@ def test_texts_are_shown_as_written_and_never_become_markup(page):
     assert 'cut "the" <b>onion</b> & go' in text and "A <run>" in text
     assert "python -m train.pretrain --config a.yaml && echo <done>" in text
     assert page.all("b") == [] and page.all("run") == []
+
+
+def test_every_table_and_label_is_escaped(tmp_path):
+    odd = "<i>&odd"
+    match = ReportMatch(thumbnails(9), 0.5, label=odd)
+    data = make_data(
+        metrics={odd + "1": 1.0},
+        versions={odd + "2": odd},
+        resources={odd + "3": odd},
+        unreadable={odd + "4": 2},
+        unreadable_rows=[odd + "5"],
+        gallery=(ReportQuery(odd, (match,)),),
+        rows=[{"kind": "header", "step": 0, "config": {odd + "6": odd}}, *rows(2)[1:]],
+    )
+    write_report(tmp_path / "r.html", data)
+    page = Page((tmp_path / "r.html").read_text())
+    assert not page.all("i") and page.all("img")[0]["alt"] == odd
+    assert {odd + str(number) for number in range(1, 7)} <= set(page.texts)
 
 
 def test_nothing_is_loaded_from_outside(source, page):

@@ -8,8 +8,11 @@ from avion_dali.metrics import retrieval
 from avion_dali.metrics.retrieval import (
     binary_mean_average_precision,
     chance_scores,
+    first_positive_ranks,
     mean_average_precision,
+    median_rank,
     ndcg,
+    recall_at,
     retrieval_scores,
 )
 
@@ -178,3 +181,30 @@ def test_chance_scores_lie_where_shuffling_puts_them():
 def test_meaningless_input_is_refused(similarity, relevancy, message):
     with pytest.raises(UserError, match=message):
         retrieval_scores(similarity, relevancy)
+
+
+def test_ranks_of_the_first_match_in_a_case_counted_by_hand():
+    similarity = np.array([[0.9, 0.8, 0.1], [0.5, 0.5, 0.5], [0.3, 0.2, 0.1]])
+    relevancy = np.array([[0.0, 1.0, 1.0], [0.5, 1.0, 0.0], [0.9, 0.0, 0.0]])
+    # Row 1: the match ties with two others, which come first; row 2 has no match.
+    np.testing.assert_array_equal(first_positive_ranks(similarity, relevancy), [2.0, 3.0, np.nan])
+    assert recall_at(similarity, relevancy, k=1) == 0.0
+    assert recall_at(similarity, relevancy, k=2) == 0.5
+    assert recall_at(similarity, relevancy, k=3) == 1.0
+    assert median_rank(similarity, relevancy) == 2.5
+
+
+def test_recall_agrees_with_a_plain_sort():
+    rng = np.random.default_rng(3)
+    similarity = rng.normal(size=(40, 30))
+    relevancy = (rng.random((40, 30)) < 0.1).astype(np.float32)
+    order = np.argsort(-similarity, axis=1)
+    found = [set(np.flatnonzero(relevancy[q])) for q in range(40)]
+    for k in (1, 5, 10):
+        hits = [bool(positives & set(order[q, :k])) for q, positives in enumerate(found) if positives]
+        assert recall_at(similarity, relevancy, k=k) == pytest.approx(np.mean(hits))
+
+
+def test_measures_without_any_match_do_not_exist():
+    assert np.isnan(recall_at(np.ones((2, 2)), np.zeros((2, 2)), k=1))
+    assert np.isnan(median_rank(np.ones((2, 2)), np.zeros((2, 2))))

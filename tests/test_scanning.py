@@ -46,7 +46,7 @@ def test_other_files_are_not_chunks(tmp_path: Path) -> None:
         "a/.mp4",
         "a/١.mp4",
     )
-    touch(tmp_path, "a/0.mp4.part", "a/1e3.mp4", "readme.md", "a/nan.mp4", "a/inf.mp4")
+    touch(tmp_path, "a/.0.mp4.partial", "a/1e3.mp4", "readme.md", "a/nan.mp4", "a/inf.mp4")
     (tmp_path / "b" / "15.mp4").mkdir(parents=True)
     assert names(tmp_path) == [("a", 0)]
 

@@ -107,20 +107,24 @@ def test_command_line_is_split_at_the_divider(monkeypatch, capsys):
     fake = ModuleType("submitit")
     fake.AutoExecutor = FakeExecutor
     monkeypatch.setitem(sys.modules, "submitit", fake)
-    assert main(["--nodes", "2", "--time", "1:00:00", "--", "train.pretrain", "--run.seed", "3"]) == 0
+    assert main(["--nodes", "2", "--time", "1:00:00", "--", "pretrain", "--run.seed", "3"]) == 0
     executor = FakeExecutor.made[-1]
-    assert executor.task.command == ["train.pretrain", "--run.seed", "3"]
+    assert executor.task.command == ["avion_dali", "pretrain", "--run.seed", "3"]
     assert executor.values["nodes"] == 2 and executor.values["timeout_min"] == 60
     assert executor.options["cluster"] == "slurm" and executor.options["slurm_max_num_timeout"] == 20
     assert "job 42" in capsys.readouterr().out
     with pytest.raises(UserError, match="nothing to run"):
         main(["--nodes", "2"])
+    with pytest.raises(
+        UserError, match="`train.pretrain` is not a command for SLURM; after `--` write pretrain"
+    ):
+        main(["--", "train.pretrain"])
 
 
 def test_without_submitit_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r'pip install "avion_dali\[slurm\]"'):
-        main(["--", "train.pretrain"])
+        main(["--", "pretrain"])
 
 
 def test_two_local_tasks_meet(tmp_path, monkeypatch):

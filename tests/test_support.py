@@ -2,48 +2,20 @@
 
 import ctypes
 import os
-import signal
 import subprocess
 import sys
 from importlib import metadata, util
 from pathlib import Path
 
-import odd_tasks
 import pytest
 import torch
 
 from avion_dali.contracts import ClipRequest
 from avion_dali.decode import cpu_fused
 from pipelines import support, worker
-from pipelines.apart import call_apart, import_modules
 
 ROOT = Path(__file__).parents[1]
 needs_dali = pytest.mark.skipif(support.dali_package() is None, reason="needs DALI")
-
-
-def test_a_call_apart_returns_what_the_task_returns() -> None:
-    assert call_apart(odd_tasks.joined, 'it\'s "quoted"', 3) == """'it\\'s "quoted"' 3"""
-    assert call_apart(import_modules, "json", "email.message") is None
-
-
-def test_a_task_that_hangs_is_killed(tmp_path: Path) -> None:
-    told = tmp_path / "pid"
-    assert call_apart(odd_tasks.sleep_and_tell, str(told), timeout_s=2) == "no answer within 2 s"
-    if told.exists():  # not where the machine is so busy that the task had not begun
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(told.read_text()), 0)
-
-
-def test_a_task_that_fails_is_described_in_a_line() -> None:
-    assert call_apart(odd_tasks.die, int(signal.SIGSEGV)) == "its process was killed by SIGSEGV"
-    assert call_apart(odd_tasks.fail, "broken\nin two lines") == "in two lines"
-    assert call_apart(odd_tasks.fail, "no such thing") == "ValueError: no such thing"
-    assert call_apart(odd_tasks.leave, 3) == "its process ended with status 3"
-
-
-def test_what_libraries_say_is_kept_off_but_for_the_cause() -> None:
-    assert call_apart(odd_tasks.chatter, "no decoder") == "no decoder (The hardware is on strike.)"
-    assert not call_apart(odd_tasks.chatter, "")
 
 
 def test_without_a_driver_the_answer_costs_no_import() -> None:
@@ -176,6 +148,26 @@ def test_what_dali_cannot_decode_has_a_reason(monkeypatch: pytest.MonkeyPatch) -
     assert "Failed to create video decoder" in str(support.decode_problem("h264", "dali-cpu"))
 
 
+def test_the_package_works_under_another_name(tmp_path: Path) -> None:
+    """Workers and fresh interpreters import its parts by whatever name it has."""
+    (tmp_path / "renamed").symlink_to(ROOT / "pipelines")
+    code = (
+        "import sys\nfrom renamed import support, worker\nprint(worker.collect_into.__module__)\n"
+        "print(support._decode_in_subprocess('h264', 'cpu-fused'))\n"
+        "assert not [name for name in sys.modules if name.startswith('pipelines')]"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("renamed.worker\nNone\n", "")
+
+
 @needs_dali
 def test_dali_is_tried_in_a_process_of_its_own() -> None:
     assert support.dali_cpu_problem() is None
@@ -198,7 +190,7 @@ def test_each_codec_fails_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         return "the driver crashed" if codec == "hevc" else None
 
     monkeypatch.setattr(support, "nvdec_obstacle", lambda device_index: None)
-    monkeypatch.setattr(support, "call_apart", answer)
+    monkeypatch.setattr(support, "call_in_subprocess", answer)
     found = support.codec_support(1)
     assert found == dict.fromkeys(support.CODECS, "works") | {"hevc": "a tiny hevc clip: the driver crashed"}
     assert sorted(asked, key=str) == sorted(

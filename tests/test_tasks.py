@@ -4,35 +4,37 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from chunk_folders import chunk_row
 
-from avion_dali.assembly.tasks import BEST_METRIC, build_evaluation, build_model, build_task, class_table
+from avion_dali.assembly.model import build_model
+from avion_dali.assembly.resolve import ResolvedRun, resolve
 from avion_dali.config import (
     AugmentConfig,
     DataConfig,
     MaxMarginConfig,
     ModelConfig,
     ObjectiveConfig,
-    ObjectiveName,
+    OptimConfig,
     TrainConfig,
 )
 from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.data.classes import ClassTable
 from avion_dali.data.manifest import Manifest, Sample, write_manifest
 from avion_dali.engine.distributed import Distributed
-from avion_dali.engine.evaluate import freeze_first_frame
 from avion_dali.models.classifier import Classifier
 from avion_dali.models.dual_encoder import DualEncoder
 from avion_dali.models.masked_video import MaskedVideo
 from avion_dali.objectives.max_margin import MaxMargin
+from avion_dali.tasks.evaluation import evaluate, freeze_first_frame
+from avion_dali.tasks.requirements import class_table
+from avion_dali.tasks.table import TASKS, find_task
 
-CPU = torch.device("cpu")
-NAMES = get_args(ObjectiveName)
+NAMES = tuple(TASKS)
 MODELS = dict(zip(NAMES, (DualEncoder, DualEncoder, Classifier, MaskedVideo), strict=True))
 
 
@@ -57,6 +59,17 @@ def manifest_of(folder: Path, rows: list[Sample], *, names: tuple[str, ...] = ("
     return Manifest(folder)
 
 
+def checked(config: TrainConfig, manifest: Manifest) -> ResolvedRun:
+    """What a training does before it builds anything."""
+    run = resolve(config, Distributed())
+    run.task.check(run.config, manifest)
+    return run
+
+
+def model_of(run: ResolvedRun, manifest: Manifest) -> torch.nn.Module:
+    return build_model(run, num_classes=len(run.task.class_names(manifest)))
+
+
 def batch(texts: int = 2) -> ClipBatch:
     rng = np.random.default_rng(0)
     tokens = torch.zeros(texts, 8, dtype=torch.int64)
@@ -72,45 +85,53 @@ def batch(texts: int = 2) -> ClipBatch:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_objective_has_a_model_and_an_evaluation_with_its_metric(
+def test_every_task_has_a_model_an_objective_and_an_evaluation_with_its_metric(
     name: str, tmp_path: Path, rows: list[Sample]
 ) -> None:
     manifest = manifest_of(tmp_path, rows)
-    task = build_task(config_of(name), manifest, CPU)
-    assert type(task.model) is MODELS[name]
-    model = task.model.eval()
-    found = build_evaluation(config_of(name), model, manifest, Distributed())([batch()], None)
-    assert np.isfinite(found.metrics()[BEST_METRIC[name]])
+    run = checked(config_of(name), manifest)
+    model = model_of(run, manifest).eval()
+    assert type(model) is MODELS[name]
+    assert hasattr(run.task.build_objective(run.config, model, manifest), "couples_samples")
+    scorer = run.task.build_scorer(run.config, model, manifest)
+    found = evaluate(model, [batch()], scorer, precision="fp32", distributed=Distributed())
+    assert np.isfinite(found.metrics()[run.task.best_metric])
     assert found.metrics()["clips"] == 2
-    again = build_model(config_of(name), CPU, num_classes=2)
-    for key, value in again.state_dict().items():
+    for key, value in model_of(run, manifest).state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key  # drawn from the seed
 
 
-def test_frozen_frames_change_scores_and_are_not_for_reconstruction(tmp_path: Path, rows: list[Sample]) -> None:
+def test_frozen_frames_reach_the_model(tmp_path: Path, rows: list[Sample]) -> None:
     manifest = manifest_of(tmp_path, rows)
-    for name in ("contrastive", "classification", "masked-video"):
-        model = build_task(config_of(name), manifest, CPU).model.eval()
-        evaluate = build_evaluation(config_of(name), model, manifest, Distributed())
-        if name == "masked-video":
-            with pytest.raises(UserError, match="frozen_frames"):
-                evaluate([batch()], freeze_first_frame)
-            continue
-        seen: list[torch.Tensor] = []
-        evaluate([batch()], lambda frames, seen=seen: seen.append(frames) or freeze_first_frame(frames))
+    for name in ("contrastive", "classification"):
+        run = checked(config_of(name), manifest)
+        model = model_of(run, manifest).eval()
+        scorer, seen = run.task.build_scorer(run.config, model, manifest), []
+
+        def freeze(frames: torch.Tensor, seen: list[torch.Tensor] = seen) -> torch.Tensor:
+            seen.append(frames)
+            return freeze_first_frame(frames)
+
+        on = {"precision": "fp32", "distributed": Distributed()}
+        still, frozen = batch(), batch()
+        still.frames_BTHWC = freeze_first_frame(still.frames_BTHWC)
+        expected = evaluate(model, [still], scorer, **on).metrics()
+        assert evaluate(model, [frozen], scorer, transform=freeze, **on).metrics() == expected
         assert torch.equal(seen[0], batch().frames_BTHWC)
+    assert [name for name in NAMES if not find_task(name).has_frozen_control] == ["masked-video"]
 
 
 def test_only_the_contrastive_objective_keeps_a_temperature_in_range(
     tmp_path: Path, rows: list[Sample]
 ) -> None:
     manifest = manifest_of(tmp_path, rows)
-    tasks = {name: build_task(config_of(name), manifest, CPU) for name in NAMES}
-    assert [name for name, task in tasks.items() if task.after_step] == ["contrastive"]
-    with torch.no_grad():
-        tasks["contrastive"].model.logit_scale.fill_(9.0)
-    tasks["contrastive"].after_step()
-    assert float(tasks["contrastive"].model.logit_scale.exp()) == pytest.approx(100.0)
+    for name, most in (("contrastive", 100.0), ("max-margin", np.exp(9.0))):
+        run = checked(config_of(name), manifest)
+        model = model_of(run, manifest)
+        with torch.no_grad():
+            model.logit_scale.fill_(9.0)
+        run.task.after_step(model)
+        assert float(model.logit_scale.exp()) == pytest.approx(most)
 
 
 def test_fine_tuning_takes_augmentation_and_grades_where_they_are_used(
@@ -120,14 +141,14 @@ def test_fine_tuning_takes_augmentation_and_grades_where_they_are_used(
     augment = AugmentConfig(color_jitter=0.4)
     graded = MaxMarginConfig(loss="symmetric-multi-similarity")
     for settings, has_captions in ((MaxMarginConfig(), False), (graded, True)):
-        config = replace(config_of("max-margin", max_margin=settings), augment=augment)
-        objective = build_task(config, manifest, CPU).objective
+        run = checked(replace(config_of("max-margin", max_margin=settings), augment=augment), manifest)
+        objective = run.task.build_objective(run.config, model_of(run, manifest), manifest)
         assert isinstance(objective, MaxMargin)
         assert (objective.captions is not None) is has_captions
         assert objective.augment == augment
 
 
-def test_what_a_manifest_lacks_is_told_before_the_training(tmp_path: Path, rows: list[Sample]) -> None:
+def test_what_a_manifest_lacks_is_said_before_the_training(tmp_path: Path, rows: list[Sample]) -> None:
     without_label = [rows[0], replace(rows[1], label=-1)]
     without_text = [rows[0], replace(rows[1], texts=(), tokens=())]
     without_classes = [replace(row, label=-1) for row in rows]
@@ -140,8 +161,8 @@ def test_what_a_manifest_lacks_is_told_before_the_training(tmp_path: Path, rows:
     for number, (name, samples, names, message) in enumerate(cases):
         manifest = manifest_of(tmp_path / str(number), samples, names=names)
         with pytest.raises(UserError, match=message):
-            build_task(config_of(name), manifest, CPU)
-        build_task(config_of("masked-video"), manifest, CPU)  # needs neither
+            checked(config_of(name), manifest)
+        checked(config_of("masked-video"), manifest)  # needs neither
     assert class_table(manifest_of(tmp_path / "m", rows)).names == ("a", "b")
 
 
@@ -149,14 +170,26 @@ def test_masked_video_is_refused_for_other_encoders(tmp_path: Path, rows: list[S
     config = config_of("masked-video")
     config = replace(config, model=replace(config.model, encoder="vit"))
     with pytest.raises(UserError, match="model.encoder videomae, not vit"):
-        build_task(config, manifest_of(tmp_path, rows), CPU)
+        model_of(resolve(config, Distributed()), manifest_of(tmp_path, rows))
 
 
-def test_every_objective_is_in_the_table_of_metrics() -> None:
-    assert set(BEST_METRIC) == set(NAMES)
+def test_an_unknown_objective_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"'contrasitve' is not an objective.* contrastive, max-margin"):
+        resolve(config_of("contrasitve"), Distributed())
 
 
-def test_an_attention_kernel_that_cannot_run_is_refused_before_training():
+def test_an_attention_kernel_that_cannot_run_is_refused_before_training() -> None:
     config = config_of("contrastive")
     with pytest.raises(UserError, match=r"model\.attention = 'xformers' cannot run here"):
-        build_model(replace(config, model=replace(config.model, attention="xformers")), CPU)
+        resolve(replace(config, model=replace(config.model, attention="xformers")), Distributed())
+
+
+def test_a_resolved_run_leaves_nothing_open_and_says_what_was_decided() -> None:
+    config = replace(config_of("contrastive"), optim=OptimConfig(global_batch=8, micro_batch=2))
+    run = resolve(config, Distributed(world_size=2))
+    model = run.config.model
+    assert "auto" not in (model.activation, model.attention, run.decoder.name, run.precision)
+    assert (model.norm_eps, run.accum_steps) == (1e-6, 2)
+    text = "\n".join(run.lines())
+    for part in ("decoder: cpu-fused", "attention sdpa", "fp32 on cpu", "8 clips = 2 ranks x 2 clips x 2"):
+        assert part in text

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import make_videos
@@ -15,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from avion_dali.assembly.build import evaluator
-from avion_dali.assembly.loaders import Loaders
-from avion_dali.assembly.tasks import build_model
+from avion_dali.assembly.evaluation import open_evaluator
+from avion_dali.assembly.model import build_model
+from avion_dali.assembly.open_clips import open_pool
+from avion_dali.assembly.resolve import resolve
 from avion_dali.cli import evaluate, pretrain
 from avion_dali.cli.arguments import parse_options
 from avion_dali.config import TrainConfig
@@ -219,9 +219,9 @@ def test_evaluating_again_and_again_takes_no_more_shared_memory(dataset: Path, t
         return os.statvfs("/dev/shm").f_blocks - os.statvfs("/dev/shm").f_bfree
 
     config = parse_options(TrainConfig, options(dataset, tmp_path / "run"), prog="p", description="d")
-    with closing(Loaders(config, Distributed())) as loaders:
-        model = build_model(config, torch.device("cpu")).eval()
-        evaluate_now = evaluator(config, model, loaders, Manifest(dataset / "m"))
+    run = resolve(config, Distributed())
+    model, manifest = build_model(run, num_classes=0).eval(), Manifest(dataset / "m")
+    with open_pool(config.data) as pool, open_evaluator(run, model, manifest, pool=pool) as evaluate_now:
         first = evaluate_now(None).metrics()
         before = held()
         for _ in range(4):
@@ -238,7 +238,7 @@ def test_an_unknown_key_in_a_file_lists_the_allowed_ones(tmp_path: Path) -> None
 def test_errors_reach_the_console_without_a_traceback() -> None:
     done = launch([sys.executable, "-m", "train.pretrain", "--data.crop_scale", "[0.5,2]"])
     assert done.returncode == 2
-    assert done.stderr.startswith("error: config: data.crop_scale = (0.5, 2.0) is not allowed")
+    assert done.stderr.startswith("error: data.crop_scale = (0.5, 2.0) is not allowed")
     assert "Traceback" not in done.stderr
 
 

@@ -6,25 +6,28 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from small_models import same_tensors, save_as, small_classifier, small_dual_encoder, small_masked_video
+from small_models import (
+    same_tensors,
+    save_as,
+    small_classifier,
+    small_dual_encoder,
+    small_masked_video,
+    written,
+)
 
 from avion_dali.cli import weights
 from avion_dali.config import ModelConfig, TrainConfig
 from avion_dali.contracts import UserError
-from avion_dali.engine.checkpoint import read_weights, restore_model
-from avion_dali.models.convert import LAYOUTS, from_ours
+from avion_dali.engine.checkpoint import restore_model
 from avion_dali.models.dual_encoder import build_dual_encoder
-from avion_dali.models.start import open_start
+from avion_dali.models.safetensors_files import read_safetensors
+from avion_dali.models.starting_weights import open_start
 
 
 def command(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
     weights.add_arguments(parser)
     return weights.run(parser.parse_args([str(a) for a in arguments]))
-
-
-def test_layouts_are_those_of_the_library():
-    assert weights.LAYOUTS == LAYOUTS
 
 
 def test_a_description_says_what_the_file_is(tmp_path, capsys):
@@ -46,7 +49,7 @@ def test_a_description_says_what_the_file_is(tmp_path, capsys):
 
 
 def test_a_description_names_what_is_unknown_and_left_over(tmp_path, capsys):
-    state = from_ours(small_dual_encoder(num_frames=1).state_dict(), "open_clip")
+    state = written(small_dual_encoder(num_frames=1), "open_clip")
     torch.save({**state, "context_length": torch.tensor(12)}, tmp_path / "w.pt")
     command(tmp_path / "w.pt")
     out = capsys.readouterr().out
@@ -77,7 +80,7 @@ def test_ways_there_and_back_are_exact(tmp_path, make, layout):
     assert command(ours, "--output", theirs, "--to", layout) == 0
     assert command(theirs, "--output", again) == 0
     with safe_open(theirs, framework="pt") as file:
-        expected = from_ours(make().state_dict(), layout)
+        expected = written(make(), layout)
         assert same_tensors({name: file.get_tensor(name) for name in expected}, expected)
         assert len(list(file.keys())) == len(expected)
         assert json.loads(file.metadata()["avion_dali"])["layout"] == layout
@@ -95,7 +98,7 @@ def test_a_model_of_a_known_size_can_be_evaluated_at_once(tmp_path):
     model = build_dual_encoder(config, num_frames=4, frame_size=64)
     output = tmp_path / "ours.safetensors"
     command(save_as(tmp_path / "w.pt", model, "avion-flash"), "--output", output)
-    state, header = read_weights(output)
+    state, header = read_safetensors(output)
     trained = TrainConfig.from_plain(header["config"])
     assert (trained.model.size, trained.model.embed_dim, trained.model.activation) == ("tiny", 24, "gelu")
     assert (trained.data.num_frames, trained.data.frame_size) == (4, 64)
@@ -112,7 +115,7 @@ def test_our_own_configuration_is_kept(tmp_path):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     command(save_as(tmp_path / "w.pt", model, "avion-plain"), "--output", first)
     command(first, "--output", second)
-    assert read_weights(first)[1]["config"] == read_weights(second)[1]["config"]
+    assert read_safetensors(first)[1]["config"] == read_safetensors(second)[1]["config"]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from avion_dali.contracts import ClipBatch
 from avion_dali.device_ops.randomness import StepKey
 from avion_dali.engine.accumulate import micro_seed
 from avion_dali.engine.loop import TrainLoop
+from avion_dali.engine.loop_settings import LoopSettings
 from avion_dali.engine.optim import build_optimizer, parameter_groups
-from avion_dali.engine.settings import LoopSettings
 from avion_dali.objectives.gather import gather_with_grad
 
 ROWS, TOKENS = 4, 5
@@ -156,9 +156,7 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], a
 
 
 def gradients_after_one_step(train_loop: TrainLoop) -> dict[str, torch.Tensor]:
-    train_loop._batches = train_loop.loader.batches(0, 1)
-    train_loop.model.train()
-    train_loop.optimizer_step()
+    (_,) = train_loop.steps(0, 1)
     return {name: p.grad.clone() for name, p in train_loop.model.named_parameters()}
 
 

@@ -3,8 +3,10 @@
 torchrun --nproc_per_node=8 -m train.features --checkpoint FILE --manifest M --output features.safetensors
 """
 
+import sys
+
 from avion_dali.cli.arguments import run_command
-from avion_dali.cli.features import main
+from avion_dali.cli.main import main
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: main(["features", *sys.argv[1:]]))

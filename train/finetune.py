@@ -1,6 +1,6 @@
 """Fine-tune a pre-trained model for retrieval (`max-margin`) or recognition (`classification`).
 
-torchrun --nproc_per_node=8 -m train.finetune --config configs/finetune_own_recognition.yaml
+torchrun --nproc_per_node=8 -m train.finetune --config finetune_own_recognition
     --model.weights FILE --data.train_manifest TRAIN --data.eval_manifest HELDOUT --output-dir runs/mine
 """
 

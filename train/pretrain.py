@@ -1,7 +1,7 @@
 """Pre-train a video-text dual encoder (`contrastive`) or a video encoder alone (`masked-video`).
 
-python -m train.pretrain --config configs/pretrain_tiny.yaml --data.train_manifest M --decoder cpu-fused
-torchrun --nproc_per_node=8 -m train.pretrain --config ... --decoder cpu-fused
+python -m train.pretrain --config pretrain_tiny --data.train_manifest M --decoder cpu-fused
+torchrun --nproc_per_node=8 -m train.pretrain --config pretrain_own --data.train_manifest M
 """
 
 from avion_dali.cli.arguments import run_command

@@ -1,6 +1,6 @@
-"""Submit a training to SLURM, with one process per GPU; it goes on by itself after preemption and time limits.
+"""Submit a training to SLURM, with one process per GPU; it continues after preemption and time limits.
 
-python -m train.slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 -- train.pretrain --config configs/...
+python -m train.slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 -- pretrain --config pretrain_own ...
 """
 
 from avion_dali.cli.arguments import run_command

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from avion_dali.config.recipes import find_recipe
 from avion_dali.contracts import UserError
 
 Options = TypeVar("Options")
@@ -17,7 +20,7 @@ Options = TypeVar("Options")
 def parse_options(
     options: type[Options], argv: Sequence[str] | None, *, prog: str, description: str
 ) -> Options:
-    """Fill a dataclass from `--config FILE.yaml` and `--field value`, `--section.field value`.
+    """Fill a dataclass from `--config RECIPE` and `--field value`, `--section.field value`.
 
     Args:
         options: the dataclass; its docstring documents each field.
@@ -31,14 +34,21 @@ def parse_options(
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file; later arguments win over it")
+    parser.add_argument(
+        "--config", action="config", help="a recipe or a YAML file; later arguments win over it"
+    )
     parser.add_class_arguments(options)
     try:
-        values = vars(parser.instantiate(parser.parse_args(_underscored(argv))))
+        with parameters_as_keys(options):
+            return _filled(parser, options, argv)
     except ArgumentError as error:
         raise UserError(f"{_explain(str(error), options)}\n{prog} --help lists every option") from None
     except (TypeError, UnicodeDecodeError) as error:  # jsonargparse lets these escape from a malformed file
         raise UserError(f"the configuration file is malformed, perhaps an empty section: {error}") from None
+
+
+def _filled(parser: Any, options: type[Options], argv: Sequence[str] | None) -> Options:
+    values = vars(parser.instantiate(parser.parse_args(_with_recipes(_underscored(argv)))))
     values.pop("config", None)
     return options(**values)
 
@@ -47,6 +57,20 @@ def _underscored(argv: Sequence[str] | None) -> list[str]:
     """Accept `--output-dir` for `--output_dir`: fields are Python names, options are habitually dashed."""
     arguments = sys.argv[1:] if argv is None else argv
     return [re.sub(r"^--[\w.-]+", lambda m: "--" + m.group()[2:].replace("-", "_"), a) for a in arguments]
+
+
+def _with_recipes(arguments: list[str]) -> list[str]:
+    """Replace each recipe that `--config` names by its file."""
+    found: list[str] = []
+    for argument in arguments:
+        option, assigned, named = argument.partition("=")
+        if found[-1:] == ["--config"]:
+            found.append(str(find_recipe(argument)))
+        elif option == "--config" and assigned:
+            found.append(f"--config={find_recipe(named)}")
+        else:
+            found.append(argument)
+    return found
 
 
 def _explain(message: str, options: type) -> str:
@@ -92,6 +116,47 @@ def _below(options: Any, section: str) -> Any:
     return options
 
 
+@contextmanager
+def parameters_as_keys(options: type) -> Iterator[None]:
+    """Have errors name the keys of a configuration where the library names parameters of its functions.
+
+    The library writes the names of parameters between backticks. A field of a section becomes `section.field`,
+    a field of the dataclass itself `--field`; other names stay.
+
+    Args:
+        options: the dataclass that the command line fills.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except UserError as error:
+        keys = parameter_keys(options)
+        error.args = (re.sub(r"`(\w+)`", lambda match: keys.get(match[1], match[0]), str(error)),)
+        raise
+
+
+def parameter_keys(options: Any) -> dict[str, str]:
+    """Return the key or option of every field of a configuration, by the field's name.
+
+    Args:
+        options: the dataclass.
+    """
+    sections = [name for name in _keys(options, "") if _is_section(options, name)]
+    keys = {field: f"{name}.{field}" for name in sections for field in _keys(options, name)}
+    own = {name: f"--{name.replace('_', '-')}" for name in _keys(options, "") if name not in sections}
+    return {**keys, **own}
+
+
+def _show_messages() -> None:
+    """Write what the library logs to the console, one plain line each."""
+    logger, handler = logging.getLogger("avion_dali"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run an entry point; errors a user can act on become one message and exit status 2.
 
@@ -101,6 +166,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     # OpenMP's threads wait for each other by spinning, which takes the cores from decode workers: a CPU
     # training with one worker on two cores gained a fifth from giving up early. torch reads this once.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    _show_messages()
     try:
         status = main() or 0
     except UserError as error:

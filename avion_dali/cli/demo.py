@@ -1,6 +1,6 @@
 """The main job at small size: procedural videos -> chunks -> manifest -> training -> retrieval -> report.
 
-python -m train.demo --output-dir runs/demo
+avion-dali demo --output-dir runs/demo
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avion_dali.cli.arguments import parse_options
-from avion_dali.config import Decoder, TrainConfig
+from avion_dali.config import TrainConfig
+from avion_dali.config.recipes import recipes_folder
 from avion_dali.data.profiles import ProfileName
 
 if TYPE_CHECKING:
     from avion_dali.data.manifest import Manifest
-    from avion_dali.engine.evaluate import RetrievalResult
-    from avion_dali.engine.report import ReportQuery
+    from avion_dali.report.html_report import ReportQuery
+    from avion_dali.tasks.retrieval_scoring import RetrievalResult
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 GALLERY_TEXTS = 6
 GALLERY_CLIPS = 5
 
@@ -37,7 +37,7 @@ class DemoOptions:
     """
 
     output_dir: str = "runs/demo"
-    decoder: Decoder = "cpu-fused"
+    decoder: str = "cpu-fused"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class DemoNumbers:
 
     @property
     def lost_when_frozen(self) -> float:
-        """Share of what is above chance that vanishes without motion."""
+        """Share of the mAP above chance that is lost without motion."""
         return (self.map_avg - self.frozen) / (self.map_avg - self.chance)
 
 
@@ -71,11 +71,11 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments; None takes the process's.
     """
-    options = parse_options(DemoOptions, argv, prog="python -m train.demo", description=__doc__ or "")
+    options = parse_options(DemoOptions, argv, prog="avion-dali demo", description=__doc__ or "")
     output = Path(options.output_dir)
     with stage("videos, chunks and manifests"):
-        train_folder, heldout_folder = make_data(output / "data", chunk_profile(options.decoder))
-    config = demo_config(output, train_folder, heldout_folder, options.decoder)
+        manifests = make_data(output / "data", chunk_profile(options.decoder))
+    config = demo_config(output, manifests, decoder=options.decoder)
     numbers = train_and_report(config)
     print(
         f"\nheld-out average mAP {numbers.map_avg:.3f}, chance {numbers.chance:.3f} "
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Say what begins and how long it took.
+    """Print what begins, and how long it took.
 
     Args:
         name: what is done.
@@ -102,8 +102,8 @@ def stage(name: str) -> Iterator[None]:
     print(f"--- {name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
-def chunk_profile(decoder: Decoder) -> ProfileName:
-    """Return how the demo's chunks are encoded: for DALI so that it decodes them without a GPU, too.
+def chunk_profile(decoder: str) -> ProfileName:
+    """Return how the demo's chunks are encoded; for DALI, so that it decodes them without a GPU as well.
 
     Args:
         decoder: how clips are decoded.
@@ -112,7 +112,7 @@ def chunk_profile(decoder: Decoder) -> ProfileName:
 
 
 def make_data(folder: Path, profile: ProfileName) -> tuple[Path, Path]:
-    """Make the data set through the same steps as for anybody's own videos; finished parts are kept.
+    """Make the data set with the same steps as for your own videos; finished parts are kept.
 
     Args:
         folder: where videos go, and below it the profile's chunks and manifests.
@@ -139,17 +139,27 @@ def make_data(folder: Path, profile: ProfileName) -> tuple[Path, Path]:
     return manifests
 
 
-def demo_config(output: Path, train_folder: Path, heldout_folder: Path, decoder: Decoder) -> TrainConfig:
-    """Return `configs/demo.yaml` for this folder.
+def recipe_config(name: str) -> TrainConfig:
+    """Return a recipe that this project ships.
+
+    Args:
+        name: of the recipe.
+    """
+    arguments = ["--config", str(recipes_folder() / f"{name}.yaml")]
+    return parse_options(TrainConfig, arguments, prog="demo", description="")
+
+
+def demo_config(output: Path, manifests: tuple[Path, Path], *, decoder: str) -> TrainConfig:
+    """Return the recipe `demo` with the folders of one run.
 
     Args:
         output: folder of the run.
-        train_folder: training manifest.
-        heldout_folder: held-out manifest.
+        manifests: of the training and the held-out videos.
         decoder: how clips are decoded.
     """
-    config = parse_options(TrainConfig, ["--config", str(CONFIG)], prog="demo", description="")
-    data = replace(config.data, train_manifest=str(train_folder), eval_manifest=str(heldout_folder))
+    config = recipe_config("demo")
+    train, heldout = map(str, manifests)
+    data = replace(config.data, train_manifest=train, eval_manifest=heldout)
     return replace(config, output_dir=str(output), decoder=decoder, data=data)
 
 
@@ -159,15 +169,16 @@ def train_and_report(config: TrainConfig) -> DemoNumbers:
     Args:
         config: the run's configuration.
     """
-    from avion_dali.assembly.build import evaluate_checkpoint, training
+    from avion_dali.assembly.evaluation import evaluate_checkpoint
+    from avion_dali.assembly.training import training
     from avion_dali.config import EvaluateConfig
     from avion_dali.data.manifest import Manifest
     from avion_dali.engine.checkpoint import LATEST_NAME, software_versions
     from avion_dali.engine.distributed import Distributed
-    from avion_dali.engine.evaluate import RetrievalResult
-    from avion_dali.engine.report import ReportData, write_report
     from avion_dali.engine.run_log import LOG_NAME, command_line, read_rows
     from avion_dali.metrics.retrieval import chance_scores
+    from avion_dali.report.html_report import ReportData, write_report
+    from avion_dali.tasks.retrieval_scoring import RetrievalResult
 
     output, distributed = Path(config.output_dir), Distributed()
     with stage("training"), training(config, distributed) as loop:
@@ -205,7 +216,7 @@ def train_and_report(config: TrainConfig) -> DemoNumbers:
 
 
 def make_gallery(result: RetrievalResult, manifest: Manifest, config: TrainConfig) -> list[ReportQuery]:
-    """Show what a few captions find: the best clips of each, with their frames.
+    """Return the best clips of a few captions, with their frames.
 
     Args:
         result: the evaluation.
@@ -216,7 +227,7 @@ def make_gallery(result: RetrievalResult, manifest: Manifest, config: TrainConfi
 
     from avion_dali.data.planner import ClipRules, Planner
     from avion_dali.decode.cpu_fused import decode_clip
-    from avion_dali.engine.report import ReportMatch, ReportQuery
+    from avion_dali.report.html_report import ReportMatch, ReportQuery
 
     rules = ClipRules(config.data.num_frames, config.data.frame_size, training=False)
     planner = Planner(manifest, rules, seed=config.run.seed)

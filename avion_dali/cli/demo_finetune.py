@@ -1,6 +1,6 @@
 """Fine-tuning at small size: retrieval, recognition and VideoMAE on the demo's videos, each with its control.
 
-python -m train.demo_finetune --output-dir runs/demo_finetune
+avion-dali demo-finetune --output-dir runs/demo_finetune
 """
 
 from __future__ import annotations
@@ -12,29 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avion_dali.cli.arguments import parse_options
-from avion_dali.cli.demo import chunk_profile, demo_config, make_data, stage
-from avion_dali.config import Decoder, TrainConfig
+from avion_dali.cli.demo import chunk_profile, demo_config, make_data, recipe_config, stage
+from avion_dali.config import TrainConfig
 
 if TYPE_CHECKING:
-    from avion_dali.assembly.tasks import EvaluationResult
+    from avion_dali.tasks.evaluation import EvaluationResult
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
 class FinetuneDemoOptions:
-    """Where the demo finds what `train.demo` made, and where it writes.
+    """Where the demo finds what `avion-dali demo` made, and where it writes.
 
     Args:
-        demo_dir: folder of `train.demo`; its data and its training are made where they are missing.
+        demo_dir: folder of `avion-dali demo`; what is missing of its data and its training is made.
         output_dir: folder for the fine-tuning runs.
         decoder: how clips are decoded; `dali` makes VP9 chunks, which it decodes without a GPU as well.
     """
 
     demo_dir: str = "runs/demo"
     output_dir: str = "runs/demo_finetune"
-    decoder: Decoder = "cpu-fused"
+    decoder: str = "cpu-fused"
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,13 @@ class FinetuneNumbers:
 
 @dataclass(frozen=True)
 class Margin:
-    """A difference that fine-tuning must show.
+    """A difference that fine-tuning must reach.
 
     Args:
-        what: the better one and the one it is compared with.
-        value: of the better one.
-        other: of the one it is compared with.
-        least: what must lie between them.
+        what: the two results, the better one first.
+        value: the result that should be better.
+        other: the result it is compared with.
+        least: the smallest difference that is sufficient.
     """
 
     what: str
@@ -85,7 +84,7 @@ class Margin:
 
 
 def margins(numbers: FinetuneNumbers) -> tuple[Margin, ...]:
-    """Return what the numbers must show: about half of what they do, since seeds and machines differ.
+    """Return the differences to reach: about half of those measured, since seeds and machines differ.
 
     Args:
         numbers: what the demo found.
@@ -112,21 +111,20 @@ class Runs:
 
     folder: Path
     manifests: tuple[Path, Path]
-    decoder: Decoder
+    decoder: str
 
-    def train(self, name: str, recipe: str, weights: Path | None = None) -> Path:
-        """Train, or go on where an earlier start was ended.
+    def train(self, name: str, recipe: str, *, weights: Path | None = None) -> Path:
+        """Train, or resume an earlier start that was interrupted.
 
         Args:
             name: of the run and its folder.
-            recipe: file in `configs/`, without its ending.
+            recipe: its name.
             weights: what to start from; None for random weights.
 
         Returns:
             The weights it ended with.
         """
-        arguments = ["--config", str(CONFIGS / f"{recipe}.yaml")]
-        config = parse_options(TrainConfig, arguments, prog="demo", description="")
+        config = recipe_config(recipe)
         train, heldout = map(str, self.manifests)
         config = replace(
             config,
@@ -144,7 +142,7 @@ class Runs:
             weights: of a run.
             frozen_frames: repeat each clip's first frame.
         """
-        from avion_dali.assembly.build import evaluate_checkpoint
+        from avion_dali.assembly.evaluation import evaluate_checkpoint
         from avion_dali.config import EvaluateConfig
         from avion_dali.engine.distributed import Distributed
 
@@ -168,7 +166,7 @@ def run_training(name: str, config: TrainConfig) -> Path:
     Returns:
         The weights it ended with.
     """
-    from avion_dali.assembly.build import training
+    from avion_dali.assembly.training import training
     from avion_dali.engine.distributed import Distributed
 
     with stage(f"training {name}"), training(config, Distributed()) as loop:
@@ -183,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments; None takes the process's.
     """
     options = parse_options(
-        FinetuneDemoOptions, argv, prog="python -m train.demo_finetune", description=__doc__ or ""
+        FinetuneDemoOptions, argv, prog="avion-dali demo-finetune", description=__doc__ or ""
     )
     demo, output = Path(options.demo_dir), Path(options.output_dir)
     with stage("videos, chunks and manifests"):
@@ -191,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = Runs(output, manifests, options.decoder)
     dual_encoder = demo / WEIGHTS
     if not dual_encoder.is_file():
-        run_training("dual encoder", demo_config(demo, *manifests, options.decoder))
+        run_training("dual encoder", demo_config(demo, manifests, decoder=options.decoder))
     numbers = measure(runs, dual_encoder)
     (output / "numbers.json").write_text(json.dumps(asdict(numbers), indent=2) + "\n")
     print(f"\n{table(margins(numbers))}\n\nreports: {output}/*/report.html")
@@ -199,17 +197,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(runs: Runs, dual_encoder: Path) -> FinetuneNumbers:
-    """Train what is to be compared, and compare it on the held-out videos.
+    """Train the models to compare, and score them on the held-out videos.
 
     Args:
         runs: where and how to train.
-        dual_encoder: pre-trained weights of `configs/demo.yaml`.
+        dual_encoder: pre-trained weights of the recipe `demo`.
     """
-    retrieval = runs.train("retrieval", "demo_retrieval", dual_encoder)
-    recognition = runs.train("recognition", "demo_recognition", dual_encoder)
+    retrieval = runs.train("retrieval", "demo_retrieval", weights=dual_encoder)
+    recognition = runs.train("recognition", "demo_recognition", weights=dual_encoder)
     recognition_scratch = runs.train("recognition_from_random", "demo_recognition")
     pretrained = runs.train("videomae", "demo_videomae_pretrain")
-    videomae = runs.train("videomae_recognition", "demo_videomae_finetune", pretrained)
+    videomae = runs.train("videomae_recognition", "demo_videomae_finetune", weights=pretrained)
     videomae_scratch = runs.train("videomae_recognition_from_random", "demo_videomae_finetune")
     with stage("evaluation on held-out videos"):
         return FinetuneNumbers(

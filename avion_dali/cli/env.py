@@ -18,27 +18,31 @@ from dataclasses import dataclass, replace
 from importlib import metadata, util
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from avion_dali.assembly.dali_room import pipelines_module
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
-from pipelines import support
-from pipelines.apart import call_apart, import_modules
-from pipelines.support import WORKS
+from avion_dali.subprocess_call import call_in_subprocess, import_modules
+
+if TYPE_CHECKING:
+    from pipelines import support
+else:
+    support = pipelines_module("support")
 
 GIB = 2**30
 FIELDS = ("value", "problem", "essential")
 ENCODERS = ("libx264", "libx265", "libvpx-vp9", "libsvtav1")
 # What a training imports, and open_clip, which it imports late; anything missing or broken shows here.
-ESSENTIAL_IMPORTS = {"training code": "avion_dali.assembly.build", "text tower": "open_clip.transformer"}
+ESSENTIAL_IMPORTS = {"training code": "avion_dali.assembly.training", "text tower": "open_clip.transformer"}
 OPTIONAL_KERNELS = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}
 IMPORT_TIMEOUT_S = 300.0  # a cold shared disk
 _REINSTALL = "pip install --upgrade --force-reinstall"
-_INSTALL = "pip install --editable . in the repository"
+_INSTALL = "install avion_dali and its requirements again with pip"
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class EnvironmentRow:
     """One line of the report.
 
     Args:
@@ -64,12 +68,12 @@ class Report:
         why: the reason.
     """
 
-    sections: dict[str, list[Finding]]
+    sections: dict[str, list[EnvironmentRow]]
     decoder: str
     why: str
 
     @property
-    def obstacles(self) -> list[Finding]:
+    def obstacles(self) -> list[EnvironmentRow]:
         """What keeps this environment from training at all."""
         return [f for findings in self.sections.values() for f in findings if f.essential and f.problem]
 
@@ -117,11 +121,11 @@ def examine() -> Report:
             "software": [*(done.result() for done in imports), *requirement_findings()],
         }
     h264 = nvdec.result()["h264"]
-    return Report(sections, *support.auto_decoder(None if h264 == WORKS else h264))
+    return Report(sections, *support.auto_decoder(None if h264 == support.WORKS else h264))
 
 
 def as_plain(report: Report) -> dict[str, Any]:
-    """Return a report as JSON has it.
+    """Return a report as plain values, as they are written to JSON.
 
     Args:
         report: what was found.
@@ -155,27 +159,27 @@ def table_lines(report: Report) -> Iterator[str]:
     yield f"This environment cannot train: see {names}" if names else "This environment can train."
 
 
-def machine_findings() -> list[Finding]:
+def machine_findings() -> list[EnvironmentRow]:
     """Look at the machine: system, cores, memory, shared memory, disk."""
     ring = "the loader keeps batches there (0.6 GiB a rank for 256 clips of 4 frames)"
     return [
-        Finding("platform", platform.platform()),
-        Finding("Python", platform.python_version()),
-        Finding("cores", f"{available_cores()} usable of {os.cpu_count()}"),
-        Finding("memory", _memory()),
+        EnvironmentRow("platform", platform.platform()),
+        EnvironmentRow("Python", platform.python_version()),
+        EnvironmentRow("cores", f"{available_cores()} usable of {os.cpu_count()}"),
+        EnvironmentRow("memory", _memory()),
         _space_finding("shared memory", Path("/dev/shm"), 1, f"{ring}; start containers with --shm-size=16g"),
         _space_finding("disk", Path.cwd(), 5, "a checkpoint of ViT-B takes 2; set output_dir elsewhere"),
     ]
 
 
-def _space_finding(name: str, place: Path, enough_gib: float, advice: str) -> Finding:
+def _space_finding(name: str, place: Path, enough_gib: float, advice: str) -> EnvironmentRow:
     """Look at the free space of a file system."""
     if not place.exists():  # /dev/shm, where the system is not Linux
-        return Finding(name, f"no {place} on this system")
+        return EnvironmentRow(name, f"no {place} on this system")
     usage = shutil.disk_usage(place)
     value = f"{place}: {usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free"
     short = usage.free < enough_gib * GIB
-    return Finding(name, value, f"less than {enough_gib:g} GiB free, {advice}" if short else None)
+    return EnvironmentRow(name, value, f"less than {enough_gib:g} GiB free, {advice}" if short else None)
 
 
 def _memory() -> str:
@@ -198,21 +202,21 @@ def _text(path: str) -> str:
         return ""
 
 
-def torch_findings() -> list[Finding]:
+def torch_findings() -> list[EnvironmentRow]:
     """Look at PyTorch, the driver and the GPUs."""
     try:
         import torch
     except (ImportError, OSError) as error:
-        return [Finding("torch", "broken", f"{error}; {_REINSTALL} torch", essential=True)]
+        return [EnvironmentRow("torch", "broken", f"{error}; {_REINSTALL} torch", essential=True)]
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     problem = support.cuda_problem(0)
-    found = [Finding("torch", f"{torch.__version__}, {build}"), Finding("driver", _driver())]
+    found = [EnvironmentRow("torch", f"{torch.__version__}, {build}"), EnvironmentRow("driver", _driver())]
     if problem:
-        return [*found, Finding("GPU", "none", problem)]
+        return [*found, EnvironmentRow("GPU", "none", problem)]
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         size, kind = f"{facts.total_memory / GIB:.1f} GiB", f"compute capability {facts.major}.{facts.minor}"
-        found.append(Finding(f"GPU {number}", f"{facts.name}, {size}, {kind}"))
+        found.append(EnvironmentRow(f"GPU {number}", f"{facts.name}, {size}, {kind}"))
     return found
 
 
@@ -224,7 +228,7 @@ def _driver() -> str:
     return f"{version[0] if version else 'version unknown'}, knows CUDA {cuda[0]}.{cuda[1]}"
 
 
-def attention_findings() -> list[Finding]:
+def attention_findings() -> list[EnvironmentRow]:
     """Call PyTorch's attention kernels, forward and backward, in the precision that a training has here."""
     try:
         import torch
@@ -233,7 +237,7 @@ def attention_findings() -> list[Finding]:
         from avion_dali.engine.precision import AUTOCAST_DTYPES, resolve_precision
         from avion_dali.models.attention import sdpa_problem
     except (ImportError, OSError) as error:
-        return [Finding("sdpa", "not tried", f"{error}; see software below", essential=True)]
+        return [EnvironmentRow("sdpa", "not tried", f"{error}; see software below", essential=True)]
     device = torch.device("cpu" if support.cuda_problem(0) else "cuda")
     precision = resolve_precision("auto", device)
     backends = {
@@ -245,23 +249,23 @@ def attention_findings() -> list[Finding]:
     found = []
     for name, backend in backends.items():
         if device.type == "cpu" and name in ("efficient", "cudnn"):
-            found.append(Finding(f"sdpa {name}", "for GPUs only"))
+            found.append(EnvironmentRow(f"sdpa {name}", "for GPUs only"))
             continue
         problem = sdpa_problem(backend, device, AUTOCAST_DTYPES[precision])
-        value = "does not work" if problem else f"{WORKS} ({precision} on {device})"
-        found.append(Finding(f"sdpa {name}", value, problem, essential=name == "math"))
+        value = "does not work" if problem else f"{support.WORKS} ({precision} on {device})"
+        found.append(EnvironmentRow(f"sdpa {name}", value, problem, essential=name == "math"))
     return found
 
 
-def _optional_finding(package: str, module: str) -> Finding:
+def _optional_finding(package: str, module: str) -> EnvironmentRow:
     """Import an attention library that may be installed beside PyTorch, then run its kernel."""
     if util.find_spec(module.split(".")[0]) is None:
-        return Finding(package, "not installed, and not needed")
+        return EnvironmentRow(package, "not installed, and not needed")
     found = _import_finding(package, module, "not needed: uninstall it, or build it for this PyTorch")
     return found if found.problem else _library_finding(found)
 
 
-def _library_finding(imported: Finding) -> Finding:
+def _library_finding(imported: EnvironmentRow) -> EnvironmentRow:
     """Run the kernel of a library that can be imported, as `model.attention` does."""
     if support.cuda_problem(0):
         return replace(imported, value="can be imported; for GPUs only")
@@ -278,40 +282,42 @@ def _library_finding(imported: Finding) -> Finding:
         resolve_attention(imported.name, device, AUTOCAST_DTYPES[precision])  # type: ignore[arg-type]
     except UserError as error:
         return replace(imported, value="does not work", problem=str(error))
-    return replace(imported, value=f"{WORKS} ({precision} on {device})")
+    return replace(imported, value=f"{support.WORKS} ({precision} on {device})")
 
 
-def _import_finding(name: str, module: str, advice: str, *, essential: bool = False) -> Finding:
+def _import_finding(name: str, module: str, advice: str, *, essential: bool = False) -> EnvironmentRow:
     """Import a module in a process of its own."""
-    failure = call_apart(import_modules, module, timeout_s=IMPORT_TIMEOUT_S)
+    failure = call_in_subprocess(import_modules, module, timeout_s=IMPORT_TIMEOUT_S)
     problem = failure and f"import {module}: {failure}; {advice}"
-    return Finding(name, "cannot be imported" if problem else "can be imported", problem, essential)
+    return EnvironmentRow(name, "cannot be imported" if problem else "can be imported", problem, essential)
 
 
-def _nvcuvid_finding() -> Finding:
-    """Look for the driver's video library; without a driver, that is what to mend."""
+def _nvcuvid_finding() -> EnvironmentRow:
+    """Look for the driver's video library; without a driver, the driver is the problem to fix."""
     missing = support.nvcuvid_problem()
     problem = missing and (support.cuda_problem(0) or missing)
-    return Finding("libnvcuvid", "missing" if problem else "found", problem)
+    return EnvironmentRow("libnvcuvid", "missing" if problem else "found", problem)
 
 
-def _codec_findings(decoder: str, codecs: dict[str, str], *, one_must_work: bool = False) -> list[Finding]:
+def _codec_findings(
+    decoder: str, codecs: dict[str, str], *, one_must_work: bool = False
+) -> list[EnvironmentRow]:
     """Turn the outcome of decoding tiny clips into findings."""
-    essential = one_must_work and WORKS not in codecs.values()
+    essential = one_must_work and support.WORKS not in codecs.values()
     return [
-        Finding(f"{decoder} {codec}", WORKS, essential=essential)
-        if outcome == WORKS
-        else Finding(f"{decoder} {codec}", "does not work", outcome, essential)
+        EnvironmentRow(f"{decoder} {codec}", support.WORKS, essential=essential)
+        if outcome == support.WORKS
+        else EnvironmentRow(f"{decoder} {codec}", "does not work", outcome, essential)
         for codec, outcome in codecs.items()
     ]
 
 
-def ffmpeg_findings() -> list[Finding]:
+def ffmpeg_findings() -> list[EnvironmentRow]:
     """Look at the FFmpeg inside PyAV."""
     try:
         import av
     except (ImportError, OSError) as error:
-        return [Finding("PyAV", "broken", f"{error}; {_REINSTALL} av", essential=True)]
+        return [EnvironmentRow("PyAV", "broken", f"{error}; {_REINSTALL} av", essential=True)]
 
     def known(names: Sequence[str], mode: Literal["r", "w"]) -> list[str]:
         return [name for name in names if _codec_exists(name, mode)]
@@ -320,9 +326,9 @@ def ffmpeg_findings() -> list[Finding]:
     missing = [name for name in ENCODERS if name not in there]
     problem = f"{', '.join(missing)} missing, so chunks cannot be made with them; {_REINSTALL} av"
     return [
-        Finding("PyAV", f"{av.__version__} with FFmpeg {av.ffmpeg_version_info}"),
-        Finding("encoders", ", ".join(there) or "none", problem if missing else None),
-        Finding("decoders", ", ".join(known(support.CODECS, "r"))),
+        EnvironmentRow("PyAV", f"{av.__version__} with FFmpeg {av.ffmpeg_version_info}"),
+        EnvironmentRow("encoders", ", ".join(there) or "none", problem if missing else None),
+        EnvironmentRow("decoders", ", ".join(known(support.CODECS, "r"))),
     ]
 
 
@@ -336,21 +342,21 @@ def _codec_exists(name: str, mode: Literal["r", "w"]) -> bool:
     return True
 
 
-def _dali_finding(problem: str | None) -> Finding:
+def _dali_finding(problem: str | None) -> EnvironmentRow:
     """Describe DALI on the CPU, where it has neither H.264 nor HEVC."""
     package = support.dali_package()
     version = " ".join(package) if package else "not installed by pip"
-    return Finding("DALI vp9", f"{version}, {'does not work' if problem else WORKS}", problem)
+    return EnvironmentRow("DALI vp9", f"{version}, {'does not work' if problem else support.WORKS}", problem)
 
 
-def requirement_findings() -> list[Finding]:
+def requirement_findings() -> list[EnvironmentRow]:
     """Compare the installed versions with what this project asks for."""
     try:
         from packaging.requirements import Requirement
 
         lines = metadata.requires("avion_dali") or []
     except ImportError as error:  # PackageNotFoundError is one too
-        return [Finding("requirements", "unknown", f"versions cannot be checked: {error}; {_INSTALL}")]
+        return [EnvironmentRow("requirements", "unknown", f"versions cannot be checked: {error}; {_INSTALL}")]
     dali, found = support.dali_package(), []
     for requirement in map(Requirement, lines):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -361,5 +367,5 @@ def requirement_findings() -> list[Finding]:
         fits = bool(versions) and requirement.specifier.contains(versions[0], prereleases=True)
         bounds = f"'{name}{requirement.specifier}'"
         problem = None if fits else f"{bounds} is asked for; pip install {bounds}"
-        found.append(Finding(name, versions[0] if versions else "missing", problem))
+        found.append(EnvironmentRow(name, versions[0] if versions else "missing", problem))
     return found

@@ -1,12 +1,12 @@
 """Evaluate a checkpoint on a manifest: retrieval, recognition or reconstruction, as it was trained for.
 
-python -m train.evaluate --checkpoint runs/pretrain/checkpoint_best.pt --manifest M --output metrics.json
+avion-dali evaluate --checkpoint runs/pretrain/checkpoint_best.pt --manifest M --output metrics.json
 """
 
 import json
 from pathlib import Path
 
-from avion_dali.cli.arguments import parse_options
+from avion_dali.cli.arguments import parameters_as_keys, parse_options
 from avion_dali.config import EvaluateConfig
 from avion_dali.contracts import UserError
 
@@ -17,14 +17,14 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments; None takes the process's.
     """
-    config = parse_options(EvaluateConfig, argv, prog="python -m train.evaluate", description=__doc__ or "")
-    # Decode workers re-import this module: everything heavy waits until here.
-    from avion_dali.assembly.build import evaluate_checkpoint
+    config = parse_options(EvaluateConfig, argv, prog="avion-dali evaluate", description=__doc__ or "")
+    # Decode workers import this module again: everything heavy is imported here.
+    from avion_dali.assembly.evaluation import evaluate_checkpoint
     from avion_dali.engine.distributed import distributed_session
 
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise UserError(f"--output {config.output}: its folder does not exist")
-    with distributed_session() as distributed:
+    with parameters_as_keys(EvaluateConfig), distributed_session() as distributed:
         result = evaluate_checkpoint(config, distributed)
         if distributed.is_main:
             text = json.dumps(result.metrics(), indent=2)

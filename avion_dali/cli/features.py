@@ -1,6 +1,6 @@
 """Write embeddings of videos or of a manifest's clips.
 
-torchrun --nproc_per_node=8 -m train.features --checkpoint FILE --manifest M --output features.safetensors
+torchrun --nproc_per_node=8 -m avion_dali features --checkpoint FILE --manifest M --output features.safetensors
 """
 
 # Light: decode workers re-import this module.
@@ -17,18 +17,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avion_dali.config import CPU_DECODERS, EvaluateConfig
+from avion_dali.cli.arguments import parameters_as_keys
+from avion_dali.config import EvaluateConfig
 from avion_dali.contracts import UserError
+from avion_dali.wording import few_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from avion_dali.data.manifest import Manifest
     from avion_dali.engine.distributed import Distributed
-    from avion_dali.engine.per_sample import PerSample
+    from avion_dali.tasks.sample_means import PerSample
 
 ENDINGS = (".safetensors", ".npy")
-_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,24 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     projection = "the encoder's features instead of the space shared with texts"
     parser.add_argument("--before-projection", action="store_true", help=projection)
-    parser.add_argument("--decoder", default="auto", choices=("auto", "dali", *CPU_DECODERS))
+    parser.add_argument("--decoder", default="auto", help="how clips are decoded (default: auto)")
     parser.add_argument("--workers", default=0, type=int, help="decode processes (default: one per core)")
     parser.add_argument("--micro-batch", default=32, type=int, help="clips of a forward pass")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point for torchrun.
-
-    Args:
-        argv: arguments; None takes the process's.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m train.features",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -73,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
     # Decode workers re-import this module: everything heavy waits until here.
     from avion_dali.engine.distributed import distributed_session
 
-    with distributed_session() as distributed, working_folder(options, distributed) as folder:
+    keys = parameters_as_keys(EvaluateConfig)
+    with keys, distributed_session() as distributed, working_folder(options, distributed) as folder:
         from avion_dali.data.manifest import Manifest
 
         manifest = Manifest(options.manifest or folder / "manifest")
@@ -104,12 +91,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{option} {getattr(options, name)}: it must be at least {least}")
     missing = [str(path) for path in options.videos if not path.exists()]
     if missing:
-        raise UserError("\n".join([f"{len(missing)} of the videos do not exist:", *_first(missing)]))
-
-
-def _first(lines: list[str]) -> list[str]:
-    more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return [f"  {line}" for line in lines[:_SHOWN]] + more
+        raise UserError("\n".join([f"{len(missing)} of the videos do not exist:", *few_lines(missing)]))
 
 
 @contextmanager
@@ -159,7 +141,7 @@ def left_out_files(folder: Path) -> list[dict[str, Any]]:
 
 
 def _build_manifest(options: argparse.Namespace, folder: Path) -> None:
-    from avion_dali.cli.main import list_videos
+    from avion_dali.cli.chunk import list_videos
     from avion_dali.datasets.building import BuildSettings
     from avion_dali.datasets.plain import build_plain_manifest
 
@@ -172,7 +154,7 @@ def _build_manifest(options: argparse.Namespace, folder: Path) -> None:
         reasons = [f"{file['path']}: {file['reason']}" for file in left_out_files(folder.parent)]
         if not reasons:
             raise
-        raise UserError("\n".join(["none of the videos can be read:", *_first(reasons)])) from error
+        raise UserError("\n".join(["none of the videos can be read:", *few_lines(reasons)])) from error
     for file in report.unusable:
         print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
 
@@ -181,12 +163,14 @@ def embed_manifest(
     options: argparse.Namespace, manifest: Manifest, distributed: Distributed, folder: Path
 ) -> PerSample:
     """Load the weights, decode and embed all clips."""
-    from avion_dali.assembly.build import evaluation_config, fill_model, trained_config
-    from avion_dali.assembly.loaders import Loaders
-    from avion_dali.assembly.tasks import build_model
-    from avion_dali.engine.features import extract_features
-    from avion_dali.engine.precision import resolve_precision
-    from avion_dali.models.start import open_start
+    from avion_dali.assembly.evaluation import evaluation_config, trained_config
+    from avion_dali.assembly.model import load_model
+    from avion_dali.assembly.open_clips import open_pool
+    from avion_dali.assembly.resolve import resolve
+    from avion_dali.assembly.run_clips import open_run_clips
+    from avion_dali.inference.embeddings import EmbeddingScorer
+    from avion_dali.models.starting_weights import open_start
+    from avion_dali.tasks.evaluation import evaluate
 
     start = open_start(options.checkpoint)
     settings = {name: getattr(options, name) for name in ("decoder", "workers", "micro_batch", "num_frames")}
@@ -195,24 +179,15 @@ def embed_manifest(
     if config.objective.name == "masked-video":
         # The encoder of such a model, as fine-tuning would take it: mean of its tokens, normalised.
         config = replace(config, objective=replace(config.objective, name="classification"))
-    model = build_model(config, distributed.device, num_classes=start.facts.num_classes or 1)
-    fill_model(model, start, config)
-    model.eval()
-    loaders = Loaders(config, distributed)
+    run = resolve(config, distributed, start)
+    model = load_model(run, start)
     if distributed.is_main:
-        print(f"decoder: {loaders.decoder.name} ({loaders.decoder.reason})", file=sys.stderr)
-    try:
-        loader = loaders.evaluation(manifest)
-        return extract_features(
-            model,
-            loader.batches(0, loader.steps_per_epoch),
-            before_projection=options.before_projection,
-            normalization=config.data.normalization,
-            precision=resolve_precision(config.run.precision, distributed.device),
-            distributed=distributed,
-        )
-    finally:
-        loaders.close()
+        print("\n".join(run.lines()), file=sys.stderr)
+    scorer = EmbeddingScorer(
+        model, before_projection=options.before_projection, normalization=config.data.normalization
+    )
+    with open_pool(config.data) as pool, open_run_clips(run, manifest, training=False, pool=pool) as loader:
+        return evaluate(model, loader, scorer, precision=run.precision, distributed=distributed)
 
 
 def write_features(path: Path, features: PerSample, manifest: Manifest) -> None:

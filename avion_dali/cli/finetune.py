@@ -1,6 +1,6 @@
 """Fine-tune a pre-trained model for retrieval (`max-margin`) or recognition (`classification`).
 
-torchrun --nproc_per_node=8 -m train.finetune --config configs/finetune_own_recognition.yaml
+torchrun --nproc_per_node=8 -m avion_dali finetune --config finetune_own_recognition
     --model.weights FILE --data.train_manifest TRAIN --data.eval_manifest HELDOUT --output-dir runs/mine
 """
 
@@ -14,5 +14,5 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments; None takes the process's.
     """
     return train_from_command_line(
-        argv, prog="train.finetune", description=__doc__ or "", objectives=("max-margin", "classification")
+        argv, command="finetune", description=__doc__ or "", objectives=("max-margin", "classification")
     )

@@ -1,20 +1,67 @@
-"""The command `avion-dali`: everything around training. Light: its workers re-import this module."""
+"""The command `avion-dali`. Light: decode workers import this module again, and `--help` must be quick."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from avion_dali.cli import check, env, features, manifest, plan, weights
+from avion_dali.cli import (
+    check,
+    chunk,
+    demo,
+    demo_finetune,
+    env,
+    evaluate,
+    features,
+    finetune,
+    manifest,
+    plan,
+    pretrain,
+    recipes,
+    slurm,
+    weights,
+)
 from avion_dali.cli.arguments import run_command
-from avion_dali.contracts import UserError
-from avion_dali.data.profiles import PROFILES
 
 _DESCRIPTION = (
-    "Everything around training: chunks, manifests, checks, plans, weights and embeddings. Training and "
-    "evaluation are `python -m train.pretrain`, `train.finetune` and `train.evaluate`."
+    "Train video models: from videos to chunks, a manifest, a trained model and its score. "
+    "On several GPUs, run a subcommand with `torchrun --nproc_per_node=8 -m avion_dali COMMAND ...`."
 )
+SUBCOMMANDS = {
+    "chunk": "cut videos into chunks made for random access",
+    "manifest": "make a manifest from chunks and annotations",
+    "check": "find chunks that are damaged or decode wrongly",
+    "plan": "predict clips per second on this machine, and what limits them",
+    "recipes": "list the recipes that --config accepts by name",
+    "pretrain": "train with captions, or from videos alone",
+    "finetune": "train for retrieval or recognition",
+    "evaluate": "score a checkpoint on a manifest",
+    "features": "write embeddings of videos or of a manifest",
+    "weights": "describe weights, and convert them",
+    "slurm": "submit a training to SLURM",
+    "env": "report what works on this machine, and why not",
+    "demo": "train and evaluate on procedural videos, with a report",
+    "demo-finetune": "fine-tune on the demo's videos, each result with its control",
+}
+_WITH_FLAGS = {
+    "chunk": chunk,
+    "manifest": manifest,
+    "check": check,
+    "plan": plan,
+    "recipes": recipes,
+    "features": features,
+    "weights": weights,
+    "env": env,
+}
+# Their options are the fields of a configuration, which takes seconds to import what parses it.
+_WITH_SETTINGS = {
+    "pretrain": pretrain.main,
+    "finetune": finetune.main,
+    "evaluate": evaluate.main,
+    "slurm": slurm.main,
+    "demo": demo.main,
+    "demo-finetune": demo_finetune.main,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,105 +70,24 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments; None takes the process's.
     """
-    options = build_parser().parse_args(argv)
-    commands = {
-        "chunk": chunk,
-        "manifest": manifest.run,
-        "check": check.run,
-        "plan": plan.run,
-        "weights": weights.run,
-        "features": features.run,
-        "env": env.run,
-        "demo": demo,
-    }
-    return commands[options.command](options)
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments and arguments[0] in _WITH_SETTINGS:
+        return _WITH_SETTINGS[arguments[0]](arguments[1:])
+    options = build_parser().parse_args(arguments)
+    return _WITH_FLAGS[options.command].run(options)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all subcommands."""
+    """Return the parser of all subcommands; those with settings are only named."""
     parser = argparse.ArgumentParser(prog="avion-dali", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_chunk(commands.add_parser("chunk", help="cut videos into chunks made for random access"))
-    manifest.add_arguments(commands.add_parser("manifest", help="make a manifest from chunks and annotations"))
-    check.add_arguments(commands.add_parser("check", help="find chunks that are damaged or decode wrongly"))
-    plan.add_arguments(commands.add_parser("plan", help="predict clips/s here, and say what binds"))
-    weights.add_arguments(commands.add_parser("weights", help="say what weights are, and convert them"))
-    features.add_arguments(commands.add_parser("features", help="write embeddings of videos or of a manifest"))
-    env.add_arguments(commands.add_parser("env", help="say what works on this machine, and why not"))
-    demo_parser = commands.add_parser("demo", help="train and evaluate on procedural videos, with a report")
-    demo_parser.add_argument("--output-dir", default="runs/demo", help="folder of the run")
-    decoder_help = "how clips are decoded; dali makes VP9 chunks, which it decodes without a GPU, too"
-    demo_parser.add_argument("--decoder", default="cpu-fused", help=decoder_help)
+    for name, line in SUBCOMMANDS.items():
+        command = commands.add_parser(name, help=line)
+        if name in _WITH_FLAGS:
+            _WITH_FLAGS[name].add_arguments(command)
     return parser
-
-
-def _add_chunk(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("videos", nargs="+", type=Path, help="video files, or folders of them")
-    parser.add_argument("--output", required=True, type=Path, help="chunk folder; finished chunks are kept")
-    parser.add_argument("--profile", default="balanced", choices=tuple(PROFILES), help="default: balanced")
-    parser.add_argument("--chunk-seconds", default=15, type=int, help="length of a chunk (default 15)")
-    parser.add_argument("--short-side", default=288, type=int, help="pixels, never upscaled (default 288)")
-    parser.add_argument("--jobs", default=0, type=int, help="videos at a time (default: one per core)")
-    parser.add_argument("--root", type=Path, help="keep the videos' folders below this one")
-
-
-def chunk(options: argparse.Namespace) -> int:
-    """Cut videos into chunks; status 1 when a video failed.
-
-    Args:
-        options: parsed arguments.
-    """
-    from avion_dali.data.chunking import ChunkSettings, chunk_videos
-
-    settings = ChunkSettings(options.profile, options.chunk_seconds, options.short_side)
-    videos = list_videos(options.videos, but_not=options.output)
-    report = chunk_videos(videos, options.output, settings=settings, root=options.root, jobs=options.jobs)
-    for video in report.failed:
-        print(f"failed: {video.video}: {video.failed}", file=sys.stderr)
-    done = len(report.videos) - len(report.failed)
-    print(f"{done} of {len(report.videos)} videos done: {report.made} chunks made, {report.kept} kept")
-    return 1 if report.failed else 0
-
-
-def list_videos(paths: list[Path], *, but_not: Path) -> list[Path]:
-    """Replace folders by the video files inside them, sorted; each file once.
-
-    Args:
-        paths: files and folders.
-        but_not: a folder whose files are no sources: the chunks.
-
-    Raises:
-        UserError: when a folder holds no video.
-    """
-    suffixes = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"}
-    videos: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            videos.append(path)
-            continue
-        found = (p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-        inside = sorted(p for p in found if but_not.absolute() not in p.absolute().parents)
-        if not inside:
-            raise UserError(f"{path} holds no video ({', '.join(sorted(suffixes))})")
-        videos += inside
-    return list(dict.fromkeys(videos))
-
-
-def demo(options: argparse.Namespace) -> int:
-    """Run the demo.
-
-    Args:
-        options: parsed arguments.
-    """
-    from avion_dali.cli.demo import main as demo_main
-
-    return demo_main(["--output-dir", options.output_dir, "--decoder", options.decoder])
 
 
 def console() -> None:
     """Entry point of the installed command."""
     run_command(main)
-
-
-if __name__ == "__main__":
-    console()

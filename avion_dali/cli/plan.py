@@ -1,6 +1,6 @@
-"""`avion-dali plan`: how many clips per second this machine would deliver, how chunks should be made, and why.
+"""`avion-dali plan`: how many clips per second this machine would deliver, and how chunks should be made.
 
-Light: decode processes import the modules of the command again.
+Imports are light: decode processes import the modules of the command again.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, get_args
 
@@ -20,99 +21,74 @@ from avion_dali.config import ModelSize
 from avion_dali.contracts import DecodeError, UserError
 from avion_dali.cores import available_cores
 from avion_dali.data.profiles import PROFILES, ProfileName
-from avion_dali.inspection.capacity import (
-    Candidate,
-    DecodeCost,
-    Machine,
-    ModelDemand,
-    forecast,
-    longest_chunk_s,
-    mean_needs,
-    recommend,
-)
+from avion_dali.inspection.plan_forecast import Candidate, ClipCost, Limit, ModelDemand, forecast, recommend
 
 if TYPE_CHECKING:
     import torch
 
-    from avion_dali.data.manifest import Manifest
+    from avion_dali.data.planner import Planner
 
-AS_GIVEN = "as given"  # what stands for a profile's name where chunks exist
-SAMPLE_SECONDS = 10.0
-TRAINER_CLIPS = 400
-MODEL_SECONDS = 5.0
-BINDING = {
-    "workers": "too few workers",
-    "reads": "cores and reads",
-    "cores": "cores",
-    "disk": "disk",
-    "trainer": "training process",
-    "model": "model",
+AS_GIVEN = "as given"  # stands for a profile's name where chunks exist
+SAMPLE_SECONDS, LEAST_FPS = 10.0, 24
+BLOCK = 8 * 1024 * 1024  # a chunk that is read whole, for equation 3
+DISK_SECONDS, MODEL_SECONDS = 0.2, 5.0  # of each measurement
+# What limits the clips per second, and what would raise them.
+LIMITS: dict[Limit, tuple[str, str]] = {
+    "workers": ("workers", "more decode processes (data.workers), above the cores if they wait for the disk"),
+    "cores": ("CPU cores", "more cores, a profile with less CPU ms, smaller frames, or --decoder dali"),
+    "disk": ("disk", "a faster disk, or a profile that reads fewer bytes per clip"),
+    "trainer": ("training process", "more training processes: each one runs a loader of its own"),
+    "model": ("model", "a faster GPU or a smaller model: the loader already keeps it busy"),
 }
-COLUMNS = (
-    "chunk s",
-    "Mbit/s",
-    "GB",
-    "decoded",
-    "reads",
-    "KB read",
-    "KB whole",
-    "eq.3 s",
-    "CPU ms",
-    "clips/s",
-    "cores",
-)
+COLUMNS = "profile|chunk s|GB|decoded|reads|KB read|eq.3 s|CPU ms|disk ms|clips/s|cores|limited by"
+ROW = "{}|{:.0f}|{:,.1f}|{:.1f}|{:.0f}|{:,.0f}|{:,.0f}|{:.1f}|{:.2f}|{:,.0f}|{:.1f}|{}"
+EXPLANATION = """\
+GB: size of {hours:g} hours of video. Each clip decodes this many coded pictures and reads this much through the
+packet index, in CPU ms of a worker and disk ms of the disk. eq.3 s: the longest chunk that the paper allows at
+these clips/s where chunks are read whole. Cores: all that {rate:,.0f} clips/s keep busy, in all processes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     source = parser.add_argument_group("what is decoded (default: procedural pictures)")
-    source.add_argument("--videos", nargs="+", type=Path, default=[], help="10 s of each are tried")
+    source.add_argument("--videos", nargs="+", type=Path, default=[], help="10 s of each are encoded and tried")
     source.add_argument("--chunks", type=Path, help="a manifest, or a chunk folder: judged as it is")
     source.add_argument("--profiles", nargs="+", default=list(PROFILES), choices=tuple(PROFILES))
     source.add_argument("--chunk-seconds", nargs="+", type=int, default=[5, 15, 60], help="default: 5 15 60")
-    source.add_argument("--short-side", type=int, default=288, help="of chunks, in pixels (default 288)")
-    source.add_argument("--hours", type=float, default=100.0, help="of the whole corpus (default 100)")
+    source.add_argument("--short-side", type=int, default=288, help="of the chunks, in pixels (default 288)")
+    source.add_argument("--hours", type=float, default=100.0, help="length of the data set (default 100)")
     clip = parser.add_argument_group("clips")
-    clip.add_argument("--frames", type=int, default=4, help="of a clip (default 4)")
+    clip.add_argument("--frames", type=int, default=4, help="frames per clip (default 4)")
     clip.add_argument("--clip-seconds", type=float, default=1.0, help="span of a clip (default 1)")
     clip.add_argument("--frame-size", type=int, default=224, help="side of a frame in pixels (default 224)")
     model = parser.add_argument_group("the model (default: none, the loader is judged alone)")
-    model.add_argument("--global-batch", type=int, default=256, help="clips of a step (default 256)")
-    model.add_argument("--step-seconds", type=float, help="seconds of a step without waiting for data")
-    model.add_argument("--model", choices=get_args(ModelSize), help="or: timed here")
-    model.add_argument("--micro-batch", type=int, help="clips of a pass of --model (default 64; 2 on a CPU)")
-    model.add_argument("--processes", type=int, help="training processes (default: one a GPU, at least one)")
+    model.add_argument("--global-batch", type=int, default=256, help="clips per step (default 256)")
+    model.add_argument("--step-seconds", type=float, help="duration of a step that never waits for data")
+    model.add_argument("--model", choices=get_args(ModelSize), help="or: time this model here")
+    model.add_argument("--micro-batch", type=int, help="clips per pass of --model (default 64; 2 on a CPU)")
+    model.add_argument("--processes", type=int, help="training processes (default: one per GPU, at least one)")
     machine = parser.add_argument_group("the machine")
-    machine.add_argument("--workers", type=int, help="decode processes (default: one a core)")
-    machine.add_argument(
-        "--disk", type=Path, help="folder for the chunks (default: this one; that of --chunks)"
-    )
-    machine.add_argument("--seconds", type=float, default=1.0, help="of timing for each profile (default 1)")
+    cores = available_cores()
+    machine.add_argument("--workers", type=int, default=cores, help="decode processes (default: one per core)")
+    machine.add_argument("--disk", type=Path, help="folder for chunks (default: this one; that of --chunks)")
+    machine.add_argument("--seconds", type=float, default=1.0, help="of loading each kind of chunk (default 1)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, predict and recommend; status 0."""
+    """Measure, predict and recommend; the exit status is 0."""
     _check(options)
-    workers = options.workers or available_cores()
-    with TemporaryDirectory(prefix="avion-plan-") as scratch, _decode_errors():
-        sources = make_sources(options, Path(scratch))
-        _say("timing decoding")
-        costs = decode_costs(sources, options)
-        machine = measure_machine(sources, options, workers=workers)
-        demand = model_demand(options)
-        candidates = [judge(s, costs[s.profile], machine, options=options, demand=demand) for s in sources]
-    print(machine_in_words(machine, options, demand), end="\n\n")
-    print(table(candidates, machine, options, demand), end="\n\n")
-    print(advice(candidates, machine, demand))
-    return 0
-
-
-@contextmanager
-def _decode_errors() -> Iterator[None]:
     try:
-        yield
+        with TemporaryDirectory(prefix="avion-plan-") as scratch:
+            sources = make_sources(options, Path(scratch))
+            costs, read_mb_s = measure(sources, options)
+            demand = model_demand(options)
+            candidates = [judge(s, costs[s.files], options=options, demand=demand) for s in sources]
     except DecodeError as error:
         raise UserError(f"--chunks: {error}; `avion-dali check` lists what is wrong with chunks") from error
+    print(measured_in_words(options, demand, read_mb_s=read_mb_s), end="\n\n")
+    print(table(candidates, options, demand=demand, read_mb_s=read_mb_s), end="\n\n")
+    print(advice(candidates, demand, read_mb_s=read_mb_s))
+    return 0
 
 
 def _say(what: str) -> None:
@@ -135,96 +111,78 @@ def _check(options: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """Chunks of one kind: their profile, the length they stand for, and a manifest of clips of them."""
+    """Chunks of one kind.
+
+    Args:
+        profile: its name.
+        chunk_seconds: the length that the chunks stand for.
+        files: name of the files that are decoded; kinds that share them cost the same to decode.
+        planner: of clips of these chunks.
+    """
 
     profile: str
     chunk_seconds: float
-    manifest: Manifest
+    files: str
+    planner: Planner
 
 
 def make_sources(options: argparse.Namespace, scratch: Path) -> list[Source]:
-    """Encode samples in all profiles and lengths, and open what was given."""
-    from avion_dali.inspection.sampling import write_sample_manifest
+    """Open the chunks that were given, and encode samples in all profiles and lengths."""
+    from avion_dali.data.planner import ClipRules, Planner
+    from avion_dali.inspection.plan_samples import mean_chunk, open_chunks, write_sample_manifest
 
-    sources = [_given(options, scratch)] if options.chunks else []
+    rules, span = ClipRules(options.frames, options.frame_size, training=True), options.clip_seconds
+    sources = []
+    if options.chunks:
+        planner = Planner(open_chunks(options.chunks, scratch, clip_seconds=span), rules, seed=0)
+        sources.append(Source(AS_GIVEN, mean_chunk(planner.manifest)[0], AS_GIVEN, planner))
     if options.videos or not options.chunks:
         for (profile, seconds), root in _encode(options, scratch).items():
             folder = scratch / f"manifest-{profile}-{seconds}"
-            manifest = write_sample_manifest(
-                root, folder, clip_seconds=options.clip_seconds, chunk_seconds=seconds
-            )
-            sources.append(Source(profile, seconds, manifest))
+            manifest = write_sample_manifest(root, folder, clip_seconds=span, chunk_seconds=seconds)
+            sources.append(Source(profile, seconds, root.name, Planner(manifest, rules, seed=0)))
     return sources
 
 
-def _given(options: argparse.Namespace, scratch: Path) -> Source:
-    from avion_dali.data.manifest import Manifest
-    from avion_dali.inspection.sampling import chunk_figures, link_some_chunks, write_sample_manifest
-
-    if (options.chunks / "manifest.json").is_file():
-        manifest = Manifest(options.chunks)
-    else:
-        links = link_some_chunks(options.chunks, scratch)
-        manifest = write_sample_manifest(links, scratch / "manifest", clip_seconds=options.clip_seconds)
-    return Source(AS_GIVEN, chunk_figures(manifest).chunk_seconds, manifest)
-
-
 def _encode(options: argparse.Namespace, scratch: Path) -> dict[tuple[ProfileName, int], Path]:
-    """Encode stretches of video; returns the chunk folder that stands for each profile and chunk length."""
-    from avion_dali.inspection.sampling import cuts_gops, encode_samples, procedural_pictures, video_pictures
+    """Encode samples; returns the chunk folder that stands for each profile and chunk length."""
+    from avion_dali.inspection import plan_samples
 
-    roots: dict[tuple[ProfileName, int], Path] = {}
-    tasks: dict[Path, tuple[ProfileName, float, Path]] = {}
-    for profile in options.profiles:
-        for length in sorted(set(options.chunk_seconds)):
-            encoded_s = float(length) if cuts_gops(profile, length) else SAMPLE_SECONDS
-            root = roots[profile, length] = scratch / f"{profile}-{encoded_s:g}"
-            tasks[root] = (profile, encoded_s, root)
-    size = {"seconds": SAMPLE_SECONDS, "short_side": options.short_side}
+    ways: dict[tuple[ProfileName, int], tuple[ProfileName, float, Path]] = {}
+    for profile, length in product(options.profiles, sorted(set(options.chunk_seconds))):
+        # Chunks that are shorter than a GOP decode unlike longer ones, which all decode alike.
+        encoded_s = length if length * LEAST_FPS < PROFILES[profile].gop else SAMPLE_SECONDS
+        ways[profile, length] = (profile, encoded_s, scratch / f"{profile}-{encoded_s:g}")
+    tasks, size = list(set(ways.values())), {"seconds": SAMPLE_SECONDS, "short_side": options.short_side}
     for number, video in enumerate(options.videos or [None]):
         _say(f"encoding {SAMPLE_SECONDS:.0f} s of {video or 'procedural pictures'} in {len(tasks)} ways")
-        pictures = procedural_pictures(**size) if video is None else video_pictures(video, **size)
-        encode_samples(pictures, list(tasks.values()), name=str(number))
-    return roots
+        stretch = plan_samples.video_pictures(video, **size) if video else plan_samples.draw_pictures(**size)
+        plan_samples.encode_samples(*stretch, tasks=tasks, name=str(number))
+    return {way: root for way, (_, _, root) in ways.items()}
 
 
-def decode_costs(sources: Sequence[Source], options: argparse.Namespace) -> dict[str, DecodeCost]:
-    """Time clips of three lengths for each profile, on its longest chunks."""
-    from avion_dali.inspection.measuring import measure_decode_cost
+def measure(sources: Sequence[Source], options: argparse.Namespace) -> tuple[dict[str, ClipCost], float]:
+    """Load every kind of files, and read as much from the disk; also returns its MB/s, infinite if unknown."""
+    from avion_dali.inspection import plan_measurements as measured
+    from avion_dali.inspection.plan_samples import clip_needs, sample_requests
 
-    return {
-        source.profile: measure_decode_cost(
-            source.manifest,
-            frame_counts=sorted({1, options.frames, 2 * options.frames}),
-            frame_size=options.frame_size,
-            seconds=options.seconds,
-        )
-        for source in {source.profile: source for source in sources}.values()
-    }
-
-
-def measure_machine(sources: Sequence[Source], options: argparse.Namespace, *, workers: int) -> Machine:
-    """Measure what does not depend on the profile."""
-    from avion_dali.inspection import measuring
-    from avion_dali.inspection.sampling import sample_requests
-
-    manifest = sources[0].manifest
-    requests = sample_requests(manifest, num_frames=options.frames, frame_size=options.frame_size)
-    _say("timing all cores together")
-    slowdown = measuring.measure_slowdown(requests, seconds=options.seconds / 2)
-    _say("reading the disk")
-    paths: AbstractContextManager[list[Path]]
-    if options.chunks and not options.disk:
-        paths = nullcontext(sorted({Path(part.chunk.path) for r in requests for part in r.parts}))
-    else:
-        paths = measuring.disk_test_files(options.disk or Path())
-    with paths as files:
-        disk = measuring.measure_disk(files, readers=workers)
-    _say("timing the training process's share")
-    counts = (1, max(options.frames, 2))
-    size = {"frame_size": options.frame_size, "clips": TRAINER_CLIPS}
-    trainer = measuring.measure_trainer(manifest, device=_device(), frame_counts=counts, **size)
-    return Machine(available_cores(), measuring.physical_cores(), slowdown, trainer, disk)
+    costs, planners = {}, {source.files: source.planner for source in sources}
+    busy = {"workers": min(options.workers, available_cores()), "seconds": options.seconds}
+    for files, planner in planners.items():
+        _say(f"loading {files}")
+        costs[files] = measured.measure_loader(planner, device=_device(), **busy)
+    clips = sample_requests(sources[0].planner) if options.chunks and not options.disk else []
+    chunks = sorted({Path(part.chunk.path) for clip in clips for part in clip.parts})
+    with measured.disk_test_files(options.disk or Path(), chunks) as disk:
+        if not disk:
+            return costs, math.inf
+        all_at_once = {"readers": options.workers, "seconds": DISK_SECONDS}
+        for files, planner in planners.items():
+            reads = [clip_needs(request)[1] for request in sample_requests(planner)]
+            waiting_ms, _ = measured.read_clips(disk, reads, readers=1, seconds=DISK_SECONDS)
+            disk_ms, _ = measured.read_clips(disk, reads, **all_at_once)
+            costs[files] = replace(costs[files], waiting_ms=waiting_ms, disk_ms=disk_ms)
+        return costs, measured.read_clips(disk, [[BLOCK]], **all_at_once)[1]
 
 
 def _device() -> torch.device:
@@ -234,7 +192,7 @@ def _device() -> torch.device:
 
 
 def model_demand(options: argparse.Namespace) -> ModelDemand:
-    """Return the rate at which the model takes clips, and what it takes of the processor."""
+    """Return the rate at which the model takes clips, and the processor time that it takes itself."""
     import torch
 
     processes = options.processes or max(torch.cuda.device_count(), 1)
@@ -246,30 +204,32 @@ def model_demand(options: argparse.Namespace) -> ModelDemand:
         return ModelDemand(processes=processes)
     device = _device()
     micro_batch = options.micro_batch or (64 if device.type == "cuda" else 2)
-    _say(f"timing {options.model} on {device}, {micro_batch} clips a pass")
-    clip_ms, core_ms = time_model(options, device, micro_batch)
+    _say(f"timing {options.model} on {device}, {micro_batch} clips per pass")
+    clip_ms, core_ms = time_model(options, device, micro_batch=micro_batch)
     return ModelDemand(1e3 / clip_ms * processes, processes, core_ms)
 
 
-def time_model(options: argparse.Namespace, device: torch.device, micro_batch: int) -> tuple[float, float]:
-    """Time training steps on clips of noise; returns milliseconds and processor milliseconds of a clip."""
+def time_model(options: argparse.Namespace, device: torch.device, *, micro_batch: int) -> tuple[float, float]:
+    """Time training steps on clips of noise; returns milliseconds and processor milliseconds per clip."""
     import torch
 
-    from avion_dali.assembly.tasks import build_model
+    from avion_dali.assembly.model import build_model
+    from avion_dali.assembly.resolve import resolve
     from avion_dali.config import DataConfig, ModelConfig, TrainConfig
     from avion_dali.contracts import ClipBatch
     from avion_dali.device_ops.randomness import StepKey
+    from avion_dali.engine.distributed import Distributed
     from avion_dali.engine.optim import build_optimizer, parameter_groups
-    from avion_dali.engine.precision import autocast, gradient_scaler, resolve_precision
+    from avion_dali.engine.precision import autocast, resolve_precision
     from avion_dali.engine.timing import synchronize
     from avion_dali.objectives.contrastive import Contrastive
 
     data = DataConfig(num_frames=options.frames, frame_size=options.frame_size)
     config = TrainConfig(data=data, model=ModelConfig(size=options.model))
-    model = build_model(config, device)
+    run = resolve(config, Distributed(device=device))
+    model = build_model(run, num_classes=0)
     optimizer = build_optimizer(parameter_groups(model, config.optim.weight_decay), config.optim)
     objective, precision = Contrastive(data.normalization), resolve_precision("auto", device)
-    scaler = gradient_scaler(precision, device)
     size = (micro_batch, options.frames, options.frame_size, options.frame_size, 3)
     batch = ClipBatch(
         frames_BTHWC=torch.randint(256, size, dtype=torch.uint8, device=device),
@@ -283,9 +243,8 @@ def time_model(options: argparse.Namespace, device: torch.device, micro_batch: i
     def step() -> None:
         with autocast(precision, device):
             loss, _ = objective.loss(objective.outputs(model, batch, StepKey(0, 0)))
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        loss.backward()
+        optimizer.step()
         optimizer.zero_grad()
         synchronize(device)
 
@@ -301,100 +260,68 @@ def time_model(options: argparse.Namespace, device: torch.device, micro_batch: i
     return 1e3 * (time.perf_counter() - start) / clips, 1e3 * (time.process_time() - core_start) / clips
 
 
-def judge(
-    source: Source, cost: DecodeCost, machine: Machine, *, options: argparse.Namespace, demand: ModelDemand
-) -> Candidate:
+def judge(source: Source, cost: ClipCost, *, options: argparse.Namespace, demand: ModelDemand) -> Candidate:
     """Predict what one kind of chunks delivers."""
-    from avion_dali.inspection.sampling import chunk_figures, clip_needs, sample_requests
+    from avion_dali.inspection.plan_samples import clip_needs, mean_chunk, sample_requests
 
-    requests = sample_requests(source.manifest, num_frames=options.frames, frame_size=options.frame_size)
-    needs, figures = mean_needs([clip_needs(r) for r in requests]), chunk_figures(source.manifest)
-    # The files that were encoded may be shorter than those they stand for.
-    needs = replace(needs, chunk_bytes=needs.chunk_bytes * source.chunk_seconds / figures.chunk_seconds)
-    workers = options.workers or available_cores()
-    rates = forecast(needs, cost, machine, num_frames=options.frames, workers=workers, demand=demand)
-    bytes_per_hour = figures.bytes_per_hour
-    return Candidate(source.profile, source.chunk_seconds, bytes_per_hour, figures.mbit_per_s, needs, rates)
+    needs = [clip_needs(request) for request in sample_requests(source.planner)]
+    decoded, reads = fmean(pictures for pictures, _ in needs), [sizes for _, sizes in needs]
+    found = forecast(decoded, cost, cores=available_cores(), workers=options.workers, demand=demand)
+    means = (decoded, fmean(map(len, reads)), fmean(map(sum, reads)))
+    return Candidate(
+        source.profile, source.chunk_seconds, mean_chunk(source.planner.manifest)[1], *means, found
+    )
 
 
-def machine_in_words(machine: Machine, options: argparse.Namespace, demand: ModelDemand) -> str:
-    """Say what was measured besides decoding."""
+def measured_in_words(options: argparse.Namespace, demand: ModelDemand, *, read_mb_s: float) -> str:
+    """Say what was measured besides the table's numbers."""
     decoded = ", ".join(map(str, filter(None, [*options.videos, options.chunks])))
     clip = f"{options.frames} frames of {options.clip_seconds:g} s at {options.frame_size} pixels"
-    disk, trainer_ms = machine.disk, machine.trainer.ms(options.frames)
-    lines = [
-        f"decoded   {decoded or 'procedural pictures; --videos or --chunks take your own'}",
-        f"clips     {clip}, decoder cpu-fused",
-        f"cores     {machine.cores} ({machine.physical_cores} without hyper-threads); "
-        f"with all of them decoding a clip takes {machine.busy_slowdown:.2f} x its processor time",
-        f"training  {trainer_ms:.2f} ms of a core a clip for planning, collecting and copying",
-    ]
+    model, disk = "none", "not measured: the page cache cannot be dropped here"
     if math.isfinite(demand.clips_per_s):
-        lines.append(f"model     {demand.clips_per_s:,.0f} clips/s, {demand.core_ms:.2f} ms of a core a clip")
-    if disk is None:
-        return "\n".join([*lines, "disk      not measured: the page cache cannot be dropped here"])
-    speeds = (
-        f"{disk.sequential_mb_s:,.0f} MB/s in order, {disk.random_reads_per_s:,.0f} reads/s of 64 KiB at random"
-    )
-    return "\n".join([*lines, f"disk      {speeds} by {disk.readers} readers, nothing cached by this machine"])
+        model = f"{demand.clips_per_s:,.0f} clips/s, {demand.core_ms:.2f} ms of a core per clip"
+    if math.isfinite(read_mb_s):
+        disk = f"{read_mb_s:,.0f} MB/s in blocks of 8 MiB, nothing cached by this machine"
+    return f"""\
+decoded   {decoded or "procedural pictures; --videos or --chunks take your own"}
+clips     {clip}, decoder cpu-fused
+cores     {available_cores()}, for {options.workers} decode processes
+model     {model}
+disk      {disk}"""
 
 
 def table(
-    candidates: Sequence[Candidate], machine: Machine, options: argparse.Namespace, demand: ModelDemand
+    candidates: Sequence[Candidate], options: argparse.Namespace, *, demand: ModelDemand, read_mb_s: float
 ) -> str:
     """Show what every profile and chunk length delivers."""
     rate = demand.clips_per_s if math.isfinite(demand.clips_per_s) else 100.0
-    rows = [["profile", *COLUMNS, "bound by"]]
+    rows = [COLUMNS.split("|")]
     for c in candidates:
-        numbers = (
-            f"{c.chunk_seconds:.0f}",
-            f"{c.mbit_per_s:.2f}",
-            f"{c.bytes_per_hour * options.hours / 1e9:,.1f}",
-            f"{c.needs.decoded:.1f}",
-            f"{c.needs.reads:.0f}",
-            f"{c.needs.read_bytes / 1e3:,.0f}",
-            f"{c.needs.chunk_bytes / 1e3:,.0f}",
-            f"{_longest_s(c, machine):,.0f}" if machine.disk else "-",
-            f"{c.forecast.decode_ms:.1f}",
-            f"{c.forecast.clips_per_s:,.0f}",
-            f"{c.forecast.cores_for(rate):.1f}",
-        )
-        rows.append([c.profile, *numbers, BINDING[c.forecast.binds]])
+        found, gb = c.forecast, c.bytes_per_s * 3600 * options.hours / 1e9
+        needs = (c.decoded, c.reads, c.read_bytes / 1e3, c.longest_chunk_s(read_mb_s))
+        rates = (found.decode_ms, 1e3 / found.ceilings["disk"], found.clips_per_s, rate * found.core_ms / 1e3)
+        values = (c.profile, c.chunk_seconds, gb, *needs, *rates, LIMITS[found.limit][0])
+        rows.append(ROW.format(*values).split("|"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, _EXPLANATION.format(hours=options.hours, rate=rate)])
+    return "\n".join([*lines, EXPLANATION.format(hours=options.hours, rate=rate)])
 
 
-_EXPLANATION = """\
-GB: of {hours:g} hours of video. A clip decodes this many coded pictures and reads this much through the packet
-index. KB whole: what reading its whole chunk would take; eq.3 s: the longest chunk that the paper then allows
-at these clips/s. Cores: all that {rate:,.0f} clips/s keep busy, those of the training process included."""
-
-
-def _longest_s(candidate: Candidate, machine: Machine) -> float:
-    assert machine.disk is not None
-    rate, speed = candidate.forecast.clips_per_s, machine.disk.sequential_mb_s
-    return longest_chunk_s(clips=rate, mbit_per_s=candidate.mbit_per_s, step_s=1.0, read_mb_s=speed)
-
-
-def advice(candidates: Sequence[Candidate], machine: Machine, demand: ModelDemand) -> str:
+def advice(candidates: Sequence[Candidate], demand: ModelDemand, *, read_mb_s: float) -> str:
     """Recommend chunks and workers, and say why."""
-    read_mb_s = machine.disk.sequential_mb_s if machine.disk else math.inf
     best = recommend(candidates, clips_per_s=demand.clips_per_s, read_mb_s=read_mb_s)
-    rates, wanted = best.forecast, demand.clips_per_s
-    if rates.binds == "model":
+    found, wanted = best.forecast, demand.clips_per_s
+    if found.limit == "model":
         why = "the smallest files that keep the model busy"
     elif math.isfinite(wanted):
         why = f"the fastest here, though the model could take {wanted:,.0f} clips/s"
     else:
-        why = "the most clips per second for its bytes; --step-seconds or --model ask for what a model needs"
-    workers = math.ceil(rates.workers_for(wanted) / demand.processes)
-    chunks = f"--profile {best.profile} --chunk-seconds {best.chunk_seconds:.0f}"
-    if best.profile == AS_GIVEN:
-        chunks = "the chunks as they are"
-    return (
-        f"recommended  {chunks}\n"
-        f"because      {why}\n"
-        f"predicted    {rates.clips_per_s:,.0f} clips/s, bound by: {BINDING[rates.binds]}\n"
-        f"data.workers {workers} for each of {demand.processes} training processes"
-    )
+        why = "the most clips per second for its bytes; --step-seconds or --model add the needs of a model"
+    made = f"--profile {best.profile} --chunk-seconds {best.chunk_seconds:.0f}"
+    workers = math.ceil(found.workers_for(wanted) / demand.processes)
+    return f"""\
+recommended  {"the chunks as they are" if best.profile == AS_GIVEN else made}
+because      {why}
+predicted    {found.clips_per_s:,.0f} clips/s, limited by: {LIMITS[found.limit][0]}
+faster with  {LIMITS[found.limit][1]}
+data.workers {workers} for each of {demand.processes} training processes"""

@@ -1,10 +1,10 @@
 """Pre-train a video-text dual encoder (`contrastive`) or a video encoder alone (`masked-video`).
 
-python -m train.pretrain --config configs/pretrain_tiny.yaml --data.train_manifest M --decoder cpu-fused
-torchrun --nproc_per_node=8 -m train.pretrain --config ... --decoder cpu-fused
+avion-dali pretrain --config pretrain_tiny --data.train_manifest M --decoder cpu-fused
+torchrun --nproc_per_node=8 -m avion_dali pretrain --config pretrain_own --data.train_manifest M
 """
 
-from avion_dali.cli.arguments import parse_options
+from avion_dali.cli.arguments import parameters_as_keys, parse_options
 from avion_dali.contracts import UserError
 
 
@@ -15,18 +15,18 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments; None takes the process's.
     """
     return train_from_command_line(
-        argv, prog="train.pretrain", description=__doc__ or "", objectives=("contrastive", "masked-video")
+        argv, command="pretrain", description=__doc__ or "", objectives=("contrastive", "masked-video")
     )
 
 
 def train_from_command_line(
-    argv: list[str] | None, *, prog: str, description: str, objectives: tuple[str, ...]
+    argv: list[str] | None, *, command: str, description: str, objectives: tuple[str, ...]
 ) -> int:
-    """Parse, build, run, close; for all entry points that train.
+    """Parse, build, run, close; for both subcommands that train.
 
     Args:
         argv: arguments; None takes the process's.
-        prog: name of the entry point.
+        command: name of the subcommand.
         description: its help.
         objectives: what it trains.
 
@@ -35,19 +35,21 @@ def train_from_command_line(
     """
     from avion_dali.config import TrainConfig
 
-    config = parse_options(TrainConfig, argv, prog=f"python -m {prog}", description=description)
+    config = parse_options(TrainConfig, argv, prog=f"avion-dali {command}", description=description)
     if config.objective.name not in objectives:
+        other = "pretrain" if command == "finetune" else "finetune"
         raise UserError(
-            f"python -m {prog} trains {' and '.join(objectives)}; objective.name = {config.objective.name} is "
-            f"for python -m train.{'pretrain' if prog.endswith('finetune') else 'finetune'}. Give --config, "
-            "such as a file of configs/: it names an objective and what goes with it"
+            f"avion-dali {command} trains {' and '.join(objectives)}; objective.name = {config.objective.name} "
+            f"is for avion-dali {other}. Give --config a recipe of `avion-dali recipes`: it names an objective "
+            "and what goes with it"
         )
-    # Decode workers re-import this module: everything heavy waits until here.
-    from avion_dali.assembly.build import training
+    # Decode workers import this module again: everything heavy is imported here.
+    from avion_dali.assembly.training import training
     from avion_dali.engine.distributed import distributed_session
     from avion_dali.engine.signals import exit_status
 
-    with distributed_session() as distributed, training(config, distributed) as loop:
+    keys = parameters_as_keys(TrainConfig)
+    with keys, distributed_session() as distributed, training(config, distributed) as loop:
         if loop.step >= loop.last_step:
             print(f"{config.output_dir} has all its {loop.last_step} steps; raise optim.epochs to train on")
         summary = loop.run()

@@ -1,6 +1,6 @@
-"""Submit a training to SLURM, with one process per GPU; it goes on by itself after preemption and time limits.
+"""Submit a training to SLURM, with one process per GPU; it continues after preemption and time limits.
 
-python -m train.slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 -- train.pretrain --config configs/...
+avion-dali slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 -- pretrain --config pretrain_own ...
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from avion_dali.contracts import UserError
 
 SIGNAL_AHEAD_S = 120
 SAVE_LIMIT_S = 100.0
-"""How long the task that answers SLURM's warning waits for its trainer to save; less than `SIGNAL_AHEAD_S`."""
+"""How long the task waits for its trainer to save after SLURM's warning; less than `SIGNAL_AHEAD_S`."""
 _POLL_S = 0.2
+SUBMITTED = ("pretrain", "finetune", "evaluate", "features")
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,16 @@ class SlurmOptions:
 
     Args:
         nodes: machines.
-        gpus_per_node: GPUs, and so processes, of each; 0 runs one process on the CPU of each.
-        cpus_per_process: cores for each process: a trainer and its decode workers.
-        memory_gb: memory of each machine; 0 leaves it to the cluster.
-        time: limit of one stretch as D-HH:MM:SS or HH:MM:SS; then the job is put back into the queue.
-        stretches: how often the time limit may pass.
+        gpus_per_node: GPUs per machine, each with one process; 0 runs one process per machine on its CPU.
+        cpus_per_process: cores per process, for a trainer and its decode workers.
+        memory_gb: memory per machine; 0 takes the cluster's default.
+        time: limit of the job, as D-HH:MM:SS or HH:MM:SS; when it is reached, the job is requeued.
+        stretches: how often the time limit may be reached before the job ends.
         partition: where to run; empty for the cluster's default.
         account: what to charge; empty for the user's default.
         name: of the job.
-        log_dir: folder for the job's console output; all machines must see it.
-        cluster: `slurm`, or `local` to try the same path in processes of this machine.
+        log_dir: folder for the job's console output; all machines must share it.
+        cluster: `slurm`, or `local` to run the same steps in processes on this machine.
     """
 
     nodes: int = 1
@@ -56,13 +57,13 @@ class SlurmOptions:
 
 @dataclass(frozen=True)
 class Place:
-    """One task among a job's tasks.
+    """Which of a job's tasks this is.
 
     Args:
         rank: over all machines.
         local_rank: on its machine.
         world_size: tasks of the job.
-        nodes: machines of the job.
+        nodes: number of machines of the job.
         first_host: the machine of rank 0.
         job_id: number of the job; a requeued job keeps it.
     """
@@ -75,22 +76,22 @@ class Place:
     job_id: str
 
     def environment(self) -> dict[str, str]:
-        """The variables that torchrun would set, from which a trainer knows its place."""
+        """The variables that torchrun would set; a trainer reads its rank from them."""
         return {
             "RANK": str(self.rank),
             "LOCAL_RANK": str(self.local_rank),
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_WORLD_SIZE": str(self.world_size // self.nodes),
             "MASTER_ADDR": self.first_host,
-            # The same on all machines, and another one for another job on the same machine.
+            # The same on all machines, and different for another job on the same machine.
             "MASTER_PORT": str(20_000 + int(re.sub(r"\D", "", self.job_id) or 0) % 20_000),
         }
 
 
 class RankTask:
-    """Runs one rank's trainer in a process of its own, and has it save when SLURM announces the end.
+    """Runs one rank's trainer in a child process, and makes it save when SLURM announces the end of the job.
 
-    submitit pickles it, calls it once for each rank, and calls rank 0's `checkpoint` when SLURM's signal comes.
+    submitit pickles it, calls it once per rank, and calls `checkpoint` on rank 0 when SLURM's signal arrives.
 
     Args:
         command: module and arguments, as after `python -m`.
@@ -104,7 +105,7 @@ class RankTask:
         """Train until the end.
 
         Raises:
-            RuntimeError: the trainer failed; its console says why.
+            RuntimeError: the trainer failed; its console output says why.
         """
         import submitit
 
@@ -122,7 +123,7 @@ class RankTask:
             raise RuntimeError(f"rank {place.rank} ended with status {status}: {' '.join(self.command)}")
 
     def run(self, environment: dict[str, str]) -> int:
-        """Start the trainer and wait for it.
+        """Start the trainer and wait until it ends.
 
         Args:
             environment: its variables.
@@ -137,7 +138,7 @@ class RankTask:
         return self._trainer.returncode
 
     def checkpoint(self) -> Any:
-        """Have all ranks save and stop, and say what to run when the job starts again: the same.
+        """Make all ranks save and stop, and return the same task for the next start of the job.
 
         Returns:
             The submission to put into the queue.
@@ -148,7 +149,7 @@ class RankTask:
         return submitit.helpers.DelayedSubmission(RankTask(self.command))
 
     def save_and_stop(self) -> None:
-        """Signal this rank's trainer, which tells the others, and wait until it has saved."""
+        """Signal this rank's trainer, which notifies the other ranks, and wait until it has saved."""
         trainer, deadline = self._trainer, time.monotonic() + SAVE_LIMIT_S
         if trainer is None:
             return
@@ -175,7 +176,7 @@ def minutes(text: str) -> int:
 
 
 def parameters(options: SlurmOptions) -> dict[str, Any]:
-    """Return what submitit is told.
+    """Return the parameters for submitit's executor.
 
     Args:
         options: what to ask of SLURM.
@@ -203,7 +204,7 @@ def parameters(options: SlurmOptions) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Submit, and say which job it is and where its output goes.
+    """Submit the job, and print its number and where its output is written.
 
     Args:
         argv: arguments; None takes the process's.
@@ -211,9 +212,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     divider = arguments.index("--") if "--" in arguments else len(arguments)
     own, command = arguments[:divider], arguments[divider + 1 :]
-    options = parse_options(SlurmOptions, own, prog="python -m train.slurm", description=__doc__ or "")
+    options = parse_options(SlurmOptions, own, prog="avion-dali slurm", description=__doc__ or "")
     if not command:
-        raise UserError("nothing to run: end the line with `-- train.pretrain --config ...`")
+        raise UserError("nothing to run: end the line with `-- pretrain --config ...`")
+    if command[0] not in SUBMITTED:
+        raise UserError(f"`{command[0]}` is not a command for SLURM; after `--` write {', '.join(SUBMITTED)}")
     try:
         import submitit
     except ImportError:
@@ -221,6 +224,6 @@ def main(argv: list[str] | None = None) -> int:
     more = {"slurm_max_num_timeout": options.stretches} if options.cluster == "slurm" else {}
     executor = submitit.AutoExecutor(folder=options.log_dir, cluster=options.cluster, **more)
     executor.update_parameters(**parameters(options))
-    job = executor.submit(RankTask(command))
+    job = executor.submit(RankTask(["avion_dali", *command]))
     print(f"job {job.job_id}: console output in {job.paths.stdout} and its neighbours")
     return 0

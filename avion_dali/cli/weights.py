@@ -1,4 +1,4 @@
-"""`avion-dali weights`: say what a file of weights is, and write it as safetensors. Light until it runs."""
+"""`avion-dali weights`: describe a file of weights, and write it as safetensors. Light until it runs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avion_dali.contracts import UserError
+from avion_dali.models.weight_facts import LAYOUTS, Layout
 
 if TYPE_CHECKING:
-    from avion_dali.models.start import StartWeights
-
-LAYOUTS = ("avion-flash", "avion-plain", "open_clip", "lavila", "videomae")
-"""`avion_dali.models.convert.LAYOUTS`, which takes seconds to import."""
+    from avion_dali.models.starting_weights import StartWeights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--to needs --output, the file to write")
     if output is not None and output.suffix != ".safetensors":
         raise UserError(f"--output {output}: safetensors is written; end the name in .safetensors")
-    from avion_dali.models.start import open_start
+    from avion_dali.models.starting_weights import open_start
 
     start = open_start(options.weights)
     print("\n".join(description(start)))
@@ -44,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
 def description(start: StartWeights) -> list[str]:
     """Return lines that say what weights are."""
-    from avion_dali.models.start import by_reason
+    from avion_dali.models.starting_weights import by_reason
 
     facts = start.facts
     unknown = "the weights do not tell"
@@ -71,7 +69,7 @@ def description(start: StartWeights) -> list[str]:
     return lines + [f"  {'left over':<14} {text}" for text in by_reason(start.left_over)]
 
 
-def write(start: StartWeights, path: Path, *, layout: str | None) -> None:
+def write(start: StartWeights, path: Path, *, layout: Layout | None) -> None:
     """Write weights as safetensors with a header that says what they are."""
     import json
 
@@ -89,7 +87,7 @@ def write(start: StartWeights, path: Path, *, layout: str | None) -> None:
         header |= {"config": config} if (config := start.config or plain_config(start.facts)) else {}
         header["classes"] = start.classes
     else:
-        state = from_ours(start.state, layout)  # type: ignore[arg-type]
+        state = from_ours(start.state, layout, encoder=start.facts.encoder)
         header["layout"] = layout
     # Copies: safetensors refuses tensors that share memory.
     copies = {name: tensor.clone().contiguous() for name, tensor in state.items()}

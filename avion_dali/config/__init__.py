@@ -6,18 +6,17 @@ elsewhere, and a recipe in `configs/` writes only the fields that differ from th
 
 from avion_dali.config.commands import EvaluateConfig, TrainConfig
 from avion_dali.config.data import (
-    CPU_DECODERS,
     AugmentConfig,
-    Crop,
+    ClipOptions,
     DataConfig,
-    Decoder,
+    LoaderOptions,
     Normalization,
     Sampling,
 )
 from avion_dali.config.model import (
+    DEFAULT_NORM_EPS,
     Activation,
     AttentionBackend,
-    Encoder,
     ModelConfig,
     ModelSize,
     TemporalResize,
@@ -28,29 +27,26 @@ from avion_dali.config.objective import (
     MaskedVideoConfig,
     MaxMarginConfig,
     ObjectiveConfig,
-    ObjectiveName,
 )
 from avion_dali.config.optim import OptimConfig, RunConfig
 
 __all__ = [
-    "CPU_DECODERS",
+    "DEFAULT_NORM_EPS",
     "Activation",
     "AttentionBackend",
     "AugmentConfig",
     "ClassificationConfig",
+    "ClipOptions",
     "ContrastiveConfig",
-    "Crop",
     "DataConfig",
-    "Decoder",
-    "Encoder",
     "EvaluateConfig",
+    "LoaderOptions",
     "MaskedVideoConfig",
     "MaxMarginConfig",
     "ModelConfig",
     "ModelSize",
     "Normalization",
     "ObjectiveConfig",
-    "ObjectiveName",
     "OptimConfig",
     "RunConfig",
     "Sampling",

@@ -10,7 +10,8 @@ def require(condition: bool, key: str, value: object, allowed: str) -> None:
 
     Args:
         condition: whether the value is allowed.
-        key: the setting's full name, such as `data.num_frames`.
+        key: the setting's full name, such as `optim.epochs`; or its name alone between backticks, which a
+            command replaces by its own key or option.
         value: what it was set to.
         allowed: what it may be, in words.
 
@@ -18,4 +19,4 @@ def require(condition: bool, key: str, value: object, allowed: str) -> None:
         UserError: naming the key, its value and what is allowed.
     """
     if not condition:
-        raise UserError(f"config: {key} = {value!r} is not allowed; it must be {allowed}")
+        raise UserError(f"{key} = {value!r} is not allowed; it must be {allowed}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from avion_dali.config.checks import require
-from avion_dali.config.data import AugmentConfig, DataConfig, Decoder
+from avion_dali.config.data import AugmentConfig, DataConfig
 from avion_dali.config.model import ModelConfig
 from avion_dali.config.objective import ObjectiveConfig
 from avion_dali.config.optim import OptimConfig, RunConfig
@@ -21,7 +21,8 @@ class TrainConfig:
 
     Args:
         output_dir: folder of this run: checkpoints, logs, report.
-        decoder: how clips are decoded, see the README.
+        decoder: how clips are decoded: `dali`, `cpu-fused`, `paper-fused`, `reference`, or `auto`, which takes
+            DALI where NVDEC works and else `cpu-fused`.
         resume: `auto` continues from `output_dir` when it holds a checkpoint, `never` refuses such a folder.
         data: where clips come from.
         augment: what is done to them on the device.
@@ -32,7 +33,7 @@ class TrainConfig:
     """
 
     output_dir: str = "runs/pretrain"
-    decoder: Decoder = "auto"
+    decoder: str = "auto"
     resume: Literal["auto", "never"] = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -65,7 +66,7 @@ class EvaluateConfig:
     Args:
         checkpoint: a checkpoint of a training, or its exported safetensors.
         manifest: manifest to evaluate on; by default the evaluation manifest of the training.
-        decoder: how clips are decoded.
+        decoder: how clips are decoded, as in training.
         workers: decode processes per rank; 0 takes the machine's cores divided by the ranks on it.
         micro_batch: clips per forward pass.
         num_frames: frames of a clip; 0 as trained. Frame positions are interpolated.
@@ -78,7 +79,7 @@ class EvaluateConfig:
 
     checkpoint: str
     manifest: str = ""
-    decoder: Decoder = "auto"
+    decoder: str = "auto"
     workers: int = 0
     micro_batch: int = 64
     num_frames: int = 0

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from avion_dali.config.checks import require
 
-Decoder = Literal["dali", "cpu-fused", "paper-fused", "reference", "auto"]
-CPU_DECODERS: tuple[str, ...] = ("cpu-fused", "paper-fused", "reference")
 Normalization = Literal["openai", "openai-avion", "imagenet"]
 Sampling = Literal["segments", "strided", "dense"]
-Crop = Literal["random-resized", "simple-random", "multi-scale", "centre"]
 TextSource = Literal["own", "relevant"]
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where clips come from and how they are drawn.
+class ClipOptions:
+    """How clips are drawn from the rows of a manifest.
 
     Args:
-        train_manifest: folder made by `avion-dali manifest`; empty for evaluation only.
-        eval_manifest: folder of the held-out manifest; empty to train without evaluation.
         num_frames: frames of a clip (T).
         frame_size: side of a frame in pixels after cropping.
         sampling: which frames make a clip: `segments` takes one from each of T equal parts of the row's span
             (AVION, LaViLa); `strided` every `stride`-th frame from a random start (VideoMAE pre-training);
             `dense` T frames spread over a random window of T x `stride` (VideoMAE fine-tuning).
         stride: source frames between neighbours, for `strided` and `dense`.
-        crop: how training windows are drawn: `random-resized`; `simple-random`, a square as high as the
-            frame at a random place (DeiT III); `multi-scale`, one of 13 places in one of four sizes
-            (VideoMAE pre-training); `centre`.
+        crop: how training windows are drawn, a name of `avion_dali/data/crops.py`: `random-resized`;
+            `simple-random`, a square as high as the frame at a random place (DeiT III); `multi-scale`, one of
+            13 places in one of four sizes (VideoMAE pre-training); `centre`.
         crop_scale: random-resized-crop area range, as shares of the frame.
         crop_ratio: random-resized-crop aspect range (width / height), drawn log-uniformly.
         flip_probability: chance that a training clip is mirrored left to right.
@@ -41,20 +36,16 @@ class DataConfig:
         text: text of a training clip: `own` draws one of its row's narrations; `relevant` one of the
             manifest's captions whose relevancy to the row exceeds `relevancy_threshold`.
         relevancy_threshold: see `text`.
-        normalization: pixel mean and deviation; see `avion_dali/device_ops/normalize.py`.
-        workers: decode processes per rank; 0 takes the machine's cores divided by the ranks on it.
-        prefetch_batches: micro-batches decoded ahead of the model.
-        clip_timeout_s: seconds after which a clip's worker is killed and the clip replaced.
-        max_bad_fraction: share of clips that may fail before the run stops.
+
+    Raises:
+        UserError: when a value is out of range.
     """
 
-    train_manifest: str = ""
-    eval_manifest: str = ""
     num_frames: int = 4
     frame_size: int = 224
     sampling: Sampling = "segments"
     stride: int = 4
-    crop: Crop = "random-resized"
+    crop: str = "random-resized"
     crop_scale: tuple[float, float] = (0.5, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     flip_probability: float = 0.0
@@ -63,30 +54,66 @@ class DataConfig:
     eval_crops: Literal[1, 3] = 1
     text: TextSource = "own"
     relevancy_threshold: float = 0.1
-    normalization: Normalization = "openai"
+
+    def __post_init__(self) -> None:
+        require(self.num_frames >= 1, "`num_frames`", self.num_frames, ">= 1")
+        require(self.frame_size >= 16, "`frame_size`", self.frame_size, ">= 16 pixels")
+        names = get_args(Sampling)
+        require(self.sampling in names, "`sampling`", self.sampling, f"one of {', '.join(names)}")
+        require(self.stride >= 1, "`stride`", self.stride, ">= 1")
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "`crop_scale`", self.crop_scale, "two shares 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        require(0 < low <= high, "`crop_ratio`", self.crop_ratio, "two ratios 0 < low <= high")
+        require(0 <= self.flip_probability <= 1, "`flip_probability`", self.flip_probability, "in [0, 1]")
+        require(self.repeats >= 1, "`repeats`", self.repeats, ">= 1")
+        require(self.eval_clips >= 1, "`eval_clips`", self.eval_clips, ">= 1")
+        require(self.eval_crops in (1, 3), "`eval_crops`", self.eval_crops, "1 or 3")
+        require(self.text in get_args(TextSource), "`text`", self.text, "own or relevant")
+        threshold = self.relevancy_threshold
+        require(0 <= threshold < 1, "`relevancy_threshold`", threshold, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class LoaderOptions(ClipOptions):
+    """How clips are drawn and loaded; see also `ClipOptions`.
+
+    Args:
+        workers: decode processes per rank; 0 takes the machine's cores divided by the ranks on it.
+        prefetch_batches: micro-batches decoded ahead of the model.
+        clip_timeout_s: seconds after which a clip's worker is killed and the clip replaced.
+        max_bad_fraction: share of the manifest's rows that may fail before the run stops.
+
+    Raises:
+        UserError: when a value is out of range.
+    """
+
     workers: int = 0
     prefetch_batches: int = 3
     clip_timeout_s: float = 30.0
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        require(self.num_frames >= 1, "data.num_frames", self.num_frames, ">= 1")
-        require(self.frame_size >= 16, "data.frame_size", self.frame_size, ">= 16 pixels")
-        require(self.stride >= 1, "data.stride", self.stride, ">= 1")
-        low, high = self.crop_scale
-        require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares 0 < low <= high <= 1")
-        low, high = self.crop_ratio
-        require(0 < low <= high, "data.crop_ratio", self.crop_ratio, "two ratios 0 < low <= high")
-        require(0 <= self.flip_probability <= 1, "data.flip_probability", self.flip_probability, "in [0, 1]")
-        require(self.repeats >= 1, "data.repeats", self.repeats, ">= 1")
-        require(self.eval_clips >= 1, "data.eval_clips", self.eval_clips, ">= 1")
-        require(self.eval_crops in (1, 3), "data.eval_crops", self.eval_crops, "1 or 3")
-        threshold = self.relevancy_threshold
-        require(0 <= threshold < 1, "data.relevancy_threshold", threshold, "in [0, 1)")
-        require(self.workers >= 0, "data.workers", self.workers, ">= 0 (0: one per core)")
-        require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, ">= 1")
-        require(self.clip_timeout_s > 0, "data.clip_timeout_s", self.clip_timeout_s, "> 0 seconds")
-        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
+        super().__post_init__()
+        require(self.workers >= 0, "`workers`", self.workers, ">= 0 (0: one per core)")
+        require(self.prefetch_batches >= 1, "`prefetch_batches`", self.prefetch_batches, ">= 1")
+        require(self.clip_timeout_s > 0, "`clip_timeout_s`", self.clip_timeout_s, "> 0 seconds")
+        require(0 <= self.max_bad_fraction <= 1, "`max_bad_fraction`", self.max_bad_fraction, "in [0, 1]")
+
+
+@dataclass(frozen=True)
+class DataConfig(LoaderOptions):
+    """Where clips come from and how they are drawn and loaded; see also `LoaderOptions`.
+
+    Args:
+        train_manifest: folder made by `avion-dali manifest`; empty for evaluation only.
+        eval_manifest: folder of the held-out manifest; empty to train without evaluation.
+        normalization: pixel mean and deviation; see `avion_dali/device_ops/normalize.py`.
+    """
+
+    train_manifest: str = ""
+    eval_manifest: str = ""
+    normalization: Normalization = "openai"
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from avion_dali.config.checks import require
 
 ModelSize = Literal["tiny", "vit_b16", "vit_l16", "vit_l14", "vit_l14_336"]
-Encoder = Literal["vit", "timesformer", "videomae"]
 Activation = Literal["gelu", "quick_gelu"]
 AttentionBackend = Literal["auto", "sdpa", "flash-attn", "xformers", "math"]
 TemporalResize = Literal["interpolate", "truncate"]
+DEFAULT_NORM_EPS: Final = 1e-6
+"""LayerNorm epsilon of a video tower whose configuration and weights do not give one."""
 
 
 @dataclass(frozen=True)
@@ -19,30 +20,34 @@ class ModelConfig:
     """The video encoder and, for retrieval, the text tower beside it.
 
     Args:
-        encoder: `vit` (AVION), `timesformer` (LaViLa) or `videomae` (tubelets, mean of tokens).
+        encoder: name of a video tower in `avion_dali/models/towers.py`: `vit` (AVION), `timesformer` (LaViLa)
+            or `videomae` (tubelets, mean of tokens).
         size: a row of `avion_dali/models/presets.py`.
-        weights: what to start from: empty for random weights; a file (a checkpoint or safetensors of this
-            project, of AVION, LaViLa, EgoVLP or VideoMAE, or open_clip's); or `open_clip:NAME/PRETRAINED`,
-            such as `open_clip:ViT-B-16/openai`.
-        temporal_resize: how frame positions of these weights fit fewer frames: `interpolate`, or `truncate`
-            as AVION does.
+        weights: what to start from: empty for random weights; a file (a checkpoint or safetensors file of this
+            project, AVION, LaViLa, EgoVLP, VideoMAE or open_clip); or `open_clip:NAME/PRETRAINED`, such as
+            `open_clip:ViT-B-16/openai`.
+        temporal_resize: how frame positions of these weights are fitted to fewer frames: `interpolate`, or
+            `truncate` as in AVION.
         embed_dim: width of the shared video-text space.
-        activation: `gelu` (exact) or `quick_gelu`; `auto` takes what the weights were trained with, else
-            `gelu`. AVION's released models ran OpenAI's weights with `gelu`; name it to repeat that.
-        norm_eps: LayerNorm epsilon of the video tower; 0 takes that of the weights, else 1e-6.
-        pre_norm: LayerNorm before the first block. Only a `timesformer` can do without; EgoVLP's weights have
-            none, which a run that starts from them finds out by itself.
-        context_length: text tokens the text tower sees.
+        activation: `gelu` (exact) or `quick_gelu`; `auto` takes what the weights were trained with, else the
+            default of the encoder. AVION's released models ran OpenAI's weights with `gelu`; set it to repeat
+            that.
+        norm_eps: LayerNorm epsilon of the video tower, 1e-6 in AVION's models and 1e-5 in OpenAI's; 0 takes
+            that of the weights, else 1e-6.
+        pre_norm: LayerNorm in front of the first block. Only a `timesformer` can be built without it; EgoVLP's
+            weights have none, and a run that starts from them follows.
+        context_length: number of text tokens that the text tower takes.
         drop_path: stochastic depth rate.
-        drop_path_schedule: `constant` over the blocks (AVION) or `linear` from 0 to the rate.
+        drop_path_schedule: `constant` over the blocks, as in AVION's recipes, or `linear` from 0 in the first
+            block to `drop_path` in the last (Huang et al. 2016, arXiv 1603.09382).
         patch_dropout: share of patch tokens dropped in training (`vit` only).
-        attention: kernel of the video encoder's attention; `auto` takes the best that works here.
+        attention: kernel of the video encoder's attention; `auto` takes the best one that works on the device.
         checkpoint_every: recompute the activations of every n-th block in the backward pass: 0 none, 1 all.
         compile: run torch.compile on each block.
-        train_logit_scale: learn the temperature (the published recipe freezes it at 1/0.07).
+        train_logit_scale: learn the temperature; the published recipe keeps it at 0.07.
     """
 
-    encoder: Encoder = "vit"
+    encoder: str = "vit"
     size: ModelSize = "vit_b16"
     weights: str = ""
     temporal_resize: TemporalResize = "interpolate"

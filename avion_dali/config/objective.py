@@ -7,8 +7,6 @@ from typing import Literal
 
 from avion_dali.config.checks import require
 
-ObjectiveName = Literal["contrastive", "max-margin", "classification", "masked-video"]
-
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
@@ -106,7 +104,7 @@ class ObjectiveConfig:
         masked_video: settings of that objective.
     """
 
-    name: ObjectiveName = "contrastive"
+    name: str = "contrastive"
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     max_margin: MaxMarginConfig = field(default_factory=MaxMarginConfig)
     classification: ClassificationConfig = field(default_factory=ClassificationConfig)

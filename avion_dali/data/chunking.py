@@ -27,9 +27,10 @@ from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, UserError
 from avion_dali.cores import available_cores
-from avion_dali.data.encoding import PART_SUFFIX, PictureFilter, write_chunk
+from avion_dali.data.encoding import PictureFilter, write_chunk
 from avion_dali.data.probe import MAX_MISSING_SECONDS, ChunkFacts, open_video, probe_chunk
 from avion_dali.data.profiles import PROFILES, ProfileName
+from avion_dali.files import PARTIAL_PATTERN, whole_or_absent
 
 SIDECAR = "chunks.json"
 
@@ -241,8 +242,8 @@ def _finished(folder: Path, frames: dict[int, int]) -> set[int]:
 def _prepare_folder(video: Path, folder: Path, settings: ChunkSettings, plan: ChunkPlan) -> None:
     """Clear what a killed run left and write the sidecar, before the first chunk exists."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob(f"*{PART_SUFFIX}"):
-        part.unlink()
+    for partial in folder.glob(PARTIAL_PATTERN):
+        partial.unlink()
     sidecar = {
         "settings": _recorded(settings),
         "source": video.name,
@@ -250,9 +251,8 @@ def _prepare_folder(video: Path, folder: Path, settings: ChunkSettings, plan: Ch
         "fps": str(plan.fps),
         "chunks": plan.frames,
     }
-    part = folder / (SIDECAR + PART_SUFFIX)
-    part.write_text(json.dumps(sidecar))
-    os.replace(part, folder / SIDECAR)
+    with whole_or_absent(folder / SIDECAR) as partial:
+        partial.write_text(json.dumps(sidecar))
 
 
 def _make_chunks(facts: ChunkFacts, folder: Path, settings: ChunkSettings, *, plan: ChunkPlan) -> Iterator[int]:

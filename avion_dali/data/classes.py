@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow as pa
 
 from avion_dali.contracts import UserError
 from avion_dali.data.tables import ROWS_PER_BATCH, MappedTable, write_table
+from avion_dali.files import whole_or_absent
 
 CLASSES_FILE, CAPTIONS_FILE, RELEVANCY_FILE = "classes.json", "captions.arrow", "relevancy.npy"
 _CAPTION_SCHEMA = pa.schema([("text", pa.string()), ("tokens", pa.list_(pa.uint16()))])
@@ -143,10 +143,9 @@ def write_relevancy(path: Path, grades_RC: np.ndarray, rows: np.ndarray) -> None
     Raises:
         UserError: when a grade is not in [0, 1].
     """
-    partial = path.with_suffix(".partial")
     shape = (len(rows), grades_RC.shape[1])
     step = max(_BLOCK_GRADES // max(shape[1], 1), 1)
-    with partial.open("wb") as file:
+    with whole_or_absent(path) as partial, partial.open("wb") as file:
         header = {
             "descr": np.lib.format.dtype_to_descr(np.dtype("<f4")),
             "fortran_order": False,
@@ -158,7 +157,6 @@ def write_relevancy(path: Path, grades_RC: np.ndarray, rows: np.ndarray) -> None
             if not ((block_RC >= 0) & (block_RC <= 1)).all():
                 raise UserError("a relevancy is not in [0, 1]; check the relevancy file")
             file.write(np.ascontiguousarray(block_RC).data)
-    os.replace(partial, path)
 
 
 def read_captions(folder: Path, *, num_rows: int) -> CaptionTable:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from avion_dali.contracts import CropWindow
+from avion_dali.config.data import ClipOptions
+from avion_dali.contracts import CropWindow, UserError
 
 _ATTEMPTS = 10
 _SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -129,3 +131,33 @@ def center_square_window(width: int, height: int) -> CropWindow:
 def _centred(width: int, height: int, window_width: float, window_height: float) -> CropWindow:
     w, h = max(_even(window_width), 2), max(_even(window_height), 2)
     return CropWindow(_even((width - w) / 2), _even((height - h) / 2), w, h)
+
+
+CropRule = Callable[[int, int, ClipOptions, np.random.Generator], CropWindow]
+"""Draws a training window: (source width, source height, options, the clip's generator) to the window."""
+
+CROPS: dict[str, CropRule] = {
+    "random-resized": lambda width, height, options, rng: random_resized_window(
+        width, height, scale=options.crop_scale, ratio=options.crop_ratio, rng=rng
+    ),
+    "simple-random": lambda width, height, _, rng: simple_random_window(width, height, rng=rng),
+    "multi-scale": lambda width, height, options, rng: multi_scale_window(
+        width, height, frame_size=options.frame_size, rng=rng
+    ),
+    "centre": lambda width, height, *_: center_square_window(width, height),
+}
+"""The table of crop rules, by the names in `crop`."""
+
+
+def find_crop(name: str) -> CropRule:
+    """Return the crop rule of a name.
+
+    Args:
+        name: the configuration's `crop`.
+
+    Raises:
+        UserError: when there is none; lists those there are.
+    """
+    if name not in CROPS:
+        raise UserError(f"`crop` = {name!r} is not a crop rule; choose one of {', '.join(CROPS)}")
+    return CROPS[name]

@@ -5,7 +5,6 @@ Runs in chunking workers: imports numpy and PyAV alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -23,8 +22,8 @@ from av.video.stream import VideoStream
 from avion_dali.contracts import DecodeError
 from avion_dali.data.probe import color_range_name, colorspace_name, open_video, probe_chunk
 from avion_dali.data.profiles import COLOR_RANGE_LIMITED, COLORSPACE_BT601, PIX_FMT, EncodeProfile
+from avion_dali.files import partial_path, put_in_place
 
-PART_SUFFIX = ".part"  # of unfinished chunks; such files are never read and may be deleted
 _SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int"
 
 
@@ -180,8 +179,8 @@ class ChunkWriter:
         self._profile = profile
         self._fps = fps
         self._frames = 0
-        self._part = path.with_name(path.name + PART_SUFFIX)
-        self._container = av.open(str(self._part), "w", format="mp4", options={"movflags": "+faststart"})
+        self._partial = partial_path(path)
+        self._container = av.open(str(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
         self._stream: VideoStream | None = None
 
     def write(self, picture: VideoFrame) -> None:
@@ -196,7 +195,7 @@ class ChunkWriter:
         if self._stream is None:
             self._stream = self._add_stream(picture.width, picture.height)
         picture.pts, picture.time_base = self._frames, 1 / self._fps
-        with _write_errors(self._part):
+        with _write_errors(self._partial):
             self._container.mux(self._stream.encode(picture))
         self._frames += 1
 
@@ -208,12 +207,12 @@ class ChunkWriter:
             DecodeError: when what was written does not read back as intended.
         """
         assert self._stream is not None, "a chunk has at least one picture"
-        with _write_errors(self._part):
+        with _write_errors(self._partial):
             self._container.mux(self._stream.encode(None))
             self._container.close()
         size = (self._stream.width, self._stream.height)
-        verify_chunk(self._part, frames=self._frames, fps=self._fps, size=size)
-        os.replace(self._part, self._path)
+        verify_chunk(self._partial, frames=self._frames, fps=self._fps, size=size)
+        put_in_place(self._partial, self._path)
 
     def _add_stream(self, width: int, height: int) -> VideoStream:
         options = dict(self._profile.options)
@@ -234,7 +233,7 @@ class ChunkWriter:
     ) -> None:
         with suppress(av.FFmpegError):  # closing writes the index, which may fail once more
             self._container.close()
-        self._part.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)
 
 
 @contextmanager

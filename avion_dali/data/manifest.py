@@ -45,6 +45,7 @@ from avion_dali.data.rows import (
     sample_values,
 )
 from avion_dali.data.tables import ROWS_PER_BATCH, MappedTable, Row, write_table
+from avion_dali.files import partial_path, put_in_place
 
 FORMAT_VERSION = 3
 INDEX_FILE = "packets.bin"
@@ -69,8 +70,7 @@ class Manifest:
     def __init__(self, folder: str | Path, *, chunk_root: str | Path | None = None) -> None:
         self.folder = Path(folder)
         self.info = _read_info(self.folder)
-        self.chunk_root = os.path.abspath(chunk_root or self.info["chunk_root"])
-        self._chunk_prefix = os.path.join(self.chunk_root, "")
+        self._place_chunks(chunk_root or self.info["chunk_root"])
         self._index_path = os.path.abspath(self.folder / INDEX_FILE)
         _check_index_file(self._index_path, self.info["index_bytes"])
         self._chunks = MappedTable(self.folder / _CHUNKS_FILE, rows_per_batch=ROWS_PER_BATCH)
@@ -85,6 +85,13 @@ class Manifest:
             raise UserError(
                 f"{self.folder}: tables have {rows} rows, manifest.json says otherwise; build it again"
             )
+
+    def __reduce__(self) -> tuple[type[Manifest], tuple[Path], dict[str, str]]:
+        # Another process opens the folder itself: tables are memory-mapped, and caches are its own.
+        return Manifest, (self.folder.absolute(),), {"chunk_root": self.chunk_root}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self._place_chunks(state["chunk_root"])
 
     @cached_property
     def classes(self) -> ClassTable | None:
@@ -175,6 +182,10 @@ class Manifest:
         """
         return self._recent_chunk(row)
 
+    def _place_chunks(self, chunk_root: str | Path) -> None:
+        self.chunk_root = os.path.abspath(chunk_root)
+        self._chunk_prefix = os.path.join(self.chunk_root, "")
+
     def _locate_sample(self, row: int) -> tuple[SampleColumns, int]:
         batch, i = self._samples.locate(row)
         if batch not in self._sample_columns:
@@ -218,7 +229,7 @@ class IndexWriter:
     def __init__(self, folder: str | Path) -> None:
         self._path = Path(folder).absolute() / INDEX_FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = self._path.with_suffix(".partial")
+        self._partial = partial_path(self._path)
         self._file = self._partial.open("wb")
         self._end = 0
 
@@ -245,7 +256,7 @@ class IndexWriter:
     def finish(self) -> None:
         """Give the file its name; runs that read the file before it keep doing so."""
         self._file.close()
-        os.replace(self._partial, self._path)
+        put_in_place(self._partial, self._path)
 
     def __enter__(self) -> IndexWriter:
         return self
@@ -330,7 +341,7 @@ def _take_over(folder: Path, new: Path, index: IndexWriter | None) -> None:
         index.finish()
     for name in _PARTS:
         if (new / name).exists():
-            os.replace(new / name, folder / name)
+            put_in_place(new / name, folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
 

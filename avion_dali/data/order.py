@@ -15,7 +15,7 @@ from avion_dali.data.randomness import generator
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
     """Return the order of one training epoch: a permutation of all rows, another one each epoch.
 
-    Four bytes a row where they suffice: 35,000,000 rows take 140 MB a rank.
+    Four bytes per row where they suffice: 35,000,000 rows take 140 MB per rank.
 
     Args:
         num_samples: rows to order.
@@ -33,10 +33,13 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """The samples of every micro-batch of one rank.
+    """The clips of every micro-batch of one rank.
 
-    Global batch k of an epoch is the same set of samples for any world size and any micro-batch: it is
-    a slice of the epoch's order, cut into equal contiguous shares for the ranks, and each share into
+    In training each sample gives one clip. In evaluation a sample may give several, which are neighbors: clip c
+    is clip `c % clips_per_sample` of sample `c // clips_per_sample`.
+
+    Global batch k of an epoch is the same set of clips for any number of ranks and any micro-batch: it is a
+    slice of the epoch's order, cut into equal contiguous shares for the ranks, and each share into
     micro-batches.
 
     Args:
@@ -48,9 +51,11 @@ class BatchSchedule:
         seed: the run's seed.
         training: shuffle each epoch anew and drop the last partial global batch; else keep the
             manifest's order and drop nothing.
+        clips_per_sample: clips made from each row of the manifest; 1 in training.
 
     Raises:
         UserError: when the sizes do not divide, or a training set is smaller than one global batch.
+        ValueError: when several clips per sample are asked for in training.
     """
 
     num_samples: int
@@ -60,8 +65,11 @@ class BatchSchedule:
     world_size: int = 1
     seed: int = 0
     training: bool = True
+    clips_per_sample: int = 1
 
     def __post_init__(self) -> None:
+        if self.training and self.clips_per_sample != 1:
+            raise ValueError(f"training takes one clip per sample, not {self.clips_per_sample}")
         per_pass = self.micro_batch * self.world_size
         if self.global_batch % per_pass:
             raise UserError(
@@ -75,6 +83,11 @@ class BatchSchedule:
             )
 
     @property
+    def num_clips(self) -> int:
+        """Clips to choose from in an epoch over all ranks: `num_samples * clips_per_sample`."""
+        return self.num_samples * self.clips_per_sample
+
+    @property
     def accum_steps(self) -> int:
         """Micro-batches per optimizer step on each rank."""
         return self.global_batch // (self.micro_batch * self.world_size)
@@ -82,29 +95,24 @@ class BatchSchedule:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch."""
-        full, rest = divmod(self.num_samples, self.global_batch)
+        full, rest = divmod(self.num_clips, self.global_batch)
         return full if self.training or not rest else full + 1
 
-    @property
-    def dropped_per_epoch(self) -> int:
-        """Samples of the last partial global batch that training leaves out (others each epoch)."""
-        return self.num_samples % self.global_batch if self.training else 0
-
     def micro_batch_ids(self, step: int, micro: int) -> tuple[int, np.ndarray]:
-        """Return (epoch, sample ids) of one micro-batch of this rank.
+        """Return (epoch, clips) of one micro-batch of this rank.
 
         Args:
             step: optimizer step counted over all epochs.
             micro: which micro-batch of the step, in [0, accum_steps).
 
         Returns:
-            The epoch and an int64 array of ids, shorter than `micro_batch` (or empty) only at the end
-            of an evaluation.
+            The epoch and an int64 array of clip numbers in [0, num_clips), in training the same as sample ids.
+            It is shorter than `micro_batch`, or empty, only at the end of an evaluation.
         """
         epoch, batch = divmod(step, self.steps_per_epoch)
         share = self.global_batch // self.world_size
         start = batch * self.global_batch + self.rank * share + micro * self.micro_batch
         stop = start + self.micro_batch
         if not self.training:
-            return epoch, np.arange(min(start, self.num_samples), min(stop, self.num_samples))
+            return epoch, np.arange(min(start, self.num_clips), min(stop, self.num_clips))
         return epoch, epoch_order(self.num_samples, seed=self.seed, epoch=epoch)[start:stop].astype(np.int64)

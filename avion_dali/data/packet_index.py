@@ -11,7 +11,6 @@ Numbers of a block are stored in byte planes and deflated, except the checksums,
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -269,21 +268,3 @@ class PacketIndex:
         if len(data) != end - start:
             raise IndexDamagedError("is cut short")
         return data
-
-
-def open_index(file: int, *, offset: int, num_bytes: int) -> PacketIndex:
-    """Open one record of an index file.
-
-    Args:
-        file: descriptor of the file.
-        offset: first byte of the record.
-        num_bytes: its length.
-
-    Raises:
-        IndexDamagedError: when its head is damaged.
-    """
-
-    def read(start: int, count: int) -> bytes:
-        return os.pread(file, min(count, num_bytes - start), offset + start)
-
-    return PacketIndex(read)

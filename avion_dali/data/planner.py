@@ -7,15 +7,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from avion_dali.config.data import Crop, DataConfig, Sampling, TextSource
+from avion_dali.config.data import ClipOptions
 from avion_dali.contracts import ClipPart, ClipRequest, CropWindow, UserError
-from avion_dali.data.crops import (
-    center_square_window,
-    multi_scale_window,
-    random_resized_window,
-    side_square_windows,
-    simple_random_window,
-)
+from avion_dali.data.crops import center_square_window, find_crop, side_square_windows
 from avion_dali.data.frames import (
     dense_frame_ids,
     frame_at,
@@ -32,51 +26,24 @@ from avion_dali.data.relevancy import open_captions
 
 
 @dataclass(frozen=True)
-class ClipRules:
-    """How clips are drawn from their rows; the fields mean what they mean in `DataConfig`.
+class ClipRules(ClipOptions):
+    """How clips are drawn, and whether for training.
 
     Args:
-        num_frames: clip length T.
-        frame_size: side of the square output in pixels.
         training: draw frames, windows, flips and texts; else middles, fixed windows and first texts.
-        sampling: which frames make a clip.
-        stride: source frames between neighbours, for `strided` and `dense`.
-        crop: how training windows are drawn.
-        crop_scale: random-resized-crop area range.
-        crop_ratio: random-resized-crop aspect range.
-        flip_probability: chance of a left-right flip in training.
-        repeats: training views of a clip.
-        eval_clips: evaluation clips of a row.
-        eval_crops: evaluation windows of a clip, 1 or 3.
-        text: text of a training clip.
-        relevancy_threshold: what the relevancy of a `relevant` text exceeds.
     """
 
-    num_frames: int
-    frame_size: int
-    training: bool
-    sampling: Sampling = "segments"
-    stride: int = 4
-    crop: Crop = "random-resized"
-    crop_scale: tuple[float, float] = (0.5, 1.0)
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    flip_probability: float = 0.0
-    repeats: int = 1
-    eval_clips: int = 1
-    eval_crops: int = 1
-    text: TextSource = "own"
-    relevancy_threshold: float = 0.1
+    training: bool = True
 
     @classmethod
-    def from_config(cls, data: DataConfig, *, training: bool) -> ClipRules:
+    def from_options(cls, options: ClipOptions, *, training: bool) -> ClipRules:
         """Take the rules from a configuration.
 
         Args:
-            data: the configuration.
+            options: the configuration, or a section of one that extends `ClipOptions`.
             training: whether clips are drawn for training.
         """
-        names = [field.name for field in fields(cls) if field.name != "training"]
-        return cls(training=training, **{name: getattr(data, name) for name in names})
+        return cls(training=training, **{f.name: getattr(options, f.name) for f in fields(ClipOptions)})
 
     @property
     def clip_shape(self) -> tuple[int, int, int, int, int]:
@@ -97,35 +64,39 @@ class Planner:
         manifest: the opened manifest.
         rules: how clips are drawn.
         seed: the run's seed.
+
+    Raises:
+        UserError: when there is no such crop rule.
     """
 
     def __init__(self, manifest: Manifest, rules: ClipRules, *, seed: int) -> None:
+        find_crop(rules.crop)  # an unknown name is an error now, not in the first clip
         self.manifest, self.rules, self.seed = manifest, rules, seed
         self._captions = open_captions(manifest) if rules.training and rules.text == "relevant" else None
 
     @property
-    def num_rows(self) -> int:
-        """Number of clips: the rows that `plan` takes."""
+    def num_clips(self) -> int:
+        """Number of clips that `plan` knows: the manifest's samples times the clips made from each."""
         return self.manifest.num_samples * self.rules.clips_per_row
 
-    def plan(self, row: int, epoch: int) -> ClipRequest:
-        """Return the request of (seed, epoch, row); the same whoever asks.
+    def plan(self, clip: int, epoch: int) -> ClipRequest:
+        """Return the request of (seed, epoch, clip); the same on every rank and in every run.
 
         Args:
-            row: in [0, num_rows): in training a row of the manifest; in evaluation clip
-                `row % eval_clips` of the manifest's row `row // eval_clips`.
+            clip: in [0, num_clips): in training a row of the manifest; in evaluation clip
+                `clip % eval_clips` of the manifest's row `clip // eval_clips`.
             epoch: epoch number, >= 0.
 
         Raises:
             UserError: when the clip should get a relevant caption and has none.
         """
         rules, manifest = self.rules, self.manifest
-        sample_id, clip = divmod(row, rules.clips_per_row)
+        sample_id, clip_of_row = divmod(clip, rules.clips_per_row)
         rng = generator("clip", seed=self.seed, epoch=epoch, index=sample_id) if rules.training else None
         first_chunk, num_chunks, start_s, end_s = manifest.span(sample_id)
         chunks = [manifest.chunk(first_chunk + i) for i in range(num_chunks)]
         parts, gather = locate_frames(
-            start_s, end_s, chunks, choose=lambda total: choose_frames(total, rules, clip=clip, rng=rng)
+            start_s, end_s, chunks, choose=lambda total: choose_frames(total, rules, clip=clip_of_row, rng=rng)
         )
         size = chunks[0].ref.width, chunks[0].ref.height
         windows, flips = draw_views(*size, rules, rng)
@@ -159,8 +130,8 @@ class Planner:
         if not len(positives):
             raise UserError(
                 f"{self.manifest.folder}: no caption's relevancy to row {sample_id} exceeds "
-                f"data.relevancy_threshold = {self.rules.relevancy_threshold:g}; lower it, or train with "
-                "data.text = own"
+                f"`relevancy_threshold` = {self.rules.relevancy_threshold:g}; lower it, or train with "
+                "`text` = own"
             )
         return int(positives[int(rng.integers(len(positives)))])
 
@@ -246,21 +217,12 @@ def draw_views(
         crops = rules.eval_crops
         windows = side_square_windows(width, height) if crops == 3 else (center_square_window(width, height),)
         return windows, (False,) * crops
+    draw_window = find_crop(rules.crop)
     views = [
-        (_draw_window(width, height, rules, rng), bool(rng.random() < rules.flip_probability))
+        (draw_window(width, height, rules, rng), bool(rng.random() < rules.flip_probability))
         for _ in range(rules.repeats)
     ]
     return tuple(window for window, _ in views), tuple(flip for _, flip in views)
-
-
-def _draw_window(width: int, height: int, rules: ClipRules, rng: np.random.Generator) -> CropWindow:
-    if rules.crop == "random-resized":
-        return random_resized_window(width, height, scale=rules.crop_scale, ratio=rules.crop_ratio, rng=rng)
-    if rules.crop == "simple-random":
-        return simple_random_window(width, height, rng=rng)
-    if rules.crop == "multi-scale":
-        return multi_scale_window(width, height, frame_size=rules.frame_size, rng=rng)
-    return center_square_window(width, height)
 
 
 def _frames_inside(start_s: float, end_s: float, chunk: Chunk) -> tuple[int, int]:

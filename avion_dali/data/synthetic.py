@@ -9,7 +9,6 @@ chosen, so neither the place nor the look of a single picture tells the directio
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from multiprocessing import get_context
@@ -22,6 +21,7 @@ from av.video.stream import VideoStream
 
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
+from avion_dali.files import whole_or_absent
 
 Split = Literal["train", "heldout"]
 _SPLIT_KEYS: dict[Split, int] = {"train": 0, "heldout": 1}
@@ -318,8 +318,10 @@ def _write_video_task(task: tuple[Path, SyntheticSettings, Split, int]) -> list[
     folder, settings, split, index = task
     scenes = plan_video(settings, split, index)
     name = _video_name(split, index)
-    part = folder / f"{name}.part"
-    with av.open(str(part), "w", format="mp4") as container:
+    with (
+        whole_or_absent(folder / name) as partial,
+        av.open(str(partial), "w", format="mp4") as container,
+    ):
         # The videos are only read to be cut into chunks: fast to write, little loss.
         options = {"preset": "ultrafast", "crf": "18"}
         stream = container.add_stream("libx264", rate=settings.fps, options=options)
@@ -329,7 +331,6 @@ def _write_video_task(task: tuple[Path, SyntheticSettings, Split, int]) -> list[
         for picture_HWC in _pictures(scenes, settings.side):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")))
         container.mux(stream.encode(None))
-    os.replace(part, folder / name)
     return _annotate(name, scenes, settings.fps)
 
 

@@ -6,7 +6,6 @@ all processes share pages.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 
 from avion_dali.contracts import UserError
+from avion_dali.files import whole_or_absent
 
 ROWS_PER_BATCH = 65_536
 Row = TypeVar("Row")
@@ -143,14 +143,16 @@ def write_table(
         The number of rows.
     """
     count = 0
-    partial = path.with_suffix(".partial")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with (
+        whole_or_absent(path) as partial,
+        pa.OSFile(str(partial), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
         for block in _blocks(rows, rows_per_batch):
             values = columns(block)
             arrays = [pa.array(values[field.name], field.type) for field in schema]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
             count += len(block)
-    os.replace(partial, path)
     return count
 
 

@@ -23,10 +23,10 @@ from avion_dali.datasets.building import (
 )
 from avion_dali.datasets.reading import opened_text
 from avion_dali.datasets.spans import SpanError
+from avion_dali.wording import few
 
 SPAN_COLUMNS = ("video", "start", "end")
 _COLUMNS = (*SPAN_COLUMNS, "text", "verb", "noun", "label")
-_SHOWN = 10
 
 
 def build_captions_manifest(
@@ -129,8 +129,7 @@ def _unread_note(columns: Sequence[str]) -> tuple[str, ...]:
     """Return what is said of columns that are not read: one of them may be misspelt."""
     if not columns:
         return ()
-    more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
-    return (f"columns not read: {', '.join(columns[:_SHOWN])}{more}; read are {', '.join(_COLUMNS)}",)
+    return (f"columns not read: {few(columns, 10)}; read are {', '.join(_COLUMNS)}",)
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

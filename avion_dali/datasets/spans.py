@@ -12,6 +12,7 @@ import numpy as np
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Chunk
 from avion_dali.data.scanning import CHUNK_SUFFIXES
+from avion_dali.wording import few
 
 # How much a span may reach past the last frame before it is refused: annotations are rounded, and the
 # last frames of a source may not make a chunk.
@@ -143,7 +144,7 @@ class ChunkLookup:
             return self._videos[video]
         names = self._candidates(video)
         if len(names) > 1:
-            raise SpanError(f"video {video!r} could be any of {', '.join(names[:3])}", "ambiguous video")
+            raise SpanError(f"video {video!r} could be any of {few(names, 3)}", "ambiguous video")
         if not names:
             raise SpanError(f"video {video!r} has no chunks", "unknown video")
         if names[0] not in self._videos:

@@ -75,6 +75,46 @@ def fused_view(like: VideoFrame, window: CropWindow, *, flip: bool, frame_size: 
     return FusedView(*_kept_graph(_picture(like, flip, frame_size)), window)
 
 
+class SizedView:
+    """Crop, scale and RGB conversion of frames to any size, with the filters of `FusedView`.
+
+    Args:
+        graph: a graph made by `sized_view`.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+
+    def render(self, frame: VideoFrame) -> np.ndarray:
+        """Return uint8 (H, W, 3) RGB, a view of the filter's own buffer.
+
+        Args:
+            frame: a decoded frame of the clip.
+        """
+        self._graph.vpush(frame)
+        return _rgb_view(self._graph.vpull())
+
+
+def sized_view(like: VideoFrame, region: tuple[int, int, int, int], size: tuple[int, int]) -> SizedView:
+    """Make a view that need be neither even nor square.
+
+    Args:
+        like: a frame of the clip.
+        region: (x, y, width, height) in source pixels.
+        size: (width, height) of the output in pixels.
+    """
+    x, y, width, height = region
+    steps = [
+        ("crop", f"{width}:{height}:{x}:{y}:exact=1"),
+        ("scale", f"{size[0]}:{size[1]}:flags={SCALE_FLAGS}"),
+        ("format", "gbrp"),
+        ("scale", f"{size[0]}:{size[1]}"),
+        ("format", "rgb24"),
+    ]
+    graph, _ = _linear_graph(like.width, like.height, like.format.name, steps)
+    return SizedView(graph)
+
+
 def fresh_fused_view(like: VideoFrame, window: CropWindow, *, flip: bool, frame_size: int) -> FusedView:
     """Make a graph for this clip alone, as the paper does; the bytes are those of `fused_view`.
 

@@ -10,31 +10,21 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import groupby, islice
-from typing import BinaryIO, cast
+from itertools import islice
+from typing import cast
 
 import av
-import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from avion_dali.contracts import ClipPart, DecodeError, FailureKind, PacketIndexRef
+from avion_dali.contracts import ClipPart, DecodeError
 from avion_dali.data.bitstream import Entry, PictureTraits, nal_length_size, picture_traits, shows_picture
 from avion_dali.data.indexing import STRICT, TraitsReader, stream_facts, tells_order
-from avion_dali.data.packet_index import (
-    IndexBlock,
-    IndexDamagedError,
-    PacketIndex,
-    PacketPlaces,
-    PacketTable,
-    StreamFacts,
-    open_index,
-    table_of,
-)
+from avion_dali.data.packet_index import PacketPlaces, PacketTable, StreamFacts, table_of
 from avion_dali.data.probe import open_video
 from avion_dali.decode.packets import Run, drop_unneeded, plan_runs
+from avion_dali.decode.reads import RunReads, planned_reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +80,7 @@ def gather_packets(part: ClipPart, *, decoder: str) -> PartPackets:
         UnorderedStreamError: without an index, where the container tells no order (H.264 in AVI).
     """
     if part.chunk.index is not None:
-        return _gather_indexed(part, part.chunk.index, decoder)
+        return _gather_indexed(part, decoder)
     with opened(part, decoder=decoder) as (container, stream):
         facts = stream_facts(stream)
         table, packets = read_table(part, container, stream)
@@ -99,58 +89,31 @@ def gather_packets(part: ClipPart, *, decoder: str) -> PartPackets:
         return PartPackets(facts, tuple(run_packets(run, table, packets) for run in runs))
 
 
-def _gather_indexed(part: ClipPart, ref: PacketIndexRef, decoder: str) -> PartPackets:
-    def failure(kind: FailureKind, cause: str) -> DecodeError:
-        return DecodeError(part.chunk.path, part.frame_ids, decoder=decoder, kind=kind, cause=cause)
-
-    try:
-        index = open_index(_index_file(ref.path).fileno(), offset=ref.offset, num_bytes=ref.num_bytes)
-        blocks = list(_blocks(index, part.frame_ids))
-    except (OSError, IndexDamagedError) as error:
-        what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
-        raise failure("corrupt", f"its packet index in {ref.path} {what}; build the manifest again") from error
+def _gather_indexed(part: ClipPart, decoder: str) -> PartPackets:
+    planned = planned_reads(part, decoder=decoder)
     with damage_as_decode_error(part, decoder=decoder), open(part.chunk.path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if size != part.chunk.size_bytes:
             cause = f"has {size} bytes, the manifest says {part.chunk.size_bytes}; build the manifest again"
-            raise failure("changed", cause)
-        return PartPackets(index.stream, tuple(_read_run(file.fileno(), *planned) for planned in blocks))
+            raise DecodeError(part.chunk.path, part.frame_ids, decoder=decoder, kind="changed", cause=cause)
+        return PartPackets(planned.stream, tuple(_read_run(file.fileno(), run) for run in planned.runs))
 
 
-@lru_cache(maxsize=4)
-def _index_file(path: str) -> BinaryIO:
-    """Keep index files open: a manifest has one, read for every clip."""
-    return open(path, "rb", buffering=0)  # closed when it leaves the cache
-
-
-def _blocks(index: PacketIndex, frame_ids: Sequence[int]) -> Iterator[tuple[IndexBlock, Run]]:
-    """Plan each block's share of the frames."""
-    for number, members in groupby(frame_ids, key=index.block_of):
-        block = index.block(number)
-        local = [frame_id - block.first_frame for frame_id in members]
-        if local[-1] >= len(block.table.order):
-            raise IndexDamagedError("knows fewer frames than the manifest")
-        for run in drop_unneeded(plan_runs(block.table, local), block.table):
-            yield block, run
-
-
-def _read_run(file: int, block: IndexBlock, run: Run) -> RunPackets:
-    """Read and check a run's packets; neighbours in the file are read at once."""
-    positions, places = np.array(run.positions), block.places
-    starts, sizes = places.offset[positions], places.size[positions]
-    apart = np.flatnonzero(starts[1:] != (starts + sizes)[:-1]) + 1
+def _read_run(file: int, planned: RunReads) -> RunPackets:
+    """Read and check a run's packets."""
     payloads: list[bytes] = []
-    for members in np.split(np.arange(len(positions)), apart):
-        first, last = members[0], members[-1]
-        data = os.pread(file, int(starts[last] + sizes[last] - starts[first]), int(starts[first]))
-        cuts = (starts[members] - starts[first]).tolist()
-        payloads += [data[cut : cut + size] for cut, size in zip(cuts, sizes[members].tolist(), strict=True)]
-    _check(payloads, places, positions)
-    return run_packets(run, block.table, dict(zip(run.positions, payloads, strict=True)))
+    for wanted in planned.ranges:
+        data, end = os.pread(file, wanted.num_bytes, wanted.offset), 0
+        for size in wanted.sizes:
+            payloads.append(data[end : end + size])
+            end += size
+    positions = planned.run.positions
+    _check(payloads, planned.block.places, positions)
+    return run_packets(planned.run, planned.block.table, dict(zip(positions, payloads, strict=True)))
 
 
-def _check(payloads: Sequence[bytes], places: PacketPlaces, positions: np.ndarray) -> None:
-    for payload, position in zip(payloads, positions.tolist(), strict=True):
+def _check(payloads: Sequence[bytes], places: PacketPlaces, positions: Sequence[int]) -> None:
+    for payload, position in zip(payloads, positions, strict=True):
         if zlib.crc32(payload) != places.crc[position]:
             offset = places.offset[position]
             raise ChunkDamagedError(f"its bytes from {offset} on are not those the manifest was built from")

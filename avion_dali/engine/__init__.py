@@ -1,1 +1,1 @@
-"""The one training loop and everything around it."""
+"""The training loop, and what it needs: checkpoints, logs, several processes, precision, timing."""

@@ -17,10 +17,10 @@ _UINT64 = 0xFFFF_FFFF_FFFF_FFFF
 
 
 def micro_seed(seed: int, step: int, *, rank: int, micro: int) -> int:
-    """The seed of torch's generators for one forward pass: SplitMix64 over the four numbers in turn.
+    """Derive the seed of torch's generators for one forward pass: SplitMix64 over the four numbers in turn.
 
-    Dropout, drop path and masks of a pass depend on these numbers alone. So a resumed run repeats them
-    without stored random state, and so does the second pass of `coupled_backward`.
+    Dropout, drop path and masks of a pass depend on these numbers only. So a resumed run repeats them without
+    stored random state, and so does the second pass of `coupled_backward`.
 
     Args:
         seed: the run's seed.
@@ -41,9 +41,9 @@ def micro_seed(seed: int, step: int, *, rank: int, micro: int) -> int:
 
 
 def averages_gradients(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Context of one micro-batch's forward and backward: gradients are averaged over ranks in the last only.
+    """Return the context of one micro-batch, so that gradients are averaged over ranks in the last one only.
 
-    Sharded gradients are whole until then, in exchange for sending them once a step.
+    Until then sharded gradients are kept whole on every rank, so that they are sent once per step.
     """
     if last:
         return nullcontext()
@@ -63,16 +63,16 @@ def coupled_backward(
     backward: Callable[[torch.Tensor], None],
     context: Callable[[int], AbstractContextManager[None]],
 ) -> tuple[torch.Tensor, Report]:
-    """Backward of one loss over several micro-batches, holding the graph of one at a time.
+    """Run the backward pass of one loss over several micro-batches, with the graph of one at a time.
 
     Cached features (GradCache, arXiv 2101.06983, section 3): a first pass without graph collects all outputs,
-    the loss gives the gradient of every output, and a second pass carries it into the weights. Equal to one
-    large batch as long as `forward` repeats its random draws.
+    the loss gives the gradient of every output, and a second pass propagates it to the weights. The result is
+    that of one large batch, provided that `forward` repeats its random draws.
 
     Args:
-        forward: number of a micro-batch to its outputs, each (samples, ...).
-        micro_batches: how many there are.
-        loss_of: outputs of all micro-batches, concatenated, to (loss (), report).
+        forward: maps the number of a micro-batch to its outputs, each (samples, ...).
+        micro_batches: number of micro-batches.
+        loss_of: maps the concatenated outputs of all micro-batches to (loss (), report).
         backward: back-propagates the loss, scaled where the precision needs it.
         context: entered around the second forward and backward of a micro-batch.
 
@@ -95,7 +95,7 @@ def coupled_backward(
 
 
 def _split_grad(leaf: torch.Tensor, column: Outputs) -> list[torch.Tensor | None]:
-    """The gradient of one output, cut into micro-batches; None where the loss does not use the output."""
+    """Split the gradient of one output into micro-batches; None where the loss does not use the output."""
     if leaf.grad is None:
         return [None] * len(column)
     return list(leaf.grad.split([part.shape[0] for part in column]))
@@ -104,7 +104,7 @@ def _split_grad(leaf: torch.Tensor, column: Outputs) -> list[torch.Tensor | None
 def mean_over_micro_batches(
     results: list[tuple[torch.Tensor, Report]],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean loss () and mean report () of equal micro-batches, float32 on the loss's device."""
+    """Average the losses and reports of equal micro-batches: () float32 on the device of the loss."""
     loss = torch.stack([loss for loss, _ in results]).float().mean()
     names = results[0][1]
     columns = {name: [torch.as_tensor(report[name]).to(loss) for _, report in results] for name in names}

@@ -1,15 +1,14 @@
 """Checkpoints: what they hold, how they are written and read.
 
-A checkpoint holds everything a run needs to continue as if it had never stopped. Random state is not part of
-it: every draw is a pure function of (seed, step, rank), so the position in the order is enough. Files load
-with `torch.load(weights_only=True)`, that is, without running code. `export_safetensors` writes the weights
-alone, with a header that says what they are. Tensors in files are whole, however a run shares them.
+A checkpoint holds everything that a run needs to continue as if it had never stopped. Random state is not part
+of it: every draw is a pure function of (seed, step, rank), so the position in the order is enough. Files load
+with `torch.load(weights_only=True)`, that is, without running code. `export_safetensors` writes only the
+weights, with a header that describes them. Tensors in files are whole, also those of sharded runs.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 import platform
 import zipfile
 from collections.abc import Mapping
@@ -26,24 +25,21 @@ from torch import nn
 from avion_dali import __version__
 from avion_dali.contracts import UserError
 from avion_dali.engine.sharding import gathered, placed_like
-from avion_dali.files import atomic_write, temporary
-from avion_dali.models.safetensors_files import HEADER_KEY, read_safetensors
+from avion_dali.files import atomic_write, partial_path
+from avion_dali.models.safetensors_files import HEADER_KEY
+from avion_dali.models.torch_files import UNREADABLE
+from avion_dali.wording import few, first_line
 
 LATEST_NAME = "checkpoint.pt"
 BEST_NAME = "checkpoint_best.pt"
 NUMBERED_PATTERN = "checkpoint_[0-9]*.pt"
 FORMAT = "avion_dali checkpoint"
 FORMAT_VERSION = 2
-_UNREADABLE = (
-    *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
-)
-"""What `torch.load` raises for damaged and foreign files, depending on where it stumbles."""
 _PACKAGES = ("torch", "torchvision", "numpy", "av", "nvidia-dali-cuda130", "open_clip_torch")
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of this library, Python, the packages numbers depend on, CUDA and the device."""
+    """Return the versions of this library, Python, the packages that numbers depend on, CUDA and the device."""
     versions = {"avion_dali": __version__, "python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -70,10 +66,10 @@ class Checkpoint:
         best_metric: best evaluation so far, or None.
         pending_evaluation: the evaluation due at this step has not been done.
         config: the run's configuration as plain values.
-        world_size: processes of the run, for the record.
-        versions: software that wrote the file, for the record.
-        average: state of the weights' running average; empty without one. Evaluations use these weights.
-        spikes: state of the watch over the loss; empty without one.
+        world_size: number of processes of the run; for information.
+        versions: software that wrote the file; for information.
+        average: running average of the weights; empty without one. Evaluations use these weights.
+        spikes: state of `SpikeWatch`; empty without one.
         classes: names of the head's classes in label order; empty where the model has none.
     """
 
@@ -128,7 +124,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{FORMAT_VERSION}; install a newer release"
         )
     try:
-        # Files of older versions lack the newer fields, whose defaults then say the right thing.
+        # Files of older versions lack the newer fields, whose defaults are right for them.
         optional = {f.name for f in fields(Checkpoint) if (f.default, f.default_factory) != (MISSING, MISSING)}
         names = [f.name for f in fields(Checkpoint) if f.name in content or f.name not in optional]
         return Checkpoint(**{name: content[name] for name in names})
@@ -142,33 +138,28 @@ def _read_torch_file(path: Path) -> Any:
             f"there is no checkpoint file at {path}; name one such as {BEST_NAME} of a run's folder"
         )
     try:
-        # torch.load reads past flipped bits; the archive's own checksums tell (about 1 s per GB).
+        # torch.load does not notice flipped bits; the checksums of the archive do (about 1 s per GB).
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {_first_line(error)}); it is "
-            f"truncated, damaged or no checkpoint. A run goes on from {BEST_NAME} when that is copied to "
-            f"{LATEST_NAME}"
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {first_line(error)}); it is "
+            f"truncated, damaged or no checkpoint. Copy {BEST_NAME} to {LATEST_NAME} to continue from that one"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:160]
-
-
 def find_checkpoint(output_dir: Path, resume: Literal["auto", "never"]) -> Path | None:
-    """The checkpoint a run in this folder must continue from; removes what a killed save left behind.
+    """Find the checkpoint that a run in this folder continues from; removes what a killed save left behind.
 
     Args:
         output_dir: folder of the run, need not exist.
         resume: `auto` continues where there is a checkpoint, `never` refuses a folder that holds one.
 
     Returns:
-        The file, or None to start anew.
+        The file, or None for a new run.
 
     Raises:
         UserError: `never`, and the folder holds a checkpoint.
@@ -176,7 +167,7 @@ def find_checkpoint(output_dir: Path, resume: Literal["auto", "never"]) -> Path 
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir = {output_dir} is a file; name a folder")
     for name in (LATEST_NAME, BEST_NAME):
-        temporary(output_dir / name).unlink(missing_ok=True)
+        partial_path(output_dir / name).unlink(missing_ok=True)
     latest = output_dir / LATEST_NAME
     others = [path for path in (*numbered_checkpoints(output_dir), output_dir / BEST_NAME) if path.exists()]
     if not latest.exists() and others:
@@ -192,12 +183,12 @@ def find_checkpoint(output_dir: Path, resume: Literal["auto", "never"]) -> Path 
 
 
 def numbered_name(step: int) -> str:
-    """File name of the checkpoint that is kept of a step."""
+    """Return the file name of the numbered checkpoint of a step."""
     return f"checkpoint_{step:08d}.pt"
 
 
 def numbered_checkpoints(output_dir: Path) -> list[Path]:
-    """The numbered checkpoints in a run's folder, newest step first."""
+    """List the numbered checkpoints in a run's folder, newest step first."""
     return sorted(output_dir.glob(NUMBERED_PATTERN), reverse=True)
 
 
@@ -207,7 +198,7 @@ def restore_model(model: nn.Module, state: Mapping[str, torch.Tensor], *, source
     Args:
         model: the bare model, sharded or not.
         state: its state dict, of whole tensors.
-        source: what the weights came from, for messages.
+        source: where the weights are from, for messages.
 
     Raises:
         UserError: keys are missing or unexpected, or shapes differ; names a few of each.
@@ -222,7 +213,7 @@ def restore_model(model: nn.Module, state: Mapping[str, torch.Tensor], *, source
             if key in state and own[key].shape != state[key].shape
         ],
     }
-    found = [f"{kind}: {_few(keys)}" for kind, keys in problems.items() if keys]
+    found = [f"{kind}: {few(keys, 3)}" for kind, keys in problems.items() if keys]
     if found:
         raise UserError(
             f"{source} holds another model ({'; '.join(found)}). Use the model settings it was trained with "
@@ -237,14 +228,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], *
     Args:
         optimizer: over the same parameters in the same groups.
         state: its state dict, of whole tensors.
-        source: what the state came from, for messages.
+        source: where the state is from, for messages.
 
     Raises:
         UserError: the groups differ.
     """
     own = optimizer.state_dict()["param_groups"]
     try:
-        # Own options already while loading: they decide on which device the step counts live.
+        # The run's own options are set already while loading: they decide on which device the step counts are.
         groups = [{**saved, **options} for saved, options in zip(state["param_groups"], own, strict=True)]
         if [len(g["params"]) for g in state["param_groups"]] != [len(g["params"]) for g in own]:
             raise ValueError("their sizes differ")
@@ -257,7 +248,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], *
 
 
 def _placed_moments(optimizer: torch.optim.Optimizer, state: Mapping[int, Any]) -> dict[int, Any]:
-    """Cut the moments as their parameters are cut; whatever has another shape (step counts) stays whole."""
+    """Shard the moments as their parameters are; values of another shape (step counts) stay whole."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def placed(value: Any, own: torch.Tensor) -> Any:
@@ -276,12 +267,12 @@ def check_order(saved: Mapping[str, Any], current: Mapping[str, Any], *, source:
     Args:
         saved: the checkpoint's `order`.
         current: the same facts of this run.
-        source: what `saved` came from, for messages.
+        source: where `saved` is from, for messages.
 
     Raises:
         UserError: they differ; names what.
     """
-    # A fact that the file does not have is younger than the file.
+    # A fact that the file lacks was added by a later version, and cannot be compared.
     differing = [f"{k} was {saved[k]}, is {v}" for k, v in current.items() if saved.get(k, v) != v]
     if differing:
         raise UserError(
@@ -290,13 +281,8 @@ def check_order(saved: Mapping[str, Any], current: Mapping[str, Any], *, source:
         )
 
 
-def _few(keys: list[str], limit: int = 3) -> str:
-    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + more
-
-
 def export_safetensors(model: nn.Module, path: Path, header: Mapping[str, Any]) -> None:
-    """Write the weights alone as safetensors, atomically, on rank 0; every rank calls it when they are sharded.
+    """Write the weights as safetensors on rank 0; every rank must call it when they are sharded.
 
     Args:
         model: the bare model.
@@ -316,27 +302,3 @@ def export_safetensors(model: nn.Module, path: Path, header: Mapping[str, Any]) 
     text = json.dumps({**header, "versions": software_versions()})
     content = safetensors.torch.save(state, metadata={"format": "pt", HEADER_KEY: text})
     atomic_write(path, lambda file: file.write(content))
-
-
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a model's weights from a checkpoint or a safetensors file of this library.
-
-    Args:
-        path: a `.safetensors` file of `export_safetensors`, else a checkpoint.
-
-    Returns:
-        The model's state, for `restore_model` (the running average of the weights where there is one: what
-        evaluations during the training used), and what the file says of itself: `config` (the training's
-        configuration as plain values), `versions`, and for a checkpoint `step`.
-
-    Raises:
-        UserError: the file is missing or damaged, or does not say which model it holds.
-    """
-    if path.suffix != ".safetensors":
-        checkpoint = load_checkpoint(path)
-        header = {"config": checkpoint.config, "step": checkpoint.step, "versions": checkpoint.versions}
-        return {**checkpoint.model, **checkpoint.average}, header
-    state, header = read_safetensors(path)
-    if "config" not in header:
-        raise UserError(f"{path} does not say which model it holds; it was not exported by avion_dali")
-    return state, header

@@ -1,7 +1,7 @@
-"""Where this process stands among the others, and the few collectives the engine needs.
+"""The place of this process among all processes of a run, and the collectives that the engine needs.
 
-One process works without a process group: every function here then does the obvious local thing.
-More processes are started by `torchrun`, whose environment variables are read by `init_distributed`.
+A single process works without a process group: every function here then does the same locally. Several
+processes are started by `torchrun`, whose environment variables are read by `init_distributed`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from avion_dali.contracts import UserError
 from avion_dali.engine.heartbeat import Heartbeat
 
 COLLECTIVE_TIMEOUT_S = 600.0
-"""How long a rank waits for ranks that are alive but do something else: longer than writing a large checkpoint
-takes. Ranks that are dead or stopped are noticed much sooner, see `heartbeat.py`."""
+"""How long a rank waits for ranks that are alive but busy: longer than writing a large checkpoint takes. Ranks
+that are dead or stopped are noticed much sooner, see `heartbeat.py`."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Distributed:
 
     Args:
         rank: number of this process over all machines.
-        world_size: how many processes there are.
+        world_size: number of processes.
         local_rank: number of this process on its machine; picks its GPU.
         device: where this process computes.
     """
@@ -46,12 +46,12 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and the console lines."""
+        """Whether this process writes files and console lines."""
         return self.rank == 0
 
 
 def _read_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) without it."""
+    """Return (rank, world size, local rank) as torchrun sets them; (0, 1, 0) without it."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1, int(os.environ.get("LOCAL_RANK", "0"))
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -64,7 +64,7 @@ def _read_environment() -> tuple[int, int, int]:
 
 
 def _pick_device(local_rank: int, *, use_cuda: bool) -> torch.device:
-    """The GPU of this local rank, made current, or the CPU."""
+    """Return the GPU of this local rank, which becomes the current one, or the CPU."""
     if not use_cuda:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
@@ -171,7 +171,7 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def require_agreement(facts: Mapping[str, Any]) -> None:
-    """Refuse to go on unless all ranks say the same; nothing in a single process.
+    """Raise an error unless all ranks give the same facts; does nothing in a single process.
 
     Args:
         facts: small plain values, such as the step a run continues from.
@@ -194,10 +194,10 @@ def require_agreement(facts: Mapping[str, Any]) -> None:
 
 
 def data_parallel(model: nn.Module, distributed: Distributed) -> nn.Module:
-    """The model under `DistributedDataParallel`; the model itself in a single process, and when it is sharded.
+    """Wrap the model in `DistributedDataParallel`, unless there is a single process or the model is sharded.
 
     Args:
-        model: the model, already on the device of this rank; sharded before, where it shall be.
+        model: the model, on the device of this rank; already sharded if it is to be.
         distributed: the place of this process.
 
     Returns:

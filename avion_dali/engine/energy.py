@@ -1,77 +1,75 @@
-"""What a run takes from the wall: energy as the hardware counts it, and the carbon behind it.
+"""The energy that a run uses, as the hardware counts it, and the carbon emissions that it stands for.
 
 GPUs since Volta count the energy they have used since the driver was loaded (NVML); Intel and AMD processors
-count theirs in files that often only root may read (RAPL). Neither sees memory, fans or power supplies.
+count theirs in files that often only root may read (RAPL). Neither includes memory, fans or power supplies.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import pynvml
 import torch
 
 PUE = 1.1
-"""Power drawn by a data centre per power used by its computers: Touvron et al. 2023, "LLaMA", arXiv 2302.13971,
+"""Power drawn by a data center per power used by its computers: Touvron et al. 2023, "LLaMA", arXiv 2302.13971,
 section 6, as in the carbon table there: energy = power x hours x PUE."""
 CARBON_KG_PER_KWH = 0.385
 """CO2-equivalent per kWh, average of the United States; same source."""
 RAPL_FOLDER = Path("/sys/class/powercap")
-UNREADABLE = "could not be read"
+NOT_READABLE = "could not be read"
 
 Counter = Callable[[], float]
 
 
 class EnergyMeter:
-    """Joules used since it was made by what this rank answers for: its GPU, or its machine's processors.
+    """Joules used since it was made by the hardware that this rank counts: its GPU, or the processors.
 
     Args:
         device: where this rank computes.
-        counts_processors: on the CPU, whether this rank answers for the machine: one of each machine's ranks.
+        counts_processors: on the CPU, whether this rank counts for the machine: one rank of each machine does.
     """
 
     def __init__(self, device: torch.device, *, counts_processors: bool) -> None:
         counter = nvml_counter(device) if device.type == "cuda" else rapl_counter(RAPL_FOLDER)
-        self.source = UNREADABLE
+        self.source = NOT_READABLE
         if counter is not None:
             self.source = "GPU (NVML)" if device.type == "cuda" else "processor packages (RAPL)"
         self._counter = counter if device.type == "cuda" or counts_processors else None
         self._start = self._counter() if self._counter else 0.0
 
     def joules(self) -> float:
-        """What was used so far; 0 when it cannot be read or another rank counts it."""
+        """Return what was used so far; 0 when it cannot be read or another rank counts it."""
         return self._counter() - self._start if self._counter else 0.0
 
 
 def nvml_counter(device: torch.device) -> Counter | None:
-    """A function that returns the joules a GPU has used since the driver was loaded; None if it cannot.
+    """Return a function that gives the joules a GPU has used since the driver was loaded; None if it cannot.
 
     Args:
         device: a CUDA device.
     """
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        # Numbers differ between CUDA and NVML where devices are hidden; the identifier does not.
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        handle, used = ctypes.c_void_p(), ctypes.c_ulonglong()
-        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)):
-            return None
-        if nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(used)):
-            return None
-    except (OSError, AttributeError, RuntimeError):  # no such library, too old a one, or no such device
+        pynvml.nvmlInit()
+        # CUDA and NVML count devices differently where some are hidden; the identifier is the same.
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        used = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except (pynvml.NVMLError, AttributeError, RuntimeError):  # no driver, too old a GPU, or no such device
         return None
 
     def joules() -> float:
-        nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(used))
-        return used.value / 1000.0
+        nonlocal used
+        with suppress(pynvml.NVMLError):  # a failing counter must not end a training
+            used = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        return used / 1000.0
 
     return joules
 
 
 def rapl_counter(folder: Path) -> Counter | None:
-    """A function that returns the joules the processor packages have used; None if that cannot be read.
+    """Return a function that gives the joules the processor packages have used; None if that cannot be read.
 
     It must be called more often than the counters wrap, which takes minutes under full load.
 
@@ -102,5 +100,5 @@ def rapl_counter(folder: Path) -> Counter | None:
 
 
 def carbon_kg(kwh: float) -> float:
-    """CO2-equivalent in kg of energy used by the computers, the data centre's share added."""
+    """Return the CO2-equivalent in kg of energy used by the computers, with the data center's overhead."""
     return kwh * PUE * CARBON_KG_PER_KWH

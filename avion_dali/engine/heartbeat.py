@@ -1,10 +1,10 @@
-"""Ends this process when another rank is gone, wherever this one is waiting.
+"""Ends this process when another rank has died, wherever this one is waiting.
 
-A rank that was killed, a machine that lost power and a process that was stopped all look alike to the others:
-they wait, often inside a call that no exception can leave. So a thread on every rank counts up a number in the
-store that the ranks met in, and reads those of the others. A number that stands still means that nothing runs
-there any more. A rank that is alive and busy for long (saving, evaluating, compiling) goes on counting, so the
-limit can be short; when it never arrives at a collective, the collective's own time-out tells.
+A rank that was killed, a machine that lost power and a process that was stopped look the same to the others:
+they wait, often inside a call that no exception can interrupt. So a thread on every rank increments a number in
+the store of the process group, and reads those of the others. A number that stands still means that nothing
+runs there any more. A rank that is alive and busy (saving, evaluating, compiling) keeps counting, so the limit
+can be short; if it never arrives at a collective, the time-out of the collective ends the run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DONE = "done"
 
 
 def end_process(message: str) -> None:
-    """Say why on the console and end without clean-up: other threads may be stuck where nothing wakes them.
+    """Print the cause and end without clean-up: other threads may be blocked for ever.
 
     Args:
         message: the cause.
@@ -47,8 +47,8 @@ class Heartbeat:
     Args:
         rank: this process.
         world_size: how many processes there are.
-        limit_s: seconds until a silent rank is given up.
-        interval_s: seconds between looks.
+        limit_s: seconds without a sign of life after which a rank counts as dead.
+        interval_s: seconds between two readings.
         on_loss: called with the cause, from the thread.
     """
 
@@ -62,7 +62,7 @@ class Heartbeat:
         on_loss: Callable[[str], None] = end_process,
     ) -> None:
         self.rank, self.limit_s, self.interval_s, self.on_loss = rank, limit_s, interval_s, on_loss
-        # A restart by torchrun meets in the same store: old numbers must not count.
+        # A restart by torchrun uses the same store: the old numbers must not count.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._keys = [f"avion_dali/heartbeat/{attempt}/{other}" for other in range(world_size)]
         self._place = f"{socket.gethostname()}, process {os.getpid()}"
@@ -70,7 +70,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        # A connection of its own: the process group's waits inside it and would hold this thread up.
+        # A separate connection: that of the process group blocks while it waits, and would block this thread.
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),

@@ -1,17 +1,18 @@
-"""The one training loop. What differs between tasks is the objective and the configuration.
+"""The training loop, shared by all tasks; what differs between them is the objective and the configuration.
 
-A step is: `next_batch` -> `micro_step` (forward and backward, once per micro-batch) -> `optimizer_step`;
-`run` repeats it, logs, and lets `RunKeeper` save and evaluate in between. Steps are counted over all epochs
-from 0.
+Four methods follow each other in a run: `next_batch` takes a micro-batch from the loader, `micro_step` runs
+its forward and backward pass, `optimizer_step` changes the weights, and `run` repeats this to the last step,
+writes the log, and lets the `Checkpointer` save and evaluate between steps. Two more compose them for callers
+that bring their own batches or measure: `train_step` (all micro-batches of one step, and the update) and
+`steps` (a range of steps from the loader). Steps are counted over all epochs from 0.
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -28,56 +29,28 @@ from avion_dali.engine.accumulate import (
     micro_seed,
 )
 from avion_dali.engine.checkpoint import export_safetensors, load_checkpoint
+from avion_dali.engine.checkpointer import Checkpointer
 from avion_dali.engine.distributed import Distributed, barrier, data_parallel
 from avion_dali.engine.ema import WeightAverage
-from avion_dali.engine.energy import UNREADABLE, EnergyMeter
-from avion_dali.engine.keeping import RunKeeper
+from avion_dali.engine.energy import NOT_READABLE, EnergyMeter
+from avion_dali.engine.loop_settings import LoopSettings
+from avion_dali.engine.loss_guard import FiniteGuard, SpikeWatch
 from avion_dali.engine.optim import describe_rates, learning_rate_schedule, set_learning_rate
-from avion_dali.engine.precision import (
-    FiniteGuard,
-    OverflowCount,
-    autocast,
-    gradient_scaler,
-    resolve_precision,
-)
-from avion_dali.engine.protocols import ClipLoader, LoaderStats, Objective
+from avion_dali.engine.precision import OverflowCount, autocast, gradient_scaler, resolve_precision
+from avion_dali.engine.protocols import ClipLoader, Objective
 from avion_dali.engine.run_log import RunLog, row_over_ranks, sum_over_ranks
-from avion_dali.engine.run_report import report_run
-from avion_dali.engine.settings import LoopSettings
 from avion_dali.engine.sharding import average_whole_gradients, gradient_norm, is_sharded
 from avion_dali.engine.signals import RankVotes, StopSignals
-from avion_dali.engine.spikes import SpikeWatch
-from avion_dali.engine.state import TrainState
 from avion_dali.engine.timing import StepTimer
-
-__all__ = ["ClipLoader", "LoaderStats", "LoopSettings", "Objective", "TrainLoop", "TrainSummary"]
-
-
-@dataclass(frozen=True)
-class TrainSummary:
-    """How a run ended.
-
-    Args:
-        step: optimizer steps done.
-        loss: loss of the last log row; NaN when nothing was left to do.
-        metrics: the last evaluation; empty without one.
-        best_metric: best value of the metric to maximise, over all evaluations; None without one.
-        stopped_by: name of the signal that ended the run early, see `signals.exit_status`; empty at its end.
-    """
-
-    step: int
-    loss: float
-    metrics: dict[str, float]
-    best_metric: float | None
-    stopped_by: str = ""
+from avion_dali.engine.train_state import TrainState, TrainSummary
 
 
 class TrainLoop:
     """Trains a model; see the module's docstring.
 
     Args:
-        model: the bare model, on the device of this rank, sharded where it shall be (`shard_model`); else
-            wrapped for several ranks here.
+        model: the bare model, on the device of this rank. Shard it before (`shard_model`), if it is to be;
+            otherwise it is wrapped for several ranks here.
         optimizer: over the model's parameters; its learning rate is set every step.
         objective: batch to loss.
         loader: source of batches; closed when `run` ends, however it ends.
@@ -133,13 +106,14 @@ class TrainLoop:
         )
         self.timer = StepTimer(device)
         self.energy = EnergyMeter(device, counts_processors=self.distributed.local_rank == 0)
-        self.keeper = RunKeeper(
+        self.checkpointer = Checkpointer(
             self.state,
             settings=settings,
             distributed=self.distributed,
             guard=self.guard,
             timer=self.timer,
             evaluate=evaluate,
+            last_step=self.last_step,
         )
         self._loss = float("nan")
         self._start = time.monotonic()
@@ -156,7 +130,11 @@ class TrainLoop:
         return self.state.order
 
     def next_batch(self) -> ClipBatch:
-        """The next micro-batch; the time blocked here is the data wait."""
+        """Take the next micro-batch of `steps` from the loader; the time blocked here is the data wait.
+
+        Raises:
+            RuntimeError: the loader delivered fewer batches than `steps` asked it for.
+        """
         with self.timer.waiting():
             batch = next(self._batches, None)
         if batch is None:
@@ -164,44 +142,108 @@ class TrainLoop:
         return batch
 
     def micro_step(self, batch: ClipBatch, micro: int) -> tuple[torch.Tensor, Report]:
-        """Forward and backward of one micro-batch whose loss needs no other; (loss, report)."""
+        """Forward and backward pass of one micro-batch whose loss does not depend on the others.
+
+        Args:
+            batch: the micro-batch.
+            micro: its number within the step, counted from 0.
+
+        Returns:
+            The loss, a detached () tensor, and the numbers that the objective reports.
+        """
         with self._context(micro):
             loss, report = self._loss_of(self._forward(batch, micro))
-            # Equal micro-batches: the mean of their losses is the loss of one large batch.
+            # Micro-batches have equally many samples: the mean of their losses is the loss of one large batch.
             self.scaler.scale(loss / self.loader.accum_steps).backward()
         return loss.detach(), report
 
-    def coupled_step(self, batches: list[ClipBatch]) -> tuple[torch.Tensor, Report]:
-        """Forward and backward of micro-batches whose samples share one loss; (loss, report)."""
-        return coupled_backward(
-            lambda micro: self._forward(batches[micro], micro),
-            micro_batches=len(batches),
-            loss_of=self._loss_of,
-            backward=lambda loss: self.scaler.scale(loss).backward(),
-            context=self._context,
-        )
+    def optimizer_step(self, loss: torch.Tensor, sample_ids: np.ndarray) -> torch.Tensor:
+        """Update the weights with the gradients of the step, which are checked and clipped first.
 
-    def optimizer_step(self) -> dict[str, torch.Tensor]:
-        """All micro-batches of a step and the update; the step's numbers, () each, on the device."""
+        Args:
+            loss: of the step, a () tensor.
+            sample_ids: int64 (N,), manifest rows of the step on this rank, for messages.
+
+        Returns:
+            The gradient norm before clipping, a () tensor on the device.
+
+        Raises:
+            NonFiniteLossError: see `FiniteGuard`.
+            LossSpikeError: the loss jumped and `run.on_spike` is `stop`.
+        """
         set_learning_rate(self.optimizer, float(self.learning_rates[self.step]))
+        self.scaler.unscale_(self.optimizer)
+        if is_sharded(self.model):
+            average_whole_gradients(self.parameters)
+        grad_norm = gradient_norm(self.parameters)
+        # Under fp16 an overflow is expected now and then: the scaler skips that step and lowers its scale.
+        watched = self.overflows.watched_norm(grad_norm) if self.scaler.is_enabled() else grad_norm
+        excess = self.state.spikes.excess(loss) if self.state.spikes else None
+        self.guard.watch(self.step, loss=loss, grad_norm=watched, sample_ids=sample_ids, excess=excess)
+        # `skip` alone needs the number on the host at once, so only then every step waits for the device.
+        if excess is None or self.settings.run.on_spike != "skip" or not excess > 1:
+            self._change_weights(grad_norm)
+        self.scaler.update()
+        self.state.step += 1
+        return grad_norm
+
+    def train_step(self, batches: Iterable[ClipBatch]) -> dict[str, torch.Tensor]:
+        """Train one step: forward and backward passes of its micro-batches, and the update.
+
+        Args:
+            batches: the `loader.accum_steps` micro-batches of the step. Each is taken when it is needed, so a
+                generator holds one at a time, unless the objective couples their samples.
+
+        Returns:
+            The loss, what the objective reports and the gradient norm before clipping: () tensors on the
+            device.
+
+        Raises:
+            ValueError: there are fewer or more than `loader.accum_steps` batches.
+            NonFiniteLossError: see `FiniteGuard`.
+            LossSpikeError: the loss jumped and `run.on_spike` is `stop`.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         accum_steps = self.loader.accum_steps
         results: list[tuple[torch.Tensor, Report]] = []
         sample_ids: list[np.ndarray] = []
         if accum_steps > 1 and self.objective.couples_samples:
-            batches = [self.next_batch() for _ in range(accum_steps)]
-            results.append(self.coupled_step(batches))
-            sample_ids.extend(batch.sample_ids for batch in batches)
+            held = list(batches)
+            sample_ids.extend(batch.sample_ids for batch in held)
+            if len(held) == accum_steps:
+                results.append(self._coupled_step(held))
         else:
-            for micro in range(accum_steps):
-                batch = self.next_batch()
+            for micro, batch in enumerate(batches):
                 results.append(self.micro_step(batch, micro))
                 sample_ids.append(batch.sample_ids)
+        if len(sample_ids) != accum_steps:
+            raise ValueError(f"a step has {accum_steps} micro-batches, not {len(sample_ids)}")
         loss, report = mean_over_micro_batches(results)
-        grad_norm = self._update(loss, np.concatenate(sample_ids))
-        self.state.step += 1
+        grad_norm = self.optimizer_step(loss, np.concatenate(sample_ids))
         self.timer.step_done(sum(map(len, sample_ids)))
         return {"loss": loss, **report, "grad_norm": grad_norm}
+
+    def steps(self, first: int, last: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Train steps [first, last) with batches from the loader, without logging, saving or evaluating.
+
+        Args:
+            first: where to begin: `step`, the number of steps done.
+            last: one past the last step.
+
+        Yields:
+            The numbers of each step, see `train_step`.
+
+        Raises:
+            ValueError: the loop is not at step `first`, on which learning rates and random draws depend.
+            RuntimeError: the loader ended early.
+        """
+        if first != self.step:
+            raise ValueError(f"the loop is at step {self.step} and cannot begin with step {first}")
+        self._batches = self.loader.batches(first, last)
+        self.model.train()
+        self.timer.restart()
+        for _ in range(first, last):
+            yield self.train_step(self.next_batch() for _ in range(self.loader.accum_steps))
 
     def run(self) -> TrainSummary:
         """Train from the current step to the last one, or until a signal asks for an end.
@@ -210,7 +252,7 @@ class TrainLoop:
             How it ended.
 
         Raises:
-            NonFiniteLossError: the loss or gradient broke; see `FiniteGuard`.
+            NonFiniteLossError: the loss or gradient is not finite; see `FiniteGuard`.
             LossSpikeError: the loss jumped and `run.on_spike` is `stop`.
             UserError: a checkpoint could not be written, or the evaluation lacks the metric to maximise.
         """
@@ -219,26 +261,24 @@ class TrainLoop:
             signals = stack.enter_context(StopSignals())
             log = stack.enter_context(self._open_log())
             votes = RankVotes(2)
-            self._batches = self.loader.batches(self.step, self.last_step)
-            self.model.train()
-            self.keeper.evaluate_if_due(log)
-            self.timer.restart()
+            self.checkpointer.evaluate_if_due(log)
             stop = 0
-            while self.step < self.last_step and not stop:
-                numbers = self.optimizer_step()
+            for numbers in self.steps(self.step, self.last_step):
                 log.advance()
                 if self.step % self.settings.run.log_every == 0 or self.step == self.last_step:
                     self._log(log, numbers)
-                stop, save = votes.exchange([signals.received, int(self.keeper.is_late())])
-                self._save_and_evaluate(log, save=bool(save), stop=bool(stop))
+                stop, save = votes.exchange([signals.received, int(self.checkpointer.is_late())])
+                self.checkpointer.after_step(log, saves=bool(save), stops=bool(stop))
+                if stop:
+                    break
             votes.close()
             is_complete = self.step == self.last_step and not self.state.pending_evaluation
             stopped_by = signal.Signals(stop).name if stop and not is_complete else ""
             self._log_end(log, stopped_by)
-        if self.distributed.is_main:
-            report_run(self.settings.output_dir)
         barrier()
-        return TrainSummary(self.step, self._loss, self.keeper.metrics, self.state.best_metric, stopped_by)
+        return TrainSummary(
+            self.step, self._loss, self.checkpointer.metrics, self.state.best_metric, stopped_by
+        )
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint: the next `run` gives what the interrupted one would have given.
@@ -252,7 +292,7 @@ class TrainLoop:
             UserError: the file cannot be used, or its model, optimizer or order of samples is another one.
         """
         self.state.restore(load_checkpoint(path), source=str(path))
-        self.state.pending_evaluation &= self.keeper.evaluate is not None
+        self.state.pending_evaluation &= self.checkpointer.evaluate is not None
 
     def export(self, path: Path) -> None:
         """Write the weights, averaged where the run averages them, as safetensors; every rank must call it.
@@ -263,9 +303,8 @@ class TrainLoop:
         Raises:
             UserError: the file could not be written.
         """
-        with ExitStack() as stack:
-            if self.state.average is not None:
-                stack.enter_context(self.state.average.applied())
+        average = self.state.average
+        with average.applied() if average else nullcontext():
             header = {"config": self.settings.config, "classes": self.settings.classes}
             export_safetensors(self.model, path, header)
 
@@ -280,24 +319,18 @@ class TrainLoop:
         with autocast(self.precision, self.distributed.device):
             return self.objective.loss(outputs)
 
+    def _coupled_step(self, batches: list[ClipBatch]) -> tuple[torch.Tensor, Report]:
+        """`micro_step` for micro-batches whose samples share one loss."""
+        return coupled_backward(
+            lambda micro: self._forward(batches[micro], micro),
+            micro_batches=len(batches),
+            loss_of=self._loss_of,
+            backward=lambda loss: self.scaler.scale(loss).backward(),
+            context=self._context,
+        )
+
     def _context(self, micro: int) -> AbstractContextManager[None]:
         return averages_gradients(self.parallel, last=micro == self.loader.accum_steps - 1)
-
-    def _update(self, loss: torch.Tensor, sample_ids: np.ndarray) -> torch.Tensor:
-        """Unscale, check and clip the gradient and change the weights; () gradient norm before clipping."""
-        self.scaler.unscale_(self.optimizer)
-        if is_sharded(self.model):
-            average_whole_gradients(self.parameters)
-        grad_norm = gradient_norm(self.parameters)
-        # Under fp16 an overflow is expected now and then: the scaler skips that step and scales less.
-        watched = self.overflows.watched_norm(grad_norm) if self.scaler.is_enabled() else grad_norm
-        excess = self.state.spikes.excess(loss) if self.state.spikes else None
-        self.guard.watch(self.step, loss=loss, grad_norm=watched, sample_ids=sample_ids, excess=excess)
-        # Only this choice must be known on the host at once: it waits for the device in every step.
-        if excess is None or self.settings.run.on_spike != "skip" or not excess > 1:
-            self._change_weights(grad_norm)
-        self.scaler.update()
-        return grad_norm
 
     def _change_weights(self, grad_norm: torch.Tensor) -> None:
         if self.settings.optim.clip_grad_norm > 0:
@@ -325,7 +358,7 @@ class TrainLoop:
             "sharding": "shard" if is_sharded(self.model) else "replicate",
             "accum_steps": self.loader.accum_steps,
             "steps_per_epoch": self.loader.steps_per_epoch,
-            "batch": f"{optim.global_batch} clips a step = {world} ranks x {optim.micro_batch} clips x "
+            "batch": f"{optim.global_batch} clips per step = {world} ranks x {optim.micro_batch} clips x "
             f"{self.loader.accum_steps} micro-batches",
             "rates": describe_rates(optim),
             "energy_source": self.energy.source,
@@ -334,7 +367,7 @@ class TrainLoop:
         return log
 
     def _log(self, log: RunLog, numbers: dict[str, torch.Tensor]) -> None:
-        """One row, after everything outstanding was checked; every rank takes part."""
+        """Write one row, after the outstanding steps were checked; every rank takes part."""
         self.guard.check()
         stats = self.loader.stats
         counts = {name: getattr(stats, name) for name in ("delivered", "replaced", "decoded_on_cpu")}
@@ -346,7 +379,7 @@ class TrainLoop:
             "learning_rate": float(self.learning_rates[self.step - 1]),
             "decoder": self.settings.decoder,
         }
-        if self.energy.source == UNREADABLE:
+        if self.energy.source == NOT_READABLE:
             del row["energy_j"]
         if self.scaler.is_enabled():
             row["loss_scale"] = self.scaler.get_scale()
@@ -357,20 +390,5 @@ class TrainLoop:
 
     def _log_end(self, log: RunLog, stopped_by: str) -> None:
         used = sum_over_ranks(round(self.energy.joules()), self.distributed.device)
-        log.end(
-            self.step,
-            {"elapsed_s": time.monotonic() - self._start, "energy_j": used, "stopped_by": stopped_by},
-        )
-
-    def _save_and_evaluate(self, log: RunLog, *, save: bool, stop: bool) -> None:
-        """Save and evaluate at epoch ends and at the end; save in between when it is time or the run stops."""
-        run = self.settings.run
-        epoch, rest = divmod(self.step, self.loader.steps_per_epoch)
-        at_end = self.step == self.last_step
-        if at_end or not rest:
-            self.keeper.at_epoch_end(log, evaluates=at_end or epoch % run.eval_every == 0, stops=stop)
-            return
-        # Among several ranks a vote on saving arrives a step late, and once more before the save is known.
-        late = save and self.step - self.keeper.saved_step > 1
-        if late or stop or (run.save_every and self.step % run.save_every == 0):
-            self.keeper.save_latest()
+        elapsed = time.monotonic() - self._start
+        log.end(self.step, {"elapsed_s": elapsed, "energy_j": used, "stopped_by": stopped_by})

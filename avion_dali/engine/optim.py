@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -12,66 +11,49 @@ from torch.distributed.tensor import DTensor
 
 from avion_dali.config import OptimConfig
 from avion_dali.contracts import UserError
-from avion_dali.engine.lion import Lion
-
-UNDECAYED_TABLES = frozenset(
-    {
-        "pos_embed",
-        "positional_embedding",
-        "temporal_embedding",
-        "temporal_embed",
-        "class_embedding",
-        "cls_token",
-        "cls_emb",
-        "mask_token",
-    }
-)
-"""Names of position tables and learned single tokens: they are added to activations and, unlike the weights of
-a matrix product, have no scale that decay could regularise. (AVION decays the temporal table and the mask
-token only because its name filter misses them.)"""
-
-
-def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices decay; vectors and scalars (norms, biases, logit scale) and embedding-like tables do not."""
-    return parameter.ndim >= 2 and name.rpartition(".")[2] not in UNDECAYED_TABLES
+from avion_dali.models.layout import declared_layouts
 
 
 class LayerScales:
-    """How much slower each layer learns than the head, for the towers of this library.
+    """How much slower each layer learns than the head.
 
     Source: layer-wise decay as in BEiT (Bao et al. 2021, arXiv 2106.08254) and VideoMAE's fine-tuning. A
-    tower of L blocks has L + 2 layers: its patch (or token) embedding, position tables, learned tokens and the
-    norm right after them are layer 0, block i is i + 1, and what follows the blocks is L + 1, as is whatever
-    belongs to no tower; the factor of layer l is decay^(L + 1 - l).
+    tower of L blocks has L + 2 layers: its stem, position tables and learned tokens are layer 0, block i is
+    i + 1, and what follows the blocks is L + 1, as is whatever belongs to no tower. The factor of layer l is
+    decay^(L + 1 - l). Towers declare which of their parameters these are, see `TowerLayout`.
 
     Args:
-        names: all parameter names of the model.
+        model: the model.
         decay: factor from one layer to the one before, in (0, 1].
     """
 
-    _BLOCK = re.compile(r"(.*?)(?:transformer\.)?(?:resblocks|blocks)\.(\d+)\.")
-    _STEM = frozenset({"conv1", "patch_embed", "ln_pre", "token_embedding"}) | UNDECAYED_TABLES
-
-    def __init__(self, names: list[str], decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.blocks: dict[str, int] = {}
-        for match in filter(None, map(self._BLOCK.match, names)):
-            self.blocks[match[1]] = max(self.blocks.get(match[1], 0), int(match[2]) + 1)
+        self._layouts = declared_layouts(model)
+        self._depths = {
+            prefix: sum(1 for _ in model.get_submodule(prefix + layout.blocks).children())
+            if layout.blocks
+            else 0
+            for prefix, layout in self._layouts.items()
+        }
 
     def of(self, name: str) -> float:
         """The factor of one parameter.
 
         Args:
-            name: its name.
+            name: its name in the model.
         """
-        match = self._BLOCK.match(name)
-        if match:
-            return float(self.decay ** (self.blocks[match[1]] - int(match[2])))
-        towers = [tower for tower in self.blocks if name.startswith(tower)]
-        tower = max(towers, key=len, default=None)
-        if tower is None or name[len(tower) :].split(".")[0] not in self._STEM:
+        prefixes = [prefix for prefix in self._layouts if name.startswith(prefix)]
+        prefix = max(prefixes, key=len, default="")
+        depth = self._depths.get(prefix, 0)
+        if not depth:
             return 1.0
-        return float(self.decay ** (self.blocks[tower] + 1))
+        layout, own_name = self._layouts[prefix], name.removeprefix(prefix)
+        if own_name.startswith(f"{layout.blocks}."):
+            layer = 1 + int(own_name.removeprefix(f"{layout.blocks}.").split(".")[0])
+        else:
+            layer = 0 if layout.in_stem(own_name) else depth + 1
+        return float(self.decay ** (depth + 1 - layer))
 
 
 def parameter_groups(
@@ -79,9 +61,12 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters by weight decay and, with layer decay, by layer.
 
+    Matrices decay. Vectors and scalars (norms, biases, the logit scale) do not, nor do position tables and
+    learned tokens, which the towers declare in their `TowerLayout`.
+
     Args:
         model: the model; parameters with `requires_grad=False` are left out.
-        weight_decay: decay of the groups of matrices; the others have none.
+        weight_decay: decay of the matrices.
         layer_decay: factor on the rate from one block to the block before, see `LayerScales`; 1 for none.
 
     Returns:
@@ -94,10 +79,12 @@ def parameter_groups(
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise UserError("the model has no trainable parameter; unfreeze at least one part of it")
-    scales = LayerScales([name for name, _ in model.named_parameters()], layer_decay)
+    scales = LayerScales(model, layer_decay)
+    undecayed = {p + table for p, layout in declared_layouts(model).items() for table in layout.undecayed}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in trainable.items():
-        groups.setdefault((scales.of(name), not _is_decayed(name, parameter)), []).append(parameter)
+        is_exempt = parameter.ndim < 2 or name in undecayed
+        groups.setdefault((scales.of(name), is_exempt), []).append(parameter)
     return [
         {"params": groups[scale, is_exempt], "weight_decay": 0.0 if is_exempt else weight_decay}
         | ({"lr_scale": scale} if layer_decay < 1 else {})
@@ -121,6 +108,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
     """
     rate, betas = config.learning_rate * config.rate_factor, (config.beta1, config.beta2)
     if config.optimizer == "lion":
+        from timm.optim.lion import Lion  # imported here: it takes seconds
+
         return Lion(groups, lr=rate, betas=betas)
     if config.optimizer == "sgd":
         # Fused SGD does not know sharded parameters.

@@ -1,4 +1,4 @@
-"""What the training loop expects of the parts it is given."""
+"""What the training loop requires of the parts that it is given."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from avion_dali.device_ops.randomness import StepKey
 from avion_dali.engine.accumulate import Report
 
 
-class LoaderStats(Protocol):
-    """What a loader counts since it was made, on this rank."""
+class LoaderCounts(Protocol):
+    """Counts of a loader since it was made, on this rank."""
 
     @property
     def delivered(self) -> int:
@@ -22,11 +22,11 @@ class LoaderStats(Protocol):
 
     @property
     def replaced(self) -> int:
-        """Clips of these that stand in for one that could not be read."""
+        """Delivered clips that replace one that could not be read."""
 
     @property
     def decoded_on_cpu(self) -> int:
-        """Clips of these that the decoder in use left to `cpu-fused`."""
+        """Delivered clips that the decoder in use left to `cpu-fused`."""
 
 
 class ClipLoader(Protocol):
@@ -41,7 +41,7 @@ class ClipLoader(Protocol):
         """Micro-batches per optimizer step and rank."""
 
     @property
-    def stats(self) -> LoaderStats:
+    def stats(self) -> LoaderCounts:
         """Counts so far."""
 
     def batches(self, first_step: int, last_step: int) -> Iterator[ClipBatch]:
@@ -62,11 +62,11 @@ class Objective(Protocol):
         """Whether a sample's loss depends on the other samples of the batch, as in contrastive losses."""
 
     def outputs(self, model: nn.Module, batch: ClipBatch, key: StepKey) -> tuple[torch.Tensor, ...]:
-        """Run the model on one micro-batch; every tensor has the samples or rows as first dimension.
+        """Run the model on one micro-batch; the first dimension of every tensor is the samples or rows.
 
-        Whatever is drawn at random here is a function of the key and the samples, or comes from torch's
-        generators, which are seeded before every call: a second call with the same arguments repeats it.
+        All random draws here are functions of the key and the samples, or come from torch's generators, which
+        are seeded before every call: a second call with the same arguments repeats them.
         """
 
     def loss(self, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Report]:
-        """Mean loss () over the samples, and numbers to log; gathers over ranks where it needs to."""
+        """Return the mean loss () over the samples and numbers to log; it may gather over ranks."""

@@ -1,9 +1,9 @@
-"""What a run says of itself: one console line and one JSON line per log step, and TensorBoard curves.
+"""The log of a run: one console line and one JSON line per log step, and TensorBoard curves.
 
 `log.jsonl` holds rows of five kinds: `header` (one per start: command, versions, configuration), `train`,
-`evaluation`, `spike` (a step whose loss jumped) and `end` (what a start has used in all). When a run resumes at
+`evaluation`, `spike` (a step whose loss jumped) and `end` (time and energy of one start). When a run resumes at
 step s, rows written after s by the killed run are dropped, so a step appears once and the file reads as if the
-run had never stopped; only what they said of time and energy is kept, as an `end`.
+run had never stopped; only their time and energy are kept, as an `end`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tqdm import tqdm
 from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import software_versions
 from avion_dali.engine.distributed import all_gather_rows
-from avion_dali.engine.precision import LossSpike
+from avion_dali.engine.loss_guard import LossSpike
 from avion_dali.engine.timing import WindowTiming
-from avion_dali.files import atomic_write
+from avion_dali.files import atomic_write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -38,7 +38,7 @@ _BAR_UPDATE_S = 1.0
 
 
 def command_line() -> str:
-    """The command that started this process, as one can paste it into a shell."""
+    """Return the command that started this process, quoted for a shell."""
     return shlex.join(sys.orig_argv)
 
 
@@ -58,13 +58,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            # Only the line a kill interrupted can be cut; nothing whole can follow it.
+            # Only the line that a kill interrupted can be incomplete, and no line follows it.
             break
     return rows
 
 
 def _drop_rows_after(path: Path, step: int, *, evaluation_pending: bool) -> None:
-    """Remove the rows a resumed run will write again; what they used was used all the same."""
+    """Remove the rows that a resumed run will write again; the time and energy of them are kept."""
 
     def is_kept(row: dict[str, Any]) -> bool:
         again = evaluation_pending and row["kind"] == "evaluation" and row["step"] == step
@@ -75,12 +75,11 @@ def _drop_rows_after(path: Path, step: int, *, evaluation_pending: bool) -> None
     if rows and rows[-1]["step"] > step and "elapsed_s" in rows[-1]:
         used = {name: rows[-1].get(name, 0) for name in ("elapsed_s", "energy_j")}
         kept.append({"kind": "end", "step": step, **used, "stopped_by": "unknown"})
-    text = "".join(json.dumps(row) + "\n" for row in kept)
-    atomic_write(path, lambda file: file.write(text.encode()))
+    atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can hold it: numbers that are not finite become null."""
+    """Return a value that JSON can represent: numbers that are not finite become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -101,7 +100,7 @@ def row_over_ranks(
 
     Args:
         numbers: () tensors of this rank, averaged over ranks.
-        timing: this rank's window; the rates add up, and the data wait is that of the rank that waits most.
+        timing: this rank's window; rates are added up, and the data wait is that of the rank that waits most.
         counts: this rank's counts, added up.
 
     Returns:
@@ -222,7 +221,7 @@ class RunLog:
         self._record("evaluation", step, metrics)
 
     def spikes(self, spikes: Sequence[LossSpike], *, skipped: bool) -> None:
-        """Write one row for each step whose loss jumped.
+        """Write one row per step whose loss jumped.
 
         Args:
             spikes: since the last call.
@@ -232,7 +231,7 @@ class RunLog:
             self._record("spike", spike.step + 1, {**asdict(spike), "step": spike.step + 1, "skipped": skipped})
 
     def end(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write what this process has used, and what ended it.
+        """Write the time and energy that this process has used, and what ended it.
 
         Args:
             step: optimizer steps done.
@@ -240,7 +239,7 @@ class RunLog:
         """
         self._write({"kind": "end", "step": step, **values})
         if values["stopped_by"]:
-            self._say(f"{values['stopped_by']}: saved and stopped after step {step}; start again to go on")
+            self._say(f"{values['stopped_by']}: saved and stopped after step {step}; start again to continue")
 
     def advance(self) -> None:
         """Move the progress bar by one step."""

@@ -1,9 +1,14 @@
-"""Parameters, gradients and optimizer state in equal parts over the ranks (FSDP2).
+"""Parameters, gradients and optimizer state divided equally among the ranks (FSDP2).
 
 Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", arXiv 2304.11277; here the
-per-parameter form, `torch.distributed.fsdp.fully_shard`. A block's parameters are gathered when it computes
-and given back after. Files never hold parts: whole tensors are gathered before anything is written, so a
-checkpoint fits any number of ranks, sharded or not.
+per-parameter form, `torch.distributed.fsdp.fully_shard`. The parameters of a block are gathered when it
+computes, and freed afterwards. Files contain whole tensors only, which are gathered before anything is written,
+so a checkpoint fits any number of ranks, sharded or not.
+
+`gathered` and `placed_like` serve weights, optimizer state and averages alike. The functions of
+`torch.distributed.checkpoint.state_dict` are not used for this, because they do not keep optimizers as they
+are: one without state is given some by a step with zero gradients, and the step count of 1 that remains changes
+Adam's bias correction after a resume. Parameters that have had no gradient yet are refused or treated alike.
 """
 
 from __future__ import annotations
@@ -27,12 +32,12 @@ from avion_dali.engine.precision import resolve_precision
 
 
 def shard_model(model: nn.Module, run: RunConfig, distributed: Distributed) -> None:
-    """Share a model over all ranks, in place, when the run asks for it; call it before the optimizer is made.
+    """Shard a model over all ranks, in place, when the run asks for it; call it before the optimizer is made.
 
-    Every block is a unit of its own, what remains is another. Parameters travel as float32 and autocast rounds
-    them where they are used, so a sharded run computes the same numbers as a replicated one in every precision;
-    sending bf16 would halve the traffic and round norms and position tables as well. Scalars (a temperature)
-    cannot be cut; every rank keeps them, see `average_whole_gradients`.
+    Every block is one unit, and the remaining parameters are another. Parameters are sent as float32, and
+    autocast rounds them where they are used, so a sharded run computes the same numbers as a replicated one in
+    every precision; sending bf16 would halve the traffic, but round norms and position tables as well. Scalars
+    (a temperature) cannot be divided; every rank keeps them, see `average_whole_gradients`.
 
     Args:
         model: the bare model, equal on all ranks, on this rank's device.
@@ -48,9 +53,9 @@ def shard_model(model: nn.Module, run: RunConfig, distributed: Distributed) -> N
         raise UserError(
             "run.sharding = shard needs run.precision = bf16 or fp32; or take run.sharding = replicate"
         )
-    # Afterwards every rank holds another part, and nobody could tell.
+    # Afterwards every rank holds a different part, and a difference could not be noticed.
     require_agreement({"sum of all weights": weight_sum(model)})
-    # Said of the temperature, which leaves the model expanded to a row each; nothing changes it in place.
+    # It concerns the temperature, which the model returns expanded to one row per clip; nothing changes it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
     for block in _blocks(model):
@@ -60,7 +65,7 @@ def shard_model(model: nn.Module, run: RunConfig, distributed: Distributed) -> N
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks: the members of the outermost module lists."""
+    """Return the repeated blocks: the members of the outermost module lists."""
     blocks: list[nn.Module] = []
     for child in model.children():
         blocks.extend(child if isinstance(child, nn.ModuleList) else _blocks(child))
@@ -68,7 +73,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard_model` has shared this model."""
+    """Whether `shard_model` has sharded this model."""
     return isinstance(model, FSDPModule)
 
 
@@ -83,7 +88,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         model: the bare model, sharded or not; its weights must not change inside the block.
     """
     if isinstance(model, FSDPModule):
-        # Where an evaluation comes before the first step, a block would take itself for the root.
+        # In an evaluation before the first step, a block would otherwise be initialized as the root.
         model._get_fsdp_state()._lazy_init()
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
@@ -99,7 +104,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keeps_gradients_local(model: nn.Module) -> Iterator[None]:
-    """Leave the gradients of a `with` block on their rank; the next backward outside of it adds them in."""
+    """Keep the gradients of a `with` block on their rank; the next backward pass outside of it adds them."""
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(False)
     try:
@@ -109,7 +114,7 @@ def keeps_gradients_local(model: nn.Module) -> Iterator[None]:
 
 
 def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average over ranks the gradients that sharding leaves alone, those of unsharded scalars."""
+    """Average the gradients of unsharded scalars over ranks, which FSDP does for sharded parameters only."""
     for parameter in parameters:
         if parameter.grad is not None and not isinstance(parameter, DTensor):
             dist.all_reduce(parameter.grad)
@@ -117,7 +122,7 @@ def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm () over all gradients, of all ranks' parts where they are sharded; then a collective."""
+    """Return the 2-norm () over all gradients; a collective when they are sharded."""
     grads = [p.grad for p in parameters if p.grad is not None]
     parts = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
     rest = [grad for grad in grads if not isinstance(grad, DTensor)]
@@ -129,9 +134,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def weight_sum(model: nn.Module) -> float:
-    """Sum of the absolute weights, to compare over ranks; a collective when they are sharded.
+    """Return the sum of the absolute weights, to compare ranks; a collective when they are sharded.
 
-    To twelve digits: the order of summation depends on the machine's number of threads.
+    It is rounded to twelve digits: the order of summation depends on the machine's number of threads.
     """
     tensors = [p.detach() for p in model.parameters()]
     total = sum(float(t.double().abs().sum()) for t in tensors if not isinstance(t, DTensor))
@@ -144,11 +149,11 @@ def weight_sum(model: nn.Module) -> float:
 
 
 def gathered(state: Any, *, keep: bool) -> Any:
-    """A state dict with whole tensors in the place of shards; every rank must call it when there are any.
+    """Replace the sharded tensors of a state dict by whole ones; every rank must call it when there are any.
 
     Args:
         state: nested dicts and lists of tensors and plain values.
-        keep: hold what was gathered, on the CPU; False on ranks that only take part, whose result is useless.
+        keep: keep whole tensors, on the CPU; False on ranks that only take part, whose result is useless.
 
     Returns:
         The same structure; what was whole before is the same object.
@@ -164,10 +169,10 @@ def gathered(state: Any, *, keep: bool) -> Any:
 
 
 def placed_like(whole: Tensor, own: Tensor) -> Tensor:
-    """Cut this rank's part out of a whole tensor, as `own` is cut; the tensor itself where `own` is whole."""
+    """Shard a whole tensor as `own` is sharded; returns the tensor itself where `own` is whole."""
     if not isinstance(own, DTensor):
         return whole
-    # Every rank has read the whole tensor from the file: nothing needs to be sent.
+    # Every rank has read the whole tensor from the file, so nothing is sent.
     return distribute_tensor(
         whole.to(own.device, own.dtype), own.device_mesh, own.placements, src_data_rank=None
     )

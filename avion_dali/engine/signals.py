@@ -1,7 +1,7 @@
-"""Ends a run between two steps when the system asks for it, on all ranks at the same step.
+"""Ends a run between two steps when the system asks for it, on all ranks after the same step.
 
 SIGTERM (cluster managers, `kill`) and SIGUSR1 or SIGUSR2 (SLURM's warning before preemption or the time limit)
-are remembered; the loop saves at the next step's end and stops. A second SIGTERM ends the process at once.
+are recorded; the loop saves at the end of the next step and stops. A second SIGTERM ends the process at once.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ STOP_SIGNALS = tuple(
 
 
 def exit_status(stopped_by: str) -> int:
-    """The exit status of a run that a signal ended after it was saved.
+    """Return the exit status of a run that was saved and then ended by a signal.
 
     Args:
         stopped_by: the signal's name; empty when the run reached its end.
 
     Returns:
-        143 for SIGTERM, as for any process that it ends, so that what comes after in a script does not take an
-        unfinished run for a finished one. 0 for SIGUSR1 and SIGUSR2, which a scheduler sends to a job that it
-        will start again.
+        143 for SIGTERM, as for any process that it ends, so that a script does not take an unfinished run for a
+        finished one. 0 for SIGUSR1 and SIGUSR2, which a scheduler sends to a job that it will start again.
     """
     return 128 + signal.SIGTERM if stopped_by == "SIGTERM" else 0
 
 
 class StopSignals:
-    """Remembers the first stop signal that arrives inside a `with` block; outside, nothing is changed.
+    """Records the first stop signal that arrives inside a `with` block; outside, nothing is changed.
 
     Python delivers signals to the main thread only; in another thread the block does nothing.
     """
@@ -61,11 +60,11 @@ class StopSignals:
 
 
 class RankVotes:
-    """Lets all ranks act on what any of them wants, at the same step.
+    """Lets all ranks act at the same step on a request of any of them.
 
     Each exchange sends a few numbers while the next step computes, and returns the largest of each over ranks
-    as they were one exchange earlier: nobody waits, at the price of acting one step late. It costs one message
-    of some bytes per step between the hosts (gloo; the GPUs are not involved).
+    as of the exchange before: no rank waits, but all act one step later. It costs one message of some bytes per
+    step between the hosts (gloo; the GPUs are not involved).
     """
 
     def __init__(self, count: int) -> None:
@@ -74,10 +73,10 @@ class RankVotes:
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def exchange(self, values: Sequence[int]) -> list[int]:
-        """Send this rank's values and return what all ranks agree on; every rank must call it equally often.
+        """Send this rank's values and return those of all ranks; every rank must call it equally often.
 
         Args:
-            values: `count` numbers >= 0, 0 for no wish.
+            values: `count` numbers >= 0; 0 for no request.
 
         Returns:
             The largest over ranks: of this call in a single process, else of the call before (zeros at first).
@@ -90,7 +89,7 @@ class RankVotes:
         return agreed
 
     def close(self) -> None:
-        """Wait for the message under way; every rank must have sent it."""
+        """Wait for the last message; every rank must have sent it."""
         self._arrived()
 
     def _arrived(self) -> list[int]:

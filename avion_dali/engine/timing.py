@@ -1,6 +1,6 @@
-"""Where the time of a step goes: waiting for data, or everything else.
+"""Measures how much of a step's time is spent waiting for data.
 
-The clock is only read after the device has finished on log steps, so measuring costs one sync per window.
+The clock is read on log steps only, after the device has finished, so a window costs one synchronization.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class WindowTiming:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this process in MiB: allocated by torch on a GPU, else resident."""
+    """Return the peak memory of this process in MiB: allocated by torch on a GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -45,7 +45,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done its work; nothing on the CPU."""
+    """Wait until the device has finished its work; on the CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -54,7 +54,7 @@ class StepTimer:
     """Collects the timing of steps between two log rows.
 
     Args:
-        device: what is waited for before the clock is read at a window's end.
+        device: it must have finished before the clock is read at the end of a window.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -78,7 +78,7 @@ class StepTimer:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Leave the block (an evaluation, a save) out of the window; work queued before it still counts."""
+        """Exclude the block (an evaluation, a save) from the window; work queued before it still counts."""
         synchronize(self.device)
         start = time.perf_counter()
         try:

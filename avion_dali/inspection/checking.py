@@ -20,10 +20,10 @@ from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
 from avion_dali.data.manifest import INDEX_FILE, Manifest
 from avion_dali.data.scanning import find_chunk_files
-from avion_dali.decode.cpu_fused import decode_clip
+from avion_dali.files import partial_path, put_in_place
 from avion_dali.inspection.chunk_file import file_stamp, inspect_file
 from avion_dali.inspection.findings import KINDS, FileReport, Finding, Target
-from avion_dali.loading.pool import DecodePool, PoolBrokenError
+from avion_dali.loading.pool import PoolBrokenError, WorkerPool
 
 FINDINGS_FILE, PROGRESS_FILE = "findings.jsonl", "progress.jsonl"
 MAX_SIZES = 8
@@ -193,9 +193,7 @@ def supervise(
         UserError: when processes die one after another.
     """
     remaining = iter(items)
-    # The pool brings a decoder for clips, which is not asked for any here.
-    pool = DecodePool(decode_clip, workers=jobs, clip_timeout_s=timeout_s)
-    try:
+    with WorkerPool(workers=jobs, timeout_s=timeout_s) as pool:
         waiting = deque((item, pool.schedule(task, item)) for item in islice(remaining, _AHEAD * jobs))
         while waiting:
             item, ticket = waiting.popleft()
@@ -211,8 +209,6 @@ def supervise(
                 result = Finding("crashed", f"its process ended with code {error.exitcode}")
             yield item, result
             waiting.extend((item, pool.schedule(task, item)) for item in islice(remaining, 1))
-    finally:
-        pool.close()
 
 
 def _make_folder(output: Path) -> None:
@@ -303,7 +299,7 @@ class _Findings:
 
     def __init__(self, output: Path, report: CheckReport) -> None:
         self._path, self._report = output / FINDINGS_FILE, report
-        self._partial = self._path.with_suffix(".partial")
+        self._partial = partial_path(self._path)
         self._file: TextIO = self._partial.open("w")
         self._sizes: Counter[tuple[int, int]] = Counter()
 
@@ -326,7 +322,7 @@ class _Findings:
         tallies = self._report.tallies
         self._report.tallies = {kind: tallies[kind] for kind in KINDS if kind in tallies}
         self._file.close()
-        os.replace(self._partial, self._path)
+        put_in_place(self._partial, self._path)
 
     def _add(self, path: str, finding: Finding) -> None:
         row = {"severity": KINDS[finding.kind].severity, "path": path, **asdict(finding)}

@@ -21,6 +21,7 @@ import pyarrow as pa
 from avion_dali.contracts import UserError
 from avion_dali.data.classes import RELEVANCY_FILE, sha256_of, write_relevancy
 from avion_dali.data.manifest import ROWS_PER_BATCH, SAMPLE_SCHEMA, Manifest, tables_fingerprint
+from avion_dali.files import partial_path, put_in_place, whole_or_absent
 
 BAD_CHUNKS_FILE = "bad_chunks.jsonl"
 _CHUNKS, _SAMPLES, _INFO = "chunks.arrow", "samples.arrow", "manifest.json"
@@ -79,7 +80,7 @@ def repair_manifest(folder: str | Path, bad_chunks: Mapping[str, Sequence[str]])
     removed = manifest.num_samples + manifest.info.get(_REMOVED, 0) - kept
     if touched:
         _write_bad_chunks(folder / BAD_CHUNKS_FILE, bad_rows, bad_chunks)
-        partial = folder / "samples.partial"
+        partial = partial_path(folder / _SAMPLES)
         _write_samples(partial, _sorted_out(source, bad_before_N))
         fingerprint = tables_fingerprint(folder / _CHUNKS, partial)
         info = {**manifest.info, "num_samples": kept, "fingerprint": fingerprint, _REMOVED: removed}
@@ -155,10 +156,10 @@ def _write_samples(path: Path, batches: Iterable[tuple[pa.RecordBatch, np.ndarra
 def _swap(folder: Path, partials: Mapping[str, Path], *, info: dict[str, Any], keep: Iterable[str]) -> None:
     """Put new files in place; `manifest.json` goes first and comes last."""
     for name in keep:
-        os.replace(folder / name, folder / _KEPT[name])
+        put_in_place(folder / name, folder / _KEPT[name])
     (folder / _INFO).unlink(missing_ok=True)
     for name, partial in partials.items():
-        os.replace(partial, folder / name)
+        put_in_place(partial, folder / name)
     _write_info(folder, info)
 
 
@@ -168,21 +169,21 @@ def _restore(folder: Path, kept: Mapping[str, str], info: dict[str, Any]) -> Non
     (folder / _INFO).unlink()
     for name in kept:
         if name != _INFO:
-            os.replace(folder / _KEPT[name], folder / name)
+            put_in_place(folder / _KEPT[name], folder / name)
     _write_info(folder, {**before, "chunk_root": info["chunk_root"]})  # the chunks may have moved since
     for name in (_INFO_BEFORE, BAD_CHUNKS_FILE):
         (folder / name).unlink(missing_ok=True)
 
 
 def _write_info(folder: Path, info: dict[str, Any]) -> None:
-    partial = folder / "manifest.partial"
-    partial.write_text(json.dumps(info, indent=2) + "\n")
-    os.replace(partial, folder / _INFO)
+    with whole_or_absent(folder / _INFO) as partial:
+        partial.write_text(json.dumps(info, indent=2) + "\n")
 
 
 def _write_bad_chunks(path: Path, rows: Mapping[int, str], bad_chunks: Mapping[str, Sequence[str]]) -> None:
     lines = [{"row": row, "path": chunk, "kinds": list(bad_chunks[chunk])} for row, chunk in rows.items()]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    with whole_or_absent(path) as partial:
+        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _undo_command(folder: Path, kept: Mapping[str, str]) -> str:

@@ -1,14 +1,17 @@
-"""The fault policy: failures are counted, written down, replaced deterministically, and bounded."""
+"""The fault policy: failures are counted, written to a file, replaced deterministically, and bounded."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections import Counter
+from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from avion_dali.contracts import ClipError, UserError
+from pebble import ProcessExpired
+
+from avion_dali.contracts import ClipError, ClipRequest, DecodeError, FailureKind, UserError
 from avion_dali.data.randomness import generator
 
 # A small data set must survive a single bad file whatever its share.
@@ -38,13 +41,13 @@ class LoaderStats:
 
 
 class FaultPolicy:
-    """Decides what a failed clip costs.
+    """Chooses substitutes and limits how many samples may fail.
 
     Args:
-        num_samples: rows of the manifest.
+        num_samples: rows of the manifest, however many clips are made from each.
         max_bad_fraction: share of these rows that may fail before the run stops; 0 stops at the first.
         seed: the run's seed, for substitutes.
-        quarantine: file that gets one JSON line per failure; None writes none.
+        quarantine: file that gets one JSON line per failed clip; None writes none.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class FaultPolicy:
         return int(draws.integers(0, self.num_samples, size=attempt + 1)[-1])
 
     def record(self, error: ClipError) -> None:
-        """Count a failure and write it to the quarantine.
+        """Count a failed clip's sample, once however many of its clips fail, and write the failure down.
 
         Args:
             error: the failure.
@@ -81,7 +84,7 @@ class FaultPolicy:
             where = f"; all are listed in {self.quarantine}" if self.quarantine else ""
             raise UserError(
                 f"{len(self._bad_samples)} of {self.num_samples} samples could not be read, more than "
-                f"data.max_bad_fraction allows; the last was {error.path}: {error.kind}: {error.cause}{where}"
+                f"max_bad_fraction allows; the last was {error.path}: {error.kind}: {error.cause}{where}"
             )
 
     @staticmethod
@@ -105,3 +108,29 @@ class FaultPolicy:
             f"{error.cause}; is the chunk folder still there? "
             "When it moved, change chunk_root in the manifest's manifest.json"
         )
+
+
+def failure_of(error: Exception, request: ClipRequest) -> ClipError:
+    """Describe the failure of a clip's task.
+
+    Args:
+        error: what the task raised, or how its process ended.
+        request: the clip that was asked for.
+
+    Returns:
+        The failure, without a substitute.
+
+    Raises:
+        Exception: the error itself, when no file or process of a clip caused it.
+    """
+    path, frame_ids = request.parts[0].chunk.path, request.parts[0].frame_ids
+    kind: FailureKind
+    if isinstance(error, DecodeError):
+        path, frame_ids, kind, cause = error.path, error.frame_ids, error.kind, error.cause
+    elif isinstance(error, futures.TimeoutError):
+        kind, cause = "timeout", "no answer within the clip's time limit"
+    elif isinstance(error, ProcessExpired):
+        kind, cause = "worker-died", f"its process ended with code {error.exitcode}"
+    else:
+        raise error
+    return ClipError(request.sample_id, request.epoch, kind, path, frame_ids, cause)

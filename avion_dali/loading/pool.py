@@ -1,12 +1,11 @@
-"""The one supervised pool of decode processes.
+"""The one supervised pool of worker processes, for any task.
 
-Each clip is a task with its own time limit. A task that overruns it, or whose process dies, costs that
-clip: the process is replaced and the others go on.
+Each task has the pool's time limit. A task that exceeds it, or whose process dies, fails alone: its process is
+replaced and the other tasks go on.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -14,22 +13,26 @@ from concurrent import futures
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import TracebackType
+from typing import Any, Generic, TypeVar
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessPool
 
-from avion_dali.contracts import ClipRequest, DecodeError, FailureKind, UserError
+from avion_dali.child_process import MISSING_MAIN_GUARD, exit_if_importing_main
+from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
-from avion_dali.loading.ring import SharedRing
-from avion_dali.loading.worker import DecodeClip, decode_into, start_worker
+from avion_dali.loading.worker import start_worker
 
 _POLL_S = 0.5
 _GRACE_S = 5.0
 _MAX_RESTARTS = 20
 
+Result = TypeVar("Result")
+
 
 def default_workers(ranks_on_machine: int = 1) -> int:
-    """Return this rank's share of the cores this process may use, at least one.
+    """Return this rank's share of the cores that this process may use, at least one.
 
     Args:
         ranks_on_machine: training processes on this machine.
@@ -38,152 +41,177 @@ def default_workers(ranks_on_machine: int = 1) -> int:
 
 
 class PoolBrokenError(Exception):
-    """The pool lost its processes while a clip waited; the clip itself is not to blame."""
+    """The pool lost its processes before a task ended; the task itself did not cause this."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
-    """A clip handed to the pool.
+class Ticket(Generic[Result]):
+    """A task that was handed to a pool.
 
     Args:
-        future: what its task returns, or the failure.
+        future: what the task returns, or how it failed.
         generation: which set of processes it was handed to.
     """
 
-    future: Future[Any]
+    future: Future[Result]
     generation: int
 
 
-class DecodePool:
-    """Decode processes shared by all loaders of a rank.
+class _RecordingSpawn(SpawnContext):
+    """Starts processes, and keeps those that run or lack a main guard; pebble does not tell exit statuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processes: list[SpawnProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
+        """Make a process, as multiprocessing's contexts do."""
+        process = SpawnProcess(*args, **kwargs)
+        kept = [p for p in self.processes if p.exitcode in (None, MISSING_MAIN_GUARD)]
+        self.processes = [*kept, process]
+        return process
+
+    def kill_all(self) -> None:
+        """Kill all processes that run."""
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+
+
+class WorkerPool:
+    """Worker processes, which all loaders of a rank can share.
+
+    Processes are spawned, not forked: a forked child of a process that holds CUDA or threads may hang. A
+    spawned child imports the program's main module, so that module needs `if __name__ == "__main__":`.
 
     Args:
-        decode_clip: a decoder's function, importable by name.
         workers: number of processes.
-        clip_timeout_s: seconds after which a clip's process is killed and replaced.
+        timeout_s: seconds after which a task's process is killed and replaced.
     """
 
-    def __init__(self, decode_clip: DecodeClip, *, workers: int, clip_timeout_s: float) -> None:
-        self.workers = workers
-        self._decode_clip, self._timeout = decode_clip, clip_timeout_s
+    def __init__(self, *, workers: int, timeout_s: float) -> None:
+        exit_if_importing_main()
+        self.workers, self._timeout_s = workers, timeout_s
         self._generation, self._restarts = 0, 0
         self._last_done = time.monotonic()
+        self._spawn = _RecordingSpawn()
         self._pool = self._start()
 
-    def submit(self, request: ClipRequest, ring: SharedRing, offset: int) -> Ticket:
-        """Queue a clip; its frames will be at `offset` of the ring's memory.
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def schedule(self, task: Callable[..., Result], *arguments: Any) -> Ticket[Result]:
+        """Queue a task.
 
         Args:
-            request: the clip.
-            ring: where to write.
-            offset: first byte of the clip's place.
+            task: a function that can be imported by name, or a `functools.partial` of one.
+            *arguments: what it is called with; they are pickled.
 
         Returns:
             What to wait for with `wait`.
 
         Raises:
-            UserError: when processes die one after another without decoding anything.
-        """
-        return self.schedule(decode_into, self._decode_clip, request, ring.name, offset)
-
-    def schedule(self, task: Callable[..., Any], *arguments: Any) -> Ticket:
-        """Queue any work on one clip.
-
-        Args:
-            task: a function importable by name.
-            *arguments: what it is called with; they travel to the process.
-
-        Returns:
-            What to wait for with `wait`.
-
-        Raises:
-            UserError: when processes die one after another without decoding anything.
+            UserError: when the worker processes cannot start, or die one after another.
         """
         if not self._pool.active:
             self._restart()
-        future = self._pool.schedule(task, args=arguments, timeout=self._timeout)
+        future = self._pool.schedule(task, args=arguments, timeout=self._timeout_s)
         future.add_done_callback(self._note_done)
         return Ticket(future, self._generation)
 
-    def wait(self, ticket: Ticket) -> Any:
-        """Wait for a clip.
+    def wait(self, ticket: Ticket[Result]) -> Result:
+        """Wait for a task.
 
         Args:
-            ticket: from `submit` or `schedule`.
+            ticket: from `schedule`.
 
         Returns:
-            What its task returned; for `submit` the seconds its process spent.
+            What the task returned.
 
         Raises:
-            PoolBrokenError: the processes were lost; submit the clip again.
-            Exception: the clip failed; `failure_of` says how.
+            PoolBrokenError: the processes were lost; schedule the task again.
+            UserError: when the worker processes cannot start, or die one after another.
+            Exception: what the task raised, `concurrent.futures.TimeoutError`, or `pebble.ProcessExpired`.
         """
         began = time.monotonic()
         while not ticket.future.done():
             futures.wait([ticket.future], timeout=_POLL_S)
-            # A clip that a dying process took along without a word is never reported: when nothing at all
-            # has finished for longer than a clip may take, something was lost.
+            # A task that a dying process had just taken is never reported: when no task at all has ended for
+            # longer than one may take, something was lost.
             silent_s = time.monotonic() - max(began, self._last_done)
             lost = ticket.generation != self._generation or not self._pool.active
-            if not ticket.future.done() and (lost or silent_s > self._timeout + _GRACE_S):
+            if not ticket.future.done() and (lost or silent_s > self._timeout_s + _GRACE_S):
                 if not lost:
                     self._restart()
-                raise PoolBrokenError
+                raise self._loss()
         try:
             result = ticket.future.result()
         except BrokenProcessPool:
-            raise PoolBrokenError from None
+            raise self._loss() from None
         self._restarts = 0
         return result
 
+    def wait_until_over(self, ticket: Ticket[Any]) -> None:
+        """Return when a task no longer runs, whatever became of it.
+
+        Args:
+            ticket: from `schedule`.
+
+        Raises:
+            UserError: when worker processes die one after another.
+        """
+        if ticket.future.done():
+            return
+        try:
+            self.wait(ticket)
+        except UserError:
+            raise
+        except Exception:  # the process boundary: nobody wants this task's result, nor how it failed
+            return
+
     def close(self) -> None:
-        """Kill what is running and wait for the processes to end."""
+        """Kill what is running and wait for the processes to end; may be called twice."""
         self._pool.stop()
+        # All at once: pebble ends them one after another, and one that is still starting would meet an error.
+        self._spawn.kill_all()
         self._pool.join()
 
     def _start(self) -> ProcessPool:
-        # Spawned, not forked: a forked child of a process that holds CUDA or threads may hang.
         return ProcessPool(
-            max_workers=self.workers,
-            initializer=start_worker,
-            initargs=(os.getpid(),),
-            context=multiprocessing.get_context("spawn"),
+            max_workers=self.workers, initializer=start_worker, initargs=(os.getpid(),), context=self._spawn
         )
 
     def _restart(self) -> None:
-        """Replace all processes, after an idle one died: the pool library gives up then."""
+        """Replace all processes after an idle one died, which breaks pebble's pool.
+
+        Raises:
+            UserError: when that does not help.
+        """
         self.close()
         self._generation += 1
         self._restarts += 1
+        if isinstance(loss := self._loss(), UserError):
+            raise loss
         if self._restarts > _MAX_RESTARTS:
             raise UserError(
-                f"the decode processes died {self._restarts} times in a row; is the machine out of memory? "
+                f"the worker processes died {self._restarts} times in a row; is the machine out of memory? "
                 "Take fewer processes (data.workers, --jobs) or a smaller data.prefetch_batches"
             )
         self._pool = self._start()
 
+    def _loss(self) -> Exception:
+        """Return the error that says why the processes were lost."""
+        if all(process.exitcode != MISSING_MAIN_GUARD for process in self._spawn.processes):
+            return PoolBrokenError()
+        return UserError(
+            "worker processes import the main module again, and this one starts worker processes whenever it "
+            'is imported; put the code that does so under `if __name__ == "__main__":`'
+        )
+
     def _note_done(self, _: Future[Any]) -> None:
         self._last_done = time.monotonic()
-
-
-def failure_of(error: Exception, request: ClipRequest) -> tuple[FailureKind, str, str, tuple[int, ...]]:
-    """Describe a failed task.
-
-    Args:
-        error: what the task's future raised.
-        request: the clip that was asked for.
-
-    Returns:
-        (kind, cause, path, frame ids).
-
-    Raises:
-        Exception: the error itself, when it is not one of a clip.
-    """
-    if isinstance(error, DecodeError):
-        return error.kind, error.cause, error.path, error.frame_ids
-    part = request.parts[0]
-    if isinstance(error, futures.TimeoutError):
-        return "timeout", "no answer within the clip's time limit", part.chunk.path, part.frame_ids
-    if isinstance(error, ProcessExpired):
-        return "worker-died", f"its process ended with code {error.exitcode}", part.chunk.path, part.frame_ids
-    raise error

@@ -5,11 +5,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import weakref
 from multiprocessing.shared_memory import SharedMemory
+from typing import NamedTuple
 
 import numpy as np
 
 from avion_dali.contracts import UserError
+
+
+class Place(NamedTuple):
+    """Where in shared memory a worker writes one clip; a tuple, which is pickled faster than a dataclass.
+
+    Args:
+        memory_name: name of the shared memory.
+        offset: first byte.
+        num_bytes: length; exactly enough for the clip's decoded frames.
+    """
+
+    memory_name: str
+    offset: int
+    num_bytes: int
 
 
 class SharedRing:
@@ -30,15 +46,17 @@ class SharedRing:
         self._memory = _allocate(slots * self.slot_bytes)
         self.name = self._memory.name
         self._bytes = np.frombuffer(memoryview(self._memory.buf or b""), np.uint8)
+        # Also for a ring that nobody closes: when it is collected, or at the end of the program.
+        self._release = weakref.finalize(self, _release, self._memory)
 
-    def offset(self, slot: int, row: int) -> int:
-        """Return the first byte of one clip.
+    def place(self, slot: int, row: int) -> Place:
+        """Return the place of one clip.
 
         Args:
             slot: which micro-batch.
             row: which clip of it.
         """
-        return slot * self.slot_bytes + row * self.clip_bytes
+        return Place(self.name, slot * self.slot_bytes + row * self.clip_bytes, self.clip_bytes)
 
     def frames(self, slot: int) -> np.ndarray:
         """Return one micro-batch as a uint8 view of `slot_shape`; valid until `close`.
@@ -55,13 +73,15 @@ class SharedRing:
 
     def close(self) -> None:
         """Give the memory back to the machine; may be called twice."""
-        if not len(self._bytes):
-            return
-        self._memory.unlink()
         self._bytes = np.empty(0, np.uint8)
-        # A view may still be alive (a batch that somebody keeps): the mapping then goes with it.
-        with contextlib.suppress(BufferError):
-            self._memory.close()
+        self._release()
+
+
+def _release(memory: SharedMemory) -> None:
+    memory.unlink()
+    # A view may still be alive; the mapping is then released together with it.
+    with contextlib.suppress(BufferError):
+        memory.close()
 
 
 def _allocate(size: int) -> SharedMemory:

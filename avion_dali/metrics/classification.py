@@ -7,8 +7,8 @@ Axes: N samples, K classes, P parts (verbs or nouns).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,57 +19,11 @@ Floats = NDArray[np.floating]
 Integers = NDArray[np.integer]
 
 
-@dataclass(frozen=True)
-class ClassScores:
-    """Accuracies as fractions in [0, 1].
-
-    Args:
-        top1: samples whose own class scores highest.
-        top5: samples whose own class is among the five highest.
-        mean_class: mean over the classes that occur of the share of their samples that are right.
-        verb_top1: samples whose verb scores highest, or None without verbs.
-        noun_top1: the same for nouns.
-    """
-
-    top1: float
-    top5: float
-    mean_class: float
-    verb_top1: float | None = None
-    noun_top1: float | None = None
-
-
 def softmax(logits_NK: Floats) -> Floats:
     """Probabilities of logits, float (N, K) -> (N, K) of the same dtype."""
     exponentials_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
     probabilities_NK: Floats = exponentials_NK / exponentials_NK.sum(axis=1, keepdims=True)
     return probabilities_NK
-
-
-def class_scores(
-    scores_NK: Floats, label_N: Integers, *, verbs: Sequence[int] = (), nouns: Sequence[int] = ()
-) -> ClassScores:
-    """All accuracies of one set of scores.
-
-    Args:
-        scores_NK: one score for every sample and class; probabilities where verbs and nouns are given.
-        label_N: the class of every sample.
-        verbs: verb id of every class, or empty.
-        nouns: noun id of every class, or empty.
-
-    Returns:
-        The accuracies.
-
-    Raises:
-        UserError: shapes do not fit, a score is not finite, or a label is no class.
-    """
-    _check(scores_NK, label_N)
-    return ClassScores(
-        top1=top_k_accuracy(scores_NK, label_N, k=1),
-        top5=top_k_accuracy(scores_NK, label_N, k=5),
-        mean_class=mean_class_accuracy(scores_NK.argmax(axis=1), label_N),
-        verb_top1=part_accuracy(scores_NK, label_N, verbs) if len(verbs) else None,
-        noun_top1=part_accuracy(scores_NK, label_N, nouns) if len(nouns) else None,
-    )
 
 
 def top_k_accuracy(scores_NK: Floats, label_N: Integers, *, k: int) -> float:
@@ -98,6 +52,40 @@ def mean_class_accuracy(predicted_N: Integers, label_N: Integers) -> float:
     _, class_N, counts = np.unique(label_N, return_inverse=True, return_counts=True)
     right = np.bincount(class_N, weights=predicted_N == label_N, minlength=len(counts))
     return float((right / counts).mean())
+
+
+CLASS_METRICS: dict[str, Callable[[Floats, Integers], float]] = {
+    "top1": partial(top_k_accuracy, k=1),
+    "top5": partial(top_k_accuracy, k=5),
+    "mean_class": lambda scores_NK, label_N: mean_class_accuracy(scores_NK.argmax(axis=1), label_N),
+}
+"""Measures (scores_NK, label_N) to a number that every recognition evaluation reports: `top1` and `top5`, the
+samples whose own class is the highest or among the five highest, and `mean_class`, see
+`mean_class_accuracy`."""
+
+
+def class_scores(
+    scores_NK: Floats, label_N: Integers, *, verbs: Sequence[int] = (), nouns: Sequence[int] = ()
+) -> dict[str, float]:
+    """All accuracies of one set of scores.
+
+    Args:
+        scores_NK: one score for every sample and class; probabilities where verbs and nouns are given.
+        label_N: the class of every sample.
+        verbs: verb id of every class, or empty.
+        nouns: noun id of every class, or empty.
+
+    Returns:
+        Fractions in [0, 1] by name: those of `CLASS_METRICS`, and `verb_top1` and `noun_top1` where classes
+        have verbs and nouns.
+
+    Raises:
+        UserError: shapes do not fit, a score is not finite, or a label is no class.
+    """
+    _check(scores_NK, label_N)
+    scores = {name: metric(scores_NK, label_N) for name, metric in CLASS_METRICS.items()}
+    parts = {"verb_top1": verbs, "noun_top1": nouns}
+    return scores | {name: part_accuracy(scores_NK, label_N, part) for name, part in parts.items() if len(part)}
 
 
 def marginalize(probabilities_NK: Floats, part_K: Sequence[int] | Integers) -> Floats:

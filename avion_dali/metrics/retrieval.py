@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,6 +130,64 @@ def ndcg(similarity_VT: Floats, relevancy_VT: Floats) -> DirectionalScore:
         The mean over queries with at least one item of relevancy above 0.
     """
     return retrieval_scores(similarity_VT, relevancy_VT).ndcg
+
+
+def first_positive_ranks(similarity_QG: Floats, relevancy_QG: Floats) -> Floats:
+    """Rank of the best exact match of every query, counted from 1.
+
+    Items that are as similar as the best match come before it, so constant similarities are not rewarded.
+
+    Args:
+        similarity_QG: float (Q, G), larger is more similar.
+        relevancy_QG: float (Q, G) in [0, 1]; exactly 1 is a match.
+
+    Returns:
+        Float64 (Q,); NaN for a query without a match.
+    """
+    ranks_Q = np.full(len(similarity_QG), np.nan)
+    block = max(1, _BLOCK_ELEMENTS // similarity_QG.shape[1])
+    for start in range(0, len(ranks_Q), block):
+        rows = slice(start, start + block)
+        is_match_QG = relevancy_QG[rows] == 1.0
+        best_Q1 = np.where(is_match_QG, similarity_QG[rows], -np.inf).max(axis=1, keepdims=True)
+        ahead_Q = ((similarity_QG[rows] >= best_Q1) & ~is_match_QG).sum(axis=1)
+        ranks_Q[rows] = np.where(is_match_QG.any(axis=1), ahead_Q + 1.0, np.nan)
+    return ranks_Q
+
+
+def recall_at(similarity_QG: Floats, relevancy_QG: Floats, *, k: int) -> float:
+    """Share of the queries with a match that find one among their k nearest items; NaN without such queries.
+
+    Args:
+        similarity_QG: float (Q, G).
+        relevancy_QG: float (Q, G) in [0, 1].
+        k: items looked at, >= 1.
+    """
+    ranks_Q = first_positive_ranks(similarity_QG, relevancy_QG)
+    ranks_Q = ranks_Q[~np.isnan(ranks_Q)]
+    return float((ranks_Q <= k).mean()) if len(ranks_Q) else float("nan")
+
+
+def median_rank(similarity_QG: Floats, relevancy_QG: Floats) -> float:
+    """Median rank of the best match over the queries that have one; NaN without such queries.
+
+    Args:
+        similarity_QG: float (Q, G).
+        relevancy_QG: float (Q, G) in [0, 1].
+    """
+    ranks_Q = first_positive_ranks(similarity_QG, relevancy_QG)
+    ranks_Q = ranks_Q[~np.isnan(ranks_Q)]
+    return float(np.median(ranks_Q)) if len(ranks_Q) else float("nan")
+
+
+RETRIEVAL_METRICS: dict[str, Callable[[Floats, Floats], float]] = {
+    "recall_at_1": partial(recall_at, k=1),
+    "recall_at_5": partial(recall_at, k=5),
+    "recall_at_10": partial(recall_at, k=10),
+    "median_rank": median_rank,
+}
+"""Measures of one direction, (similarity_QG, relevancy_QG) to a number, that every retrieval evaluation reports
+with the endings `_v2t` and `_t2v` beside mean average precision and nDCG."""
 
 
 def chance_scores(relevancy_VT: Floats, *, permutations: int = 20, seed: int = 0) -> RetrievalScores:

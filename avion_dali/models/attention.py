@@ -1,7 +1,8 @@
 """Attention between the tokens of a clip.
 
 `attend` is the one place where attention is computed, whatever the encoder, so that another kernel is a change
-in one function. Axes: B clips, N queries, M keys, H heads, K width of one head, D width of the tower.
+in one function. Which kernel runs is decided by `resolve_attention`, once, before a model is built.
+Axes: B clips, N queries, M keys, H heads, K width of one head, D width of the tower.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avion_dali.config import AttentionBackend
 from avion_dali.contracts import UserError
+from avion_dali.wording import first_line
 
 Kernel = Literal["sdpa", "flash-attn", "xformers", "math"]
 PackageKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,7 +31,7 @@ _PACKAGES: Final[dict[str, tuple[str, str, str]]] = {
     "flash-attn": ("flash_attn", "flash_attn_func", "flash-attn"),
     "xformers": ("xformers.ops", "memory_efficient_attention", "xformers"),
 }
-# Those found to work here. They keep heads behind tokens, (B, N, H, K), and scale as `attend` does.
+# Those that work on this machine. They keep heads after tokens, (B, N, H, K), and scale as `attend` does.
 _PACKAGE_KERNELS: Final[dict[str, PackageKernel]] = {}
 _HALF: Final = (torch.float16, torch.bfloat16)
 SDPA_TOLERANCE: Final = 0.02
@@ -37,19 +39,19 @@ SDPA_TOLERANCE: Final = 0.02
 
 
 def resolve_attention(name: AttentionBackend, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """Choose the kernel that a backend's name means here.
+    """Choose the kernel for a model, before it is built.
 
     Args:
-        name: the backend asked for; `auto` is flash-attn on a GPU in half precision where it works, else
-            PyTorch's own `scaled_dot_product_attention`.
-        device: where queries, keys and values are.
-        dtype: their type, under autocast that of the autocast.
+        name: `model.attention`; `auto` is flash-attn on a GPU in half precision where it works, else PyTorch's
+            own `scaled_dot_product_attention`.
+        device: where queries, keys and values will be.
+        dtype: their type; under autocast that of the autocast.
 
     Returns:
-        The kernel's name.
+        The kernel's name, to be set as `model.attention`.
 
     Raises:
-        UserError: when the backend was asked for by name and cannot run; the message says why.
+        UserError: when a kernel was requested by name and cannot run; the message says why.
     """
     if name == "auto":
         if device.type != "cuda" or dtype not in _HALF:
@@ -67,7 +69,7 @@ def resolve_attention(name: AttentionBackend, device: torch.device, dtype: torch
 
 @torch.compiler.assume_constant_result  # a fact about the machine: compiled blocks do not look into it
 def _package_problem(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why a package's kernel cannot run, or None when it does; looked for once."""
+    """Why a package's kernel cannot run, or None when it does; tried once."""
     return _find_problem(name, device, dtype)
 
 
@@ -86,7 +88,7 @@ def _find_problem(name: str, device: str, dtype: torch.dtype) -> str | None:
     try:
         kernel(trial_BNHK, trial_BNHK, trial_BNHK)
     except RuntimeError as error:
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     _PACKAGE_KERNELS[name] = kernel
     return None
 
@@ -94,6 +96,17 @@ def _find_problem(name: str, device: str, dtype: torch.dtype) -> str | None:
 def _trial_tokens(device: str, dtype: torch.dtype) -> Tensor:
     """Queries, keys or values to try a kernel with, as packages lay them out."""
     return torch.zeros(1, 8, 1, 64, device=device, dtype=dtype)
+
+
+@torch.compiler.assume_constant_result
+def _automatic_kernel(device: str, dtype: torch.dtype) -> Kernel:
+    """The kernel of `auto` in a tower that was built without resolving it; decided once per device and type."""
+    return _find_automatic_kernel(device, dtype)
+
+
+@functools.cache
+def _find_automatic_kernel(device: str, dtype: torch.dtype) -> Kernel:
+    return resolve_attention("auto", torch.device(device), dtype)
 
 
 def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, backend: AttentionBackend = "auto") -> Tensor:
@@ -106,25 +119,29 @@ def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, backend: AttentionBac
         q_BHNK: queries, float (B, H, N, K).
         k_BHMK: keys, float (B, H, M, K), of the same dtype.
         v_BHMK: values, same shape and dtype as the keys.
-        backend: which kernel, see `resolve_attention`.
+        backend: the kernel; with `auto` it is resolved at the first call on a device.
 
     Returns:
         Float (B, H, N, K): for every query the weighted mean of the values.
 
     Raises:
-        UserError: when the kernel cannot run here.
+        UserError: when a kernel that was not resolved before cannot run here.
     """
-    kernel = resolve_attention(backend, q_BHNK.device, q_BHNK.dtype)
+    kernel = backend
+    if backend == "auto":
+        kernel = _automatic_kernel(str(q_BHNK.device), q_BHNK.dtype)
     if kernel == "sdpa":
         return functional.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK)
     if kernel == "math":
         return _attend_plainly(q_BHNK, k_BHMK, v_BHMK)
+    if kernel not in _PACKAGE_KERNELS:
+        kernel = resolve_attention(kernel, q_BHNK.device, q_BHNK.dtype)
     q_BNHK, k_BMHK, v_BMHK = (t.transpose(1, 2) for t in (q_BHNK, k_BHMK, v_BHMK))
     return _PACKAGE_KERNELS[kernel](q_BNHK, k_BMHK, v_BMHK).transpose(1, 2)
 
 
 def _attend_plainly(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor) -> Tensor:
-    """The formula as it is written, which keeps the N x M matrix for the backward pass."""
+    """The formula as written, which keeps the N x M matrix for the backward pass."""
     scores_BHNM = (q_BHNK / math.sqrt(q_BHNK.shape[-1])) @ k_BHMK.transpose(-1, -2)
     # With the type named, autocast keeps the matrix in half precision; inside, softmax computes in float32.
     weights_BHNM = torch.softmax(scores_BHNM, dim=-1, dtype=scores_BHNM.dtype)
@@ -140,7 +157,7 @@ def sdpa_problem(backend: SDPBackend, device: torch.device, dtype: torch.dtype) 
         dtype: of queries, keys and values.
 
     Returns:
-        None when it does and agrees with the plain computation, else one line that says why not.
+        None when it works and agrees with the plain computation, else one line that says why it does not.
     """
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(3, 1, 12, 197, 64, generator=generator)
@@ -165,7 +182,7 @@ def _sdpa_reason(error: RuntimeError, caught: Sequence[warnings.WarningMessage])
     """PyTorch warns of why it refuses a kernel; its error says only that it did."""
     said = [str(warning.message).partition(" (Triggered")[0].strip() for warning in caught]
     reasons = [text for text in said if text and not text.endswith("because:")]
-    return reasons[0] if reasons else str(error).splitlines()[0]
+    return reasons[0] if reasons else first_line(error)
 
 
 def check_heads(width: int, heads: int) -> None:
@@ -183,7 +200,7 @@ def check_heads(width: int, heads: int) -> None:
 
 
 def split_heads(qkv_BNX: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut a joint projection, float (B, N, 3 D), into queries, keys and values (B, H, N, K), without a copy."""
+    """Split a joint projection, float (B, N, 3 D), into queries, keys and values: views (B, H, N, K)."""
     q_BHNK, k_BHNK, v_BHNK = qkv_BNX.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return q_BHNK, k_BHNK, v_BHNK
 
@@ -201,7 +218,7 @@ class SelfAttention(nn.Module):
     """
 
     def __init__(self, width: int, heads: int, *, backend: AttentionBackend = "auto") -> None:
-        """Create the projections; `VideoTower` initialises them.
+        """Create the projections; `VideoTower` initializes them.
 
         Args:
             width: token width D.
@@ -230,7 +247,7 @@ class FusedAttention(nn.Module):
     """Multi-head self-attention with timm's parameter names, `qkv` and `proj`, as VideoMAE has them."""
 
     def __init__(self, width: int, heads: int, *, backend: AttentionBackend = "auto") -> None:
-        """Create the projections; the tower initialises them.
+        """Create the projections; the tower initializes them.
 
         Args:
             width: token width D.

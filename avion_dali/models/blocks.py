@@ -8,15 +8,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from avion_dali.config import Activation, AttentionBackend
+from avion_dali.config import DEFAULT_NORM_EPS, Activation, AttentionBackend
 from avion_dali.contracts import UserError
+from avion_dali.models.layout import TowerLayout
 
 
 class QuickGELU(nn.Module):
@@ -32,27 +33,18 @@ ACTIVATIONS: Final[dict[Activation, type[nn.Module]]] = {"gelu": nn.GELU, "quick
 
 @dataclass(frozen=True)
 class VideoTowerConfig:
-    """Everything that shapes a video tower of any kind.
+    """Everything that shapes a video tower of any kind; `tower_config` makes one from a `ModelConfig`.
+
+    The options from `activation` on are documented in `ModelConfig`; here none of them is left open.
 
     Args:
         image_size: side of the square input frames in pixels.
         patch_size: side of a patch in pixels; divides `image_size`.
-        num_frames: frames of a clip (T).
+        num_frames: frames per clip (T).
         width: token width (D).
         layers: number of blocks.
         heads: attention heads; divides `width`.
         embed_dim: width of the output; None leaves out the projection, then it is `width`.
-        activation: `gelu` (exact) or `quick_gelu` (OpenAI weights).
-        norm_eps: LayerNorm epsilon; 1e-6 in AVION's checkpoints, 1e-5 in OpenAI's.
-        pre_norm: LayerNorm before the first block; `TimeSformer` alone can do without, and then adds a bias to
-            its patches.
-        drop_path: stochastic depth rate.
-        drop_path_schedule: `constant`, the same in every block, as in AVION's published recipes; or `linear`
-            from 0 in the first block to `drop_path` in the last (Huang et al. 2016, arXiv 1603.09382).
-        patch_dropout: share of patch tokens dropped in training, in [0, 1); `VideoTower` only.
-        attention: attention kernel.
-        checkpoint_every: recompute the activations of every n-th block in the backward pass; 0 for none.
-        compile: run torch.compile on each block.
 
     Raises:
         UserError: when patches do not tile the frame.
@@ -66,7 +58,7 @@ class VideoTowerConfig:
     heads: int
     embed_dim: int | None
     activation: Activation = "gelu"
-    norm_eps: float = 1e-6
+    norm_eps: float = DEFAULT_NORM_EPS
     pre_norm: bool = True
     drop_path: float = 0.0
     drop_path_schedule: Literal["constant", "linear"] = "constant"
@@ -92,6 +84,22 @@ class VideoTowerConfig:
     def clip_shape(self) -> tuple[int, int, int, int]:
         """Shape of one clip as a tower takes it: (3, T, H, W)."""
         return (3, self.num_frames, self.image_size, self.image_size)
+
+    def time_slots(self, tube_frames: int) -> int:
+        """Count the tubes that follow each other in time.
+
+        Args:
+            tube_frames: frames per tube; 1 for patches of single frames.
+
+        Raises:
+            UserError: when the frames do not divide into tubes.
+        """
+        if self.num_frames < tube_frames or self.num_frames % tube_frames:
+            raise UserError(
+                f"video tower: clips of {self.num_frames} frames do not divide into tubes of {tube_frames}; "
+                f"set data.num_frames to a multiple of {tube_frames}"
+            )
+        return self.num_frames // tube_frames
 
     def drop_path_rate(self, block: int) -> float:
         """Stochastic depth rate of a block, counted from 0."""
@@ -148,7 +156,7 @@ class PatchEmbedding(nn.Module):
     """
 
     def __init__(self, patch_size: int, width: int, *, patch_frames: int = 0, bias: bool = False) -> None:
-        """Create the weight; the tower initialises it.
+        """Create the weight; the tower initializes it.
 
         Args:
             patch_size: side of a patch in pixels (P).
@@ -241,15 +249,49 @@ def compile_blocks(blocks: nn.ModuleList, *, enabled: bool) -> None:
             block.compile()
 
 
-class ProjectedTower(nn.Module):
-    """What all video towers end with: features, and an optional projection of them.
+class VideoEncoder(nn.Module):
+    """Base of all video towers: what a tower declares, and an optional projection of its features.
 
-    A tower registers `image_projection` with `add_projection`, draws it with `init_projection`, and computes
-    `features`.
+    A tower declares its `layout` and, where they differ from the defaults here, the other class attributes;
+    no other module asks which tower it is. It registers `image_projection` with `add_projection`, draws it with
+    `init_projection`, and computes `features`.
+
+    Attributes:
+        layout: which of its parameters play which part.
+        default_activation: activation of both towers when neither the configuration nor the weights give one.
+        tube_frames: frames that one token covers; the number of frames must be a multiple.
+        can_drop_patches: whether the tower knows `patch_dropout`.
     """
 
-    config: VideoTowerConfig
+    layout: ClassVar[TowerLayout]
+    default_activation: ClassVar[Activation] = "gelu"
+    tube_frames: ClassVar[int] = 1
+    can_drop_patches: ClassVar[bool] = False
+
     image_projection: nn.Parameter
+
+    def __init__(self, config: VideoTowerConfig) -> None:
+        """Keep the config; a tower creates its parameters after this.
+
+        Args:
+            config: sizes and options.
+
+        Raises:
+            UserError: when the frames do not divide into tubes.
+        """
+        super().__init__()
+        self.config = config
+        self.time_slots = config.time_slots(self.tube_frames)
+
+    @staticmethod
+    def init_head(head: nn.Linear) -> None:
+        """Draw the fresh head of a classifier.
+
+        Args:
+            head: maps features to classes.
+        """
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
 
     @property
     def width(self) -> int:
@@ -268,16 +310,16 @@ class ProjectedTower(nn.Module):
 
     @abstractmethod
     def features(self, frames_BCTHW: Tensor) -> Tensor:
-        """Normalised frames, float (B, 3, T, H, W) -> (B, width); every tower has its own."""
+        """Normalized frames, float (B, 3, T, H, W) -> (B, width); every tower has its own."""
 
     def forward(self, frames_BCTHW: Tensor) -> Tensor:
         """Encode clips.
 
         Args:
-            frames_BCTHW: normalised frames, float (B, 3, T, H, W); channel-last memory is fastest.
+            frames_BCTHW: normalized frames, float (B, 3, T, H, W); channel-last memory is fastest.
 
         Returns:
-            Float (B, embed_dim), not normalised; (B, width) without a projection.
+            Float (B, embed_dim), not normalized; (B, width) without a projection.
 
         Raises:
             ValueError: when T, H or W do not fit the config's.
@@ -288,7 +330,7 @@ class ProjectedTower(nn.Module):
 
 @torch.no_grad()
 def init_linear_layers(module: nn.Module) -> None:
-    """Draw fresh weights for all linear maps and norms of a tower, sound for training from scratch.
+    """Draw fresh weights for all linear maps and norms of a tower, suited to training from scratch.
 
     Matrices are truncated normal with deviation 0.02 (as in DeiT, Touvron et al. 2021, arXiv 2012.12877),
     biases zero, LayerNorms the identity.

@@ -5,17 +5,12 @@ Axes: B clips, C channels, T frames, H W pixels, K classes.
 
 from __future__ import annotations
 
-from typing import Final
-
-import torch
 from torch import Tensor, nn
 
 from avion_dali.config import ModelConfig
 from avion_dali.contracts import UserError
-from avion_dali.models.towers import VideoEncoder, build_video_tower
-
-# A head this small starts with equal chances for all classes, and lets the encoder's weights settle first.
-VIDEOMAE_HEAD_SCALE: Final = 0.001
+from avion_dali.models.blocks import VideoEncoder
+from avion_dali.models.towers import build_video_tower
 
 
 class Classifier(nn.Module):
@@ -25,7 +20,7 @@ class Classifier(nn.Module):
         """Put a head on a tower.
 
         Args:
-            visual: maps float frames (B, 3, T, H, W) to (B, width), and has that `width`.
+            visual: a video tower without projection; it says how its head is drawn.
             num_classes: classes (K).
             dropout: share of features zeroed in training.
 
@@ -38,11 +33,10 @@ class Classifier(nn.Module):
         self.visual = visual
         self.dropout = nn.Dropout(dropout)
         self.fc_cls = nn.Linear(visual.width, num_classes)
-        nn.init.normal_(self.fc_cls.weight, std=0.01)
-        nn.init.zeros_(self.fc_cls.bias)
+        visual.init_head(self.fc_cls)
 
     def forward(self, frames_BCTHW: Tensor) -> Tensor:
-        """Normalised frames, float (B, 3, T, H, W) -> logits, float (B, K)."""
+        """Normalized frames, float (B, 3, T, H, W) -> logits, float (B, K)."""
         logits_BK: Tensor = self.fc_cls(self.dropout(self.visual(frames_BCTHW)))
         return logits_BK
 
@@ -63,8 +57,4 @@ def build_classifier(
         UserError: when frames do not fit the encoder, or there are no classes.
     """
     visual = build_video_tower(config, num_frames=num_frames, frame_size=frame_size, embed_dim=None)
-    model = Classifier(visual, num_classes, dropout)
-    if config.encoder == "videomae":
-        with torch.no_grad():
-            nn.init.trunc_normal_(model.fc_cls.weight, std=0.02).mul_(VIDEOMAE_HEAD_SCALE)
-    return model
+    return Classifier(visual, num_classes, dropout)

@@ -1,4 +1,4 @@
-"""Weights of other projects in our parameter names, and back; what a file holds is told by its names.
+"""Weights of other projects in our parameter names, and back; a foreign file is recognized by its names.
 
 Families: `avion` (dual encoders and classifiers), `open_clip` (OpenAI's too), `lavila` and `egovlp`
 (TimeSformer), `videomae` (the original's and AVION's), `avion_dali` (this project's files).
@@ -7,7 +7,6 @@ Families: `avion` (dual encoders and classifiers), `open_clip` (OpenAI's too), `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, Literal
 
 from torch import Tensor
 
@@ -22,23 +21,21 @@ from avion_dali.models.convert_clip import (
 )
 from avion_dali.models.convert_lavila import egovlp_to_ours, lavila_to_ours, to_lavila
 from avion_dali.models.convert_videomae import to_avion_videomae, to_videomae, videomae_to_ours
-
-Family = Literal["avion_dali", "avion", "open_clip", "lavila", "egovlp", "videomae"]
-Layout = Literal["avion-flash", "avion-plain", "open_clip", "lavila", "videomae"]
-LAYOUTS: Final[tuple[Layout, ...]] = ("avion-flash", "avion-plain", "open_clip", "lavila", "videomae")
+from avion_dali.models.weight_facts import Family, Layout
+from avion_dali.wording import few
 
 
 def identify(state_dict: Mapping[str, Tensor]) -> Family:
-    """Tell whose names a state dict has.
+    """Tell which project named the parameters of a state dict.
 
     Args:
         state_dict: parameter name to tensor.
 
     Returns:
-        The family. Ours are `avion`'s plain names, `lavila`'s under `visual.`, and VideoMAE's.
+        The family; never `avion_dali`, whose files say so themselves.
 
     Raises:
-        UserError: when the names are none of a known family's; shows some.
+        UserError: when the names are not those of a known family; shows some of them.
     """
     names = {strip_wrappers(key) for key in state_dict}
     if any(name.startswith(("video_model.", "image_projection.")) for name in names):
@@ -52,10 +49,9 @@ def identify(state_dict: Mapping[str, Tensor]) -> Family:
     if "visual.conv1.weight" in names:
         foreign = "visual.proj" in names or any(name.startswith(("text.", *TEXT_ROOTS)) for name in names)
         return "open_clip" if foreign else "avion"
-    shown = ", ".join(sorted(names)[:4])
     raise UserError(
-        f"weights: the names ({shown}, ...) are none of AVION's, LaViLa's, EgoVLP's, VideoMAE's, or of an "
-        "open_clip model with a plain ViT; other models cannot be loaded"
+        f"weights: the names ({few(sorted(names), 4)}) are none of AVION's, LaViLa's, EgoVLP's, VideoMAE's, or "
+        "of an open_clip model with a plain ViT; other models cannot be loaded"
     )
 
 
@@ -72,7 +68,7 @@ def to_ours(state_dict: Mapping[str, Tensor], family: Family) -> tuple[dict[str,
         and `decoder.*`.
 
     Raises:
-        UserError: when the weights are of a variant that is not supported, or damaged; says which are.
+        UserError: when the weights are damaged or of a variant that is not supported; says which variants are.
     """
     if family == "avion_dali":
         return {strip_wrappers(name): tensor for name, tensor in state_dict.items()}, {}
@@ -90,13 +86,14 @@ def to_ours(state_dict: Mapping[str, Tensor], family: Family) -> tuple[dict[str,
     return videomae_to_ours(state_dict, pretraining=pretraining), {}
 
 
-def from_ours(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def from_ours(state: Mapping[str, Tensor], layout: Layout, *, encoder: str) -> dict[str, Tensor]:
     """Rename and reshape this project's weights to another project's names.
 
     Args:
         state: our name to tensor.
         layout: whose names: `avion-flash` and `avion-plain` (AVION with and without flash attention and fast
             patch embedding; its VideoMAE too), `open_clip`, `lavila`, or `videomae` (the original's).
+        encoder: name of the video tower in `ENCODERS`.
 
     Returns:
         Their name to tensor. `to_ours` gives back the same, but for biases of keys that VideoMAE lacks.
@@ -104,7 +101,6 @@ def from_ours(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     Raises:
         UserError: when that project has no such model.
     """
-    encoder = encoder_of_names(state)
     if encoder == "videomae" and layout in ("avion-plain", "videomae"):
         return to_videomae(state)
     if encoder == "videomae" and layout == "avion-flash":
@@ -121,11 +117,11 @@ def from_ours(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     )
 
 
-def encoder_of_names(state: Mapping[str, Tensor]) -> Literal["vit", "timesformer", "videomae"]:
-    """Tell which video encoder a state dict in our names has.
+def encoder_of_names(state: Mapping[str, Tensor]) -> str:
+    """Guess which video encoder the weights of another project belong to.
 
     Args:
-        state: our name to tensor.
+        state: our name to tensor, renamed by `to_ours`.
 
     Raises:
         UserError: when it has none.
@@ -136,4 +132,4 @@ def encoder_of_names(state: Mapping[str, Tensor]) -> Literal["vit", "timesformer
         return "timesformer"
     if "visual.patch_embed.proj.weight" in state or "encoder.patch_embed.proj.weight" in state:
         return "videomae"
-    raise UserError(f"weights: there is no video encoder in ({', '.join(list(state)[:4])}, ...)")
+    raise UserError(f"weights: there is no video encoder in ({few(state, 4)})")

@@ -1,4 +1,4 @@
-"""The dual encoder: a video tower and a text tower that meet in one normalised space.
+"""The dual encoder: a video tower and a text tower with one normalized space.
 
 Axes: B clips, C channels, T frames, H W pixels, L text tokens, D width of the shared space.
 """
@@ -15,7 +15,7 @@ from torch.nn import functional
 from avion_dali.config import ModelConfig
 from avion_dali.models.presets import PRESETS
 from avion_dali.models.text import TextTowerConfig, build_text_tower
-from avion_dali.models.towers import build_video_tower, settled_activation
+from avion_dali.models.towers import build_video_tower, resolve_model
 
 # Temperature 0.07 at the start, scale at most 100: Radford et al. 2021, arXiv 2103.00020, section 2.5.
 INITIAL_LOGIT_SCALE: Final = math.log(1 / 0.07)
@@ -42,8 +42,8 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE), requires_grad=train_logit_scale)
 
     def encode_video(self, frames_BCTHW: Tensor) -> Tensor:
-        """Normalised frames, float (B, 3, T, H, W) -> unit vectors, float32 (B, D)."""
-        # Normalised in float32 whatever the autocast precision: similarities feed a softmax at scale 14+.
+        """Normalized frames, float (B, 3, T, H, W) -> unit vectors, float32 (B, D)."""
+        # Normalized in float32 whatever the autocast precision: similarities feed a softmax at scale 14+.
         return functional.normalize(self.visual(frames_BCTHW).float(), dim=-1)
 
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ class DualEncoder(nn.Module):
         """
         if tokens_BL.shape[-1] != self.textual.context_length:
             raise ValueError(
-                f"the text tower takes {self.textual.context_length} tokens a text, got {tokens_BL.shape[-1]}; "
-                "the manifest's texts and model.context_length must agree"
+                f"the text tower takes {self.textual.context_length} tokens per text, got "
+                f"{tokens_BL.shape[-1]}; the manifest's texts and model.context_length must agree"
             )
         return functional.normalize(self.textual(tokens_BL).float(), dim=-1)
 
@@ -69,12 +69,12 @@ class DualEncoder(nn.Module):
         """Embed clips and their texts; the call to wrap for data-parallel training.
 
         Args:
-            frames_BCTHW: normalised frames, float (B, 3, T, H, W).
+            frames_BCTHW: normalized frames, float (B, 3, T, H, W).
             tokens_BL: token ids, int64 (B, L).
 
         Returns:
             Unit video vectors (B, D), unit text vectors (B, D) and the factor on their products (B,), the
-            same number in every row; all float32. The factor leaves through the forward pass, so that its
+            same number in every row; all float32. The factor is an output of the forward pass, so that its
             gradient is reduced over ranks like any other.
         """
         video_BD = self.encode_video(frames_BCTHW)
@@ -93,15 +93,17 @@ def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int)
 
     Args:
         config: encoder, size and options.
-        num_frames: frames of a clip (T).
+        num_frames: frames per clip (T).
         frame_size: side of a frame in pixels; any multiple of the size's patch.
 
     Returns:
         The model on the default device, in training mode.
 
     Raises:
-        UserError: when the frame size is not a multiple of the patch size.
+        UserError: when the encoder is unknown, lacks an option that is set, or does not take such frames.
     """
+    config = resolve_model(config)
+    assert config.activation != "auto"
     preset = PRESETS[config.size]
     visual = build_video_tower(config, num_frames=num_frames, frame_size=frame_size, embed_dim=config.embed_dim)
     textual = build_text_tower(
@@ -112,7 +114,7 @@ def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int)
             layers=preset.text_layers,
             heads=preset.text_heads,
             embed_dim=config.embed_dim,
-            activation=settled_activation(config),
+            activation=config.activation,
             checkpointing=config.checkpoint_every == 1,
             compile=config.compile,
         )

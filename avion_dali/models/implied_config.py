@@ -1,4 +1,4 @@
-"""The configuration that weights of other projects imply, so that they can be evaluated as they are."""
+"""The configuration that weights of other projects imply, so that they can be evaluated without training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from avion_dali.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from avion_dali.models.weight_facts import WeightFacts
 
-# VideoMAE's positions are formulas, so its files do not tell; all its published models took such clips.
+# VideoMAE's positions are formulas, so its files do not say; all its published models took such clips.
 VIDEOMAE_FRAMES = 16
 VIDEOMAE_FRAME_SIZE = 224
 
@@ -20,7 +20,7 @@ def plain_config(facts: WeightFacts) -> dict[str, Any]:
         facts: what the weights are.
 
     Returns:
-        What `TrainConfig.from_plain` takes; empty when the dimensions are no `model.size`.
+        What `TrainConfig.from_plain` takes; empty when no `model.size` has these dimensions.
     """
     if facts.size is None:
         return {}

@@ -1,7 +1,7 @@
 """VideoMAE pre-training: an encoder sees a tenth of a clip's tubes, a small decoder predicts the rest.
 
 Source: Tong et al. 2022, arXiv 2203.12602, section 3: tube masking, an asymmetric encoder and decoder, targets
-normalised for each tube (He et al. 2021, arXiv 2111.06377, section 3). Parameters are named as in its weights.
+normalized for each tube (He et al. 2021, arXiv 2111.06377, section 3). Parameters are named as in its weights.
 Axes: B clips, C channels, T frames, H W pixels, N tubes, U seen tubes, M hidden tubes, D width, E width of the
 decoder, X pixel values of a tube.
 """
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 
 from avion_dali.config import ModelConfig
+from avion_dali.contracts import UserError
 from avion_dali.models.blocks import (
     PatchEmbedding,
     VideoTowerConfig,
@@ -23,9 +24,10 @@ from avion_dali.models.blocks import (
     cut_patches,
     run_blocks,
 )
+from avion_dali.models.layout import TowerLayout
 from avion_dali.models.positions import sincos_positions
-from avion_dali.models.towers import tower_config
-from avion_dali.models.videomae import TUBE_FRAMES, build_blocks, build_tube_embedding, count_tubes
+from avion_dali.models.towers import ENCODERS, encoder_class, tower_config
+from avion_dali.models.videomae import TUBE_FRAMES, VideoMAETower, build_blocks, build_tube_embedding
 
 # Keeps the deviation of a flat tube away from zero; pixel values are 0 to 255.
 TARGET_EPS: Final = 1e-6
@@ -33,6 +35,8 @@ TARGET_EPS: Final = 1e-6
 
 class MaskedEncoder(nn.Module):
     """Tokens of the tubes that are seen, through the encoder's blocks."""
+
+    layout: ClassVar[TowerLayout] = TowerLayout(blocks="blocks", stem=("patch_embed",))
 
     def __init__(self, config: VideoTowerConfig) -> None:
         """Create the encoder the config describes."""
@@ -51,6 +55,8 @@ class MaskedEncoder(nn.Module):
 
 class MaskedDecoder(nn.Module):
     """Seen and hidden tokens through a few narrow blocks; the hidden ones become pixels."""
+
+    layout: ClassVar[TowerLayout] = TowerLayout(blocks="blocks")
 
     def __init__(self, config: VideoTowerConfig, *, values: int) -> None:
         """Create the decoder the config describes.
@@ -80,11 +86,12 @@ class MaskedVideo(nn.Module):
         places: tubes side by side in a frame. Tokens run time slot by time slot, row by row.
     """
 
+    layout: ClassVar[TowerLayout] = TowerLayout(tokens=("mask_token",))
     encoder_positions_ND: Tensor
     decoder_positions_NE: Tensor
 
     def __init__(self, config: VideoTowerConfig, *, decoder_depth: int) -> None:
-        """Create and initialise the model.
+        """Create and initialize the model.
 
         The decoder is half as wide as the encoder, with half as many heads, as in VideoMAE.
 
@@ -97,7 +104,7 @@ class MaskedVideo(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.time_slots, self.places = count_tubes(config)
+        self.time_slots, self.places = config.time_slots(TUBE_FRAMES), config.patches_per_frame
         tubes = self.time_slots * self.places
         narrow = replace(
             config,
@@ -133,7 +140,7 @@ class MaskedVideo(nn.Module):
         """Predict the pixels of hidden tubes.
 
         Args:
-            frames_BCTHW: normalised frames, float (B, 3, T, H, W).
+            frames_BCTHW: normalized frames, float (B, 3, T, H, W).
             is_masked_BN: bool (B, N), True for hidden tubes, as many in every clip; on the CPU, so that their
                 number is known without waiting for the device.
 
@@ -147,7 +154,7 @@ class MaskedVideo(nn.Module):
         if is_masked_BN.shape != (frames_BCTHW.shape[0], self.time_slots * self.places):
             raise ValueError(f"masks {tuple(is_masked_BN.shape)} do not fit clips {tuple(frames_BCTHW.shape)}")
         seen_BU, hidden_BM = (_sent(ids, frames_BCTHW.device) for ids in split_tubes(is_masked_BN))
-        # Only the tubes that are seen are embedded: a ninth of the work of the encoder, otherwise.
+        # Only the tubes that are seen are embedded; embedding all would add a ninth to the encoder's work.
         tubes_BUX = _take(self.encoder.patch_embed.proj.cut(frames_BCTHW), seen_BU)
         encoded_BUD = self.encoder(tubes_BUX, self.encoder_positions_ND[seen_BU])
         seen_BUE = self.encoder_to_decoder(encoded_BUD) + self.decoder_positions_NE[seen_BU]
@@ -181,7 +188,7 @@ def split_tubes(is_masked_BN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tube_targets(frames_BTHWC: Tensor, is_masked_BN: Tensor, *, normalize: bool) -> Tensor:
-    """The pixels that a `MaskedVideo` shall predict.
+    """The pixels that a `MaskedVideo` is to predict.
 
     Args:
         frames_BTHWC: decoded frames, uint8 (B, T, H, W, 3), square.
@@ -213,7 +220,7 @@ def tube_targets(frames_BTHWC: Tensor, is_masked_BN: Tensor, *, normalize: bool)
 
 
 def _sent(ids: Tensor, device: torch.device) -> Tensor:
-    """The ids on the device; from pinned memory, so that the copy to a GPU is not waited for."""
+    """The ids on the device; through pinned memory, so that the host does not wait for the copy."""
     return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
 
 
@@ -237,5 +244,11 @@ def build_masked_video(
     Raises:
         UserError: when the encoder is another, or frames do not divide into tubes.
     """
+    if not issubclass(encoder_class(config.encoder), VideoMAETower):
+        able = ", ".join(name for name, tower in ENCODERS.items() if issubclass(tower, VideoMAETower))
+        raise UserError(
+            f"objective.name = masked-video trains model.encoder {able}, not {config.encoder}; "
+            "set model.encoder"
+        )
     tower = tower_config(config, num_frames=num_frames, frame_size=frame_size, embed_dim=None)
     return MaskedVideo(tower, decoder_depth=decoder_depth)

@@ -6,12 +6,21 @@ Axes: B clips, L text tokens, D width of the shared space.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from torch import nn
 
 from avion_dali.config import Activation
 from avion_dali.contracts import UserError
 from avion_dali.models.blocks import ACTIVATIONS, compile_blocks
+from avion_dali.models.layout import TowerLayout
+
+TEXT_LAYOUT: Final = TowerLayout(
+    blocks="transformer.resblocks",
+    stem=("token_embedding",),
+    text_positions=("positional_embedding",),
+    vocabulary=("token_embedding.weight",),
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,7 @@ class TextTowerConfig:
     """Everything that shapes a text tower.
 
     Args:
-        context_length: text tokens the tower sees (L); it accepts no other number.
+        context_length: number of text tokens (L); the tower accepts no other.
         vocab_size: number of token ids.
         width: token width.
         layers: number of blocks.
@@ -49,7 +58,7 @@ class TextTowerConfig:
 
 
 def build_text_tower(config: TextTowerConfig) -> nn.Module:
-    """Create a text tower: int64 tokens (B, L) -> float (B, D), not normalised.
+    """Create a text tower: int64 tokens (B, L) -> float (B, D), not normalized.
 
     Attention is causal, and the feature is read at the largest token id of a row, which is the end-of-text
     token (Radford et al. 2021, arXiv 2103.00020, section 2.4). LayerNorm epsilon is 1e-5.
@@ -58,7 +67,7 @@ def build_text_tower(config: TextTowerConfig) -> nn.Module:
         config: sizes and options.
 
     Returns:
-        An `open_clip.transformer.TextTransformer` with fresh weights.
+        An `open_clip.transformer.TextTransformer` with fresh weights, which declares `TEXT_LAYOUT`.
     """
     from open_clip.transformer import TextTransformer  # imported here: it takes seconds
 
@@ -71,6 +80,7 @@ def build_text_tower(config: TextTowerConfig) -> nn.Module:
         output_dim=config.embed_dim,
         act_layer=ACTIVATIONS[config.activation],
     )
+    tower.layout = TEXT_LAYOUT
     tower.set_grad_checkpointing(config.checkpointing)
     compile_blocks(tower.transformer.resblocks, enabled=config.compile)
     return tower

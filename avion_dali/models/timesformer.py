@@ -10,16 +10,16 @@ G groups of L patches that see each other, N = 1 + T S tokens, D width.
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
-from avion_dali.config import AttentionBackend
+from avion_dali.config import Activation, AttentionBackend
 from avion_dali.models.attention import attend, check_heads, join_heads, split_heads
 from avion_dali.models.blocks import (
     NamedPatchEmbedding,
-    ProjectedTower,
+    VideoEncoder,
     VideoTowerConfig,
     build_mlp,
     check_clip_shape,
@@ -28,6 +28,8 @@ from avion_dali.models.blocks import (
     init_linear_layers,
     run_blocks,
 )
+from avion_dali.models.convert_lavila import vit_to_timesformer
+from avion_dali.models.layout import TowerLayout
 
 Over = Literal["time", "space"]
 
@@ -42,7 +44,7 @@ class DividedAttention(nn.Module):
     """
 
     def __init__(self, width: int, heads: int, *, over: Over, places: int, backend: AttentionBackend) -> None:
-        """Create the projections; the tower initialises them.
+        """Create the projections; the tower initializes them.
 
         Args:
             width: token width D.
@@ -114,17 +116,31 @@ class DividedBlock(nn.Module):
         return x_BND + drop_path(self.mlp(self.norm2(x_BND)), rate=rate, training=self.training)
 
 
-class TimeSformer(ProjectedTower):
+class TimeSformer(VideoEncoder):
     """Clips to vectors by divided space-time attention.
 
     Token order is the class token, then frame by frame, row by row. A clip may have fewer frames than the tower
-    was built for: it takes the first frame positions.
+    was built for: it takes the first frame positions. Without `pre_norm` the patches get a bias instead.
     """
 
+    # LaViLa's models run OpenAI's weights with the activation that OpenAI trained them with.
+    default_activation: ClassVar[Activation] = "quick_gelu"
+    layout: ClassVar[TowerLayout] = TowerLayout(
+        blocks="blocks",
+        stem=("patch_embed", "ln_pre"),
+        tokens=("cls_token",),
+        frame_positions=("temporal_embed",),
+        place_positions=("pos_embed",),
+        class_token=True,
+        patches="patch_embed.proj.weight",
+        optional_pre_norm="ln_pre",
+        time_parts=("timeattn", "norm3"),
+        from_vit=vit_to_timesformer,
+    )
+
     def __init__(self, config: VideoTowerConfig) -> None:
-        """Create and initialise the tower the config describes."""
-        super().__init__()
-        self.config = config
+        """Create and initialize the tower the config describes."""
+        super().__init__(config)
         width = config.width
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.patches_per_frame, width))

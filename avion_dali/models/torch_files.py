@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from avion_dali.contracts import UserError
+from avion_dali.wording import first_line
 
 UNREADABLE: Final = (
     *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, struct.error),
@@ -204,13 +205,9 @@ def read_torch_file(path: Path) -> Any:
             return _read_zip(path) if is_zip else _read_legacy(path)
     except UNREADABLE as error:
         raise UserError(
-            f"{path} cannot be read as weights ({type(error).__name__}: {_first_line(error)}); it is "
+            f"{path} cannot be read as weights ({type(error).__name__}: {first_line(error)}); it is "
             "truncated, damaged, no file of torch.save, or not to be trusted. Get it again from its publisher"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:160]
 
 
 def _check_archive(path: Path) -> bool:

@@ -1,45 +1,139 @@
-"""Builds the video tower that a configuration names."""
+"""The video towers by name, what a configuration leaves open for them, and how they are built.
+
+A new encoder is a class derived from `VideoEncoder` that declares its `layout`, and one line in `ENCODERS`.
+"""
 
 from __future__ import annotations
 
-from avion_dali.config import Activation, ModelConfig
+from dataclasses import replace
+from typing import Final
+
+from torch import nn
+
+from avion_dali.config import DEFAULT_NORM_EPS, ModelConfig
 from avion_dali.contracts import UserError
-from avion_dali.models.blocks import VideoTowerConfig
+from avion_dali.models.blocks import VideoEncoder, VideoTowerConfig
 from avion_dali.models.presets import PRESETS
 from avion_dali.models.timesformer import TimeSformer
 from avion_dali.models.videomae import VideoMAETower
 from avion_dali.models.vit import VideoTower
+from avion_dali.models.weight_facts import WeightFacts
 
-VideoEncoder = VideoTower | TimeSformer | VideoMAETower
+ENCODERS: Final[dict[str, type[VideoEncoder]]] = {
+    "vit": VideoTower,
+    "timesformer": TimeSformer,
+    "videomae": VideoMAETower,
+}
+"""`model.encoder` to the class of the video tower."""
 
 
-def settled_activation(config: ModelConfig) -> Activation:
-    """The activation of both towers: LaViLa's TimeSformers run OpenAI's weights with the one of OpenAI."""
-    if config.activation != "auto":
-        return config.activation
-    return "quick_gelu" if config.encoder == "timesformer" else "gelu"
+def encoder_class(name: str) -> type[VideoEncoder]:
+    """Look up the class of a video tower.
+
+    Args:
+        name: `model.encoder`.
+
+    Raises:
+        UserError: when there is no such encoder; lists those that there are.
+    """
+    if name not in ENCODERS:
+        raise UserError(f"model.encoder = {name!r} is none of {', '.join(ENCODERS)}")
+    return ENCODERS[name]
+
+
+def encoder_name(tower: nn.Module) -> str:
+    """Look up the name of a video tower.
+
+    Args:
+        tower: an instance of one of the `ENCODERS`.
+
+    Raises:
+        UserError: when its class is not among them.
+    """
+    for name, kind in ENCODERS.items():
+        if isinstance(tower, kind):
+            return name
+    raise UserError(f"{type(tower).__name__} is no encoder that is known here; add it to ENCODERS in towers.py")
+
+
+def resolve_model(config: ModelConfig, facts: WeightFacts | None = None) -> ModelConfig:
+    """Decide what a configuration leaves open.
+
+    Resolving a resolved configuration changes nothing.
+
+    Args:
+        config: the configuration of the model.
+        facts: what is known about the weights that the model starts from; None for random weights.
+
+    Returns:
+        The same with `activation`, `norm_eps` and `pre_norm` decided, which is what a run should record.
+
+    Raises:
+        UserError: when the encoder is unknown, lacks an option that is set, or is not that of the weights; or
+            when the weights are of another size. The message names the setting to change.
+    """
+    encoder = encoder_class(config.encoder)
+    activation, norm_eps = config.activation, config.norm_eps
+    if facts is not None:
+        _require_fit(config, facts)
+        config = replace(config, pre_norm=facts.pre_norm)
+        activation = facts.activation if activation == "auto" and facts.activation else activation
+        norm_eps = norm_eps or facts.norm_eps
+    if config.patch_dropout and not encoder.can_drop_patches:
+        able = ", ".join(name for name, kind in ENCODERS.items() if kind.can_drop_patches)
+        raise UserError(f"model.patch_dropout is for model.encoder {able}; set it to 0 with {config.encoder}")
+    if not config.pre_norm and not encoder.layout.optional_pre_norm:
+        able = ", ".join(name for name, kind in ENCODERS.items() if kind.layout.optional_pre_norm)
+        raise UserError(
+            f"model.pre_norm = false is for model.encoder {able}; leave it out for {config.encoder}"
+        )
+    return replace(
+        config,
+        activation=encoder.default_activation if activation == "auto" else activation,
+        norm_eps=norm_eps or DEFAULT_NORM_EPS,
+    )
+
+
+def _require_fit(config: ModelConfig, facts: WeightFacts) -> None:
+    """Refuse weights of another encoder or size, or with a norm that the model is not to have."""
+    weights = config.weights or "the weights"
+    takes_images = facts.family == "open_clip" and encoder_class(config.encoder).layout.from_vit is not None
+    if config.encoder != facts.encoder and not takes_images:
+        raise UserError(
+            f"model.encoder = {config.encoder}, but {weights} are of a {facts.encoder}; "
+            f"set model.encoder: {facts.encoder}"
+        )
+    if not facts.fits(config.size):
+        preset = PRESETS[config.size]
+        way_out = f"set model.size: {facts.size}" if facts.size else "no model.size has these dimensions"
+        raise UserError(
+            f"model.size = {config.size} has width {preset.video_width}, {preset.video_layers} blocks and "
+            f"patches of {preset.patch_size} pixels, but {weights} have width {facts.width}, "
+            f"{facts.layers} blocks and patches of {facts.patch_size}; {way_out}"
+        )
+    if facts.pre_norm and not config.pre_norm:
+        raise UserError(
+            f"model.pre_norm = false, but {weights} have a norm before their first block; "
+            "leave model.pre_norm out"
+        )
 
 
 def tower_config(
     config: ModelConfig, *, num_frames: int, frame_size: int, embed_dim: int | None
 ) -> VideoTowerConfig:
-    """Put a model's size and options together.
+    """Combine a model's size and its options; what the options leave open is decided as for random weights.
 
     Args:
         config: size and options.
-        num_frames: frames of a clip (T).
+        num_frames: frames per clip (T).
         frame_size: side of a frame in pixels.
-        embed_dim: width of the output; None for none of its own.
+        embed_dim: width of the output; None for the features themselves.
 
     Raises:
-        UserError: when the options do not go together.
+        UserError: when the encoder is unknown or lacks an option that is set.
     """
-    if config.patch_dropout and config.encoder != "vit":
-        raise UserError(f"model.patch_dropout is for model.encoder vit; set it to 0 with {config.encoder}")
-    if not config.pre_norm and config.encoder != "timesformer":
-        raise UserError(
-            f"model.pre_norm = false is for model.encoder timesformer; leave it out for {config.encoder}"
-        )
+    config = resolve_model(config)
+    assert config.activation != "auto"
     preset = PRESETS[config.size]
     return VideoTowerConfig(
         image_size=frame_size,
@@ -49,8 +143,8 @@ def tower_config(
         layers=preset.video_layers,
         heads=preset.video_heads,
         embed_dim=embed_dim,
-        activation=settled_activation(config),
-        norm_eps=config.norm_eps or 1e-6,
+        activation=config.activation,
+        norm_eps=config.norm_eps,
         pre_norm=config.pre_norm,
         drop_path=config.drop_path,
         drop_path_schedule=config.drop_path_schedule,
@@ -68,7 +162,7 @@ def build_video_tower(
 
     Args:
         config: encoder, size and options.
-        num_frames: frames of a clip (T).
+        num_frames: frames per clip (T).
         frame_size: side of a frame in pixels; any multiple of the size's patch.
         embed_dim: width of the output; None for the encoder's features themselves.
 
@@ -77,13 +171,7 @@ def build_video_tower(
         and has `width` and `features(frames_BCTHW)`, (B, width) in any case.
 
     Raises:
-        UserError: when frames do not fit the encoder, or options do not go together.
+        UserError: when the encoder is unknown, lacks an option that is set, or does not take such frames.
     """
     tower = tower_config(config, num_frames=num_frames, frame_size=frame_size, embed_dim=embed_dim)
-    if config.encoder == "vit":
-        return VideoTower(tower)
-    if config.encoder == "timesformer":
-        return TimeSformer(tower)
-    if config.encoder == "videomae":
-        return VideoMAETower(tower)
-    raise UserError(f"model.encoder = {config.encoder!r} is none of vit, timesformer, videomae")
+    return encoder_class(config.encoder)(tower)

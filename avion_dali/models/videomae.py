@@ -7,16 +7,15 @@ Axes: B clips, C channels, T frames, H W pixels, N tokens, D width.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 
-from avion_dali.contracts import UserError
 from avion_dali.models.attention import FusedAttention
 from avion_dali.models.blocks import (
     NamedPatchEmbedding,
-    ProjectedTower,
+    VideoEncoder,
     VideoTowerConfig,
     build_mlp,
     check_clip_shape,
@@ -25,9 +24,12 @@ from avion_dali.models.blocks import (
     init_linear_layers,
     run_blocks,
 )
+from avion_dali.models.layout import TowerLayout
 from avion_dali.models.positions import sincos_positions
 
 TUBE_FRAMES: Final = 2
+# A head this small starts with equal chances for all classes, and lets the encoder's weights settle first.
+HEAD_SCALE: Final = 0.001
 
 
 class FusedBlock(nn.Module):
@@ -63,52 +65,46 @@ def build_tube_embedding(config: VideoTowerConfig) -> NamedPatchEmbedding:
     return NamedPatchEmbedding(config.patch_size, config.width, patch_frames=TUBE_FRAMES, bias=True)
 
 
-def count_tubes(config: VideoTowerConfig) -> tuple[int, int]:
-    """Count the tubes of a clip.
-
-    Args:
-        config: sizes.
-
-    Returns:
-        Tubes one after another in time, and tubes side by side in a frame.
-
-    Raises:
-        UserError: when the frames do not divide into tubes.
-    """
-    if config.num_frames < TUBE_FRAMES or config.num_frames % TUBE_FRAMES:
-        raise UserError(
-            f"videomae: clips of {config.num_frames} frames do not divide into tubes of {TUBE_FRAMES}; "
-            "set data.num_frames to an even number"
-        )
-    return config.num_frames // TUBE_FRAMES, config.patches_per_frame
-
-
-class VideoMAETower(ProjectedTower):
+class VideoMAETower(VideoEncoder):
     """Clips to vectors: the mean of all tubes' tokens, then a norm; for fine-tuning.
 
     Positions are fixed sines and cosines. There is no class token.
     """
 
+    tube_frames: ClassVar[int] = TUBE_FRAMES
+    layout: ClassVar[TowerLayout] = TowerLayout(
+        blocks="blocks",
+        stem=("patch_embed",),
+        patches="patch_embed.proj.weight",
+        not_pretrained=("fc_norm",),
+    )
     positions_ND: Tensor
 
     def __init__(self, config: VideoTowerConfig) -> None:
-        """Create and initialise the tower the config describes.
+        """Create and initialize the tower the config describes.
 
         Args:
             config: sizes and options.
-
-        Raises:
-            UserError: when the frames do not divide into tubes.
         """
-        super().__init__()
-        self.config = config
-        slots, places = count_tubes(config)
+        super().__init__(config)
+        tubes = self.time_slots * config.patches_per_frame
         self.patch_embed = build_tube_embedding(config)
-        self.register_buffer("positions_ND", sincos_positions(slots * places, config.width), persistent=False)
+        self.register_buffer("positions_ND", sincos_positions(tubes, config.width), persistent=False)
         self.blocks = build_blocks(config)
         self.fc_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.add_projection()
         self.init_weights()
+
+    @staticmethod
+    @torch.no_grad()
+    def init_head(head: nn.Linear) -> None:
+        """Draw the fresh head of a classifier, as small as in VideoMAE's fine-tuning.
+
+        Args:
+            head: maps features to classes.
+        """
+        VideoEncoder.init_head(head)  # its draws come first, so that a seed keeps its weights
+        nn.init.trunc_normal_(head.weight, std=0.02).mul_(HEAD_SCALE)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -117,7 +113,7 @@ class VideoMAETower(ProjectedTower):
         self.init_projection()
 
     def features(self, frames_BCTHW: Tensor) -> Tensor:
-        """The mean of the tokens, normed: float (B, 3, T, H, W) -> (B, width)."""
+        """The mean of the tokens after a norm: float (B, 3, T, H, W) -> (B, width)."""
         check_clip_shape(frames_BCTHW, self.config.clip_shape)
         x_BND = self.patch_embed(frames_BCTHW) + self.positions_ND
         x_BND = run_blocks(self.blocks, x_BND, checkpoint_every=self.config.checkpoint_every)

@@ -7,13 +7,15 @@ Axes: B clips, C channels, T frames, H W pixels, N tokens, D width.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from avion_dali.models.attention import SelfAttention
 from avion_dali.models.blocks import (
     PatchEmbedding,
-    ProjectedTower,
+    VideoEncoder,
     VideoTowerConfig,
     build_mlp,
     check_clip_shape,
@@ -22,10 +24,11 @@ from avion_dali.models.blocks import (
     init_linear_layers,
     run_blocks,
 )
+from avion_dali.models.layout import TowerLayout
 
 
 def drop_patches(x_BND: Tensor, *, rate: float) -> Tensor:
-    """Keep a random subset of every clip's patch tokens, drawn for each clip on its own.
+    """Keep a random subset of every clip's patch tokens, drawn for each clip separately.
 
     Source: Li et al. 2022, "Scaling Language-Image Pre-training via Masking", arXiv 2212.00794.
 
@@ -78,17 +81,27 @@ class BlockStack(nn.Module):
         return run_blocks(self.resblocks, x_BND, checkpoint_every=self.checkpoint_every)
 
 
-class VideoTower(ProjectedTower):
+class VideoTower(VideoEncoder):
     """Clips to vectors: patches of all frames and a class token through one transformer.
 
     Token order is the class token, then frame by frame, row by row. Every patch gets the position of its
     place (shared by the frames) plus the position of its frame; the class token gets no frame position.
     """
 
+    can_drop_patches: ClassVar[bool] = True
+    layout: ClassVar[TowerLayout] = TowerLayout(
+        blocks="transformer.resblocks",
+        stem=("conv1", "ln_pre"),
+        tokens=("class_embedding",),
+        frame_positions=("temporal_embedding",),
+        place_positions=("positional_embedding",),
+        class_token=True,
+        patches="conv1.weight",
+    )
+
     def __init__(self, config: VideoTowerConfig) -> None:
-        """Create and initialise the tower the config describes."""
-        super().__init__()
-        self.config = config
+        """Create and initialize the tower the config describes."""
+        super().__init__(config)
         width = config.width
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + config.patches_per_frame, width))

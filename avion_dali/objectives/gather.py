@@ -20,7 +20,11 @@ def world_size() -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather whose backward sums the gradient over ranks."""
+    """All-gather whose backward pass sums the gradient over ranks.
+
+    `torch.distributed.nn.functional.all_gather` does the same, but PyTorch deprecates it in favor of a private
+    module, and it gathers into a list of tensors that must be copied once more.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_BD: Tensor) -> Tensor:

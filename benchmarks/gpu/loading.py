@@ -7,26 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from avion_dali.assembly.loaders import Loaders
-from avion_dali.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from avion_dali.assembly.open_clips import open_clips
 from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.cores import available_cores
-from avion_dali.engine.distributed import Distributed
 from avion_dali.loading.faults import LoaderStats
 from benchmarks.gpu.chunks import open_manifest
 from benchmarks.gpu.device import GpuSampler, sampling
 from benchmarks.gpu.parts import NotRunError, Record, Suite, attempt
-from benchmarks.loader.runs import CONTEXT_LENGTH, LoaderBench, measure
+from benchmarks.loader.measure import CONTEXT_LENGTH, LoaderBench, measure
 from benchmarks.report import Row
 from benchmarks.train import ablation
 from benchmarks.train.ablation import AblationBench
 
-Decoder = Literal["dali", "cpu-fused"]
-Loader = Any  # a `ClipLoader`; what measures loaders elsewhere says `CpuLoader`, but needs no more
+Loader = Any  # a `ClipLoader` of any strategy, or what stands in for one
 
 
 @dataclass(frozen=True)
@@ -34,9 +31,8 @@ class Source:
     """What is loaded, and by what."""
 
     style: str  # of the chunks
-    decoder: Decoder  # who decodes
+    decoder: str  # who decodes
     workers: int = 0  # decode processes; 0 for one a core
-    size: tuple[int, int] | None = None  # of the chunks; None for the usual one
 
     def row(self, measured: str) -> Row:
         """What a row says of it."""
@@ -51,24 +47,20 @@ def opened_loader(suite: Suite, source: Source, *, micro_batch: int) -> Iterator
     Raises:
         NotRunError: when its chunks could not be made, or it does not work here.
     """
-    manifest = open_manifest(suite, source.style, source.size)
-    config = TrainConfig(
-        output_dir=str(suite.folder / "run"),
-        decoder=source.decoder,
-        data=DataConfig(frame_size=suite.scale.frame_size, workers=source.workers),
-        model=ModelConfig(context_length=CONTEXT_LENGTH),
-        optim=OptimConfig(global_batch=micro_batch, micro_batch=micro_batch),
-    )
+    manifest = open_manifest(suite, source.style)
     try:
-        loaders = Loaders(config, Distributed(device=torch.device(suite.device)))
+        with open_clips(
+            manifest,
+            batch_size=micro_batch,
+            frame_size=suite.scale.frame_size,
+            decoder=source.decoder,
+            device=suite.device,
+            workers=source.workers,
+            context_length=CONTEXT_LENGTH,
+        ) as loader:
+            yield loader
     except UserError as error:
         raise NotRunError(str(error)) from error
-    try:
-        yield loaders.training(manifest)
-    except UserError as error:
-        raise NotRunError(str(error)) from error
-    finally:
-        loaders.close()
 
 
 def backends(suite: Suite, record: Record) -> None:
@@ -164,7 +156,7 @@ def train(suite: Suite, loader: Loader, micro_batch: int, sampler: GpuSampler) -
     bench = AblationBench(suite.device, scale.model, scale.frame_size, (micro_batch,), workers=0)
     loop = ablation.build_loop(loader, bench, batch=micro_batch, folder=suite.folder / "run")
     start = time.perf_counter()
-    _, timing = ablation.train(loop, loader, warm_steps=scale.warm_steps, steps=scale.steps)
+    _, timing = ablation.train(loop, warm_steps=scale.warm_steps, steps=scale.steps)
     measured_s = timing.step_s * scale.steps
     return {
         "precision": loop.precision,

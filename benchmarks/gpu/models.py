@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 
-from avion_dali.config import Encoder
 from benchmarks.gpu.parts import NotRunError, Record, Suite, attempt
 from benchmarks.report import Row
 from benchmarks.train.memory import METHODS, MIB, Method, Subject, count
@@ -65,8 +64,7 @@ def train_steps(suite: Suite, record: Record) -> None:
 def subjects(suite: Suite) -> list[Subject]:
     """Whose memory is measured: AVION's tower and the one it replaces, at both lengths."""
     size, side = suite.scale.model, suite.scale.frame_size
-    encoders: tuple[Encoder, ...] = ("vit", "timesformer")
-    return [Subject(encoder, size, frames, side) for frames in (4, 16) for encoder in encoders]
+    return [Subject(encoder, size, n, side) for n in (4, 16) for encoder in ("vit", "timesformer")]
 
 
 def model_memory(suite: Suite, record: Record) -> None:

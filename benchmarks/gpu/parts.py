@@ -6,7 +6,6 @@ Light: the suite's own process and decode workers import it.
 from __future__ import annotations
 
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from avion_dali.config import ModelSize
 from avion_dali.cores import available_cores
+from avion_dali.files import atomic_write_text
 
 if TYPE_CHECKING:
     from benchmarks.report import Row
@@ -189,6 +189,4 @@ class Recorder:
 
     def _write(self) -> None:
         self._result.seconds = round(time.monotonic() - self._start, 1)
-        unfinished = self._path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(vars(self._result), indent=1))
-        os.replace(unfinished, self._path)
+        atomic_write_text(self._path, json.dumps(vars(self._result), indent=1))

@@ -10,15 +10,12 @@ Workers import this module: everything heavy is imported late.
 
 from __future__ import annotations
 
-import argparse
-
 from benchmarks.report import Benchmark, Row, every_row, parser_of, working_folder
 
 REQUIREMENT = {
     "loader_vp9_clips_per_s_of_cpu_fused_at_least": 0.8,
     "loader_mjpeg_clips_per_s_of_cpu_fused_at_least": 0.4,
     "mini_clips_times_whole_chunks_at_least": 4.0,
-    "first_batch_s_below": 10.0,
 }
 BENCHMARK = Benchmark("dali", every_row, requirement=REQUIREMENT)
 
@@ -30,7 +27,6 @@ def main() -> None:
     add_video_options(parser)
     parser.add_argument("--rounds", type=int, default=3, help="repetitions, in turn; the best counts")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one loader measurement")
-    parser.add_argument("--first-batch", nargs=2, metavar=("DECODER", "MANIFEST"), help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     def measure() -> list[Row]:
@@ -41,12 +37,7 @@ def main() -> None:
             manifests = dali_runs.prepare(videos, folder)
             return [*dali_runs.run_all(manifests, rounds=options.rounds, seconds=options.seconds), *skipped]
 
-    if options.first_batch:
-        from benchmarks.loader.dali_runs import print_when_first_batch_is_there
-
-        print_when_first_batch_is_there(*options.first_batch)
-    else:
-        BENCHMARK.run(options, measure)
+    BENCHMARK.run(options, measure)
 
 
 if __name__ == "__main__":

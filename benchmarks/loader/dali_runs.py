@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
-import torch
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIInterpType
 
-from avion_dali.assembly.loaders import Loaders
-from avion_dali.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from avion_dali.contracts import ClipRequest
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.planner import Planner
 from avion_dali.decode.source import gather_packets
-from avion_dali.engine.distributed import Distributed
+from avion_dali.files import whole_or_absent
 from benchmarks.corpus import FOUR, chunk_sources, kind_manifest
-from benchmarks.loader.runs import CONTEXT_LENGTH, LoaderBench, measure
-from benchmarks.machine import ROOT
+from benchmarks.loader.measure import LoaderBench, load
 from benchmarks.report import Row
 from pipelines.graph import GraphInputs, GraphSettings, build_graph, graph_inputs
 from pipelines.mini_clip import MiniClip, build_mini_clip
@@ -50,7 +41,6 @@ _ALONE: dict[str, Any] = {
 }
 Manifests = dict[str, Manifest]  # by codec
 Clip = tuple[ClipRequest, MiniClip]
-Loader = Any  # a `ClipLoader`
 
 
 def prepare(videos: Sequence[Path], folder: Path) -> Manifests:
@@ -65,8 +55,11 @@ def prepare(videos: Sequence[Path], folder: Path) -> Manifests:
 
 
 def _write_mjpeg(source: Path, target: Path) -> None:
-    part = target.with_suffix(".part")
-    with av.open(str(source)) as reader, av.open(str(part), "w", format="mov") as writer:
+    with (
+        whole_or_absent(target) as partial,
+        av.open(str(source)) as reader,
+        av.open(str(partial), "w", format="mov") as writer,
+    ):
         like, stream = reader.streams.video[0], writer.add_stream("mjpeg", rate=30)
         stream.width, stream.height, stream.pix_fmt = like.width, like.height, "yuvj420p"
         stream.codec_context.qmin = stream.codec_context.qmax = 3
@@ -75,14 +68,12 @@ def _write_mjpeg(source: Path, target: Path) -> None:
             picture.pict_type = 0
             writer.mux(stream.encode(picture))
         writer.mux(stream.encode(None))
-    os.replace(part, target)
 
 
 def run_all(manifests: Manifests, *, rounds: int, seconds: float) -> list[Row]:
     """Every measurement."""
     rows: list[Row] = []
     for codec, manifest in manifests.items():
-        rows += first_batches(codec, manifest)
         rows += loaders(codec, manifest, rounds=rounds, seconds=seconds)
         clips = some_clips(manifest)
         rows += graphs(codec, clips, rounds=rounds)
@@ -90,56 +81,12 @@ def run_all(manifests: Manifests, *, rounds: int, seconds: float) -> list[Row]:
     return rows
 
 
-@contextmanager
-def opened_loader(manifest: Manifest, decoder: str) -> Iterator[Loader]:
-    """The loader that a training with this decoder has, with as many workers and threads as there are cores."""
-    torch.set_num_threads(1)
-    config = TrainConfig(
-        decoder=decoder,  # type: ignore[arg-type]
-        data=DataConfig(frame_size=FRAME_SIZE),
-        model=ModelConfig(context_length=CONTEXT_LENGTH),
-        optim=OptimConfig(global_batch=BATCH, micro_batch=BATCH),
-    )
-    with closing(Loaders(config, Distributed())) as opened:
-        yield opened.training(manifest)
-
-
-def print_when_first_batch_is_there(decoder: str, manifest: str) -> None:
-    """What a training does before its first step; runs in a process of its own."""
-    with opened_loader(Manifest(Path(manifest)), decoder) as loader:
-        next(loader.batches(0, 10))
-        print("there", flush=True)
-
-
-def first_batches(codec: str, manifest: Manifest) -> list[Row]:
-    """Seconds from the start of Python until the first batch of 16 clips, imports and processes included."""
-    rows: list[Row] = []
-    for decoder in DECODERS:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.loader.dali",
-            "--first-batch",
-            decoder,
-            str(manifest.folder),
-        ]
-        start = time.perf_counter()
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-            assert process.stdout is not None
-            said = process.stdout.readline()
-            elapsed_s = time.perf_counter() - start
-        if said != b"there\n":
-            raise RuntimeError(f"{' '.join(command)} failed")
-        rows.append({"measured": "first batch", "codec": codec, "decoder": decoder, "s": round(elapsed_s, 2)})
-    return rows
-
-
 def loaders(codec: str, manifest: Manifest, *, rounds: int, seconds: float) -> list[Row]:
     """Both loaders in turn, and how they compare."""
     best: dict[str, Row] = {}
+    bench = LoaderBench(seconds=seconds, warm_s=seconds / 2, micro_batch=BATCH, frame_size=FRAME_SIZE)
     for decoder in DECODERS * rounds:
-        with opened_loader(manifest, decoder) as loader:
-            row = measure(loader, LoaderBench(seconds=seconds, warm_s=seconds / 2))
+        row = load(manifest, FOUR, decoder, workers=0, bench=bench)
         row["cpu_ms_per_clip"] = round(row["worker_cpu_ms_per_clip"] + row["trainer_cpu_ms_per_clip"], 3)
         before = best.get(decoder, row)
         best[decoder] = max(before, row, key=lambda r: r["clips_per_s"])
@@ -191,8 +138,7 @@ def graphs(codec: str, clips: Sequence[Clip], *, rounds: int) -> list[Row]:
     if codec == "vp9":
         times = best["whole graph on whole chunks"] / best["whole graph"]
         rows.append({"measured": "mini clips over whole chunks", "codec": codec, "times": round(times, 2)})
-    sizes = [len(mini.data) / 1e3 for _, mini in clips]
-    return [*rows, {"measured": "mini clips", "codec": codec, "mean_kb": round(float(np.mean(sizes)), 1)}]
+    return rows
 
 
 def batches_of(clips: Sequence[Clip]) -> list[GraphInputs]:

@@ -1,20 +1,14 @@
-"""Tables and the picture of `benchmarks.loader`."""
+"""Tables of `benchmarks.loader`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-from benchmarks.report import Row, markdown, names, select
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from benchmarks.report import Row, markdown, select
 
 KEYS = ("measured", "profile", "clip", "decoder", "workers")
 HIGHER_IS_BETTER = "clips_per_s"
 CEILING = "trainer_ceiling_clips_per_s"
-COLORS = {"cpu-fused": "#1f77b4", "paper-fused": "#d62728"}
 
 
 def best_of_rounds(rows: Iterable[Row]) -> list[Row]:
@@ -88,74 +82,3 @@ def _simulated_table(rows: list[Row]) -> str:
             ]
         )
     return markdown(heads, lines)
-
-
-def draw(rows: list[Row]) -> Figure:
-    """Draw processor time per clip, and rates by workers."""
-    from matplotlib.figure import Figure
-
-    clips, simulated = (names(select(rows, what), "clip") for what in ("loading", "simulated"))
-    columns = max(len(clips), len(simulated))
-    figure = Figure(figsize=(4 * columns, 7), layout="constrained")
-    axes = figure.subplots(2, columns, squeeze=False)
-    for axis, clip in zip(axes[0], clips, strict=False):
-        _draw_costs(axis, select(rows, "loading", workers=1, clip=clip))
-        axis.set(title=clip)
-    for axis, clip in zip(axes[1], simulated, strict=False):
-        _draw_rates(axis, rows, clip)
-    for axis in (*axes[0][len(clips) :], *axes[1][len(simulated) :]):
-        axis.set_visible(False)
-    return figure
-
-
-def _draw_costs(axis: Axes, rows: list[Row]) -> None:
-    profiles = names(rows, "profile")
-    for place, (decoder, color) in enumerate(COLORS.items()):
-        own = [row for row in rows if row["decoder"] == decoder]
-        at = [profiles.index(row["profile"]) + 0.4 * (place - 0.5) for row in own]
-        costs = [row["worker_cpu_ms_per_clip"] for row in own]
-        trainer = [row["trainer_cpu_ms_per_clip"] for row in own]
-        axis.bar(at, costs, 0.38, color=color, label=decoder)
-        label = None if place else "trainer's process"
-        tops = axis.bar(at, trainer, 0.38, bottom=costs, color="black", label=label)
-        axis.bar_label(tops, [f"{a + b:.1f}" for a, b in zip(costs, trainer, strict=True)], fontsize=7)
-    axis.set_xticks(range(len(profiles)), profiles)
-    axis.set_ylabel("processor ms per clip")
-    axis.legend(fontsize=7)
-
-
-def _draw_rates(axis: Axes, rows: list[Row], clip: str) -> None:
-    """Rates against workers; dashed where workers slept instead of decoding, dotted what they asked for."""
-    from matplotlib.ticker import NullFormatter
-
-    profiles = names(select(rows, "loading"), "profile")
-    for number, profile in enumerate(profiles):
-        for decoder, mark in (("cpu-fused", "o-"), ("paper-fused", "x:")):
-            own = select(rows, "loading", profile=profile, clip=clip, decoder=decoder)
-            label = profile if decoder == "cpu-fused" else None
-            axis.plot(*_points(own), mark, color=f"C{number}", label=label, markersize=4)
-        axis.plot(
-            *_points(select(rows, "simulated", profile=profile, clip=clip)),
-            "s--",
-            color=f"C{number}",
-            markersize=4,
-        )
-    ceilings = [row[f"{CEILING}_in_place"] for row in select(rows, "transport", clip=clip)]
-    for ceiling in ceilings:
-        axis.axhline(ceiling, color="black", linewidth=0.8)
-        axis.text(1, ceiling, "one trainer process at most", fontsize=7, va="bottom")
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="workers (dashed: simulated; x: paper-fused)",
-        ylabel="clips/s",
-        title=clip,
-    )
-    for scale in (axis.xaxis, axis.yaxis):
-        scale.set_major_formatter("{x:,.0f}")
-        scale.set_minor_formatter(NullFormatter())
-    axis.legend(fontsize=7)
-
-
-def _points(rows: list[Row]) -> tuple[list[int], list[float]]:
-    return [row["workers"] for row in rows], [row["clips_per_s"] for row in rows]

@@ -9,176 +9,46 @@ simulated by workers that sleep for as long as they would decode: what the train
 
 from __future__ import annotations
 
-import multiprocessing
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from collections import deque
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from avion_dali.contracts import ClipBatch
 from avion_dali.cores import available_cores
 from avion_dali.data.manifest import Manifest
-from avion_dali.data.order import BatchSchedule
-from avion_dali.data.planner import Planner
 from avion_dali.data.profiles import PROFILES, ProfileName
-from avion_dali.decode import cpu_fused, paper_fused
-from avion_dali.loading.cpu_loader import CpuLoader
-from avion_dali.loading.filling import LoaderSettings
-from avion_dali.loading.pool import DecodePool
-from avion_dali.loading.ring import SharedRing
-from avion_dali.loading.worker import DecodeClip
+from avion_dali.loading.clip_loader import ClipLoader
+from avion_dali.loading.frames_strategy import FramesStrategy
+from avion_dali.loading.pool import WorkerPool
 from benchmarks.corpus import CLIP_KINDS, FOUR, STRIDED, ClipKind, chunk_sources, kind_manifest, mbit_per_s
 from benchmarks.loader import report
+from benchmarks.loader.measure import (
+    ENDLESS,
+    InPlace,
+    LoaderBench,
+    load,
+    measure_batches,
+    open_loader,
+    worker_pids,
+)
 from benchmarks.loader.report import best_of_rounds, speed_ups
 from benchmarks.loader.stand_ins import deliver_at_once, sleep_instead, sleep_key
-from benchmarks.machine import machine_cpu_s, process_cpu_s, process_memory_mb
+from benchmarks.machine import process_cpu_s, process_memory_mb
 from benchmarks.media import add_video_options, chosen_videos
 from benchmarks.report import Benchmark, Row, parser_of, working_folder
 
-DECODERS: dict[str, DecodeClip] = {"cpu-fused": cpu_fused.decode_clip, "paper-fused": paper_fused.decode_clip}
+DECODERS = ("cpu-fused", "paper-fused")
 SIMULATED_KINDS = (FOUR, STRIDED)
 WANTED_PROFILES: tuple[ProfileName, ...] = ("compat", "balanced", "fast", "intra")
 START_UP_CLIPS = 50
-ENDLESS = 1_000_000  # steps
-CONTEXT_LENGTH = 16
 REQUIREMENT = {
     "speed_up_1_to_2_workers_at_least": 1.95,
     "first_clip_s_below": 1.0,
     "worker_memory_mb_below": 150.0,
 }
-
-
-@dataclass(frozen=True)
-class LoaderBench:
-    """How much is measured."""
-
-    profiles: tuple[ProfileName, ...] = ()  # chunk profiles to load from
-    workers: tuple[int, ...] = (1,)  # worker counts that this machine has cores for
-    simulated_workers: tuple[int, ...] = (16, 64)  # worker counts that are simulated
-    rounds: int = 2  # repetitions, one after the other; the best counts
-    seconds: float = 1.5  # length of each measurement
-    warm_s: float = 1.0  # loading before it
-    micro_batch: int = 16  # clips of a batch
-    frame_size: int = 224  # side of a frame in pixels
-    device: str = "cpu"  # where batches are delivered
-
-
 Manifests = dict[tuple[str, str], Manifest]  # by profile and name of the clip kind
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Clocks and counters at one moment, in seconds and bytes since some past."""
-
-    wall_s: float
-    trainer_s: float
-    workers_s: float
-    machine_s: float
-    bytes_read: int
-    decode_s: float
-    clips: int
-
-    @classmethod
-    def now(cls, loader: CpuLoader) -> Reading:
-        """Read all of them; workers are this process's children."""
-        pids = worker_pids()
-        return cls(
-            wall_s=time.perf_counter(),
-            trainer_s=time.process_time(),
-            workers_s=sum(map(process_cpu_s, pids)),
-            machine_s=machine_cpu_s(),
-            bytes_read=sum(map(process_read_bytes, pids)),
-            decode_s=loader.stats.decode_s,
-            clips=loader.stats.delivered,
-        )
-
-    def since(self, before: Reading) -> Row:
-        """Rates between an earlier reading and this one."""
-        clips, elapsed_s = self.clips - before.clips, self.wall_s - before.wall_s
-        trainer_s, workers_s = self.trainer_s - before.trainer_s, self.workers_s - before.workers_s
-        others_s = self.machine_s - before.machine_s - trainer_s - workers_s
-        return {
-            "clips": clips,
-            "clips_per_s": round(clips / elapsed_s, 1),
-            "cores_busy": round((trainer_s + workers_s) / elapsed_s, 2),
-            "worker_cpu_ms_per_clip": round(1000 * workers_s / clips, 3),
-            "worker_ms_per_clip": round(1000 * (self.decode_s - before.decode_s) / clips, 3),
-            "trainer_cpu_ms_per_clip": round(1000 * trainer_s / clips, 3),
-            "kb_read_per_clip": round((self.bytes_read - before.bytes_read) / clips / 1e3, 1),
-            "cores_taken_by_other_programs": round(max(others_s, 0) / elapsed_s, 2),
-        }
-
-
-def worker_pids() -> list[int]:
-    """Process ids of all workers."""
-    return [worker.pid for worker in multiprocessing.active_children() if worker.pid]
-
-
-def process_read_bytes(pid: int) -> int:
-    """Bytes a process has read from files, cached or not; 0 where the system does not tell."""
-    try:
-        fields = Path(f"/proc/{pid}/io").read_text().split()
-    except OSError:
-        return 0
-    return int(fields[fields.index("rchar:") + 1])
-
-
-@contextmanager
-def opened_loader(
-    manifest: Manifest, kind: ClipKind, pool: DecodePool, bench: LoaderBench
-) -> Iterator[CpuLoader]:
-    """Open the product's own loader over a manifest."""
-    torch.set_num_threads(1)  # the other cores belong to the workers
-    batch = bench.micro_batch
-    schedule = BatchSchedule(manifest.num_samples, global_batch=batch, micro_batch=batch)
-    planner = Planner(manifest, kind.rules(bench.frame_size), seed=0)
-    settings = LoaderSettings(torch.device(bench.device), context_length=CONTEXT_LENGTH)
-    with closing(CpuLoader(planner, schedule, pool, settings)) as loader:
-        yield loader
-
-
-def measure(loader: CpuLoader, bench: LoaderBench) -> Row:
-    """Load for a while, then measure for a while. Both ends lie in full swing: nothing starts or drains."""
-    batches = loader.batches(0, ENDLESS)
-    consume(batches, bench.warm_s)
-    before = Reading.now(loader)
-    consume(batches, bench.seconds)
-    return Reading.now(loader).since(before)
-
-
-def consume(batches: Iterator[ClipBatch], seconds: float) -> None:
-    """Take batches for at least this long, two or more."""
-    end = time.perf_counter() + seconds
-    for number, _ in enumerate(batches):
-        if number and time.perf_counter() > end:
-            return
-
-
-def deliver_in_place(loader: CpuLoader) -> None:
-    """Deliver batches as they lie in the ring, as with a GPU, which fetches them without the processor."""
-    copier = loader._copier
-    copier.copy = lambda slot, rows: copier._slots[slot][:rows].flatten(0, 1)  # type: ignore[method-assign]
-
-
-def load(
-    manifest: Manifest,
-    kind: ClipKind,
-    decode_clip: DecodeClip,
-    *,
-    workers: int,
-    bench: LoaderBench,
-    in_place: bool = False,
-) -> Row:
-    """Measure one loader with a pool of its own."""
-    pool = DecodePool(decode_clip, workers=workers, clip_timeout_s=60)
-    with closing(pool), opened_loader(manifest, kind, pool, bench) as loader:
-        if in_place:
-            deliver_in_place(loader)
-        return measure(loader, bench)
 
 
 def loading(manifests: Manifests, bench: LoaderBench) -> list[Row]:
@@ -189,7 +59,7 @@ def loading(manifests: Manifests, bench: LoaderBench) -> list[Row]:
             for decoder, workers in [(d, w) for d in DECODERS for w in bench.workers]:
                 manifest = manifests[profile, kind.name]
                 what = {"measured": "loading", "profile": profile, "clip": kind.name, "decoder": decoder}
-                rates = load(manifest, kind, DECODERS[decoder], workers=workers, bench=bench)
+                rates = load(manifest, kind, decoder, workers=workers, bench=bench)
                 rows.append({**what, "workers": workers, **rates})
     return best_of_rounds(rows)
 
@@ -203,31 +73,26 @@ def simulation(manifests: Manifests, measured: list[Row], bench: LoaderBench) ->
         if row["workers"] == min(bench.workers) and row["decoder"] == "cpu-fused" and row["clip"] in kinds
     }
     seconds = {sleep_key(profile, kinds[name].num_frames): s for (profile, name), s in single.items()}
+    strategy = InPlace(partial(sleep_instead, seconds=seconds))
     rows: list[Row] = []
     for workers in bench.simulated_workers:
-        pool = DecodePool(partial(sleep_instead, seconds=seconds), workers=workers, clip_timeout_s=60)
-        batch = max(workers, bench.micro_batch)
-        with closing(pool):
+        many = replace(bench, micro_batch=max(workers, bench.micro_batch))
+        with WorkerPool(workers=workers, timeout_s=60) as pool:
             for (profile, name), sleep_s in single.items():
                 what = {"measured": "simulated", "profile": profile, "clip": name, "workers": workers}
                 wanted = {"sleep_ms": 1000 * sleep_s, "clips_per_s_wanted": round(workers / sleep_s, 1)}
-                rates = simulate(manifests[profile, name], kinds[name], pool, replace(bench, micro_batch=batch))
-                rows.append({**what, **wanted, **rates})
+                loader = open_loader(manifests[profile, name], kinds[name], many, decoder=strategy, pool=pool)
+                rows.append({**what, **wanted, **measure_settled(loader, many)})
     return rows
 
 
-def simulate(manifest: Manifest, kind: ClipKind, pool: DecodePool, bench: LoaderBench) -> Row:
-    """Measure a loader whose many workers have all started; its batches are left in place."""
-    with opened_loader(manifest, kind, pool, bench) as loader:
-        deliver_in_place(loader)
+def measure_settled(loader: ClipLoader[Any], bench: LoaderBench) -> Row:
+    """Measure a loader whose many workers have all started, then close it."""
+    with loader:
         batches = loader.batches(0, ENDLESS)
         next(batches)
         settle()
-        consume(batches, bench.warm_s)
-        before = Reading.now(loader)
-        consume(batches, bench.seconds)
-        rates = Reading.now(loader).since(before)
-    return {name: value for name, value in rates.items() if name != "kb_read_per_clip"}
+        return measure_batches(batches, loader.stats, bench)
 
 
 def settle() -> None:
@@ -241,7 +106,8 @@ def settle() -> None:
 def transport(manifest: Manifest, kind: ClipKind, bench: LoaderBench) -> Row:
     """What a clip costs the training process: the loader with a decoder that does nothing."""
     copied, in_place = (
-        load(manifest, kind, deliver_at_once, workers=1, bench=bench, in_place=where) for where in (False, True)
+        load(manifest, kind, strategy(deliver_at_once), workers=1, bench=bench)
+        for strategy in (FramesStrategy, InPlace)
     )
     return {
         "measured": "transport",
@@ -255,17 +121,14 @@ def transport(manifest: Manifest, kind: ClipKind, bench: LoaderBench) -> Row:
 
 
 def start_up(manifest: Manifest, bench: LoaderBench) -> Row:
-    """Seconds until a new pool of one worker has delivered a clip, and its memory after more of them."""
-    planner = Planner(manifest, FOUR.rules(bench.frame_size), seed=0)
-    requests = [planner.plan(row % manifest.num_samples, epoch=0) for row in range(START_UP_CLIPS)]
-    with closing(SharedRing(1, (1, *planner.rules.clip_shape))) as ring:
-        start = time.perf_counter()
-        with closing(DecodePool(cpu_fused.decode_clip, workers=1, clip_timeout_s=60)) as pool:
-            pool.wait(pool.submit(requests[0], ring, 0))
-            first_clip_s = time.perf_counter() - start
-            for request in requests:
-                pool.wait(pool.submit(request, ring, 0))
-            memory = process_memory_mb(worker_pids()[0])
+    """Seconds until a new loader with one worker has delivered a clip, and its memory after more of them."""
+    start = time.perf_counter()
+    with open_loader(manifest, FOUR, replace(bench, micro_batch=1), workers=1) as loader:
+        batches = loader.batches(0, START_UP_CLIPS)
+        next(batches)
+        first_clip_s = time.perf_counter() - start
+        deque(batches, maxlen=0)
+        memory = process_memory_mb(worker_pids()[0])
     return {
         "measured": "start-up of one worker",
         "first_clip_s": first_clip_s,
@@ -305,7 +168,7 @@ def worker_counts(cores: int) -> tuple[int, ...]:
     return (*(2**k for k in range(cores.bit_length()) if 2**k < cores), cores)
 
 
-BENCHMARK = Benchmark("loader", report.tables, report.draw, REQUIREMENT)
+BENCHMARK = Benchmark("loader", report.tables, requirement=REQUIREMENT)
 
 
 def main() -> None:

@@ -26,10 +26,10 @@ DEMO = Benchmark(
 FINETUNE = Benchmark("demo_finetune", every_row, requirement={"total_s": 480.0})
 
 
-def run(module: str, *arguments: str) -> Row:
-    """Run a command and read the seconds of its stages from what it prints."""
+def run(*arguments: str) -> Row:
+    """Run a subcommand of `avion-dali` and read the seconds of its stages from what it prints."""
     start = time.monotonic()
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, "-m", "avion_dali", *arguments]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     total_s = time.monotonic() - start
     stages = re.findall(r"^--- (.+): (\d+) s$", done.stdout, re.MULTILINE)
@@ -38,7 +38,7 @@ def run(module: str, *arguments: str) -> Row:
 
 def demo_rows(folder: Path) -> list[Row]:
     """Train the demo."""
-    times = run("train.demo", "--output-dir", str(folder))
+    times = run("demo", "--output-dir", str(folder))
     numbers = json.loads((folder / "numbers.json").read_text())
     steps = [row for row in read_rows(folder / LOG_NAME) if row["kind"] == "train"]
     rates = {
@@ -50,7 +50,7 @@ def demo_rows(folder: Path) -> list[Row]:
 
 def finetune_rows(demo: Path, output: Path) -> list[Row]:
     """Fine-tune from the demo, which is made where it is missing."""
-    times = run("train.demo_finetune", "--demo-dir", str(demo), "--output-dir", str(output))
+    times = run("demo-finetune", "--demo-dir", str(demo), "--output-dir", str(output))
     numbers = FinetuneNumbers(**json.loads((output / "numbers.json").read_text()))
     rows: list[Row] = [
         {

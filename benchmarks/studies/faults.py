@@ -22,8 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from avion_dali.contracts import ClipRequest, DecodeError
-from avion_dali.decode import cpu_fused
-from avion_dali.loading.pool import DecodePool, Ticket
+from avion_dali.loading.pool import Ticket, WorkerPool
 from avion_dali.loading.ring import SharedRing
 from benchmarks.machine import process_memory_mb
 from benchmarks.media import SCENES, write_video
@@ -150,13 +149,13 @@ def mixed_requests(sources: list[mutations.Source]) -> list[ClipRequest]:
     return requests
 
 
-def read_clips(pool: DecodePool, ring: SharedRing, requests: Iterable[ClipRequest]) -> int:
+def read_clips(pool: WorkerPool, ring: SharedRing, requests: Iterable[ClipRequest]) -> int:
     """Read clips with the ring's places kept busy; returns how many could not be read, as is meant."""
-    failed, pending = 0, deque[Ticket]()
+    failed, pending = 0, deque[Ticket[float]]()
     waiting = iter(requests)
     while True:
         for place, request in enumerate(islice(waiting, PLACES)):
-            pending.append(pool.submit(request, ring, ring.offset(0, place)))
+            pending.append(mutations.schedule(pool, ring, request, place))
         if not pending:
             return failed
         while pending:
@@ -171,9 +170,8 @@ def memory_row(sources: list[mutations.Source], clips: int) -> Row:
     requests = mixed_requests(sources)
     shape = (PLACES, 1, mutations.FRAMES_PER_CLIP, mutations.FRAME_SIZE, mutations.FRAME_SIZE, 3)
     rng = np.random.default_rng(1)
-    pool = DecodePool(cpu_fused.decode_clip, workers=1, clip_timeout_s=CLIP_TIMEOUT_S)
     private_mb, failed = [], 0
-    with closing(pool), closing(SharedRing(1, shape)) as ring:
+    with WorkerPool(workers=1, timeout_s=CLIP_TIMEOUT_S) as pool, closing(SharedRing(1, shape)) as ring:
         counts = [WARM_CLIPS, *([(clips - WARM_CLIPS) // MEMORY_STEPS] * MEMORY_STEPS)]
         for count in tqdm(counts, desc="memory", unit="step"):
             order = rng.integers(0, len(requests), count).tolist()

@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest, CropWindow, PacketIndexRef
-from avion_dali.data.probe import probe_chunk
 from avion_dali.decode import cpu_fused
-from avion_dali.loading.pool import DecodePool, PoolBrokenError, failure_of
+from avion_dali.loading.faults import failure_of
+from avion_dali.loading.pool import PoolBrokenError, Ticket, WorkerPool
 from avion_dali.loading.ring import SharedRing
+from avion_dali.loading.worker import decode_into
+from benchmarks.corpus import indexed_chunk
 
 FRAMES_PER_CLIP, FRAME_SIZE = 4, 32
 # ISO/IEC 14496-12: boxes that hold boxes, and the bytes before the first of them.
@@ -167,13 +169,7 @@ class Source:
 
 def open_source(name: str, path: Path) -> Source:
     """Probe and index a video; its index lies beside it."""
-    facts = probe_chunk(path, index=True)
-    index = path.with_suffix(".packets")
-    index.write_bytes(facts.packet_index)
-    place = PacketIndexRef(str(index), 0, len(facts.packet_index))
-    return Source(
-        name, ChunkRef(str(path), facts.size_bytes, facts.num_frames, facts.width, facts.height, place)
-    )
+    return Source(name, indexed_chunk(path))
 
 
 def decoded(request: ClipRequest) -> np.ndarray:
@@ -230,31 +226,39 @@ def outcomes(
 
     Args:
         workers: decode processes.
-        clip_timeout_s: see `DecodePool`.
+        clip_timeout_s: see `WorkerPool`.
         places: clips under way at a time.
     """
     waiting = iter(given)
     shape = (1, FRAMES_PER_CLIP, FRAME_SIZE, FRAME_SIZE, 3)
-    pool = DecodePool(cpu_fused.decode_clip, workers=workers, clip_timeout_s=clip_timeout_s)
-    with closing(pool), closing(SharedRing(1, (places, *shape))) as ring:
+    with (
+        WorkerPool(workers=workers, timeout_s=clip_timeout_s) as pool,
+        closing(SharedRing(1, (places, *shape))) as ring,
+    ):
         while batch := list(islice(waiting, places)):
             ring.frames(0)[:] = 0
-            tickets = [pool.submit(t.request, ring, ring.offset(0, i)) for i, t in enumerate(batch)]
+            tickets = [schedule(pool, ring, trial.request, i) for i, trial in enumerate(batch)]
             for i, trial in enumerate(batch):
                 yield (trial, *_outcome(pool, ring, tickets[i], trial, i))
 
 
-def _outcome(pool: DecodePool, ring: SharedRing, ticket, trial: Trial, place: int) -> tuple[str, str]:
+def schedule(pool: WorkerPool, ring: SharedRing, request: ClipRequest, place: int) -> Ticket[float]:
+    """Have a clip decoded into a row of the ring's first slot."""
+    return pool.schedule(decode_into, cpu_fused.decode_clip, request, ring.place(0, place))
+
+
+def _outcome(
+    pool: WorkerPool, ring: SharedRing, ticket: Ticket[float], trial: Trial, place: int
+) -> tuple[str, str]:
     while True:
         try:
             pool.wait(ticket)
         except PoolBrokenError:
-            ticket = pool.submit(trial.request, ring, ring.offset(0, place))
+            ticket = schedule(pool, ring, trial.request, place)
             continue
         except Exception as error:  # the process boundary; `failure_of` raises what is not a clip's failure
-            kind, cause, path, frame_ids = failure_of(error, trial.request)
-            part = trial.request.parts[0]
-            assert (path, frame_ids) == (part.chunk.path, part.frame_ids)
-            return kind, cause
+            failure, part = failure_of(error, trial.request), trial.request.parts[0]
+            assert (failure.path, failure.frame_ids) == (part.chunk.path, part.frame_ids)
+            return failure.kind, failure.cause
         same = np.array_equal(ring.frames(0)[place], trial.expected)
         return ("right", "") if same else ("wrong", "")

@@ -12,8 +12,8 @@ Workers import this module: what needs torch is imported late.
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,10 @@ import numpy as np
 
 from avion_dali.contracts import ClipRequest
 from avion_dali.cores import available_cores
-from avion_dali.decode import cpu_fused, paper_fused
 from avion_dali.decode.clip import fill_clip
 from avion_dali.decode.reading import read_spanned
 from avion_dali.decode.rendering import ReferenceView
+from avion_dali.loading.worker import DecodeClip
 from benchmarks.report import Benchmark, Row, markdown, names, parser_of, select, working_folder
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from avion_dali.data.manifest import Manifest
     from avion_dali.data.profiles import ProfileName
     from avion_dali.engine.loop import TrainLoop
+    from avion_dali.engine.protocols import ClipLoader
     from avion_dali.engine.timing import WindowTiming
-    from avion_dali.loading.cpu_loader import CpuLoader
 
 LONG_REPEATS = 20  # of a chunk of 15 seconds: five minutes
 WARM_STEPS = 2
@@ -47,10 +47,11 @@ def crop_afterwards(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
     fill_clip(request, frames_VTHWC, read_frames=read_spanned, make_view=ReferenceView)
 
 
-DECODERS = {
+# A decoder's name, or a function that stands in for one.
+DECODERS: dict[str, str | DecodeClip] = {
     "after decoding": crop_afterwards,
-    "merged": paper_fused.decode_clip,
-    "merged, packet plan": cpu_fused.decode_clip,
+    "merged": "paper-fused",
+    "merged, packet plan": "cpu-fused",
 }
 
 
@@ -124,27 +125,23 @@ def run_case(case: Case, manifest: Manifest, bench: AblationBench, *, batch: int
     """Train a few steps and say where their time went."""
     import torch
 
-    from avion_dali.loading.pool import DecodePool
+    from avion_dali.loading.frames_strategy import FramesStrategy
     from benchmarks.corpus import FOUR
-    from benchmarks.loader.runs import LoaderBench, opened_loader
+    from benchmarks.loader.measure import LoaderBench, open_loader
 
     loading = LoaderBench(micro_batch=batch, frame_size=bench.frame_size, device=bench.device)
     what: Row = {"measured": "training", "batch": batch, **vars(case)}
-    pool = DecodePool(DECODERS[case.crop], workers=bench.workers, clip_timeout_s=120)
-    with closing(pool), opened_loader(manifest, FOUR, pool, loading) as loader:
+    how = DECODERS[case.crop]
+    decoder = how if isinstance(how, str) else FramesStrategy(how)
+    with open_loader(manifest, FOUR, loading, decoder=decoder, workers=bench.workers) as loader:
         try:
             loop = build_loop(loader, bench, batch=batch, folder=folder, attention=case.attention)
-            rates, timing = train(loop, loader, warm_steps=WARM_STEPS, steps=bench.steps)
+            rates, timing = train(loop, warm_steps=WARM_STEPS, steps=bench.steps)
             numbers = step_row(rates, timing, on_gpu=bench.device == "cuda")
         except torch.OutOfMemoryError:
             numbers = {"out_of_memory": True}
-    model = {
-        "model": bench.size,
-        "device": bench.device,
-        "frame_size": bench.frame_size,
-        "workers": bench.workers,
-    }
-    return {**what, **numbers, **model}
+    model = {name: getattr(bench, name) for name in ("size", "device", "frame_size", "workers")}
+    return {**what, **numbers, "model": model.pop("size"), **model}
 
 
 def run_round(manifests: dict[tuple[str, str], Manifest], bench: AblationBench, folder: Path) -> list[Row]:
@@ -166,56 +163,61 @@ def best_of_rounds(rounds: list[list[Row]]) -> list[Row]:
 
 
 def build_loop(
-    loader: CpuLoader, bench: AblationBench, *, batch: int, folder: Path, attention: AttentionBackend = "auto"
+    loader: ClipLoader, bench: AblationBench, *, batch: int, folder: Path, attention: AttentionBackend = "auto"
 ) -> TrainLoop:
-    """The training loop of `train.pretrain`, without its files."""
+    """The training loop of `avion-dali pretrain`, without its files."""
     import torch
 
-    from avion_dali.assembly.tasks import build_model
+    from avion_dali.assembly.model import build_model
+    from avion_dali.assembly.resolve import resolve
     from avion_dali.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
     from avion_dali.engine.distributed import Distributed
-    from avion_dali.engine.loop import LoopSettings, TrainLoop
+    from avion_dali.engine.loop import TrainLoop
+    from avion_dali.engine.loop_settings import LoopSettings
     from avion_dali.engine.optim import build_optimizer, parameter_groups
     from avion_dali.objectives.contrastive import Contrastive
-    from benchmarks.loader.runs import CONTEXT_LENGTH
+    from benchmarks.loader.measure import CONTEXT_LENGTH
 
     config = TrainConfig(
         output_dir=str(folder),
+        decoder="cpu-fused",  # of no effect: the loader is open
         data=DataConfig(num_frames=4, frame_size=bench.frame_size),
         model=ModelConfig(size=bench.size, context_length=CONTEXT_LENGTH, attention=attention),
         optim=OptimConfig(global_batch=batch, micro_batch=batch),
     )
-    distributed = Distributed(device=torch.device(bench.device))
-    model = build_model(config, distributed.device)
+    run = resolve(config, Distributed(device=torch.device(bench.device)))
+    model = build_model(run, num_classes=0)
     return TrainLoop(
         model,
         build_optimizer(parameter_groups(model, config.optim.weight_decay), config.optim),
         objective=Contrastive(config.data.normalization),
         loader=loader,
-        settings=LoopSettings.from_config(config),
-        distributed=distributed,
-        after_step=model.clamp_logit_scale,
+        settings=LoopSettings.from_config(run.config),
+        distributed=run.distributed,
+        after_step=lambda: run.task.after_step(model),
     )
 
 
-def train(loop: TrainLoop, loader: CpuLoader, *, warm_steps: int, steps: int) -> tuple[Row, WindowTiming]:
+def train(loop: TrainLoop, *, warm_steps: int, steps: int) -> tuple[Row, WindowTiming]:
     """Train until loading is in full swing, then measure some steps.
 
     Returns:
         What the machine did meanwhile, and the loop's own timing.
     """
-    from benchmarks.loader.runs import Reading
+    from avion_dali.loading.faults import LoaderStats
+    from benchmarks.loader.measure import Reading
 
-    loop.model.train()
-    loop._batches = loader.batches(0, loop.last_step)
-    for _ in range(warm_steps):
-        loop.optimizer_step()
+    stats = loop.loader.stats
+    assert isinstance(stats, LoaderStats)
+    numbers = loop.steps(0, loop.last_step)
+    for _ in islice(numbers, warm_steps):
+        pass
     loop.timer.window()
-    before = Reading.now(loader)
-    for _ in range(steps):
-        loop.optimizer_step()
+    before = Reading.now(stats)
+    for _ in islice(numbers, steps):
+        pass
     timing = loop.timer.window()
-    return Reading.now(loader).since(before), timing
+    return Reading.now(stats).since(before), timing
 
 
 def step_row(rates: Row, timing: WindowTiming, *, on_gpu: bool) -> Row:

@@ -231,7 +231,7 @@ def main() -> None:
     def measure() -> list[Row]:
         with working_folder(options.folder) as folder:
             manifests = make_data(folder / "data", chunk_profile("cpu-fused"))
-            base = demo_config(folder / f"{options.epochs}epochs", *manifests, "cpu-fused")
+            base = demo_config(folder / f"{options.epochs}epochs", manifests, decoder="cpu-fused")
             chosen = list(settings(tuple(options.batches), options.seeds))
             return compare(train_all(base, chosen, epochs=options.epochs, jobs=options.jobs))
 

@@ -15,10 +15,10 @@ import statistics
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
+from avion_dali.assembly.decoder_choice import decoder_names
 from avion_dali.cli.demo import chunk_profile, demo_config, make_data, train_and_report
-from avion_dali.config import Decoder
 from benchmarks.report import Benchmark, Row, every_row, names, parser_of, select, working_folder
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from avion_dali.config import TrainConfig
 
 WINDOW = 29  # steps whose losses are averaged; one step's loss is mostly that of its clips
-DECODERS: tuple[Decoder, ...] = tuple(name for name in get_args(Decoder) if name != "auto")
+DECODERS = tuple(name for name in decoder_names() if name != "auto")
 REQUIREMENT = {"difference of the mean curves": "below the spread of the seeds, the mean over the training"}
 
 
@@ -58,14 +58,14 @@ def train_run(config: TrainConfig) -> Run:
     )
 
 
-def train_all(folder: Path, decoders: list[Decoder], *, seeds: int, epochs: int) -> list[Run]:
+def train_all(folder: Path, decoders: list[str], *, seeds: int, epochs: int) -> list[Run]:
     """Train each seed with one decoder after the other, so that a change of the machine's load meets both."""
     profile = chunk_profile("dali" if "dali" in decoders else decoders[0])
     manifests = make_data(folder / "data", profile)
     runs = []
     for seed in range(seeds):
         for decoder in decoders:
-            config = demo_config(folder / f"{decoder}_{profile}_{epochs}_{seed}", *manifests, decoder)
+            config = demo_config(folder / f"{decoder}_{profile}_{epochs}_{seed}", manifests, decoder=decoder)
             config = replace(
                 config, optim=replace(config.optim, epochs=epochs), run=replace(config.run, seed=seed)
             )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from avion_dali.config import AttentionBackend, Encoder, ModelConfig, ModelSize
+from avion_dali.config import AttentionBackend, ModelConfig, ModelSize
 from avion_dali.models.presets import PRESETS
 from avion_dali.models.towers import build_video_tower
 from benchmarks.report import Benchmark, Row, markdown, names, parser_of
@@ -58,7 +58,7 @@ METHODS = (
 class Subject:
     """What is measured."""
 
-    encoder: Encoder = "vit"  # which
+    encoder: str = "vit"  # which
     size: ModelSize = "vit_b16"  # of it
     frames: int = 4  # of a clip
     frame_size: int = 0  # side of a frame in pixels; 0 takes that of the size

@@ -1,0 +1,153 @@
+"""The clips of a manifest as a map-style dataset, for `torch.utils.data.DataLoader` and what builds on it.
+
+Axes: V views of a clip, T frames, H W pixels, C channels, L text tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from avion_dali.assembly.open_clips import ClipKeywords, default_context_length
+from avion_dali.config import ClipOptions
+from avion_dali.contracts import ClipError, ClipRequest, DecodeError, UserError
+from avion_dali.data.manifest import Manifest
+from avion_dali.data.planner import ClipRules, Planner
+from avion_dali.data.text import pad_tokens
+from avion_dali.decode.table import CPU_DECODERS
+from avion_dali.loading.faults import MAX_ATTEMPTS, FaultPolicy
+from avion_dali.loading.worker import failures_as_decode_errors
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_log = logging.getLogger(__name__)
+
+
+class ClipDataset(Dataset[dict[str, Any]]):
+    """One clip per row of a manifest, decoded on the CPU core that asks for it.
+
+    Item `i` of an epoch is the clip that `open_clips` with the same options delivers for row `i` in that
+    epoch, bit for bit. The dataset can be pickled, so it works with every start method of processes. Each
+    process keeps its own decoders and must call it from one thread.
+
+    An item is a dictionary:
+
+    - `frames`: uint8 tensor (T, H, W, 3), RGB; (V, T, H, W, 3) where clips have several views.
+    - `sample_id`: row of the manifest; that of a substitute where the row could not be read.
+    - `label`: class index, or -1.
+    - `tokens`: int64 tensor (L,) of token ids, zero padded; only with texts.
+    - `valid`: False for an evaluation clip that could not be read; its frames are zeros.
+
+    Args:
+        manifest: folder made by `avion-dali manifest`, or the opened manifest.
+        num_frames: frames of a clip (T).
+        frame_size: side of the square frames in pixels.
+        decoder: `cpu-fused`, `paper-fused` or `reference`.
+        seed: decides every random choice.
+        training: draw clips at random, and replace a clip that cannot be read by another, as `open_clips` does;
+            else fixed clips, `eval_clips` per row.
+        context_length: tokens per text (L), 0 for none; by default 77 where the manifest has texts.
+        max_bad_fraction: share of the rows that may be unreadable before a `UserError`; counted in each
+            process separately.
+        **options: the other fields of `avion_dali.config.ClipOptions`.
+
+    Raises:
+        UserError: when the manifest or an option cannot be used.
+    """
+
+    def __init__(
+        self,
+        manifest: str | Path | Manifest,
+        *,
+        num_frames: int = 4,
+        frame_size: int = 224,
+        decoder: str = "cpu-fused",
+        seed: int = 0,
+        training: bool = True,
+        context_length: int | None = None,
+        max_bad_fraction: float = 0.01,
+        **options: Unpack[ClipKeywords],
+    ) -> None:
+        opened = manifest if isinstance(manifest, Manifest) else Manifest(manifest)
+        if decoder not in CPU_DECODERS:
+            raise UserError(
+                f"`decoder` = {decoder!r} does not run in the processes of a DataLoader; choose one of "
+                f"{', '.join(CPU_DECODERS)}, or open_clips, which takes dali too"
+            )
+        chosen = ClipOptions(num_frames=num_frames, frame_size=frame_size, **options)
+        self.decoder, self.training = decoder, training
+        self._planner = Planner(opened, ClipRules.from_options(chosen, training=training), seed=seed)
+        self._context_length = default_context_length(opened) if context_length is None else context_length
+        # Shared memory: `set_epoch` reaches processes that a DataLoader keeps from epoch to epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._faults = FaultPolicy(
+            opened.num_samples, max_bad_fraction=max_bad_fraction, seed=seed, quarantine=None
+        )
+
+    def __len__(self) -> int:
+        """Clips: the rows of the manifest, times `eval_clips` for an evaluation."""
+        return self._planner.num_clips
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the clips of another epoch from now on, in all processes.
+
+        Args:
+            epoch: epoch number, >= 0.
+        """
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Decode one clip; see the class for what an item is.
+
+        Args:
+            index: in [0, len).
+
+        Raises:
+            IndexError: when there is no such clip.
+            UserError: when too many clips cannot be read.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"clip {index} of {len(self)}")
+        epoch = int(self._epoch)
+        request = self._planner.plan(index, epoch)
+        for attempt in range(MAX_ATTEMPTS + 1):
+            frames_VTHWC = np.zeros(request.frames_shape, np.uint8)
+            failure = self._decode(request, frames_VTHWC)
+            if failure is None:
+                return self._item(request, frames_VTHWC)
+            self._faults.record(failure)
+            if not self.training:
+                frames_VTHWC[:] = 0
+                return self._item(request, frames_VTHWC, valid=False)
+            if attempt == MAX_ATTEMPTS:
+                raise self._faults.exhausted(failure)
+            request = self._planner.plan(self._faults.substitute(index, epoch, attempt), epoch)
+        raise AssertionError("every attempt returns or raises")
+
+    def _decode(self, request: ClipRequest, frames_VTHWC: np.ndarray) -> ClipError | None:
+        try:
+            with failures_as_decode_errors(request, decoder=self.decoder):
+                CPU_DECODERS[self.decoder](request, frames_VTHWC)
+        except DecodeError as error:
+            _log.warning("a clip could not be read: %s", error)
+            ids = request.sample_id, request.epoch
+            return ClipError(*ids, error.kind, error.path, error.frame_ids, error.cause)
+        return None
+
+    def _item(self, request: ClipRequest, frames_VTHWC: np.ndarray, *, valid: bool = True) -> dict[str, Any]:
+        frames = torch.from_numpy(frames_VTHWC)
+        item: dict[str, Any] = {
+            "frames": frames[0] if len(frames) == 1 else frames,
+            "sample_id": request.sample_id,
+            "label": request.label,
+            "valid": valid,
+        }
+        if self._context_length:
+            item["tokens"] = torch.from_numpy(pad_tokens([request.tokens], self._context_length)[0])
+        return item

@@ -1,0 +1,71 @@
+"""Chooses what decodes in a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from avion_dali.assembly.dali_room import pipelines_module
+from avion_dali.contracts import UserError
+from avion_dali.decode.table import CPU_DECODERS
+
+INSTEAD: Final = "`decoder` cpu-fused delivers the same clips on CPU cores"
+
+
+@dataclass(frozen=True)
+class DecoderChoice:
+    """What decodes in this run.
+
+    Args:
+        name: a decoder's name, never `auto`.
+        reason: why this one.
+    """
+
+    name: str
+    reason: str
+
+
+def decoder_names() -> tuple[str, ...]:
+    """Return all values that `decoder` may have."""
+    return ("auto", "dali", *CPU_DECODERS)
+
+
+def choose_decoder(decoder: str, device: torch.device) -> DecoderChoice:
+    """Decide what decodes; `auto` takes DALI where NVDEC works, else `cpu-fused`.
+
+    Args:
+        decoder: what was asked for.
+        device: where the model runs.
+
+    Raises:
+        UserError: when it cannot run here.
+    """
+    if decoder not in decoder_names():
+        raise UserError(f"`decoder` = {decoder!r} is not a decoder; choose one of {', '.join(decoder_names())}")
+    if decoder == "auto":
+        return DecoderChoice(*pipelines_module("support").auto_decoder(_nvdec_problem(device)))
+    if decoder == "dali":
+        problem = _nvdec_problem(device) if device.type == "cuda" else _import_problem()
+        if problem:
+            raise UserError(f"`decoder` dali does not work here: {problem}; {INSTEAD}")
+    return DecoderChoice(decoder, "asked for")
+
+
+def _nvdec_problem(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "the model runs on the CPU"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    problem: str | None = pipelines_module("support").nvdec_problem(index)
+    return problem
+
+
+def _import_problem() -> str | None:
+    """Import what `decoder` dali needs on a CPU; returns why that failed."""
+    try:
+        pipelines_module("strategy")
+    except (ImportError, OSError) as error:
+        problem: str = pipelines_module("support").dali_problem() or str(error)
+        return problem
+    return None

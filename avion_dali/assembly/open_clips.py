@@ -1,0 +1,285 @@
+"""Opens loaders of clips: the one place that knows what `decoder` means.
+
+Training, evaluation, embeddings, plans and benchmarks open theirs here too.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import pyarrow as pa
+import torch
+
+from avion_dali.assembly.dali_room import pipelines_module
+from avion_dali.assembly.decoder_choice import INSTEAD, choose_decoder
+from avion_dali.config import LoaderOptions
+from avion_dali.config.checks import require
+from avion_dali.contracts import UserError
+from avion_dali.data.manifest import Manifest
+from avion_dali.data.order import BatchSchedule
+from avion_dali.data.planner import ClipRules, Planner
+from avion_dali.decode.table import CPU_DECODERS
+from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
+from avion_dali.loading.frames_strategy import FramesStrategy
+from avion_dali.loading.pool import WorkerPool, default_workers
+from avion_dali.loading.strategy import LoaderStrategy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+DEFAULT_CONTEXT_LENGTH = 77
+"""Tokens of a text where the caller names no number: what the text towers of CLIP take."""
+ROWS_LOOKED_AT = 1000
+
+
+class ClipKeywords(TypedDict, total=False):
+    """Keywords of `open_clips` and `ClipDataset` that are documented in `ClipOptions`."""
+
+    sampling: Literal["segments", "strided", "dense"]
+    stride: int
+    crop: str
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip_probability: float
+    repeats: int
+    eval_clips: int
+    eval_crops: Literal[1, 3]
+    text: Literal["own", "relevant"]
+    relevancy_threshold: float
+
+
+class LoaderKeywords(ClipKeywords, total=False):
+    """Further keywords of `open_clips`.
+
+    Args:
+        prefetch_batches: see `avion_dali.config.LoaderOptions`, as for the next two.
+        clip_timeout_s: see there.
+        max_bad_fraction: see there.
+        accum_steps: batches per optimizer step, 1 by default; training leaves the last partial step out.
+        context_length: tokens per text, 0 for none; by default 77 where the manifest has texts.
+        quarantine: file that gets one JSON line per clip that could not be read; by default none.
+        pool: processes that several loaders share and the caller closes; by default a loader starts its own.
+    """
+
+    prefetch_batches: int
+    clip_timeout_s: float
+    max_bad_fraction: float
+    accum_steps: int
+    context_length: int
+    quarantine: str | Path
+    pool: WorkerPool
+
+
+def open_clips(  # noqa: PLR0913 - the front door: its keywords are what a user chooses
+    manifest: str | Path | Manifest,
+    *,
+    batch_size: int,
+    num_frames: int = 4,
+    frame_size: int = 224,
+    decoder: str = "auto",
+    seed: int = 0,
+    training: bool = True,
+    device: str | torch.device | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    workers: int = 0,
+    **options: Unpack[LoaderKeywords],
+) -> ClipLoader[Any]:
+    """Open a loader of the clips of a manifest.
+
+    Every random choice is a function of the seed, the epoch and the row of the manifest: the clips do not
+    depend on the decoder, the number of workers or ranks, or where an interrupted epoch goes on.
+
+    The loader starts processes, which import the main module of the program again: call this below
+    `if __name__ == "__main__":`. Close the loader, or use it in a `with` statement.
+
+    Args:
+        manifest: folder made by `avion-dali manifest`, or the opened manifest.
+        batch_size: clips of a batch on this rank.
+        num_frames: frames of a clip (T).
+        frame_size: side of the square frames in pixels.
+        decoder: `dali` (NVDEC, or DALI on the CPU), `cpu-fused`, `paper-fused`, `reference`, or `auto`, which
+            takes DALI where NVDEC works and else `cpu-fused`.
+        seed: decides every random choice.
+        training: shuffle each epoch anew, draw clips at random and leave the last partial batch out; else the
+            order of the manifest, fixed clips, and nothing left out.
+        device: where batches are delivered; by default this rank's GPU, or the CPU without one.
+        rank: number of this process; by default `RANK`, which torchrun sets, or 0.
+        world_size: number of processes; by default `WORLD_SIZE`, or 1.
+        workers: decoding processes; 0 takes this rank's share of the machine's cores.
+        **options: the other fields of `avion_dali.config.ClipOptions`, and those of `LoaderKeywords`.
+
+    Returns:
+        An iterable of `ClipBatch`, one epoch per loop, with `len`, `set_epoch`, `state_dict` and
+        `load_state_dict`.
+
+    Raises:
+        UserError: when the manifest, an option or the decoder cannot be used here.
+    """
+    own = {name: value for name, value in options.items() if name in LoaderOptions.__dataclass_fields__}
+    more: dict[str, Any] = {name: value for name, value in options.items() if name not in own}
+    chosen = LoaderOptions(num_frames=num_frames, frame_size=frame_size, workers=workers, **own)  # type: ignore[arg-type]
+    opened = manifest if isinstance(manifest, Manifest) else Manifest(manifest)
+    ranks = _place_among_ranks(rank, world_size)
+    sizes = batch_size, more.pop("accum_steps", 1)
+    schedule = _schedule(opened, chosen, sizes, ranks=ranks, seed=seed, training=training)
+    return _open(opened, chosen, schedule, decoder=decoder, device=default_device(device), **more)
+
+
+def _schedule(
+    manifest: Manifest,
+    options: LoaderOptions,
+    sizes: tuple[int, int],
+    *,
+    ranks: tuple[int, int],
+    seed: int,
+    training: bool,
+) -> BatchSchedule:
+    """Return which clips form which batch; `sizes` are clips per batch and batches per step."""
+    batch_size, accum_steps = sizes
+    require(batch_size >= 1, "`batch_size`", batch_size, ">= 1")
+    require(accum_steps >= 1, "`accum_steps`", accum_steps, ">= 1")
+    rank, world_size = ranks
+    per_step = batch_size * accum_steps * world_size
+    if training and manifest.num_samples < per_step:
+        raise UserError(
+            f"{manifest.folder} has {manifest.num_samples} samples, fewer than the {per_step} of one step over "
+            "all ranks; lower `batch_size` or add data"
+        )
+    return BatchSchedule(
+        num_samples=manifest.num_samples,
+        clips_per_sample=ClipRules.from_options(options, training=training).clips_per_row,
+        global_batch=per_step,
+        micro_batch=batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        training=training,
+    )
+
+
+def _open(
+    manifest: Manifest,
+    options: LoaderOptions,
+    schedule: BatchSchedule,
+    *,
+    decoder: str,
+    device: torch.device,
+    context_length: int | None = None,
+    quarantine: str | Path | None = None,
+    pool: WorkerPool | None = None,
+) -> ClipLoader[Any]:
+    settings = LoaderSettings(
+        device=device,
+        context_length=default_context_length(manifest) if context_length is None else context_length,
+        prefetch_batches=options.prefetch_batches,
+        max_bad_fraction=options.max_bad_fraction,
+        quarantine=Path(quarantine) if quarantine else None,
+    )
+    rules = ClipRules.from_options(options, training=schedule.training)
+    planner = Planner(manifest, rules, seed=schedule.seed)
+    strategy = _open_strategy(choose_decoder(decoder, device).name, manifest, device)
+    owns_pool = pool is None
+    pool = pool or open_pool(options)
+    try:
+        return ClipLoader(
+            planner, schedule, pool=pool, strategy=strategy, settings=settings, owns_pool=owns_pool
+        )
+    except BaseException:
+        if owns_pool:
+            pool.close()
+        raise
+
+
+def open_pool(options: LoaderOptions) -> WorkerPool:
+    """Start the worker processes of this rank.
+
+    Args:
+        options: how many, and the time limit of a clip.
+    """
+    return WorkerPool(
+        workers=options.workers or default_workers(ranks_on_machine()), timeout_s=options.clip_timeout_s
+    )
+
+
+def ranks_on_machine() -> int:
+    """Return how many training processes share this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def default_device(device: str | torch.device | None) -> torch.device:
+    """Return where batches go: as asked for, else this rank's GPU, else the CPU.
+
+    Args:
+        device: what was asked for, if anything.
+    """
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+    return torch.device("cpu")
+
+
+def default_context_length(manifest: Manifest) -> int:
+    """Return how many tokens a text gets: 77 where the manifest has texts, else none.
+
+    Args:
+        manifest: the manifest.
+    """
+    has_texts = any(manifest.num_texts(row) for row in range(min(manifest.num_samples, ROWS_LOOKED_AT)))
+    return DEFAULT_CONTEXT_LENGTH if has_texts else 0
+
+
+def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    if not 0 <= rank < world_size:
+        raise UserError(f"`rank` = {rank} must be in [0, `world_size`), and `world_size` is {world_size}")
+    return rank, world_size
+
+
+def _open_strategy(decoder: str, manifest: Manifest, device: torch.device) -> LoaderStrategy[Any]:
+    """The only place that knows how a decoder delivers clips."""
+    if decoder in CPU_DECODERS:
+        return FramesStrategy(CPU_DECODERS[decoder])
+    if device.type != "cuda":
+        require_decodable_without_gpu(manifest)
+    # DALI takes a second to import, and exists for Linux only.
+    threads = pipelines_module("graph").default_threads(
+        "mixed" if device.type == "cuda" else "cpu", ranks_on_machine()
+    )
+    strategy: LoaderStrategy[Any] = pipelines_module("strategy").DaliStrategy(num_threads=threads)
+    return strategy
+
+
+def require_decodable_without_gpu(manifest: Manifest) -> None:
+    """Check that DALI decodes all chunks of a manifest on the CPU.
+
+    Args:
+        manifest: the manifest.
+
+    Raises:
+        UserError: when it does not; the message names the ways out.
+    """
+    decodable = pipelines_module("codecs").DECODABLE["cpu"]
+    others = sorted(chunk_codecs(manifest) - decodable)
+    if others:
+        raise UserError(
+            f"`decoder` dali decodes {', '.join(sorted(decodable))} without a GPU, and {manifest.folder} has "
+            f"{' and '.join(others)} chunks; {INSTEAD}, or make chunks for DALI with "
+            "`avion-dali chunk --profile vp9`"
+        )
+
+
+def chunk_codecs(manifest: Manifest) -> set[str]:
+    """Return the codecs that occur among a manifest's chunks.
+
+    Args:
+        manifest: the manifest.
+    """
+    with pa.memory_map(str(manifest.folder / "chunks.arrow")) as file:
+        reader = pa.ipc.open_file(file)
+        columns = (reader.get_batch(i).column("codec") for i in range(reader.num_record_batches))
+        return {codec for column in columns for codec in column.unique().to_pylist()}

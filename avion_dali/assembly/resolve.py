@@ -1,0 +1,83 @@
+"""Decides what a configuration leaves open, once, before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from avion_dali.assembly.decoder_choice import DecoderChoice, choose_decoder
+from avion_dali.config import TrainConfig
+from avion_dali.engine.distributed import Distributed
+from avion_dali.engine.precision import AUTOCAST_DTYPES, Precision, resolve_precision
+from avion_dali.models.attention import resolve_attention
+from avion_dali.models.starting_weights import StartWeights
+from avion_dali.models.towers import resolve_model
+from avion_dali.tasks.table import find_task
+from avion_dali.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A configuration with nothing left open, for one machine and one set of ranks.
+
+    Args:
+        config: the configuration; the activation, epsilon and norms of the model are those of the weights it
+            starts from, and its attention kernel is one that runs here.
+        task: what `objective.name` means.
+        decoder: what decodes.
+        precision: of the forward passes.
+        accum_steps: micro-batches per optimizer step and rank.
+        distributed: this rank among all.
+    """
+
+    config: TrainConfig
+    task: Task
+    decoder: DecoderChoice
+    precision: Precision
+    accum_steps: int
+    distributed: Distributed
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.distributed.device
+
+    def lines(self) -> list[str]:
+        """Return a few lines that say what was decided, for the console."""
+        model, optim, world = self.config.model, self.config.optim, self.distributed.world_size
+        return [
+            f"decoder: {self.decoder.name} ({self.decoder.reason})",
+            f"model: {model.encoder} {model.size}, {model.activation}, norm eps {model.norm_eps:g}, "
+            f"attention {model.attention}, {self.precision} on {self.device}",
+            f"pixels: normalization {self.config.data.normalization}",
+            f"batch: {optim.global_batch} clips = {world} ranks x {optim.micro_batch} clips x "
+            f"{self.accum_steps} micro-batches",
+        ]
+
+
+def resolve(config: TrainConfig, distributed: Distributed, start: StartWeights | None = None) -> ResolvedRun:
+    """Decide what a configuration leaves open.
+
+    Args:
+        config: the configuration.
+        distributed: this rank among all.
+        start: the weights that the model starts or goes on from; None for random weights.
+
+    Raises:
+        UserError: when the configuration, the weights and this machine do not go together.
+    """
+    task = find_task(config.objective.name)
+    device = distributed.device
+    precision = resolve_precision(config.run.precision, device)
+    model = resolve_model(config.model, start.facts if start else None)
+    attention = resolve_attention(model.attention, device, AUTOCAST_DTYPES[precision])
+    per_pass = config.optim.micro_batch * distributed.world_size
+    return ResolvedRun(
+        config=replace(config, model=replace(model, attention=attention)),
+        task=task,
+        decoder=choose_decoder(config.decoder, device),
+        precision=precision,
+        accum_steps=max(1, config.optim.global_batch // per_pass),
+        distributed=distributed,
+    )

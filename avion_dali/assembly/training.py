@@ -1,0 +1,166 @@
+"""Assembles a training: configuration in, `TrainLoop` out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from avion_dali.assembly.class_agreement import classes_fingerprint, require_same_classes
+from avion_dali.assembly.evaluation import Evaluator, open_evaluator
+from avion_dali.assembly.model import build_model, fill_model
+from avion_dali.assembly.open_clips import open_pool
+from avion_dali.assembly.resolve import ResolvedRun, resolve
+from avion_dali.assembly.run_clips import open_run_clips
+from avion_dali.config import TrainConfig
+from avion_dali.contracts import UserError
+from avion_dali.data.manifest import Manifest
+from avion_dali.engine.checkpoint import find_checkpoint, load_checkpoint
+from avion_dali.engine.distributed import Distributed, require_agreement
+from avion_dali.engine.loop import TrainLoop
+from avion_dali.engine.loop_settings import LoopSettings
+from avion_dali.engine.optim import build_optimizer, parameter_groups
+from avion_dali.engine.sharding import shard_model, weight_sum
+from avion_dali.loading.clip_loader import ClipLoader
+from avion_dali.models.starting_weights import StartWeights, open_start
+from avion_dali.report.run_report import report_run
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLoop]:
+    """Build a training, resumed where its folder holds a checkpoint.
+
+    Args:
+        config: the run's configuration.
+        distributed: this rank among all.
+
+    Yields:
+        The loop, ready to run. When it has all its steps at the end, the weights are exported.
+
+    Raises:
+        UserError: when a manifest, the weights to start from or a checkpoint do not fit.
+    """
+    if not config.data.train_manifest:
+        raise UserError("config: data.train_manifest is not set; make one with `avion-dali manifest`")
+    output_dir = Path(config.output_dir)
+    latest = find_checkpoint(output_dir, config.resume)
+    manifest = Manifest(config.data.train_manifest)
+    eval_manifest = Manifest(config.data.eval_manifest) if config.data.eval_manifest else None
+    start = _open_start(config, latest)
+    run = resolve(config, distributed, start)
+    if eval_manifest and run.task.class_names(manifest):
+        require_same_classes(manifest, eval_manifest)
+    run.task.check(run.config, manifest)
+    _require_whole_steps(run, manifest)
+    model = build_model(run, num_classes=len(run.task.class_names(manifest)))
+    if start and not latest:
+        report = fill_model(model, start, run.config)
+        if distributed.is_main:
+            _log.info("%s", "\n".join(report.lines()))
+    shard_model(model, run.config.run, distributed)
+    with ExitStack() as stack:
+        pool = stack.enter_context(open_pool(run.config.data))
+        loader = stack.enter_context(open_run_clips(run, manifest, training=True, pool=pool))
+        evaluate: Evaluator | None = None
+        if eval_manifest:
+            evaluate = stack.enter_context(open_evaluator(run, model, eval_manifest, pool=pool))
+        facts = resume_facts(run.config, manifest, eval_manifest)
+        loop = _build_loop(run, model, loader, evaluate, manifest=manifest, facts=facts)
+        if latest is not None:
+            loop.restore(latest)
+        require_agreement({"step": loop.step, "sum of all weights": weight_sum(model), **loop.order})
+        yield loop
+        if loop.step >= loop.last_step:
+            loop.export(output_dir / "weights.safetensors")
+        if distributed.is_main:
+            report_run(output_dir)
+
+
+def _open_start(config: TrainConfig, latest: Path | None) -> StartWeights | None:
+    """Open what a run starts from.
+
+    A run that goes on is described by its checkpoint: what it once started from need not exist any more.
+    """
+    if latest is None:
+        return open_start(config.model.weights) if config.model.weights else None
+    try:
+        return open_start(str(latest))
+    except UserError:
+        load_checkpoint(latest)  # of a damaged checkpoint it knows what to say
+        raise
+
+
+def _require_whole_steps(run: ResolvedRun, manifest: Manifest) -> None:
+    """Refuse batch sizes that do not divide, and manifests smaller than one step."""
+    optim, world = run.config.optim, run.distributed.world_size
+    if optim.global_batch % (optim.micro_batch * world):
+        raise UserError(
+            f"optim.global_batch = {optim.global_batch} must be a multiple of optim.micro_batch x ranks = "
+            f"{optim.micro_batch} x {world} = {optim.micro_batch * world}; change one of them"
+        )
+    if manifest.num_samples < optim.global_batch:
+        raise UserError(
+            f"{manifest.folder} has {manifest.num_samples} samples, fewer than one global batch "
+            f"({optim.global_batch}); lower optim.global_batch or add data"
+        )
+
+
+def _build_loop(
+    run: ResolvedRun,
+    model: nn.Module,
+    loader: ClipLoader[Any],
+    evaluate: Evaluator | None,
+    *,
+    manifest: Manifest,
+    facts: dict[str, int | float | str],
+) -> TrainLoop:
+    config, task = run.config, run.task
+    groups = parameter_groups(model, config.optim.weight_decay, layer_decay=config.optim.layer_decay)
+    settings = LoopSettings.from_config(
+        config,
+        best_metric=task.best_metric if evaluate else "",
+        decoder=run.decoder.name,
+        decoder_reason=run.decoder.reason,
+        data=facts,
+        classes=task.class_names(manifest),
+    )
+    return TrainLoop(
+        model,
+        build_optimizer(groups, config.optim),
+        objective=task.build_objective(config, model, manifest),
+        loader=loader,
+        settings=settings,
+        distributed=run.distributed,
+        evaluate=(lambda: evaluate(None).metrics()) if evaluate else None,
+        after_step=lambda: task.after_step(model),
+    )
+
+
+def resume_facts(
+    config: TrainConfig, train_manifest: Manifest, eval_manifest: Manifest | None
+) -> dict[str, int | float | str]:
+    """Return what must not change when a run is resumed: its data, and what its weights mean.
+
+    Args:
+        config: the run's configuration.
+        train_manifest: the training manifest.
+        eval_manifest: the evaluation manifest, whose scores the best checkpoint is chosen by.
+    """
+    data = ("num_frames", "frame_size", "normalization", "sampling", "stride", "repeats")
+    return {
+        "data.train_manifest": train_manifest.fingerprint,
+        "data.eval_manifest": eval_manifest.fingerprint if eval_manifest else 0,
+        **{f"data.{name}": getattr(config.data, name) for name in data},
+        "objective.name": config.objective.name,
+        "optim.optimizer": config.optim.optimizer,
+        "model.encoder": config.model.encoder,
+        "model.activation": config.model.activation,
+        "model.norm_eps": config.model.norm_eps,
+        "classes": classes_fingerprint(train_manifest),
+    }

@@ -1,0 +1,20 @@
+"""The table of decoders that run on CPU cores, by their names in `--decoder`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from avion_dali.contracts import ClipRequest
+from avion_dali.decode import cpu_fused, paper_fused, reference
+
+DecodeClip = Callable[[ClipRequest, np.ndarray], None]
+"""Fills an array uint8 of `request.frames_shape` or raises `DecodeError`; it must be importable by name, since
+decode workers are given it."""
+
+CPU_DECODERS: dict[str, DecodeClip] = {
+    "cpu-fused": cpu_fused.decode_clip,
+    "paper-fused": paper_fused.decode_clip,
+    "reference": reference.decode_clip,
+}

@@ -1,0 +1,132 @@
+"""Decodes frames of any video file, without a manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+
+from avion_dali.contracts import ChunkRef, ClipPart, CropWindow, UserError
+from avion_dali.data.crops import center_square_window
+from avion_dali.data.probe import ChunkFacts, probe_chunk
+from avion_dali.decode.reading import read_planned
+from avion_dali.decode.rendering import sized_view
+
+Seconds = float | int | Fraction
+
+ROUNDING_FRAMES = 1e-6  # share of a frame that rounding may cost a time
+
+
+def decode_clip(
+    path: str | os.PathLike[str],
+    *,
+    frame_ids: Sequence[int] | None = None,
+    seconds: Sequence[Seconds] | None = None,
+    window: CropWindow | tuple[int, int, int, int] | None = None,
+    frame_size: int | None = None,
+) -> np.ndarray:
+    """Decode chosen frames of a video file, as `--decoder cpu-fused` does.
+
+    Only the packets that the frames need are decoded. The file is read once to find them; the facts of the last
+    files are kept, so further clips of a file cost their packets alone.
+
+    Args:
+        path: any video file that FFmpeg reads.
+        frame_ids: numbers of the wanted frames in presentation order, from 0; any order, repeats allowed.
+        seconds: times on a player's clock in place of numbers; each gives the frame on show at that time, and
+            times outside the video the first or last frame.
+        window: what to cut out of each upright picture before scaling, as a `CropWindow` or (x, y, width,
+            height) in pixels, all even; by default the centre square where `frame_size` is given, else
+            everything.
+        frame_size: side of the square output in pixels; by default the size of the window.
+
+    Returns:
+        uint8 (T, H, W, 3), RGB, upright.
+
+    Raises:
+        UserError: when not exactly one of `frame_ids` and `seconds` is given, or a number or the window lies
+            outside the video.
+        DecodeError: when the file cannot be read.
+    """
+    if (frame_ids is None) == (seconds is None):
+        raise UserError("give either `frame_ids` or `seconds`")
+    facts = _facts(os.path.abspath(path), *_version(path))
+    wanted = _at(facts, seconds) if seconds is not None else [int(i) for i in frame_ids or ()]
+    if not wanted or min(wanted) < 0 or max(wanted) >= facts.num_frames:
+        raise UserError(
+            f"`frame_ids` = {wanted} must be numbers of frames of {facts.path}: 0 to {facts.num_frames - 1}"
+        )
+    region, size = _region(facts, window, frame_size)
+    unique = sorted(set(wanted))
+    chunk = ChunkRef(facts.path, facts.size_bytes, facts.num_frames, facts.width, facts.height)
+    frames = read_planned(ClipPart(chunk, tuple(unique)))
+    view = sized_view(frames[0], region, size)
+    pictures = {
+        number: _upright(view.render(frame), facts) for number, frame in zip(unique, frames, strict=True)
+    }
+    return np.stack([pictures[number] for number in wanted])
+
+
+def _version(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Size and time of change of a file: facts are kept for as long as both stay; zeros where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _facts(path: str, _size: int, _changed_ns: int) -> ChunkFacts:
+    return probe_chunk(path)
+
+
+def _at(facts: ChunkFacts, seconds: Sequence[Seconds]) -> list[int]:
+    """Return the frames on show, the first before the video and the last after it."""
+    times = np.array([float(time) - facts.start_s for time in seconds])
+    if facts.frame_times is None:
+        # A time computed as number / rate may lie just below the frame that it means.
+        frames = np.floor(times * float(facts.fps) + ROUNDING_FRAMES).astype(int)
+    else:
+        frames = (
+            np.searchsorted(facts.frame_times, times + ROUNDING_FRAMES / float(facts.fps), side="right") - 1
+        )
+    return frames.clip(0, facts.num_frames - 1).tolist()
+
+
+def _region(
+    facts: ChunkFacts, window: CropWindow | tuple[int, int, int, int] | None, frame_size: int | None
+) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    """Return what to cut out of the coded picture, (x, y, width, height), and its size before turning."""
+    turned = facts.rotation % 180 != 0
+    width, height = (facts.height, facts.width) if turned else (facts.width, facts.height)
+    if window is None:
+        square = center_square_window(width, height) if frame_size else None
+        x, y, w, h = (square.x, square.y, square.width, square.height) if square else (0, 0, width, height)
+    else:
+        chosen = window if isinstance(window, CropWindow) else _as_window(window)
+        x, y, w, h = chosen.x, chosen.y, chosen.width, chosen.height
+    if x + w > width or y + h > height:
+        raise UserError(f"`window` = {(x, y, w, h)} leaves the {width}x{height} pictures of {facts.path}")
+    coded = {
+        0: (x, y, w, h),
+        90: (height - y - h, x, h, w),
+        180: (width - x - w, height - y - h, w, h),
+        270: (y, width - x - w, h, w),
+    }[facts.rotation]
+    return coded, (frame_size, frame_size) if frame_size else (coded[2], coded[3])
+
+
+def _as_window(window: tuple[int, int, int, int]) -> CropWindow:
+    try:
+        return CropWindow(*window)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"`window` = {window!r}: {error}") from error
+
+
+def _upright(picture_HWC: np.ndarray, facts: ChunkFacts) -> np.ndarray:
+    """Turn a coded picture as a player does; a copy, since the filter reuses its buffer."""
+    return np.ascontiguousarray(np.rot90(picture_HWC, facts.rotation // 90))

@@ -1,0 +1,214 @@
+"""Stops or reports a run whose loss or gradient is not finite, or whose loss jumps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from avion_dali.contracts import UserError
+from avion_dali.files import atomic_write_text
+from avion_dali.wording import few
+
+WINDOW = 100
+"""Number of losses that the running median is taken over."""
+WARM_UP = 20
+"""Number of losses before any step can count as a spike."""
+
+
+class NonFiniteLossError(UserError):
+    """The loss or the gradient became infinite or not a number; training stopped before saving the weights."""
+
+
+class LossSpikeError(UserError):
+    """The loss jumped, and `run.on_spike` is `stop`."""
+
+
+class SpikeWatch:
+    """Compares each loss with the median of the last `WINDOW` ones, on the device, without waiting for it.
+
+    Spikes enter the window like all losses: a few hardly change a median, and when the loss stays high, the
+    median follows within `WINDOW` / 2 steps.
+
+    Args:
+        factor: a loss above this multiple of the median is a spike.
+        device: where losses are.
+    """
+
+    def __init__(self, factor: float, device: torch.device) -> None:
+        self.factor = factor
+        self._losses = torch.full((WINDOW,), torch.nan, device=device)
+        self._seen = 0
+
+    def excess(self, loss: torch.Tensor) -> torch.Tensor:
+        """Compare the loss of a step with the limit, and add it to the window.
+
+        Args:
+            loss: loss of this rank, ().
+
+        Returns:
+            Loss averaged over ranks divided by the limit, float32 (), the same number on every rank: above 1 is
+            a spike. 0 while too few losses are known.
+        """
+        mean = loss.detach().float().clone()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        # The known losses come first in the window; a median that skips NaN would wait for the device.
+        limit = self.factor * self._losses[: min(self._seen, WINDOW)].median() if self._seen else mean
+        self._losses[self._seen % WINDOW] = mean
+        self._seen += 1
+        if self._seen <= WARM_UP:
+            return torch.zeros_like(mean)
+        # A median of zero has no multiple to compare with.
+        return torch.where(limit > 0, mean / limit, torch.zeros_like(mean))
+
+    def state_dict(self) -> dict[str, torch.Tensor | int]:
+        """Return what a resumed run needs to give the same results as this one."""
+        return {"losses": self._losses.clone(), "seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor | int]) -> None:
+        """Continue from `state_dict`.
+
+        Args:
+            state: of a run with any factor, or empty.
+        """
+        if state:
+            self._losses.copy_(torch.as_tensor(state["losses"]))
+            self._seen = int(state["seen"])
+
+
+@dataclass(frozen=True)
+class LossSpike:
+    """A step whose loss jumped.
+
+    Args:
+        step: number of the step, counted from 0.
+        loss: of this rank.
+        excess: loss over all ranks divided by the limit.
+        sample_ids: manifest rows of the step's batch on this rank.
+    """
+
+    step: int
+    loss: float
+    excess: float
+    sample_ids: list[int]
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """The numbers of one step, which may not have arrived on the host yet."""
+
+    step: int
+    values: torch.Tensor  # (3,) float32 on the host: loss, gradient norm, excess over the spike limit
+    arrived: torch.cuda.Event | None
+    sample_ids: np.ndarray
+
+
+class FiniteGuard:
+    """Stops the run at the first loss or gradient norm that is not finite, without a device sync per step.
+
+    On a GPU the numbers of a step are copied in the background and checked one step later; all outstanding
+    steps are checked before anything is saved, evaluated or logged. On the CPU there is nothing to wait for,
+    so a step is checked before it changes the weights.
+
+    Loss spikes are found in the same way; they are collected in `spikes` until they are logged.
+
+    Args:
+        output_dir: folder that `nonfinite.json` is written to.
+        rank: this process; ranks other than 0 write `nonfinite.rank<N>.json`.
+        stops_at_spikes: end the run at a loss spike as well.
+    """
+
+    def __init__(self, output_dir: Path, *, rank: int, stops_at_spikes: bool = False) -> None:
+        self.stops_at_spikes = stops_at_spikes
+        self.spikes: list[LossSpike] = []
+        self.path = output_dir / ("nonfinite.json" if rank == 0 else f"nonfinite.rank{rank}.json")
+        self._outstanding: deque[_Watched] = deque()
+
+    def watch(
+        self,
+        step: int,
+        *,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor,
+        sample_ids: np.ndarray,
+        excess: torch.Tensor | None = None,
+    ) -> None:
+        """Take the numbers of a step, and check those that must have arrived.
+
+        Args:
+            step: number of the step, counted from 0.
+            loss: () tensor.
+            grad_norm: () tensor.
+            sample_ids: manifest rows of the step's batch on this rank.
+            excess: () tensor of `SpikeWatch`, if there is one.
+
+        Raises:
+            NonFiniteLossError: see `check`.
+            LossSpikeError: see `check`.
+        """
+        excess = torch.zeros_like(loss) if excess is None else excess
+        values = torch.stack([value.detach().float() for value in (loss, grad_norm, excess)])
+        arrived = None
+        if values.is_cuda:
+            values = values.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._outstanding.append(_Watched(step, values, arrived, sample_ids))
+        self.check(keep=1 if arrived else 0)
+
+    def check(self, *, keep: int = 0) -> None:
+        """Check the outstanding steps except the newest `keep`.
+
+        Args:
+            keep: number of the newest steps that may stay unchecked.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient norm is not finite; names the step, and the samples of its
+                batch are written to `path`.
+            LossSpikeError: the loss jumped and `stops_at_spikes`.
+        """
+        while len(self._outstanding) > keep:
+            watched = self._outstanding.popleft()
+            if watched.arrived is not None:
+                watched.arrived.synchronize()
+            loss, grad_norm, excess = (float(value) for value in watched.values)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                self._stop(watched, loss=loss, grad_norm=grad_norm)
+            if excess > 1:
+                self._note_spike(watched, loss=loss, excess=excess)
+
+    def _note_spike(self, watched: _Watched, *, loss: float, excess: float) -> None:
+        spike = LossSpike(watched.step, loss, excess, [int(row) for row in watched.sample_ids])
+        if self.stops_at_spikes:
+            raise LossSpikeError(
+                f"step {watched.step}: the loss is {loss:.4g}, {excess:.3g} times what run.spike_factor "
+                "allows; stopped, nothing was saved since. The batch held samples "
+                f"{few(spike.sample_ids, 8)}. Lower optim.learning_rate, or take "
+                "run.on_spike = skip, then resume from the last checkpoint"
+            )
+        self.spikes.append(spike)
+
+    def _stop(self, watched: _Watched, *, loss: float, grad_norm: float) -> None:
+        ids = [int(sample_id) for sample_id in watched.sample_ids]
+        # Numbers as text: JSON has no word for infinity.
+        record = {
+            "step": watched.step,
+            "loss": str(loss),
+            "grad_norm": str(grad_norm),
+            "sample_ids": ids,
+        }
+        atomic_write_text(self.path, json.dumps(record, indent=1))
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
+        raise NonFiniteLossError(
+            f"step {watched.step}: the {what}; stopped, nothing was saved since. The batch held samples "
+            f"{few(ids, 8)} (all in {self.path}). Lower optim.learning_rate, "
+            "set optim.clip_grad_norm, or take run.precision = fp32, then resume from the last checkpoint"
+        )

@@ -1,0 +1,235 @@
+"""Samples for `avion-dali plan`: a few chunks of every profile, a manifest over them, and what clips need.
+
+Every chunk is followed by copies of itself, so that clips cross chunk borders as often as in a data set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import av
+import numpy as np
+
+from avion_dali.contracts import ClipRequest, DecodeError, UserError
+from avion_dali.cores import available_cores
+from avion_dali.data.encoding import PictureFilter, target_size, write_chunk
+from avion_dali.data.manifest import IndexWriter, Manifest, Sample, write_manifest
+from avion_dali.data.planner import Planner
+from avion_dali.data.probe import expected_seconds, open_video
+from avion_dali.data.profiles import PROFILES, ProfileName
+from avion_dali.data.scanning import find_chunk_files, scan_chunks
+from avion_dali.decode.reads import planned_reads
+
+CLIPS = 200  # of a manifest over sampled chunks; the mean of their needs is known to a few percent
+_TOKENS = (49406, 320, 49407)
+_PROCEDURAL_FPS = 30
+_LINKED = 32  # chunks of a folder
+
+
+def draw_pictures(*, seconds: float, short_side: int) -> tuple[np.ndarray, Fraction]:
+    """Draw a stretch about as hard to encode as hand-held video.
+
+    A scene under a moving camera, a fainter one that moves another way (what motion search cannot predict), and
+    noise. Amplitudes fall with one over the spatial frequency, as in natural images (Field, JOSA A 1987).
+
+    Args:
+        seconds: length.
+        short_side: height in pixels, a multiple of 16.
+
+    Returns:
+        uint8 (F, H * 3 / 2, W), YUV 4:2:0 pictures, and pictures per second.
+    """
+    width, height = target_size(16 * short_side, 9 * short_side, short_side=short_side)
+    margin = height // 2
+    rng = np.random.default_rng(0)
+    near = np.stack([_texture(rng, height + margin, width + margin) for _ in range(3)], axis=-1)
+    far = _texture(rng, height + margin, width + margin)[..., None]
+    noise = rng.normal(0, 4, (height, width, 3)).astype(np.float32)
+    planes = []
+    for number in range(max(round(seconds * _PROCEDURAL_FPS), 2)):
+        y, x = (int((1 + f(number / 20)) * (margin - 1) / 2) for f in (math.sin, math.cos))
+        rgb = 128 + 45 * near[y : y + height, x : x + width] + 10 * far[x : x + height, y : y + width]
+        rgb += np.roll(noise, rng.integers(height), axis=0)
+        frame = av.VideoFrame.from_ndarray(np.clip(rgb, 0, 255).astype(np.uint8), format="rgb24")
+        planes.append(frame.to_ndarray(format="yuv420p"))
+    return np.stack(planes), Fraction(_PROCEDURAL_FPS)
+
+
+def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Noise of natural images' spectrum, float32 (height, width), zero mean, unit deviation."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    amplitude = 1 / np.maximum(frequency, 1 / max(height, width))
+    picture = np.fft.irfft2(amplitude * np.exp(2j * np.pi * rng.random(amplitude.shape)), (height, width))
+    return ((picture - picture.mean()) / picture.std()).astype(np.float32)
+
+
+def video_pictures(video: Path, *, seconds: float, short_side: int) -> tuple[np.ndarray, Fraction]:
+    """Read a stretch from the middle of a video, as the chunker would see it, in the form of `draw_pictures`.
+
+    Args:
+        video: the file.
+        seconds: length; a shorter video gives what it has.
+        short_side: short side in pixels, a multiple of 16.
+
+    Raises:
+        UserError: when the video cannot be read.
+    """
+    try:
+        with open_video(video) as (container, stream):
+            rate = stream.average_rate or stream.guessed_rate or Fraction(_PROCEDURAL_FPS)
+            before = ((expected_seconds(container, stream) or 0) - seconds) / 2
+            if before > 0:
+                container.seek(round(before * av.time_base))
+            aspect = Fraction(stream.sample_aspect_ratio or 1)
+            picture_of = PictureFilter(aspect, short_side=short_side)
+            frames = islice(container.decode(stream), max(round(seconds * rate), 2))
+            planes = [picture_of(frame).to_ndarray() for frame in frames]
+    except (DecodeError, ValueError) as error:
+        raise UserError(f"--videos: {video} cannot be used: {error}") from error
+    if len(planes) < 2:
+        raise UserError(f"--videos: {video} holds fewer than two pictures; give a video")
+    return np.stack(planes), Fraction(max(round(rate), 1))  # averages over a file are a little off
+
+
+def encode_samples(
+    planes: np.ndarray, fps: Fraction, *, tasks: Sequence[tuple[ProfileName, float, Path]], name: str
+) -> None:
+    """Encode a stretch of video in several ways at once, one core each.
+
+    Args:
+        planes: uint8 (F, H * 3 / 2, W), YUV 4:2:0 pictures.
+        fps: pictures per second.
+        tasks: (profile, seconds of a chunk, chunk folder) of each way.
+        name: of the video inside the chunk folders.
+    """
+
+    def encode(task: tuple[ProfileName, float, Path]) -> None:
+        profile, chunk_seconds, root = task
+        (root / name).mkdir(parents=True, exist_ok=True)
+        size = max(min(round(chunk_seconds * fps), len(planes)), 2)
+        for number in range(len(planes) // size):
+            pictures = planes[number * size : (number + 1) * size]
+            frames = (av.VideoFrame.from_ndarray(picture, format="yuv420p") for picture in pictures)
+            path = root / name / f"{number * chunk_seconds:g}.mp4"
+            write_chunk(path, frames, profile=PROFILES[profile], fps=fps)
+
+    # Encoders release the interpreter's lock, so threads suffice and share the pictures.
+    with ThreadPoolExecutor(available_cores()) as threads:
+        list(threads.map(encode, tasks))
+
+
+def open_chunks(chunks: Path, scratch: Path, *, clip_seconds: float) -> Manifest:
+    """Open a manifest, or make one over some chunks of a folder, so that a large folder need not be probed.
+
+    Args:
+        chunks: a manifest's folder, or a chunk folder of any size.
+        scratch: where a new manifest goes.
+        clip_seconds: length of a clip's span in a new manifest.
+
+    Raises:
+        UserError: when the folder is missing or holds no chunk that can be used.
+    """
+    if (chunks / "manifest.json").is_file():
+        return Manifest(chunks)
+    files = find_chunk_files(chunks)
+    for number in np.random.default_rng(0).permutation(len(files))[:_LINKED].tolist():
+        video, _, path = files[number]
+        link = scratch / "links" / video / path.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.absolute())
+    return write_sample_manifest(scratch / "links", scratch / "manifest", clip_seconds=clip_seconds)
+
+
+def write_sample_manifest(
+    chunk_root: Path, folder: Path, *, clip_seconds: float, chunk_seconds: float | None = None
+) -> Manifest:
+    """Index chunks; make and open a manifest of clips at random places, some across chunk borders.
+
+    Args:
+        chunk_root: folder of chunks; few, since all are probed.
+        folder: where the manifest goes.
+        clip_seconds: length of a clip's span.
+        chunk_seconds: length that the chunks stand for, of which borders are crossed; by default their own.
+
+    Raises:
+        UserError: when no chunk can be used.
+    """
+    with IndexWriter(folder) as index:
+        found, unusable = scan_chunks(chunk_root, jobs=1, index=index)
+        index.finish()
+    chunks = [chunk for chunk in found if chunk.ref.index is not None]
+    if not chunks:
+        reason = unusable[0].reason if unusable else f"codec {found[0].codec} has no packet index"
+        raise UserError(f"no chunk of {chunk_root} can be used: {reason}; make chunks with `avion-dali chunk`")
+    lengths = [chunk.end_s - chunk.start_s for chunk in chunks]
+    copies = [int(clip_seconds / length) + 2 for length in lengths]
+    firsts = np.cumsum([0, *copies]).tolist()
+    rows = [
+        replace(chunk, video=f"{number:06d}", start_s=copy * lengths[number])
+        for number, chunk in enumerate(chunks)
+        for copy in range(copies[number])
+    ]
+
+    def draw_samples() -> Iterator[Sample]:
+        rng = np.random.default_rng(0)
+        for number in rng.integers(len(lengths), size=CLIPS).tolist():
+            length = lengths[number]
+            # Clips begin anywhere; those that begin in the last `clip_seconds` of a chunk cross its border.
+            crosses = rng.random() < clip_seconds / (chunk_seconds or length) or clip_seconds >= length
+            low, high = (max(length - clip_seconds, 0), length) if crosses else (0, length - clip_seconds)
+            start = float(rng.uniform(low, high))
+            touched = max(math.ceil((start + clip_seconds) / length), 1)
+            yield Sample(firsts[number], touched, start, start + clip_seconds, ("a clip",), (_TOKENS,))
+
+    write_manifest(folder, chunk_root=chunk_root, chunks=rows, samples=draw_samples())
+    return Manifest(folder)
+
+
+def mean_chunk(manifest: Manifest) -> tuple[float, float]:
+    """Average over some chunks of a manifest.
+
+    Args:
+        manifest: of any size.
+
+    Returns:
+        Seconds of a chunk, and bytes per second of video, packet index included.
+    """
+    rows = np.random.default_rng(0).permutation(manifest.num_chunks)[:CLIPS]
+    chunks = [manifest.chunk(row) for row in rows.tolist()]
+    seconds = sum(chunk.end_s - chunk.start_s for chunk in chunks)
+    index_bytes = sum(chunk.ref.index.num_bytes for chunk in chunks if chunk.ref.index)
+    num_bytes = sum(chunk.ref.size_bytes for chunk in chunks) + index_bytes
+    return seconds / len(chunks), num_bytes / seconds
+
+
+def sample_requests(planner: Planner) -> list[ClipRequest]:
+    """Plan some clips of a manifest, chosen at random.
+
+    Args:
+        planner: of a manifest of any size.
+    """
+    rows = np.random.default_rng(1).permutation(planner.num_clips)[:CLIPS]
+    return [planner.plan(row, epoch=0) for row in rows.tolist()]
+
+
+def clip_needs(request: ClipRequest) -> tuple[int, list[int]]:
+    """Return what a clip decodes and reads, as the reader itself plans it.
+
+    Args:
+        request: the clip.
+
+    Returns:
+        Number of coded pictures that are decoded, and bytes of every read, those of the packet index included.
+
+    Raises:
+        UserError: when a chunk has no packet index.
+        DecodeError: when a packet index cannot be read.
+    """
+    plans = [planned_reads(part, decoder="cpu-fused") for part in request.parts]
+    return sum(plan.decoded for plan in plans), [size for plan in plans for size in plan.read_sizes]

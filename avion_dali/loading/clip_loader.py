@@ -1,0 +1,312 @@
+"""ClipLoader: plans clips, has the pool work on them ahead, and yields `ClipBatch`es in order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Generic
+
+import numpy as np
+import torch
+
+from avion_dali.contracts import ClipBatch, ClipError, ClipRequest
+from avion_dali.data.order import BatchSchedule
+from avion_dali.data.planner import Planner
+from avion_dali.data.text import pad_tokens
+from avion_dali.loading.faults import MAX_ATTEMPTS, FaultPolicy, LoaderStats, failure_of
+from avion_dali.loading.loader_state import State, position_of, state_at
+from avion_dali.loading.pool import PoolBrokenError, WorkerPool
+from avion_dali.loading.ring import SharedRing
+from avion_dali.loading.strategy import LoaderStrategy, PendingBatch, RefusedRowsError, Result
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How a loader runs.
+
+    Args:
+        device: where batches are delivered.
+        context_length: text tokens per row; 0 for none.
+        prefetch_batches: micro-batches that workers are ahead.
+        max_bad_fraction: see `FaultPolicy`.
+        quarantine: see `FaultPolicy`.
+    """
+
+    device: torch.device
+    context_length: int
+    prefetch_batches: int = 3
+    max_bad_fraction: float = 0.01
+    quarantine: Path | None = None
+
+
+class ClipLoader(Generic[Result]):
+    """The micro-batches of one rank.
+
+    `for batch in loader` delivers one epoch, and the same loop again the next epoch. A loop may be left at any
+    batch: the next loop begins with the first batch of the same epoch, or with the next epoch when all batches
+    had been delivered. A new iteration ends all former ones of the same loader. `batches` delivers optimizer
+    steps across the borders of epochs instead, without a pause between epochs.
+
+    A delivered batch belongs to the receiver: later batches do not overwrite it.
+
+    Args:
+        planner: makes requests of clips.
+        schedule: which clips form which micro-batch.
+        pool: worker processes, possibly shared with other loaders.
+        strategy: how clips become frames.
+        settings: device, prefetching, fault limits.
+        owns_pool: whether closing the loader ends the processes too; else they belong to the caller.
+
+    Raises:
+        UserError: when the machine's shared memory is too small.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        schedule: BatchSchedule,
+        *,
+        pool: WorkerPool,
+        strategy: LoaderStrategy[Result],
+        settings: LoaderSettings,
+        owns_pool: bool = False,
+    ) -> None:
+        self._owns_pool = owns_pool
+        self.schedule, self.settings, self.stats = schedule, settings, LoaderStats()
+        self._planner, self._pool, self._strategy = planner, pool, strategy
+        self._faults = FaultPolicy(
+            schedule.num_samples,
+            max_bad_fraction=settings.max_bad_fraction,
+            seed=schedule.seed,
+            quarantine=settings.quarantine,
+        )
+        # A batch keeps its slot until it is delivered; one more is read while the others are written.
+        slots = settings.prefetch_batches + strategy.depth + 1
+        self._ring = SharedRing(slots, (schedule.micro_batch, *planner.rules.clip_shape))
+        self._in_slots: list[PendingBatch[Result] | None] = [None] * slots
+        strategy.open(self._ring, settings.device, self.stats)
+        self._begun = 0  # batches begun in all iterations; they take the slots in turn
+        self._iteration = 0  # the latest iteration; 0 is none
+        self._is_closed = False
+        # Micro-batches over all epochs: the first one of the next iteration, and the one to be delivered next.
+        self._start = self._next = 0
+
+    def __enter__(self) -> ClipLoader[Result]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch on this rank; the same on every rank."""
+        return self.steps_per_epoch * self.accum_steps
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        """Yield the micro-batches of one epoch.
+
+        At the end of an evaluation on several ranks, a rank's last batch may be short or empty.
+
+        Raises:
+            RuntimeError: when the loader is closed, or, from a former iteration, when another one began since.
+            UserError: when too many samples cannot be read, or worker processes cannot run.
+        """
+        first = self._next = self._start
+        self._start = first // len(self) * len(self)
+        return self._begin_iteration(first, self._start + len(self))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch."""
+        return self.schedule.steps_per_epoch
+
+    @property
+    def accum_steps(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.schedule.accum_steps
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[ClipBatch]:
+        """Yield the micro-batches of steps [first_step, last_step), `accum_steps` for each.
+
+        Args:
+            first_step: optimizer step counted over all epochs; where a resumed run goes on.
+            last_step: one past the last step.
+
+        Raises:
+            RuntimeError: when the loader is closed, or, from a former iteration, when another one began since.
+            UserError: when too many samples cannot be read, or worker processes cannot run.
+        """
+        return self._begin_iteration(first_step * self.accum_steps, last_step * self.accum_steps)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration; without it, epochs follow one another.
+
+        The epoch of a loaded state keeps the place within it.
+
+        Args:
+            epoch: epoch number, >= 0.
+        """
+        if self._start // len(self) != epoch:
+            self._start = self._next = epoch * len(self)
+
+    def state_dict(self) -> State:
+        """Return where the iteration stands: after the batches that were delivered, not those worked on ahead.
+
+        Returns:
+            Plain numbers, the same on every rank, for `load_state_dict` of a loader that may have other
+            workers, ranks and batch sizes, and another decoder. After the last batch of an epoch it is the
+            beginning of the next one.
+        """
+        return state_at(self._next, self.schedule, fingerprint=self._planner.manifest.fingerprint)
+
+    def load_state_dict(self, state: Mapping[str, int | bool]) -> None:
+        """Begin the next iteration with the batch after those that a state counts.
+
+        Args:
+            state: from `state_dict`.
+
+        Raises:
+            UserError: when it is the state of other clips, or lies within a global batch of this loader.
+        """
+        fingerprint = self._planner.manifest.fingerprint
+        self._start = self._next = position_of(state, self.schedule, fingerprint=fingerprint)
+
+    def close(self) -> None:
+        """Release the shared memory and end processes of the loader's own; may be called twice."""
+        self._is_closed = True
+        if self._owns_pool:
+            self._pool.close()
+        self._strategy.close()
+        self._ring.close()
+
+    def _begin_iteration(self, first: int, last: int) -> Iterator[ClipBatch]:
+        self._iteration += 1
+        return self._deliver(self._iteration, first, last)
+
+    def _deliver(self, iteration: int, first: int, last: int) -> Iterator[ClipBatch]:
+        """Yield micro-batches [first, last), counted over all epochs, as the given iteration of this loader."""
+        prefetch, depth = self.settings.prefetch_batches, self._strategy.depth
+        begun: deque[PendingBatch[Result]] = deque()
+        started: deque[PendingBatch[Result]] = deque()
+        for number in range(first, last + prefetch + depth):
+            self._require_latest(iteration)
+            if number == first:
+                self._strategy.discard()
+            if number < last:
+                begun.append(self._begin(number))
+            if begun and (len(begun) > prefetch or number >= last):
+                started.append(begun.popleft())
+                for row in range(len(started[-1].requests)):
+                    self._settle(started[-1], row)
+                self._strategy.start(started[-1])
+            if started and (len(started) > depth or (number >= last and not begun)):
+                yield self._finish(started.popleft())
+
+    def _require_latest(self, iteration: int) -> None:
+        if self._is_closed:
+            raise RuntimeError("the loader is closed; open a new one")
+        if iteration != self._iteration:
+            raise RuntimeError("another iteration of the same loader began, which ended this one")
+
+    def _begin(self, number: int) -> PendingBatch[Result]:
+        """Plan the clips of a micro-batch and hand them to the pool."""
+        slot = self._begun % self._ring.slots
+        self._begun += 1
+        if (former := self._in_slots[slot]) is not None:
+            # When its iteration was left, workers may still be writing here.
+            for ticket in former.tickets:
+                self._pool.wait_until_over(ticket)
+        self._strategy.wait_until_free(slot)
+        epoch, clips = self.schedule.micro_batch_ids(*divmod(number, self.accum_steps))
+        requests = [self._planner.plan(clip, epoch) for clip in clips.tolist()]
+        batch = PendingBatch[Result](number, epoch, slot, requests, np.ones(len(requests), dtype=bool))
+        self._in_slots[slot] = batch
+        for row, request in enumerate(requests):
+            place = self._ring.place(slot, row)
+            batch.tickets.append(self._pool.schedule(self._strategy.task, request, place))
+        return batch
+
+    def _settle(self, batch: PendingBatch[Result], row: int) -> None:
+        """Wait for one row's clip; one that fails is replaced, or the row becomes invalid."""
+        while batch.valid[row]:
+            try:
+                batch.results[row] = self._pool.wait(batch.tickets[row])
+                return
+            except PoolBrokenError:
+                self._schedule_again(batch, row)
+            except Exception as error:  # the process boundary; `failure_of` raises what is not a clip's failure
+                self._replace(batch, row, failure_of(error, batch.requests[row]))
+
+    def _schedule_again(self, batch: PendingBatch[Result], row: int) -> None:
+        request, place = batch.requests[row], self._ring.place(batch.slot, row)
+        batch.tickets[row] = self._pool.schedule(self._strategy.task, request, place)
+
+    def _replace(self, batch: PendingBatch[Result], row: int, failure: ClipError) -> None:
+        """Schedule another sample in a failed clip's place; in evaluation make the row invalid."""
+        self.stats.failures[failure.kind] += 1
+        if not self.schedule.training:
+            batch.valid[row], batch.results[row] = False, None
+            self.stats.invalid += 1
+        elif batch.attempts[row] == MAX_ATTEMPTS:
+            raise self._faults.exhausted(failure)
+        else:
+            attempt = batch.attempts[row]
+            substitute = self._faults.substitute(batch.planned_ids[row], batch.epoch, attempt)
+            failure = dataclasses.replace(failure, substitute_id=substitute)
+        batch.errors.append(failure)
+        self._faults.record(failure)
+        if failure.substitute_id is not None:
+            self.stats.replaced += batch.attempts[row] == 0
+            batch.attempts[row] += 1
+            batch.requests[row] = self._planner.plan(failure.substitute_id, batch.epoch)
+            self._schedule_again(batch, row)
+
+    def _finish(self, batch: PendingBatch[Result]) -> ClipBatch:
+        """Put a batch together and count it as delivered."""
+        while True:
+            try:
+                frames_BTHWC = self._strategy.frames(batch)
+                break
+            except RefusedRowsError as refused:
+                for row, failure in refused.failures.items():
+                    self._replace(batch, row, failure)
+                    self._settle(batch, row)
+        requests, rows = batch.requests, len(batch.requests)
+        self.stats.delivered += rows
+        self._next = batch.number + 1
+        if self._next == self._start + len(self):
+            self._start = self._next
+        return ClipBatch(
+            frames_BTHWC=frames_BTHWC,
+            tokens_BL=self._tokens(requests),
+            labels_B=self._on_device(_ids_or_none([request.label for request in requests])),
+            sample_ids=np.array([request.sample_id for request in requests], dtype=np.int64),
+            view_ids=np.tile(np.arange(self._ring.slot_shape[1]), rows),
+            valid=batch.valid,
+            epoch=batch.epoch,
+            errors=tuple(batch.errors),
+            caption_ids=_ids_or_none([request.caption_id for request in requests]),
+        )
+
+    def _tokens(self, requests: list[ClipRequest]) -> torch.Tensor | None:
+        length = self.settings.context_length
+        return self._on_device(pad_tokens([request.tokens for request in requests], length) if length else None)
+
+    def _on_device(self, values: np.ndarray | None) -> torch.Tensor | None:
+        """Return the numbers on the device; from pinned memory, so that a GPU's stream is not waited for."""
+        if values is None:
+            return None
+        values_X = torch.from_numpy(values)
+        if self.settings.device.type == "cuda":
+            values_X = values_X.pin_memory()
+        return values_X.to(self.settings.device, non_blocking=True)
+
+
+def _ids_or_none(ids: list[int]) -> np.ndarray | None:
+    """Return ids as an int64 array; None when no row has one."""
+    return np.array(ids, dtype=np.int64) if any(number >= 0 for number in ids) else None

@@ -1,0 +1,118 @@
+"""Curves of a run over its optimizer steps, drawn as SVG for the page of a report.
+
+matplotlib is imported when a chart is drawn, not before.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_INK = "#123457"  # stands for the page's text color while matplotlib draws
+_LINES = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b")
+_CURVES_PER_CHART = len(_LINES)
+_COUNTS = ("clips", "unreadable")  # of an evaluation: their scale would flatten its measures
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One number over the steps.
+
+    Args:
+        name: of the number in the log.
+        steps: optimizer steps done, in order.
+        values: the number after each of them.
+    """
+
+    name: str
+    steps: list[int]
+    values: list[float]
+
+
+def curve_of(rows: Sequence[Mapping[str, Any]], kind: str, name: str) -> Curve:
+    """Collect a number over the steps; rows without it, or with null for it, are left out.
+
+    Args:
+        rows: rows of `log.jsonl`.
+        kind: the rows that are meant: `train` or `evaluation`.
+        name: the number.
+    """
+    points = [(row["step"], row[name]) for row in rows if row["kind"] == kind and _is_number(row.get(name))]
+    return Curve(name, [int(step) for step, _ in points], [float(value) for _, value in points])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _metric_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """Return the numbers of the evaluations, as many as one chart can show."""
+    names = {
+        name: None
+        for row in rows
+        if row["kind"] == "evaluation"
+        for name in row
+        if name not in ("kind", "step", *_COUNTS) and _is_number(row[name])
+    }
+    return [curve_of(rows, "evaluation", name) for name in list(names)[:_CURVES_PER_CHART]]
+
+
+def _draw(curves: Sequence[Curve], title: str, *, from_zero: bool) -> str:
+    """Draw curves over optimizer steps as an SVG element that takes the text color of the page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
+        "svg.hashsalt": title,  # equal runs give equal files, and two charts never share an id
+        "font.family": "sans-serif",
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
+        ),
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        for curve, color in zip(curves, _LINES, strict=False):
+            marker = "o" if len(curve.steps) <= 30 else None
+            axes.plot(curve.steps, curve.values, color=color, marker=marker, markersize=3, label=curve.name)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("optimizer step", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, color=_INK, linewidth=0.5)
+        if len(curves) > 1:
+            axes.legend(fontsize=8, frameon=False)
+        buffer = io.StringIO()
+        blank = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=blank)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+
+
+def draw_charts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Draw the charts of a run.
+
+    Args:
+        rows: rows of `log.jsonl`.
+
+    Returns:
+        Title to SVG element; an empty text where the log has no such number.
+    """
+    speed = [curve_of(rows, "train", "clips_per_s")]
+    waiting = [curve_of(rows, "train", "data_wait_share")]
+    charts = {}
+    # Shares and rates start at zero, or noise would look like a trend.
+    for title, curves, from_zero in (
+        ("Loss", [curve_of(rows, "train", "loss")], False),
+        ("Evaluation", _metric_curves(rows), False),
+        ("Share of the step spent waiting for data", waiting, True),
+        ("Clips per second, all ranks", speed, True),
+    ):
+        drawn = [curve for curve in curves if curve.steps]
+        charts[title] = _draw(drawn, title, from_zero=from_zero) if drawn else ""
+    return charts

@@ -1,0 +1,89 @@
+"""Calls a function in a fresh interpreter with a time limit, for what may crash or hang, such as drivers.
+
+Unlike a pool's processes, such an interpreter does not import the main module of the program, and what
+libraries print in it is not shown, except for the reason of a failure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+from avion_dali.child_process import die_with_parent
+
+TIMEOUT_S = 120.0  # the first use of a driver, or of packages on a cold shared disk, may take a minute
+
+# Without the empty entry, the working directory: a user's own modules may have names of this project's.
+_CHILD = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    f"from {__name__} import answer_parent; answer_parent(sys.argv[1])"
+)
+
+
+def call_in_subprocess(
+    task: Callable[..., str | None], *arguments: str | int, timeout_s: float = TIMEOUT_S
+) -> str | None:
+    """Call a function in a fresh interpreter.
+
+    Args:
+        task: a module's function; returns what is wrong, or None.
+        *arguments: what it is called with.
+        timeout_s: seconds after which the process is killed.
+
+    Returns:
+        What the task returned, or how its process failed, in one line.
+    """
+    call = json.dumps([task.__module__, task.__name__, os.getpid(), arguments])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD, call],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=environment,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {timeout_s:.0f} s"
+    said = [line.strip() for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+    if done.returncode < 0:
+        return f"its process was killed by {signal.Signals(-done.returncode).name}"
+    if done.returncode:
+        return said[-1] if said else f"its process ended with status {done.returncode}"
+    answer: str | None = json.loads(done.stdout)
+    # DALI writes the cause of some failures to stderr only, as `[file:line] cause`.
+    remarks = [match[1] for line in said if (match := re.match(r"\[/[^\]]+:\d+\] (.+)", line))]
+    return f"{answer} ({remarks[-1]})" if answer and remarks else answer
+
+
+def answer_parent(call: str) -> None:
+    """Run the task of `call_in_subprocess`, in the process that it started.
+
+    Args:
+        call: JSON list of module, function, the parent's process id and the arguments.
+    """
+    module, function, parent_pid, arguments = json.loads(call)
+    die_with_parent(parent_pid)
+    # Only the answer goes to the parent's pipe: libraries print to stdout as they like.
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    answer = getattr(importlib.import_module(module), function)(*arguments)
+    os.write(answers, json.dumps(answer).encode())
+    os._exit(0)  # without the clean-up of libraries, which takes time and may crash
+
+
+def import_modules(*names: str) -> None:
+    """Import modules, as a task for `call_in_subprocess`.
+
+    Args:
+        *names: dotted names.
+    """
+    for name in names:
+        importlib.import_module(name)

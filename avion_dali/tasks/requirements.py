@@ -1,0 +1,57 @@
+"""What a task may require of a manifest, checked before a training starts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from avion_dali.contracts import UserError
+from avion_dali.data.classes import ClassTable
+from avion_dali.data.manifest import Manifest
+
+
+def class_table(manifest: Manifest) -> ClassTable:
+    """Return the classes that a manifest's labels count.
+
+    Args:
+        manifest: a manifest for recognition.
+
+    Raises:
+        UserError: when it has no labels.
+    """
+    if manifest.classes is None:
+        raise UserError(
+            f"{manifest.folder} has no class labels, which recognition needs; build it with a `label` column, "
+            "or with `avion-dali manifest ek100 --task recognition` or `avion-dali manifest kinetics`"
+        )
+    return manifest.classes
+
+
+def require_in_every_row(manifest: Manifest, what: Literal["label", "text"], objective: str) -> None:
+    """Refuse a manifest with rows that lack a label or a text.
+
+    A missing label would stop the training at some step, and a missing text would spoil it silently.
+
+    Args:
+        manifest: the training manifest.
+        what: the column.
+        objective: name of the objective that needs it, for the message.
+
+    Raises:
+        UserError: naming how many rows lack it.
+    """
+    with pa.memory_map(str(manifest.folder / "samples.arrow")) as file:
+        reader = pa.ipc.open_file(file)
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        if what == "label":
+            missing = sum(pc.sum(pc.less(batch["label"], 0)).as_py() or 0 for batch in batches)
+        else:
+            counts = (pc.list_value_length(batch["texts"]) for batch in batches)
+            missing = sum(pc.sum(pc.equal(count, 0)).as_py() or 0 for count in counts)
+    if missing:
+        raise UserError(
+            f"{manifest.folder}: {missing} of {manifest.num_samples} rows have no {what}, and "
+            f"objective.name = {objective} needs one in each; leave them out of the annotations"
+        )

@@ -1,0 +1,200 @@
+"""Decoding with DALI: workers collect the packets of clips, one DALI graph decodes them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import cached_property, partial
+
+import torch
+
+from avion_dali.contracts import ClipError, ClipRequest
+from avion_dali.loading.faults import LoaderStats
+from avion_dali.loading.ring import SharedRing
+from avion_dali.loading.strategy import PendingBatch, RefusedRowsError
+
+from .codecs import Device
+from .color import correct_colors
+from .graph import GraphSettings, failure_cause, graph_inputs
+from .mini_clip import MiniClip
+from .source import GraphRunner
+from .worker import CollectedClip, collect_into
+
+_log = logging.getLogger(__name__)
+
+
+class DaliStrategy:
+    """A `LoaderStrategy` that decodes on NVDEC when batches go to a GPU, else with DALI on the CPU.
+
+    Clips that DALI cannot decode correctly are decoded by `cpu-fused` in the workers, and counted.
+
+    Args:
+        num_threads: clips that DALI decodes at the same time.
+    """
+
+    depth = 2  # batches in the graph: the host works on one while the device works on the other
+
+    def __init__(self, *, num_threads: int) -> None:
+        self._num_threads = num_threads
+        self._graph_rows: dict[int, list[int]] = {}  # by slot: the rows of a batch that the graph decodes
+        self._reasons: set[str] = set()
+
+    def open(self, ring: SharedRing, device: torch.device, stats: LoaderStats) -> None:
+        """Build the graph.
+
+        Args:
+            ring: where tasks write; a batch that the graph fails on is read from there again.
+            device: where frames are delivered.
+            stats: where the time and the clips of `cpu-fused` are counted.
+        """
+        self._ring, self._device, self._stats = ring, device, stats
+        on_gpu = device.type == "cuda"
+        backend: Device = "mixed" if on_gpu else "cpu"
+        rows, views, _, frame_size, *_ = ring.slot_shape
+        self.task = partial(collect_into, device=backend)
+        self._settings = GraphSettings(
+            device=backend,
+            device_id=_device_index(device) if on_gpu else 0,
+            batch_size=rows,
+            num_views=views,
+            frame_size=frame_size,
+            num_threads=self._num_threads,
+            prefetch_depth=self.depth,
+        )
+        self._graph = GraphRunner(self._settings)
+
+    def wait_until_free(self, slot: int) -> None:
+        """Do nothing: a slot's batch was delivered or discarded, and is not read any more.
+
+        Args:
+            slot: which slot of the ring.
+        """
+
+    def start(self, batch: PendingBatch[CollectedClip]) -> None:
+        """Give the batch's mini clips to the graph.
+
+        Args:
+            batch: the batch.
+        """
+        rows = _rows_for_graph(batch)
+        self._graph_rows[batch.slot] = rows
+        if rows:
+            self._graph.put(graph_inputs([(batch.requests[row], self._mini_clip(batch, row)) for row in rows]))
+
+    def frames(self, batch: PendingBatch[CollectedClip]) -> torch.Tensor:
+        """Return a batch as the graph decoded it, with the rows that workers decoded.
+
+        Args:
+            batch: the batch.
+
+        Returns:
+            uint8 (B*V, T, H, W, C) on the device; zeros for invalid rows.
+
+        Raises:
+            RefusedRowsError: when DALI cannot decode some rows.
+            RuntimeError: when DALI delivers other clips than it was given.
+        """
+        rows = self._graph_rows.pop(batch.slot, [])  # empty in a second call, after the graph had failed
+        frames = self._take(batch, rows)
+        if frames is None:
+            rows = []
+            self._decode_one_by_one(batch)
+        clips = [clip for clip in batch.results if clip is not None]
+        self._stats.decode_s += sum(clip.seconds for clip in clips)
+        self._count_unfit([clip.unfit for clip in clips if clip.unfit])
+        if frames is None or len(rows) < len(batch.requests):
+            frames = self._with_rows_in_place(batch, rows, frames)
+        return frames.flatten(0, 1)
+
+    def discard(self) -> None:
+        """Forget the batches that were started; waits for those that the graph works on."""
+        self._graph_rows.clear()
+        self._graph.discard()
+
+    def close(self) -> None:
+        """Forget the batches that were started."""
+        self._graph.clear()
+
+    @cached_property
+    def _one_clip_graph(self) -> GraphRunner:
+        """The graph again, for finding the clip that a batch failed on; made when that first happens."""
+        return GraphRunner(replace(self._settings, batch_size=1, num_threads=1, prefetch_depth=1))
+
+    def _take(self, batch: PendingBatch[CollectedClip], rows: list[int]) -> torch.Tensor | None:
+        """Return uint8 (rows, V, T, H, W, C) from the graph; None for no rows, or when it failed on one."""
+        if not rows:
+            return None
+        try:
+            frames, sample_ids = self._graph.take()
+        except RuntimeError:
+            return None
+        expected = [batch.requests[row].sample_id for row in rows]
+        if sample_ids.tolist() != expected:
+            raise RuntimeError(f"DALI delivered samples {sample_ids.tolist()} in place of {expected}")
+        correct_colors(frames, [self._mini_clip(batch, row).colorspace for row in rows])
+        return frames
+
+    def _decode_one_by_one(self, batch: PendingBatch[CollectedClip]) -> None:
+        """Decode a batch's mini clips, put frames where workers put theirs, and report those that fail."""
+        refused: dict[int, ClipError] = {}
+        for row in _rows_for_graph(batch):
+            mini_clip, request = self._mini_clip(batch, row), batch.requests[row]
+            self._one_clip_graph.put(graph_inputs([(request, mini_clip)]))
+            try:
+                frames, _ = self._one_clip_graph.take()
+            except RuntimeError as error:
+                refused[row] = _refusal(request, error)
+                continue
+            correct_colors(frames, [mini_clip.colorspace])
+            torch.from_numpy(self._ring.frames(batch.slot)[row]).copy_(frames[0])
+            batch.results[row] = replace(_collected(batch, row), mini_clip=None)
+        if refused:
+            raise RefusedRowsError(refused)
+
+    def _with_rows_in_place(
+        self, batch: PendingBatch[CollectedClip], rows: list[int], frames: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return all rows: those of the graph, those whose frames are in the ring, zeros for invalid ones."""
+        shape = (len(batch.requests), *self._ring.slot_shape[1:])
+        everything = torch.zeros(shape, dtype=torch.uint8, device=self._device)
+        if frames is not None:
+            everything[rows] = frames
+        in_place = self._ring.frames(batch.slot)
+        for row, clip in enumerate(batch.results):
+            if clip is not None and clip.mini_clip is None:
+                everything[row] = torch.from_numpy(in_place[row]).to(self._device)
+        return everything
+
+    def _mini_clip(self, batch: PendingBatch[CollectedClip], row: int) -> MiniClip:
+        clip = _collected(batch, row)
+        assert clip.mini_clip is not None
+        if not clip.num_bytes:
+            return clip.mini_clip
+        return replace(clip.mini_clip, data=self._ring.frames(batch.slot)[row].reshape(-1)[: clip.num_bytes])
+
+    def _count_unfit(self, reasons: list[str]) -> None:
+        self._stats.decoded_on_cpu += len(reasons)
+        for reason in reasons:
+            if reason not in self._reasons:
+                _log.warning("some clips are decoded by cpu-fused, on the CPU: %s", reason)
+            self._reasons.add(reason)
+
+
+def _rows_for_graph(batch: PendingBatch[CollectedClip]) -> list[int]:
+    return [row for row, clip in enumerate(batch.results) if clip is not None and clip.mini_clip is not None]
+
+
+def _collected(batch: PendingBatch[CollectedClip], row: int) -> CollectedClip:
+    clip = batch.results[row]
+    assert clip is not None
+    return clip
+
+
+def _device_index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _refusal(request: ClipRequest, error: RuntimeError) -> ClipError:
+    part = request.parts[0]
+    cause = f"DALI cannot decode it: {failure_cause(error)}"
+    return ClipError(request.sample_id, request.epoch, "corrupt", part.chunk.path, part.frame_ids, cause)

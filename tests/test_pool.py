@@ -1,0 +1,144 @@
+"""The pool: any task, supervised; and a script that worker processes cannot import again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent import futures
+from functools import partial
+from pathlib import Path
+
+import make_videos
+import odd_tasks
+import pytest
+from dali_clips import chunk_manifest
+from pebble import ProcessExpired
+from processes import left_after
+
+from avion_dali.contracts import UserError
+from avion_dali.loading.pool import WorkerPool, default_workers
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_it_does_any_task() -> None:
+    with WorkerPool(workers=2, timeout_s=20) as pool:
+        tickets = [pool.schedule(odd_tasks.joined, "a", number) for number in range(20)]
+        assert [pool.wait(ticket) for ticket in tickets] == [f"'a' {number}" for number in range(20)]
+        assert pool.wait(pool.schedule(partial(odd_tasks.joined, "b"), 3)) == "'b' 3"
+
+
+def test_tasks_fail_alone(tmp_path: Path) -> None:
+    with WorkerPool(workers=2, timeout_s=1.0) as pool:
+        bad = [
+            (pool.schedule(odd_tasks.fail, "broken"), ValueError),
+            (pool.schedule(odd_tasks.die, int(signal.SIGKILL)), ProcessExpired),
+            (pool.schedule(odd_tasks.sleep_and_tell, str(tmp_path / "pid")), futures.TimeoutError),
+        ]
+        good = pool.schedule(odd_tasks.joined, "a", 1)
+        for ticket, error in bad:
+            with pytest.raises(error):
+                pool.wait(ticket)
+            pool.wait_until_over(ticket)
+        assert pool.wait(good) == "'a' 1"
+
+
+def test_waiting_until_a_task_is_over_reports_no_failure(tmp_path: Path) -> None:
+    with WorkerPool(workers=1, timeout_s=1.0) as pool:
+        ticket = pool.schedule(odd_tasks.sleep_and_tell, str(tmp_path / "pid"))
+        pool.wait_until_over(ticket)
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_closing_twice_is_fine() -> None:
+    pool = WorkerPool(workers=1, timeout_s=20)
+    pool.wait(pool.schedule(odd_tasks.joined, "a", 1))
+    pool.close()
+    pool.close()
+
+
+def test_workers_are_the_ranks_share_of_the_cores() -> None:
+    assert default_workers(1) >= default_workers(2) >= default_workers(10_000) == 1
+
+
+POOL_SCRIPT = """
+import odd_tasks
+from avion_dali.loading.pool import WorkerPool
+
+def main():
+    with WorkerPool(workers=2, timeout_s=30) as pool:
+        tickets = [pool.schedule(odd_tasks.joined, "clip", number) for number in range(3)]
+        print(*map(pool.wait, tickets))
+"""
+LOADER_SCRIPT = """
+import sys
+
+def main():
+    from dali_clips import loader_of, planner_of
+    from avion_dali.data.manifest import Manifest
+    from avion_dali.loading.pool import WorkerPool
+
+    with (
+        WorkerPool(workers=2, timeout_s=30) as pool,
+        loader_of(planner_of(Manifest(sys.argv[1])), pool, decoder="cpu-fused") as loader,
+    ):
+        print(sum(len(batch) for batch in loader))
+"""
+SAID = {POOL_SCRIPT: "'clip' 0 'clip' 1 'clip' 2\n", LOADER_SCRIPT: "4\n"}
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    path = make_videos.write_video(tmp_path / "a.mp4", frames=60)
+    return chunk_manifest(tmp_path / "m", {path: (0.0, 0.1, 0.2, 0.3)}).folder
+
+
+def run_script(folder: Path, source: str) -> subprocess.Popen:
+    path = folder / "script.py"
+    path.write_text(source)
+    return subprocess.Popen(
+        [sys.executable, str(path), str(folder / "m")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))},
+        start_new_session=True,
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("source", [POOL_SCRIPT, LOADER_SCRIPT], ids=["pool", "loader"])
+def test_a_script_without_a_main_guard_ends_with_one_error(manifest: Path, source: str) -> None:
+    began = time.monotonic()
+    script = run_script(manifest.parent, source + "main()\n")
+    output, errors = script.communicate(timeout=100)
+    # Importing torch alone takes several seconds on a busy machine, in the script and then in its workers.
+    assert source == LOADER_SCRIPT or time.monotonic() - began < 15
+    assert script.returncode == 1
+    assert output == ""
+    assert errors.splitlines()[-1].startswith(
+        "avion_dali.contracts.UserError: worker processes import the main"
+    )
+    assert errors.count('if __name__ == "__main__":') == 1
+    assert errors.count("Traceback") == 1
+    assert len(errors.splitlines()) <= 30
+    assert left_after(3, script.pid) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("source", [POOL_SCRIPT, LOADER_SCRIPT], ids=["pool", "loader"])
+def test_a_script_with_a_main_guard_runs(manifest: Path, source: str) -> None:
+    script = run_script(manifest.parent, source + 'if __name__ == "__main__":\n    main()\n')
+    output, errors = script.communicate(timeout=100)
+    assert (script.returncode, output, errors) == (0, SAID[source], "")
+    assert left_after(3, script.pid) == []
+
+
+def test_processes_that_keep_dying_end_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("avion_dali.loading.pool._MAX_RESTARTS", 1)
+    with WorkerPool(workers=1, timeout_s=20) as pool:
+        pool._restart()
+        with pytest.raises(UserError, match="died 2 times in a row; is the machine out of memory"):
+            pool._restart()
