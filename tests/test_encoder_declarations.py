@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from avion_dali.engine.evaluate_classes import evaluate_classes
 from small_models import same_tensors
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,6 +32,8 @@ from avion_dali.models.masked_video import build_masked_video
 from avion_dali.models.starting_weights import StartWeights, apply_start, open_start
 from avion_dali.models.towers import ENCODERS, resolve_model
 from avion_dali.models.videomae import build_blocks
+from avion_dali.tasks.evaluation import evaluate
+from avion_dali.tasks.recognition import ClassScorer
 
 CLASSES = ClassTable(("x", "y", "z"))
 
@@ -212,11 +213,10 @@ def probabilities(model: nn.Module) -> np.ndarray:
         )
         for number in range(2)
     ]
-    result = evaluate_classes(
+    result = evaluate(
         model.eval(),
         batches,
-        CLASSES,
-        normalization="openai",
+        ClassScorer(CLASSES, normalization="openai"),
         precision="fp32",
         distributed=Distributed(torch.device("cpu")),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,37 +22,54 @@ Progress = Callable[[int], object]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the subcommand accepts."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    captions = kinds.add_parser(
-        "captions", help="CSV or JSON lines: video, start, end, text[, verb, noun, label]"
-    )
-    _add_common(captions, annotations=".csv or .jsonl file")
-    captions.add_argument("--classes-from", type=Path, help="manifest whose classes the labels count")
-    ego4d = kinds.add_parser("ego4d", help="pickled narrations of Ego4D, as LaViLa and AVION have them")
-    _add_common(ego4d, annotations=".pkl files; their rows follow each other", several=True)
-    _add_ek100(kinds.add_parser("ek100", help="CSV files of EPIC-KITCHENS-100"))
-    _add_kinetics(kinds.add_parser("kinetics", help="lists `path label` or `path frames label`"))
+    for name, dataset in DATASETS.items():
+        dataset.add_arguments(kinds.add_parser(name, help=dataset.help))
 
 
-def _add_ek100(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser, annotations="EPIC_100_*.csv")
-    parser.add_argument("--task", required=True, choices=("recognition", "retrieval"))
-    classes = "recognition: the train and the validation file (default: beside the annotations)"
-    parser.add_argument("--classes-from", type=Path, nargs="+", metavar="CSV", default=[], help=classes)
-    parser.add_argument("--sentences", type=Path, help="retrieval: EPIC_100_retrieval_*_sentence.csv")
-    parser.add_argument("--relevancy", type=Path, help="retrieval: caption_relevancy_*.pkl")
+def run(options: argparse.Namespace) -> int:
+    """Make the manifest and say what went in and what was left out."""
+    from avion_dali.datasets.building import BuildSettings
+
+    with _progress() as (on_chunk, on_row):
+        settings = BuildSettings(
+            chunk_root=options.chunks,
+            output=options.output,
+            skip_bad_rows=options.skip_bad_rows,
+            jobs=options.jobs,
+            on_chunk=on_chunk,
+            on_row=on_row,
+        )
+        report = DATASETS[options.kind].build(options, settings)
+    print("\n".join(summary(report, options.output)))
+    return 0
 
 
-def _add_kinetics(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser, annotations="the list", chunks=False)
-    root = parser.add_mutually_exclusive_group(required=True)
-    root.add_argument("--videos", type=Path, help="folder that the list's video files lie below")
-    root.add_argument("--chunks", type=Path, help="chunk folder of the listed videos")
-    parser.add_argument("--class-names", type=Path, help="text file, one class name a line in label order")
+@dataclass(frozen=True)
+class Dataset:
+    """A kind of annotation files.
+
+    Args:
+        help: one line for `avion-dali manifest --help`.
+        add_arguments: declares the options; `add_common_arguments` declares those that all datasets share.
+        build: makes the manifest of parsed options and settings.
+    """
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    build: Callable[[argparse.Namespace, BuildSettings], BuildReport]
 
 
-def _add_common(
+def add_common_arguments(
     parser: argparse.ArgumentParser, *, annotations: str, several: bool = False, chunks: bool = True
 ) -> None:
+    """Declare the options that all datasets share.
+
+    Args:
+        parser: of the dataset.
+        annotations: help of `--annotations`.
+        several: whether several annotation files are accepted.
+        chunks: whether `--chunks` is required; else the dataset declares where its files lie.
+    """
     if chunks:
         parser.add_argument("--chunks", required=True, type=Path, help="chunk folder")
     number = "+" if several else None
@@ -61,54 +79,43 @@ def _add_common(
     parser.add_argument("--jobs", default=0, type=int, help="probing processes (default: one per core)")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Make the manifest and say what went in and what was left out."""
-    with _progress() as (on_chunk, on_row):
-        report = _build(options, on_chunk, on_row)
-    print("\n".join(summary(report, options.output)))
-    return 0
+def _add_captions(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser, annotations=".csv or .jsonl file")
+    parser.add_argument("--classes-from", type=Path, help="manifest whose classes the labels count")
 
 
-def _build(options: argparse.Namespace, on_chunk: Progress, on_row: Progress) -> BuildReport:
-    from avion_dali.datasets.building import BuildSettings
-
-    if options.kind == "captions":
-        return _build_captions(options, on_chunk, on_row)
-    whole_files = options.kind == "kinetics" and options.videos is not None
-    settings = BuildSettings(
-        chunk_root=options.videos if whole_files else options.chunks,
-        output=options.output,
-        skip_bad_rows=options.skip_bad_rows,
-        jobs=options.jobs,
-        on_chunk=on_chunk,
-        on_row=on_row,
-    )
-    if options.kind == "ego4d":
-        from avion_dali.datasets.ego4d import build_ego4d_manifest
-
-        return build_ego4d_manifest(settings, options.annotations)
-    if options.kind == "ek100":
-        return _build_ek100(options, settings)
-    from avion_dali.datasets.kinetics import build_kinetics_manifest
-
-    return build_kinetics_manifest(
-        settings, options.annotations, whole_files=whole_files, class_names=options.class_names
-    )
-
-
-def _build_captions(options: argparse.Namespace, on_chunk: Progress, on_row: Progress) -> BuildReport:
+def _build_captions(options: argparse.Namespace, settings: BuildSettings) -> BuildReport:
     from avion_dali.datasets.captions import build_captions_manifest
 
     return build_captions_manifest(
-        options.chunks,
+        settings.chunk_root,
         options.annotations,
-        options.output,
-        skip_bad_rows=options.skip_bad_rows,
-        jobs=options.jobs,
-        on_progress=on_chunk,
-        on_row=on_row,
+        settings.output,
+        skip_bad_rows=settings.skip_bad_rows,
+        jobs=settings.jobs,
+        on_progress=settings.on_chunk,
+        on_row=settings.on_row,
         classes_from=options.classes_from,
     )
+
+
+def _add_ego4d(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser, annotations=".pkl files; their rows follow each other", several=True)
+
+
+def _build_ego4d(options: argparse.Namespace, settings: BuildSettings) -> BuildReport:
+    from avion_dali.datasets.ego4d import build_ego4d_manifest
+
+    return build_ego4d_manifest(settings, options.annotations)
+
+
+def _add_ek100(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser, annotations="EPIC_100_*.csv")
+    parser.add_argument("--task", required=True, choices=("recognition", "retrieval"))
+    classes = "recognition: the train and the validation file (default: beside the annotations)"
+    parser.add_argument("--classes-from", type=Path, nargs="+", metavar="CSV", default=[], help=classes)
+    parser.add_argument("--sentences", type=Path, help="retrieval: EPIC_100_retrieval_*_sentence.csv")
+    parser.add_argument("--relevancy", type=Path, help="retrieval: caption_relevancy_*.pkl")
 
 
 def _build_ek100(options: argparse.Namespace, settings: BuildSettings) -> BuildReport:
@@ -124,6 +131,35 @@ def _build_ek100(options: argparse.Namespace, settings: BuildSettings) -> BuildR
         raise UserError("--classes-from is for --task recognition")
     retrieval = None if options.sentences is None else Retrieval(options.sentences, options.relevancy)
     return build_retrieval_manifest(settings, options.annotations, retrieval)
+
+
+def _add_kinetics(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser, annotations="the list", chunks=False)
+    root = parser.add_mutually_exclusive_group(required=True)
+    root.add_argument("--videos", type=Path, help="folder that the list's video files lie below")
+    root.add_argument("--chunks", type=Path, help="chunk folder of the listed videos")
+    parser.add_argument("--class-names", type=Path, help="text file, one class name per line in label order")
+
+
+def _build_kinetics(options: argparse.Namespace, settings: BuildSettings) -> BuildReport:
+    from avion_dali.datasets.kinetics import build_kinetics_manifest
+
+    whole_files = options.videos is not None
+    settings = replace(settings, chunk_root=options.videos if whole_files else options.chunks)
+    return build_kinetics_manifest(
+        settings, options.annotations, whole_files=whole_files, class_names=options.class_names
+    )
+
+
+DATASETS: dict[str, Dataset] = {
+    "captions": Dataset(
+        "CSV or JSON lines: video, start, end, text[, verb, noun, label]", _add_captions, _build_captions
+    ),
+    "ego4d": Dataset("pickled narrations of Ego4D, as LaViLa and AVION have them", _add_ego4d, _build_ego4d),
+    "ek100": Dataset("CSV files of EPIC-KITCHENS-100", _add_ek100, _build_ek100),
+    "kinetics": Dataset("lists `path label` or `path frames label`", _add_kinetics, _build_kinetics),
+}
+"""The table of datasets, by the kinds of `avion-dali manifest`."""
 
 
 def summary(report: BuildReport, output: Path) -> list[str]:
