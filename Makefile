@@ -11,11 +11,12 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: help demo demo-finetune test lint types clean
+.PHONY: help demo demo-finetune media test lint types clean
 
 help:
 	@echo "make demo   train on a small made-up data set and write a report (runs/demo)"
 	@echo "make demo-finetune   retrieval, recognition and VideoMAE from it (runs/demo_finetune)"
+	@echo "make media  the videos that benchmarks decode, without network (media/)"
 	@echo "make test   the whole test suite"
 	@echo "make lint   style, spelling, docstrings and size limits"
 	@echo "make types  static types"
@@ -26,6 +27,9 @@ demo: $(INSTALLED)
 
 demo-finetune: $(INSTALLED)
 	$(BIN)/avion-dali demo-finetune --demo-dir runs/demo --output-dir runs/demo_finetune
+
+media: $(INSTALLED)
+	$(BIN)/python -m benchmarks.media --output media
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest

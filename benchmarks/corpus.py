@@ -1,8 +1,7 @@
-"""Chunk folders and manifests to load from, made of procedural or given videos by the project's own chunker."""
+"""Chunks and manifests to load from, made of videos by the project's own chunker, and clips of them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,33 +11,29 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
-from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest, PacketIndexRef
 from avion_dali.data.chunking import ChunkSettings, chunk_videos
+from avion_dali.data.crops import random_resized_window
+from avion_dali.data.frames import segment_frame_ids
 from avion_dali.data.manifest import IndexWriter, Manifest, Sample, write_manifest
 from avion_dali.data.planner import ClipRules
+from avion_dali.data.probe import probe_chunk
 from avion_dali.data.profiles import ProfileName
 from avion_dali.data.scanning import scan_chunks
-from avion_dali.files import whole_or_absent
+from benchmarks.media import FPS
 
-FPS = 30
 START_TOKEN, END_TOKEN = 49406, 49407
 
 
 @dataclass(frozen=True)
 class ClipKind:
-    """What a clip asks of its chunk.
+    """What a clip asks of its chunk."""
 
-    Args:
-        name: as tables show it.
-        num_frames: clip length T.
-        seconds: the span it is drawn from.
-    """
-
-    name: str
-    num_frames: int
-    seconds: float
+    name: str  # as tables show it
+    num_frames: int  # clip length T
+    seconds: float  # the span it is drawn from
 
     def rules(self, frame_size: int = 224) -> ClipRules:
         """Training clips of this kind: jittered frames, random-resized crops."""
@@ -52,71 +47,6 @@ STRIDED = ClipKind("16 frames at stride 4", 16, 64 / FPS)
 CLIP_KINDS = (FOUR, SIXTEEN, STRIDED)
 
 
-@dataclass(frozen=True)
-class SourceSettings:
-    """The procedural videos.
-
-    Args:
-        videos: how many.
-        seconds: length of each.
-        size: (width, height) in pixels, multiples of 16.
-    """
-
-    videos: int = 2
-    seconds: int = 15
-    size: tuple[int, int] = (512, 288)
-
-
-def write_sources(folder: Path, settings: SourceSettings) -> list[Path]:
-    """Write the procedural videos, nearly lossless; those that are there are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"hand_held_{seed}.mp4" for seed in range(settings.videos)]
-    for seed, path in enumerate(paths):
-        if not path.exists():
-            _write_source(path, settings, seed)
-    return paths
-
-
-def hand_held_pictures(frames: int, size: tuple[int, int], *, seed: int) -> Iterator[np.ndarray]:
-    """Yield pictures about as hard to encode as hand-held video, uint8 (H, W, 3) RGB.
-
-    A scene under a moving camera, a fainter one that moves the other way (what motion search cannot
-    predict), and sensor noise.
-    """
-    rng = np.random.default_rng(seed)
-    width, height = size
-    scene = _texture(rng, (max(size) + 200, max(size) + 200))
-    noise = rng.normal(0, 4, (height, width, 3))
-    for frame in range(frames):
-        y, x = (int(100 + 99 * f(frame / 20)) for f in (np.sin, np.cos))
-        near = scene[y : y + height, x : x + width]
-        far = scene[x : x + height, y : y + width]
-        shift = tuple(rng.integers(0, (height, width)))
-        picture = 0.9 * near + 0.1 * far + np.roll(noise, shift, axis=(0, 1))
-        yield np.clip(picture, 0, 255).astype(np.uint8)
-
-
-def _texture(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """Noise at five scales, (H, W, 3) around 128, as photographs have detail at every scale."""
-    height, width = size
-    layers = []
-    for scale in (4, 8, 16, 32, 64):
-        coarse = rng.normal(0, 5 * scale**0.4, (height // scale + 1, width // scale + 1, 3))
-        layers.append(np.kron(coarse, np.ones((scale, scale, 1)))[:height, :width])
-    return 128 + np.sum(layers, axis=0)
-
-
-def _write_source(path: Path, settings: SourceSettings, seed: int) -> None:
-    with whole_or_absent(path) as partial, av.open(str(partial), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "8"})
-        assert isinstance(stream, VideoStream)
-        stream.width, stream.height = settings.size
-        stream.pix_fmt, stream.thread_count = "yuv420p", 1
-        for rgb_HWC in hand_held_pictures(settings.seconds * FPS, settings.size, seed=seed):
-            container.mux(stream.encode(VideoFrame.from_ndarray(rgb_HWC, format="rgb24")))
-        container.mux(stream.encode(None))
-
-
 def chunk_sources(videos: Sequence[Path], folder: Path, profile: ProfileName, *, short_side: int = 288) -> Path:
     """Cut videos into 15-second chunks of a profile.
 
@@ -128,16 +58,6 @@ def chunk_sources(videos: Sequence[Path], folder: Path, profile: ProfileName, *,
     if report.failed:
         raise RuntimeError(f"{report.failed[0].video}: {report.failed[0].failed}")
     return folder
-
-
-def multiply_chunks(folder: Path, copies: int) -> None:
-    """Give every chunk more names (hard links), so that a small corpus has as many files as a large one."""
-    for path in sorted(folder.glob("*/*.mp4")):
-        for copy in range(copies):
-            twin = folder / "copies" / f"{path.parent.name}_{copy:04d}" / path.name
-            twin.parent.mkdir(parents=True, exist_ok=True)
-            if not twin.exists():
-                os.link(path, twin)
 
 
 def repeat_chunk(source: Path, target: Path, times: int) -> None:
@@ -185,4 +105,65 @@ def mbit_per_s(manifest: Manifest) -> float:
     """Bit rate of a manifest's chunks."""
     chunks = [manifest.chunk(row) for row in range(manifest.num_chunks)]
     seconds = sum(chunk.ref.num_frames / chunk.fps for chunk in chunks)
-    return round(sum(c.ref.size_bytes for c in chunks) * 8 / float(seconds or Fraction(1)) / 1e6, 2)
+    return sum(c.ref.size_bytes for c in chunks) * 8 / float(seconds or Fraction(1)) / 1e6
+
+
+def write_chunks(
+    videos: Sequence[Path], folder: Path, profiles: Sequence[str], *, short_side: int = 288
+) -> dict[tuple[str, str], ChunkRef]:
+    """Cut videos into chunks of every profile and index the first chunk of each.
+
+    Args:
+        videos: no two of one name.
+        folder: where chunks go; those that are there are kept.
+        profiles: names of encode profiles.
+        short_side: of the pictures in pixels.
+
+    Returns:
+        The chunks by (video, profile).
+    """
+    found = {}
+    for profile in profiles:
+        chunk_sources(videos, folder / profile, profile, short_side=short_side)  # type: ignore[arg-type]
+        for video in videos:
+            found[video.stem, profile] = indexed_chunk(folder / profile / video.name / "0.mp4")
+    return found
+
+
+def indexed_chunk(path: Path) -> ChunkRef:
+    """Probe a file and write its packet index beside it."""
+    facts = probe_chunk(path, index=True)
+    index = path.with_suffix(".packets")
+    index.write_bytes(facts.packet_index)
+    ref = PacketIndexRef(str(index), 0, len(facts.packet_index))
+    return ChunkRef(str(path), facts.size_bytes, facts.num_frames, facts.width, facts.height, ref)
+
+
+def draw_clips(
+    chunk: ChunkRef, kind: ClipKind, *, clips: int, frame_size: int = 224, seed: int = 0
+) -> list[ClipRequest]:
+    """Draw training clips, one from each of equal parts of a chunk; the same for chunks of one length and size.
+
+    Args:
+        chunk: the file.
+        kind: clip length and span.
+        clips: how many.
+        frame_size: side of the output in pixels.
+        seed: of the draw.
+    """
+    rng = np.random.default_rng(seed)
+    span = round(kind.seconds * FPS)
+    rules = kind.rules(frame_size)
+    drawn = []
+    for number in range(clips):
+        start = int((number + rng.random()) / clips * (chunk.num_frames - span + 1))
+        ids = segment_frame_ids(start, start + span, kind.num_frames, rng)
+        while len(set(ids.tolist())) < kind.num_frames:  # not every library can be asked for a frame twice
+            ids = segment_frame_ids(start, start + span, kind.num_frames, rng)
+        window = random_resized_window(
+            chunk.width, chunk.height, scale=rules.crop_scale, ratio=rules.crop_ratio, rng=rng
+        )
+        part = ClipPart(chunk, tuple(ids.tolist()))
+        gather = tuple(range(kind.num_frames))
+        drawn.append(ClipRequest(number, 0, (part,), gather, (window,), (False,), frame_size))
+    return drawn

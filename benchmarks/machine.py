@@ -1,41 +1,23 @@
-"""What every benchmark result says about where it was measured, and the one form all results have.
+"""What every benchmark result says about the machine, and readings of processor time and memory.
 
 Imports stay light: spawned processes whose memory is measured import the benchmark's module again.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
 import subprocess
-import sys
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from avion_dali.files import atomic_write_text
-
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
-    "avion_dali",
-    "torch",
-    "numpy",
-    "av",
-    "pillow",
-    "pyarrow",
-    "pebble",
-    "nvidia-dali-cuda130",
-    "open_clip_torch",
-    "torchcodec",
-    "decord",
-    "spdl",
+    *("avion_dali", "torch", "numpy", "av", "pillow", "pyarrow", "pebble", "nvidia-dali-cuda130"),
+    *("open_clip_torch", "torchcodec", "decord", "spdl"),
 )
-
-Row = dict[str, Any]
 
 
 def versions() -> dict[str, str]:
@@ -69,54 +51,8 @@ def git_commit() -> str:
     return commit + ("+changes" if commit and changes else "")
 
 
-def write_result(
-    name: str,
-    rows: list[Row],
-    *,
-    machine: dict[str, Any],
-    baseline: Row | None = None,
-    picture: Path | None = None,
-    folder: Path | None = None,
-) -> Path:
-    """Write `benchmarks/results/<name>.json`, whole or not at all.
-
-    Args:
-        name: of the benchmark, as in `python -m benchmarks.<name>`.
-        rows: what was measured; units are in the keys.
-        machine: `machine_facts()` from before the measurement.
-        baseline: what the rows are held against: a requirement, or another program's numbers.
-        picture: what was drawn of the rows.
-        folder: write there instead.
-    """
-    result = {
-        "benchmark": name,
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
-        "machine": machine,
-        "versions": versions(),
-        "commit": git_commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "baseline": baseline,
-        **({"picture": picture.relative_to(ROOT).as_posix()} if picture else {}),
-        "rows": rows,
-    }
-    path = (folder or RESULTS) / f"{name}.json"
-    atomic_write_text(path, json.dumps(result, indent=2) + "\n")
-    return path
-
-
-def print_rows(rows: list[Row]) -> None:
-    """Print rows as one table of names and values each."""
-    for row in rows:
-        width = max(map(len, row))
-        print("\n".join(f"{key:<{width}}  {value}" for key, value in row.items()), end="\n\n")
-
-
 def process_memory_mb(pid: int | str = "self") -> dict[str, float]:
-    """Memory of a process in MB (10^6 bytes): VmRSS, RssAnon (private), RssFile (mapped files). Linux only.
-
-    Args:
-        pid: process id.
-    """
+    """Memory of a process in MB (10^6 bytes): VmRSS, RssAnon (private), RssFile (mapped files). Linux only."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     wanted = ("VmRSS", "RssAnon", "RssFile")
@@ -124,11 +60,7 @@ def process_memory_mb(pid: int | str = "self") -> dict[str, float]:
 
 
 def process_cpu_s(pid: int) -> float:
-    """Processor seconds a process has used, all threads together; other load changes it little.
-
-    Args:
-        pid: process id.
-    """
+    """Processor seconds a process has used, all threads together; other load changes it little."""
     after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
 

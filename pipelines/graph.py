@@ -23,8 +23,8 @@ the message says otherwise; the older executor does not. DALI's iterator, howeve
 in place of one that raised: after `prefetch_depth` of them it ends early (StopIteration), without losing a
 batch, and continues after its `reset`.
 
-On a CPU a VP9 clip of 4 frames of 512x288 takes about 20 ms (`benchmarks/dali.py`): 15 to decode it to whole
-RGB pictures, 4 for `resize`, which computes with plain floating point, 0.5 for `slice`, 0.1 for the rest.
+On a CPU a VP9 clip of 4 frames of 512x288 takes about 20 ms (`benchmarks.loader.dali`): 15 to decode it to
+whole RGB pictures, 4 for `resize`, which computes with plain floating point, 0.5 for `slice`, 0.1 for the rest.
 `cpu-fused` takes 14, of which cropping, scaling and RGB together are 0.7.
 """
 

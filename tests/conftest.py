@@ -11,6 +11,8 @@ import chunk_folders
 import make_videos
 import pytest
 
+from benchmarks import media
+
 
 @pytest.fixture(scope="session")
 def gop_videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -22,6 +24,27 @@ def gop_videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def chunk_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One second of video to lay out chunk folders from, see `chunk_folders.copy_chunks`."""
     return chunk_folders.make_chunk_file(tmp_path_factory.mktemp("chunk"))
+
+
+@pytest.fixture(scope="session")
+def moving_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten seconds of a textured scene under a moving camera, with occlusion and sensor noise."""
+    path = tmp_path_factory.mktemp("moving") / "head_mounted.mp4"
+    return media.write_video(path, media.SCENES["head_mounted_0"], frames=300, size=(256, 144))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrize `lifelike_video`: the moving video, and real ones where AVION_EXTRA_VIDEOS names a folder."""
+    if "lifelike_video" in metafunc.fixturenames:
+        extra, _ = media.extra_videos()
+        names = ["moving", *(path.stem for path in extra)]
+        metafunc.parametrize("lifelike_video", [None, *extra], ids=names, indirect=True)
+
+
+@pytest.fixture
+def lifelike_video(request: pytest.FixtureRequest) -> Path:
+    """A video like those that people film."""
+    return request.param or request.getfixturevalue("moving_video")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

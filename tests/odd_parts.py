@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from avion_dali.loading.worker import start_worker
-from benchmarks.gpu_parts import NotRunError, Suite
+from benchmarks.gpu.parts import NotRunError, Suite
 
 Record = Callable[[dict], None]
 

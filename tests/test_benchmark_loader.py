@@ -11,9 +11,12 @@ from avion_dali.data.manifest import Manifest
 from avion_dali.data.planner import Planner
 from avion_dali.data.probe import probe_chunk
 from avion_dali.decode import cpu_fused, reference
-from benchmarks import ablation, corpus, loader, loader_report, loader_runs
-from benchmarks.corpus import CLIP_KINDS, FOUR, STRIDED, SourceSettings
-from benchmarks.loader_runs import LoaderBench
+from avion_dali.loading.worker import DecodeClip
+from benchmarks import corpus, media
+from benchmarks.corpus import CLIP_KINDS, FOUR, STRIDED
+from benchmarks.loader import report, runs, stand_ins
+from benchmarks.loader.measure import LoaderBench, process_read_bytes
+from benchmarks.train import ablation
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="processor time and memory are read from /proc")
 BENCH = LoaderBench(
@@ -25,14 +28,13 @@ BENCH = LoaderBench(
     warm_s=0.05,
     micro_batch=4,
     frame_size=32,
-    memory_clips=80,
 )
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    settings = SourceSettings(videos=1, seconds=4, size=(64, 48))
-    return corpus.write_sources(tmp_path_factory.mktemp("sources"), settings)
+    path = tmp_path_factory.mktemp("sources") / "hand_held.mp4"
+    return [media.write_video(path, media.SCENES["hand_held"], frames=120, size=(64, 48))]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def manifest(chunks: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest
     return corpus.kind_manifest(chunks, tmp_path_factory.mktemp("manifest"), FOUR, samples=40)
 
 
-def decoded(decode_clip: loader_runs.DecodeClip, manifest: Manifest, rows: int) -> list[np.ndarray]:
+def decoded(decode_clip: DecodeClip, manifest: Manifest, rows: int) -> list[np.ndarray]:
     planner = Planner(manifest, FOUR.rules(32), seed=0)
     clips = []
     for row in range(rows):
@@ -64,7 +66,7 @@ def test_clips_of_every_kind_span_what_they_say(kind, chunks, tmp_path):
         (part,) = request.parts
         assert len(request.gather) == kind.num_frames
         assert kind.num_frames - len(part.frame_ids) <= 2  # neighbours may fall on one frame
-        assert part.frame_ids[-1] - part.frame_ids[0] < kind.seconds * corpus.FPS
+        assert part.frame_ids[-1] - part.frame_ids[0] < kind.seconds * media.FPS
         assert part.chunk.index is not None
 
 
@@ -74,15 +76,6 @@ def test_strided_clips_take_one_frame_of_each_four(chunks, tmp_path):
     assert gaps.min() >= 1
     assert gaps.max() <= 7
     assert abs(gaps.mean() - 4) < 0.3
-
-
-def test_more_files_of_the_same_bytes(videos, tmp_path):
-    folder = corpus.chunk_sources(videos, tmp_path / "crowd", "balanced")
-    for _ in range(2):  # a folder that is kept does not grow
-        corpus.multiply_chunks(folder, 3)
-    manifest = corpus.kind_manifest(folder, tmp_path / "manifest", FOUR, samples=5)
-    assert manifest.num_chunks == 4
-    assert len({manifest.chunk(row).ref.path for row in range(4)}) == 4
 
 
 def test_a_repeated_chunk_shows_its_pictures_again(chunks, tmp_path):
@@ -117,15 +110,15 @@ def test_cropping_afterwards_gives_the_reference_clip(manifest):
 
 
 def test_worker_counts_double_up_to_all_cores():
-    assert [loader.worker_counts(n) for n in (1, 2, 6, 8)] == [(1,), (1, 2), (1, 2, 4, 6), (1, 2, 4, 8)]
+    assert [runs.worker_counts(n) for n in (1, 2, 6, 8)] == [(1,), (1, 2), (1, 2, 4, 6), (1, 2, 4, 8)]
 
 
 def test_a_simulated_decoder_sleeps_as_its_profile_and_clip_do(manifest, monkeypatch):
     slept = []
-    monkeypatch.setattr(loader.time, "sleep", slept.append)
+    monkeypatch.setattr(stand_ins.time, "sleep", slept.append)
     request = Planner(manifest, FOUR.rules(32), seed=0).plan(0, 0)
-    seconds = {loader.sleep_key("balanced", 4): 0.25, loader.sleep_key("balanced", 16): 9.0}
-    loader.sleep_instead(request, np.zeros(0, np.uint8), seconds=seconds)
+    seconds = {stand_ins.sleep_key("balanced", 4): 0.25, stand_ins.sleep_key("balanced", 16): 9.0}
+    stand_ins.sleep_instead(request, np.zeros(0, np.uint8), seconds=seconds)
     assert slept == [0.25]
 
 
@@ -136,32 +129,29 @@ def rate_row(workers: int, clips_per_s: float, cpu_ms: float) -> dict[str, objec
 
 def test_the_best_round_counts():
     rows = [rate_row(1, 10, 9.0), rate_row(2, 16, 9.5), rate_row(1, 8, 8.5), rate_row(2, 19, 9.0)]
-    best = loader_report.best_of_rounds(rows)
+    best = report.best_of_rounds(rows)
     numbers = [(r["workers"], r["clips_per_s"], r["worker_cpu_ms_per_clip"], r["rounds"]) for r in best]
     assert numbers == [(1, 10, 8.5, 2), (2, 19, 9.0, 2)]
-    (speed_up,) = loader_report.speed_ups(best)
+    (speed_up,) = report.speed_ups(best)
     assert (speed_up["workers"], speed_up["speed_up"]) == (2, 1.9)
 
 
 @linux
-def test_every_measurement_runs(manifest, tmp_path, monkeypatch):
-    kept = {("balanced", FOUR.name): manifest, ("memory", FOUR.name): manifest}
-    monkeypatch.setattr(loader_runs, "CLIP_KINDS", (FOUR,))
-    rows = loader_runs.run_all(kept, BENCH)
+def test_every_measurement_runs(manifest, monkeypatch):
+    kept = {("balanced", FOUR.name): manifest}
+    monkeypatch.setattr(runs, "CLIP_KINDS", (FOUR,))
+    rows = runs.run_all(kept, BENCH)
     measured = [row["measured"] for row in rows]
-    assert measured == ["start-up of one worker", "loading", "loading", "transport", "simulated", "memory"]
-    start_up, ours, paper, transport, simulated, memory = rows
+    assert measured == ["start-up of one worker", "loading", "loading", "transport", "simulated"]
+    start_up, ours, paper, transport, simulated = rows
     assert 0 < start_up["worker_private_memory_mb"] <= start_up["worker_memory_mb"]
     assert {ours["decoder"], paper["decoder"]} == {"cpu-fused", "paper-fused"}
     # Only the packet plan leaves packets in the file.
     assert 0 < ours["kb_read_per_clip"] < paper["kb_read_per_clip"]
     assert transport["trainer_ceiling_clips_per_s"] > 0
     assert simulated["workers"] == 3
-    assert memory["clips"] == [4 * n for n in range(1, 21)]
-    table = loader_report.readme_table(rows)
+    table = report.tables(rows)
     assert f"| {FOUR.name} | balanced | `cpu-fused` |" in table
-    picture = loader_report.draw(rows, tmp_path / "docs" / "loader.png")
-    assert 5_000 < picture.stat().st_size < 150_000
 
 
 def test_the_fastest_round_of_each_case_counts():
@@ -188,20 +178,28 @@ def test_the_ablation_says_where_a_step_goes(videos, tmp_path, monkeypatch):
         assert 0 <= row["load_overhead_s"] <= row["step_s"]
         assert row["clips_per_s"] == pytest.approx(4 / row["step_s"], rel=0.05)
     assert rows[1]["kb_read_per_clip"] > 0
-    gone = {"batch": 4, "chunk": "15 s", "crop": "merged", "attention": "math", "profile": "compat"}
-    lines = ablation.readme_table([*rows, {**gone, "out_of_memory": True}]).splitlines()
+    gone = {
+        "measured": "training",
+        "batch": 4,
+        "chunk": "15 s",
+        "crop": "merged",
+        "attention": "math",
+        "profile": "compat",
+    }
+    lines = ablation.tables([*rows, {**gone, "out_of_memory": True}]).splitlines()
     assert len(lines) == 5
     assert "out of memory" in lines[-1]
-    assert ablation.draw(rows, bench, tmp_path / "ablation.png").stat().st_size < 150_000
+    ablation.draw(rows).savefig(tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").stat().st_size < 150_000
 
 
 @linux
 def test_read_bytes_are_those_of_the_files(tmp_path):
     from os import getpid
 
-    before = loader_runs.process_read_bytes(getpid())
+    before = process_read_bytes(getpid())
     path = tmp_path / "file"
     path.write_bytes(bytes(300_000))
     with closing(path.open("rb", buffering=0)) as file:
         file.read()
-    assert 300_000 <= loader_runs.process_read_bytes(getpid()) - before < 320_000
+    assert 300_000 <= process_read_bytes(getpid()) - before < 320_000

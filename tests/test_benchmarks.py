@@ -1,5 +1,6 @@
 """The decoding benchmarks, run small: what they compare, count and conclude, not how long anything takes."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,16 +13,17 @@ import numpy as np
 import pytest
 
 from avion_dali.decode import cpu_fused
-from benchmarks import decode, decode_backends, decode_measure, decode_report, file_length, machine, sources
-from benchmarks.corpus import FOUR, SIXTEEN, STRIDED
-from benchmarks.decode_backends import MAKERS, Backend
-from benchmarks.decode_measure import Case
+from benchmarks import media, report
+from benchmarks.corpus import FOUR, SIXTEEN, STRIDED, draw_clips, write_chunks
+from benchmarks.decode import backends, comparison, file_length, measure
+from benchmarks.decode import report as decode_report
+from benchmarks.decode.backends import MAKERS, Backend
+from benchmarks.decode.measure import Case
+from benchmarks.report import select
 
-SETTINGS = sources.ChunkSettings(seconds=4, short_side=96, noise_size=(128, 96))
+NOISE = "hand_held"
 OWN = ("cpu-fused", "paper-fused", "reference", "pyav")
-BENCH = decode.Bench(
-    profiles=("compat", "balanced"), decoders=OWN, clips=2, checked=1, rounds=2, seconds=0.01, frame_size=32
-)
+BENCH = comparison.Bench(("compat", "balanced"), OWN, clips=2, checked=1, rounds=2, frame_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +33,18 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def video(folder):
-    return make_videos.write_video(folder / "numbered.mp4", frames=50)
+    return make_videos.write_video(folder / "numbered.mp4", frames=120)
 
 
 @pytest.fixture(scope="module")
 def chunks(folder, video):
-    return sources.write_chunks([video], folder / "chunks", BENCH.profiles, SETTINGS)
+    noise = media.write_video(folder / f"{NOISE}.mp4", media.SCENES[NOISE], frames=120, size=(128, 96))
+    return write_chunks([video, noise], folder / "chunks", BENCH.profiles)
 
 
 @pytest.fixture(scope="module")
 def rows(chunks):
-    return decode.run(chunks, BENCH)
+    return comparison.run(chunks, BENCH)
 
 
 def off_by_one(request, frames_VTHWC):
@@ -54,22 +57,16 @@ def raising(request, frames_VTHWC):
     raise OverflowError("no such frame\nand more")
 
 
-def test_sources_play_forth_and_back(video):
-    pictures = sources.forth_and_back(video, frames=120, short_side=96)
-    numbers = [make_videos.read_frame_number(picture.to_ndarray(format="rgb24")) for picture in pictures]
-    assert numbers == [*range(50), *range(48, 0, -1), *range(22)]
-
-
 def test_chunks_are_whole_and_indexed(chunks):
     assert {key[1] for key in chunks} == set(BENCH.profiles)
-    assert {key[0] for key in chunks} == {"numbered", sources.NOISE}
+    assert {key[0] for key in chunks} == {"numbered", NOISE}
     for chunk in chunks.values():
         assert (chunk.num_frames, chunk.width, chunk.height) == (120, 128, 96)
         assert chunk.index is not None and chunk.index.num_bytes > 0
 
 
 def test_clips_are_the_same_in_all_profiles_and_all_over_the_chunk(chunks):
-    drawn = [sources.draw_clips(chunks["numbered", profile], STRIDED, clips=8) for profile in BENCH.profiles]
+    drawn = [draw_clips(chunks["numbered", profile], STRIDED, clips=8) for profile in BENCH.profiles]
     ids = [[clip.parts[0].frame_ids for clip in clips] for clips in drawn]
     assert ids[0] == ids[1]
     assert [clip.windows for clip in drawn[0]] == [clip.windows for clip in drawn[1]]
@@ -82,22 +79,21 @@ def test_every_cell_has_a_row(rows):
     cells = {tuple(row[n] for n in ("source", "profile", "kind", "decoder")) for row in rows if "source" in row}
     wanted = {
         (source, profile, kind.name, decoder)
-        for source in ("numbered", sources.NOISE)
+        for source in ("numbered", NOISE)
         for profile in BENCH.profiles
         for kind in (FOUR, SIXTEEN, STRIDED)
         for decoder in (OWN if kind == FOUR else ("cpu-fused", "paper-fused"))
     }
     assert cells == wanted
     assert all(row["cpu_ms_per_clip"] > 0 and row["min_psnr_db"] > 30 for row in rows if "source" in row)
-    pooled = decode_report.select(rows, "all sources", kind=FOUR.name)
+    pooled = select(rows, "all sources", kind=FOUR.name)
     assert {(row["profile"], row["decoder"]) for row in pooled} == {(p, d) for p in BENCH.profiles for d in OWN}
 
 
 def test_the_packet_plan_decodes_fewest_frames_and_reads_fewest_bytes(rows):
     for profile in BENCH.profiles:
         own = {
-            name: decode_report.select(rows, "all sources", profile=profile, kind=FOUR.name, decoder=name)[0]
-            for name in OWN
+            name: select(rows, "all sources", profile=profile, kind=FOUR.name, decoder=name)[0] for name in OWN
         }
         assert own["cpu-fused"]["frames_decoded_per_frame"] < own["paper-fused"]["frames_decoded_per_frame"]
         assert own["pyav"]["frames_decoded_per_frame"] is None
@@ -105,53 +101,46 @@ def test_the_packet_plan_decodes_fewest_frames_and_reads_fewest_bytes(rows):
             assert own["cpu-fused"]["kb_read_per_clip"] < own["paper-fused"]["kb_read_per_clip"]
 
 
-def test_rates_of_processes(rows):
-    found = decode_report.select(rows, "processes")
-    assert {(row["profile"], row["decoder"]) for row in found} == {
-        (profile, name) for profile in BENCH.profiles for name in ("cpu-fused", "paper-fused", "pyav")
-    }
-    assert all(row["clips_per_s"] > 0 and row["ms_p50"] <= row["ms_p90"] for row in found)
-    assert all(0 < row["cpu_ms_per_clip"] <= 1.2 * 1000 / row["clips_per_s"] for row in found)
-
-
 def test_tables_and_picture(rows, tmp_path):
-    tables = decode_report.readme_tables(rows)
-    assert "| `cpu-fused` | " in tables and "paper-fused on compat" in tables and "1 process |" in tables
-    picture = decode_report.draw(rows, tmp_path / "decode.png")
-    assert 5_000 < picture.stat().st_size < 150_000
+    tables = decode_report.tables(rows)
+    for source in ("numbered", NOISE, "all sources"):
+        assert f"| {source} | `cpu-fused` | " in tables
+    assert "paper-fused on compat" in tables
+    decode_report.draw(rows).savefig(tmp_path / "decode.png")
+    assert 5_000 < (tmp_path / "decode.png").stat().st_size < 150_000
 
 
 def test_who_gives_wrong_frames_gets_no_time(chunks, monkeypatch):
     monkeypatch.setitem(MAKERS, "wrong", lambda: Backend("wrong", off_by_one, ""))
     monkeypatch.setitem(MAKERS, "raising", lambda: Backend("raising", raising, ""))
     few = {key: chunk for key, chunk in chunks.items() if key == ("numbered", "balanced")}
-    bench = decode.Bench(
-        ("balanced",), (*OWN, "wrong", "raising"), clips=1, checked=1, rounds=1, seconds=0, frame_size=32
+    bench = comparison.Bench(
+        ("balanced",), (*OWN, "wrong", "raising"), clips=1, checked=1, rounds=1, frame_size=32
     )
-    rows = decode.run(few, bench)
-    by_decoder = {row["decoder"]: row for row in decode_report.select(rows, "clip", kind=FOUR.name)}
+    rows = comparison.run(few, bench)
+    by_decoder = {row["decoder"]: row for row in select(rows, "clip", kind=FOUR.name)}
     assert by_decoder["wrong"]["min_psnr_db"] < 30
     assert by_decoder["raising"]["failure"] == "OverflowError: no such frame"
     assert [name for name, row in by_decoder.items() if "cpu_ms_per_clip" not in row] == ["wrong", "raising"]
-    assert not decode_report.select(rows, "all sources", decoder="wrong")
+    assert not select(rows, "all sources", decoder="wrong")
 
 
 def test_our_own_decoders_must_agree_to_the_byte(chunks):
-    clips = sources.draw_clips(chunks["numbered", "balanced"], FOUR, clips=2, frame_size=32)
+    clips = draw_clips(chunks["numbered", "balanced"], FOUR, clips=2, frame_size=32)
     good, bad = MAKERS["cpu-fused"](), Backend("bad", off_by_one, "")
-    decode_measure.require_equal(good, MAKERS["paper-fused"](), clips)
+    measure.require_equal(good, MAKERS["paper-fused"](), clips)
     with pytest.raises(RuntimeError, match="cpu-fused and bad differ on .*numbered.mp4"):
-        decode_measure.require_equal(good, bad, clips)
+        measure.require_equal(good, bad, clips)
 
 
 def test_agreement_is_measured(chunks):
-    clips = sources.draw_clips(chunks["numbered", "balanced"], FOUR, clips=1, frame_size=32)
+    clips = draw_clips(chunks["numbered", "balanced"], FOUR, clips=1, frame_size=32)
     backend = MAKERS["cpu-fused"]()
-    expected = decode_measure.decoded(backend, clips)
-    assert decode_measure.compare(backend, clips, expected).is_identical
+    expected = measure.decoded(backend, clips)
+    assert measure.compare(backend, clips, expected).is_identical
     shifted = [np.where(clip > 127, clip - 2, clip + 2).astype(np.uint8) for clip in expected]
     shifted[0][..., 0] = expected[0][..., 0]  # two of three channels differ by two levels
-    found = decode_measure.compare(backend, clips, shifted)
+    found = measure.compare(backend, clips, shifted)
     assert found.is_right and not found.is_identical
     assert found.psnr_db == pytest.approx(10 * np.log10(255**2 / (4 * 2 / 3)), abs=0.01)
 
@@ -166,13 +155,13 @@ def test_bytes_are_those_a_decoder_asks_for(chunks, tmp_path):
             file.read(70_000)
             os.pread(file.fileno(), 5_000, 10)
 
-    clips = sources.draw_clips(chunks["numbered", "balanced"], FOUR, clips=3)
-    counted = decode_measure.bytes_read(Case(Backend("reader", read_some, ""), clips))
+    clips = draw_clips(chunks["numbered", "balanced"], FOUR, clips=3)
+    counted = measure.bytes_read(Case(Backend("reader", read_some, ""), clips))
     assert counted == pytest.approx(75_000, abs=50)
 
 
 def test_missing_libraries_are_named():
-    found, missing = decode_backends.load_backends(tuple(name for name in MAKERS if "torchcodec" not in name))
+    found, missing = backends.load_backends(tuple(name for name in MAKERS if name != "torchcodec"))
     names = {backend.name for backend in found}
     assert {"cpu-fused", "paper-fused", "reference", "pyav"} <= names
     for name in ("decord", "spdl"):
@@ -201,34 +190,32 @@ def test_ratios_are_of_times_summed_over_sources():
     assert not decode_report.is_met(found["paper-fused on compat", "cpu-fused on compat"])
     fair = found["paper-fused on compat", "torchcodec on compat"]
     assert fair["ratio"] == 1.2 and not decode_report.is_met(fair)
-    assert "VOID" in decode_report.readme_tables([*rows, *found.values()])
+    assert "VOID" in decode_report.tables([*rows, *found.values()])
 
 
-def test_rounding_keeps_four_digits():
-    assert decode_report.rounded({"a": [1.23456, 7], "b": None, "c": 123456.0}) == {
-        "a": [1.235, 7],
-        "b": None,
-        "c": 123500.0,
-    }
+def test_rounding_keeps_five_digits_and_words():
+    row = {"a": [1.23456789, 7, None], "b": 123456.7, "c": "x", "d": True, "e": (0.123456789,)}
+    assert report.rounded(row) == {"a": [1.2346, 7, None], "b": 123460.0, "c": "x", "d": True, "e": [0.12346]}
 
 
-def test_longer_files_hold_the_same_clips(folder, chunks, video, monkeypatch, tmp_path):
+def test_longer_files_hold_the_same_clips(folder, chunks, monkeypatch, tmp_path):
     monkeypatch.setattr(file_length, "DECODERS", ("cpu-fused", "paper-fused"))
     bench = file_length.Bench(("balanced",), repeats=(1, 5), clips=3, rounds=1, frame_size=32)
-    rows = file_length.run([video], folder / "chunks", bench, SETTINGS)
-    found = decode_report.select(rows, "file")
+    rows = file_length.run({k: c for k, c in chunks.items() if k[1] == "balanced"}, folder, bench)
+    found = select(rows, "file")
     assert {(row["source"], row["seconds"]) for row in found} == {
-        (source, seconds) for source in ("numbered", sources.NOISE) for seconds in (4, 20)
+        (source, seconds) for source in ("numbered", NOISE) for seconds in (4, 20)
     }
-    growth = {row["decoder"]: row for row in decode_report.select(rows, "growth")}
-    assert set(growth) == {"cpu-fused", "cpu-fused, no index", "paper-fused"}
+    growth = {row["decoder"]: row for row in select(rows, "growth")}
+    assert set(growth) == {"cpu-fused", "paper-fused"}
     if Path("/proc/self/io").exists():
         read = {(r["source"], r["repeats"], r["decoder"]): r["kb_read_per_clip"] for r in found}
-        for source in ("numbered", sources.NOISE):
+        for source in ("numbered", NOISE):
             assert read[source, 5, "cpu-fused"] < 1.1 * read[source, 1, "cpu-fused"] + 2
             assert read[source, 5, "paper-fused"] > 1.5 * read[source, 1, "paper-fused"]
-    assert "| balanced, `cpu-fused` | " in file_length.readme_table(rows)
-    assert file_length.draw(rows, tmp_path / "length.png").stat().st_size < 150_000
+    assert "| balanced, `cpu-fused` | " in file_length.tables(rows)
+    file_length.draw(rows).savefig(tmp_path / "length.png")
+    assert (tmp_path / "length.png").stat().st_size < 150_000
 
 
 def test_a_decoder_that_errs_in_long_files_stops_the_run(chunks, folder, monkeypatch):
@@ -237,13 +224,15 @@ def test_a_decoder_that_errs_in_long_files_stops_the_run(chunks, folder, monkeyp
     monkeypatch.setattr(file_length, "DECODERS", ("cpu-fused", "paper-fused"))
     bench = file_length.Bench(("balanced",), repeats=(1,), clips=1, rounds=1, frame_size=32)
     with pytest.raises(RuntimeError, match="paper-fused gives other frames"):
-        file_length.make_cases("numbered", chunks["numbered", "balanced"], "balanced", folder / "x", bench)
+        file_length.make_cases(
+            "numbered", chunks["numbered", "balanced"], "balanced", folder=folder / "x", bench=bench
+        )
 
 
 def test_clips_of_long_files_come_from_everywhere(chunks):
     chunk = chunks["numbered", "balanced"]
-    clips = sources.draw_clips(chunk, FOUR, clips=4)
-    long = sources.replace(chunk, num_frames=40 * chunk.num_frames)
+    clips = draw_clips(chunk, FOUR, clips=4)
+    long = dataclasses.replace(chunk, num_frames=40 * chunk.num_frames)
     moved = file_length.in_repetitions(clips, long, 40)
     shifts = [
         new.parts[0].frame_ids[0] - old.parts[0].frame_ids[0] for new, old in zip(moved, clips, strict=True)
@@ -251,13 +240,28 @@ def test_clips_of_long_files_come_from_everywhere(chunks):
     assert shifts == [0, 13 * 120, 26 * 120, 39 * 120]
 
 
-def test_results_name_their_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "RESULTS", tmp_path)
-    picture = machine.ROOT / "docs" / "decode.png"
-    path = machine.write_result("decode", [{"a": 1}], machine={}, picture=picture)
+def test_results_say_what_was_measured_where_and_name_their_picture(tmp_path):
+    own = report.Benchmark("x", report.every_row, requirement={"a_at_least": 1})
+    path = report.write_result(own, [{"measured": "y", "a": 1}], machine={}, folder=tmp_path)
     result = json.loads(path.read_text())
-    assert result["picture"] == "docs/decode.png" and "av" in result["versions"]
-    assert "picture" not in json.loads(machine.write_result("x", [], machine={}).read_text())
+    assert result["picture"] is None and result["baseline"] == {"a_at_least": 1}
+    assert result["benchmark"] == "x" and "av" in result["versions"]
+    drawn = json.loads(report.write_result(comparison.BENCHMARK, [], machine={}, folder=tmp_path).read_text())
+    assert drawn["picture"] == "docs/decode.png"
+    with pytest.raises(ValueError, match="no key `measured`"):
+        report.write_result(own, [{"a": 1}], machine={}, folder=tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_all_results_have_one_form(path, tmp_path):
+    result = json.loads(path.read_text())
+    written = report.write_result(
+        report.Benchmark(path.stem, report.every_row), [], machine={}, folder=tmp_path
+    )
+    assert list(result) == list(json.loads(written.read_text()))
+    assert result["benchmark"] == path.stem and result["rows"]
+    assert all("measured" in row for row in result["rows"])
+    assert result["picture"] is None or (report.ROOT / result["picture"]).is_file()
 
 
 def test_other_libraries_find_the_ffmpeg_of_pyav(monkeypatch):
@@ -269,10 +273,10 @@ def test_other_libraries_find_the_ffmpeg_of_pyav(monkeypatch):
         assert all(path.resolve().is_file() for path in Path(folder).iterdir())
         return subprocess.CompletedProcess(command, 3)
 
-    monkeypatch.setattr(decode_backends.subprocess, "run", record)
-    assert decode_backends.rerun_with_pyav_libraries("benchmarks.decode") == 3
+    monkeypatch.setattr(backends.subprocess, "run", record)
+    assert backends.rerun_with_pyav_libraries("benchmarks.decode") == 3
     assert seen["command"][1:3] == ["-m", "benchmarks.decode"]
     if Path(av.__file__).parents[1].joinpath("av.libs").is_dir():
         assert f"libavcodec.so.{av.library_versions['libavcodec'][0]}" in seen["names"]
-    monkeypatch.setenv(decode_backends._CHILD_MARK, "1")
-    assert decode_backends.rerun_with_pyav_libraries("benchmarks.decode") is None
+    monkeypatch.setenv(backends._CHILD_MARK, "1")
+    assert backends.rerun_with_pyav_libraries("benchmarks.decode") is None

@@ -13,12 +13,12 @@ from test_source import indexed_ref
 
 from avion_dali.contracts import ChunkRef, ClipRequest
 from avion_dali.loading.pool import WorkerPool
+from benchmarks import media
 
 pytest.importorskip("nvidia.dali")
 
 from test_graph import assert_close, border_windows
 
-MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
 SIZE, FRAMES = (192, 144), 48
 ENDINGS = {"vp9": ("mp4", VP9), "mjpeg": ("mov", MJPEG)}
 Chunks = dict[tuple[str, str], list[ChunkRef]]  # by codec and content; of two consecutive chunks
@@ -31,12 +31,13 @@ def pool() -> Iterator[WorkerPool]:
 
 
 @pytest.fixture(scope="module")
-def chunks(tmp_path_factory: pytest.TempPathFactory) -> Chunks:
+def chunks(moving_video: Path, tmp_path_factory: pytest.TempPathFactory) -> Chunks:
     """Two chunks of each content in each codec, numbered on from the first to the second."""
     folder = tmp_path_factory.mktemp("parity")
     draws = {"soft": draw_soft, "noisy": draw_noisy}
     sources = {name: (SIZE, draw) for name, draw in draws.items()}
-    sources |= {path.stem: real_source(path) for path in sorted(MEDIA.glob("*.mp4"))}
+    filmed = [moving_video, *media.extra_videos()[0]]
+    sources |= {path.stem: filmed_source(path) for path in filmed}
     found: Chunks = {}
     for codec, (ending, how) in ENDINGS.items():
         for name, (size, draw) in sources.items():
@@ -55,8 +56,8 @@ def chunks(tmp_path_factory: pytest.TempPathFactory) -> Chunks:
     return found
 
 
-def real_source(path: Path) -> tuple[tuple[int, int], object]:
-    """Size of a real video, to even numbers, and a function that gives its pictures."""
+def filmed_source(path: Path) -> tuple[tuple[int, int], object]:
+    """Size of a video, to even numbers, and a function that gives its pictures."""
     with av.open(str(path)) as container:
         decoded = container.decode(container.streams.best("video"))
         pictures = [frame.to_ndarray(format="rgb24") for frame in islice(decoded, 0, 2 * FRAMES)]

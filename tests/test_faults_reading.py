@@ -13,10 +13,8 @@ from pathlib import Path
 
 import av
 import make_videos as mv
-import mutations
 import numpy as np
 import pytest
-from mutations import Source, Trial
 
 from avion_dali.contracts import ChunkRef, ClipPart, DecodeError, PacketIndexRef
 from avion_dali.data.indexing import make_packet
@@ -26,6 +24,8 @@ from avion_dali.decode.reading import read_planned
 from avion_dali.loading.pool import WorkerPool
 from avion_dali.loading.ring import SharedRing
 from avion_dali.loading.worker import decode_into
+from benchmarks.studies import mutations
+from benchmarks.studies.mutations import Source, Trial
 
 SIZE = (96, 64)
 HEVC = mv.HEVC_FAST | {

@@ -12,15 +12,15 @@ import odd_parts
 import pytest
 
 pytest.importorskip("nvidia.dali")
-from benchmarks import gpu_corpus, gpu_correctness, gpu_report, gpu_suite
-from benchmarks.gpu_parts import QUICK, Part, PartResult
+from benchmarks.gpu import chunks, correctness, report, suite
+from benchmarks.gpu.parts import QUICK, Part, PartResult
 from benchmarks.machine import ROOT
-from benchmarks.memory import METHODS
+from benchmarks.train.memory import METHODS
 
 TESTS = Path(__file__).parent
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="parts end with the suite on Linux only"),
-    pytest.mark.timeout(240),  # thirteen processes that import much
+    pytest.mark.timeout(240),  # eight processes that import much
 ]
 
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> subprocess.CompletedProcess:
     """The whole suite, as it is run on a GPU machine, but tiny."""
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--output", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--output", str(folder)]
     return subprocess.run(
         [*command, "--device", "cpu", "--quick"], cwd=ROOT, capture_output=True, text=True, timeout=220
     )
@@ -50,18 +50,18 @@ def of(rows: list[dict], measured: str) -> list[dict]:
 def test_every_part_is_done_or_says_why_not(run, rows):
     assert run.returncode == 0, run.stdout + run.stderr
     ends = {row["part"]: (row["outcome"], row["reason"]) for row in of(rows, "part")}
-    assert list(ends) == [part.name for part in gpu_suite.PARTS]
+    assert list(ends) == [part.name for part in suite.PARTS]
     without_gpu = ("not run", "no GPU (--device cpu)")
-    needing = {"machine", "tests", "other_libraries"}
+    needing = {"machine"}
     assert ends == {name: without_gpu if name in needing else ("done", "") for name in ends}
     assert not [row for row in rows if "failure" in row]
 
 
 def test_frames_of_dali_are_right_and_other_codecs_say_why_not(rows):
     found = of(rows, "correctness")
-    wanted = [*((style, "128x96") for style in gpu_corpus.STYLES), ("vp9", "126x96")]
+    wanted = [*((style, "128x96") for style in chunks.STYLES), ("vp9", "126x96")]
     assert {(row["style"], row["size"], row["packets"]) for row in found} == {
-        (*kind, packets) for kind in wanted for packets in gpu_correctness.PACKETS
+        (*kind, packets) for kind in wanted for packets in correctness.PACKETS
     }
     for row in found:
         if row["style"] == "vp9":
@@ -75,7 +75,7 @@ def test_rates_by_threads_size_and_style(rows):
     found = of(rows, "throughput")
     measured = {(r["size"], r["threads"], r["graphs"]) for r in found if "clips_per_s" in r}
     assert {("128x96", 2, 1), ("128x96", 1, 1), ("128x96", 2, 2), ("126x96", 2, 1)} <= measured
-    assert {row["style"] for row in found if "not_run" in row} == set(gpu_corpus.STYLES) - {"vp9"}
+    assert {row["style"] for row in found if "not_run" in row} == set(chunks.STYLES) - {"vp9"}
     for row in found:
         if "clips_per_s" in row:
             decoded_per_clip = row["frames_decoded_per_s"] / row["clips_per_s"]
@@ -90,17 +90,11 @@ def test_a_training_is_fed_by_each_decoder(rows):
         assert 0 <= row["data_wait_share"] <= 1
 
 
-def test_loaders_memory_and_first_batches(rows):
+def test_loaders_are_timed(rows):
     rates = {(row["style"], row["decoder"]): row for row in of(rows, "loader")}
     assert rates["vp9", "dali"]["clips_per_s"] > 0 and rates["vp9", "dali"]["left_to_cpu_fused"] == 0
     assert rates["compat", "cpu-fused"]["clips_per_s"] > 0
     assert "h264 chunks" in rates["compat", "dali"]["not_run"]
-    for row in of(rows, "memory"):
-        assert row["batches"][-1] == row["batches_read"] == QUICK.memory_batches
-        assert len(row["trainer_mb"]) == len(row["largest_worker_mb"]) == len(row["batches"])
-        assert min(row["trainer_mb"]) > 10
-    first = of(rows, "first batch")
-    assert len(first) == 4 and all(row["first_batch_s"] > row["second_batch_s"] >= 0 for row in first)
 
 
 def test_models_of_all_kinds_are_stepped_and_weighed(rows):
@@ -116,20 +110,12 @@ def test_models_of_all_kinds_are_stepped_and_weighed(rows):
     assert len(weighed) == 12
     counted = [weighed["vit tiny", 4, method.name]["counted MiB a clip"] for method in METHODS]
     assert counted[0] > counted[1] > counted[2] > 0
-    assert {row["not_run"] for row in of(rows, "largest batch")} == {"its memory was not measured"}
-
-
-def test_damage_is_told_by_the_index_alone(rows):
-    found = {row["damage"]: row for row in of(rows, "damage") if row["style"] == "vp9"}
-    assert len(found) == 4 and {row["with_crc"] for row in found.values()} == {"corrupt"}
-    assert found["none"]["without_crc"] == "right frames"
-    assert "wrong frames" in found["12 bytes changed in the second half"]["without_crc"]
 
 
 def test_the_summary_names_parts_targets_and_obstacles(run, folder):
     text = (folder / "summary.md").read_text()
     assert text in run.stdout
-    for part in gpu_suite.PARTS:
+    for part in suite.PARTS:
         assert f"| {part.name} | " in text
     assert "- frames right: 4 of 4\n" in text
     assert "- NVDEC >= 80 % flat out on balanced 512x288: not measured" in text
@@ -148,11 +134,11 @@ def odd(*names: str, limit_s: float = 30.0) -> list[Part]:
 @pytest.fixture
 def parts_can_be_odd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
-    monkeypatch.setattr(gpu_suite, "_LEAST_S", 0.1)
+    monkeypatch.setattr(suite, "_LEAST_S", 0.1)
 
 
 def test_parts_that_fail_die_or_cannot_run_leave_the_others(tmp_path, parts_can_be_odd):
-    results = gpu_suite.run_parts(odd("failing", "dying", "unable", "good"), options(tmp_path))
+    results = suite.run_parts(odd("failing", "dying", "unable", "good"), options(tmp_path))
     failing, dying, unable, good = results
     assert (failing.outcome, failing.reason) == ("failed", "ValueError: went wrong")
     assert "in failing" in failing.output_tail
@@ -184,7 +170,7 @@ def gone(pids: list[int], within_s: float = 5.0) -> bool:
 
 def test_a_part_that_overruns_is_killed_with_its_workers(tmp_path, parts_can_be_odd):
     parts = [*odd("endless", limit_s=4.0), *odd("good")]
-    endless, good = gpu_suite.run_parts(parts, options(tmp_path))
+    endless, good = suite.run_parts(parts, options(tmp_path))
     assert (endless.outcome, endless.reason) == ("killed", "not done after 4 s")
     assert "in endless" in endless.output_tail
     (row,) = endless.rows
@@ -199,11 +185,9 @@ def test_parts_get_what_is_left_of_the_budget(tmp_path, monkeypatch):
         limits.append(seconds)
         return PartResult(part.name, "done")
 
-    monkeypatch.setattr(gpu_suite, "run_apart", run_apart)
-    monkeypatch.setattr(gpu_suite.time, "monotonic", lambda: next(clock))
-    results = gpu_suite.run_parts(
-        odd("good", "unable", "dying", limit_s=30.0), options(tmp_path, budget_s=60.0)
-    )
+    monkeypatch.setattr(suite, "run_apart", run_apart)
+    monkeypatch.setattr(suite.time, "monotonic", lambda: next(clock))
+    results = suite.run_parts(odd("good", "unable", "dying", limit_s=30.0), options(tmp_path, budget_s=60.0))
     assert limits == [30.0, 20.0]
     assert [r.outcome for r in results] == ["done", "done", "not run"]
     assert results[-1].reason == "no time left of 60 s"
@@ -211,7 +195,7 @@ def test_parts_get_what_is_left_of_the_budget(tmp_path, monkeypatch):
 
 def test_nothing_stays_when_the_suite_is_killed(tmp_path, parts_can_be_odd):
     code = (
-        "import argparse, pathlib, odd_parts, test_gpu_suite as t; from benchmarks import gpu_suite as g;"
+        "import argparse, pathlib, odd_parts, test_gpu_suite as t; from benchmarks.gpu import suite as g;"
         f"g.run_parts(t.odd('endless', limit_s=60), t.options(pathlib.Path({str(tmp_path)!r})))"
     )
     command = [sys.executable, "-c", code]
@@ -245,21 +229,21 @@ def test_targets_are_judged():
         step | {"attention": "math", "compile": False, "not_run": "out of memory"},
         step | {"size": "tiny", "clips_per_s": 5000.0, "mfu": 0.1},
     ]
-    frames, busy, waits, fastest = gpu_report.verdicts(rows)
+    frames, busy, waits, fastest = report.verdicts(rows)
     assert frames == "frames right: 1 of 2; WRONG: hevc 512x288 (dropped)"
     assert "MISSED, 79.0 % with 16 threads" in busy and "fastest 3100.0 clips/s with 8" in busy
     assert waits == "ViT-B waits < 5 % for data: met, 3.1% at 800.0 clips/s"
     assert (
         fastest == "fastest step of ViT-B, 4 frames: 990.0 clips/s (flash-attn, compiled, 128 clips), MFU 48.3%"
     )
-    assert "met, 80.5 %" in gpu_report.verdicts([nvdec | rows[3] | {"nvdec_percent": 80.5}])[1]
-    assert all("not measured" in verdict for verdict in gpu_report.verdicts([]))
+    assert "met, 80.5 %" in report.verdicts([nvdec | rows[3] | {"nvdec_percent": 80.5}])[1]
+    assert all("not measured" in verdict for verdict in report.verdicts([]))
 
 
 def test_the_budget_is_what_one_machine_is_lent_for():
-    parser = gpu_suite.build_parser()
+    parser = suite.build_parser()
     assert parser.parse_args(["--output", "x"]).budget_s == 480
-    names = [part.name for part in gpu_suite.PARTS]
+    names = [part.name for part in suite.PARTS]
     assert len(set(names)) == len(names) and names[:2] == ["machine", "media"]
-    assert sum(part.expected_s for part in gpu_suite.PARTS) <= gpu_suite.BUDGET_S
-    assert all(0 < 1.5 * part.expected_s < part.limit_s for part in gpu_suite.PARTS)
+    assert sum(part.expected_s for part in suite.PARTS) <= suite.BUDGET_S
+    assert all(0 < 1.5 * part.expected_s < part.limit_s for part in suite.PARTS)

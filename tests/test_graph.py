@@ -32,7 +32,6 @@ from pipelines.graph import (
     graph_inputs,
 )
 
-MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
 SIZE = (192, 144)
 BATCH = 6
 
@@ -291,7 +290,6 @@ def test_default_threads() -> None:
     assert default_threads("cpu") >= default_threads("cpu", ranks_on_machine=10_000) == 1
 
 
-@pytest.mark.parametrize("source", sorted(MEDIA.glob("*.mp4")), ids=lambda path: path.stem)
 @pytest.mark.parametrize(
     ("ending", "how"),
     [
@@ -300,8 +298,8 @@ def test_default_threads() -> None:
     ],
     ids=["vp9", "mjpeg"],
 )
-def test_real_videos(source: Path, ending: str, how: dict, tmp_path: Path, runner: Callable) -> None:
-    with av.open(str(source)) as container:
+def test_filmed_videos(lifelike_video: Path, ending: str, how: dict, tmp_path: Path, runner: Callable) -> None:
+    with av.open(str(lifelike_video)) as container:
         stream = container.streams.best("video")
         pictures = [f.to_ndarray(format="rgb24") for f in islice(container.decode(stream), 0, 120, 3)]
     height, width = (side // 2 * 2 for side in pictures[0].shape[:2])

@@ -54,6 +54,8 @@ def module_name(path: Path, root: Path = ROOT) -> str:
 
 
 SOURCES = {module_name(p): p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))}
+BENCHMARKS = {module_name(p): p for p in sorted((ROOT / "benchmarks").rglob("*.py"))}
+TEST_MODULES = {path.stem for path in (ROOT / "tests").glob("*.py")}
 
 
 def imported_names(node: ast.AST, module: str) -> Iterator[str]:
@@ -78,8 +80,11 @@ def runs_at_import(tree: ast.Module) -> Iterator[ast.AST]:
         yield node
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        waiting.extend(node.orelse if typing_only else ast.iter_child_nodes(node))
+        waiting.extend(node.orelse if is_typing_only(node) else ast.iter_child_nodes(node))
+
+
+def is_typing_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
 def room(name: str) -> str | None:
@@ -163,24 +168,61 @@ def test_dali_is_imported_by_pipelines_only():
         assert "nvidia" not in tops or module.startswith("pipelines"), module
 
 
-def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+def runs(tree: ast.Module) -> Iterator[ast.AST]:
+    """All statements that run at all, in functions too; not those for type checkers alone."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting.extend(node.orelse if is_typing_only(node) else ast.iter_child_nodes(node))
+
+
+def import_graph(sources: dict[str, str], *, lazy: bool = False) -> dict[str, set[str]]:
+    """What each module imports of the others, when it is imported or, with `lazy`, at any time."""
+    statements = runs if lazy else runs_at_import
     graph = {}
     for module, source in sources.items():
-        names = {name for node in runs_at_import(ast.parse(source)) for name in imported_names(node, module)}
+        names = {name for node in statements(ast.parse(source)) for name in imported_names(node, module)}
         graph[module] = (names & sources.keys()) - {module}
     return graph
 
 
-def test_no_import_cycles():
-    TopologicalSorter(import_graph({m: p.read_text() for m, p in SOURCES.items()})).prepare()
+@pytest.mark.parametrize("lazy", [False, True], ids=["at import", "at any time"])
+def test_no_import_cycles(lazy):
+    sources = {m: p.read_text() for m, p in {**SOURCES, **BENCHMARKS}.items()}
+    TopologicalSorter(import_graph(sources, lazy=lazy)).prepare()
 
 
-def test_the_graph_shows_cycles_of_module_level_imports_only():
+def foreign(source: str, unwanted: set[str], module: str = "") -> set[str]:
+    """Imports, lazy ones too, of modules whose first name is unwanted."""
+    names = {name for node in ast.walk(ast.parse(source)) for name in imported_names(node, module)}
+    return {name for name in names if name.split(".")[0] in unwanted}
+
+
+@pytest.mark.parametrize("module", BENCHMARKS)
+def test_benchmarks_do_not_import_tests(module):
+    assert not foreign(BENCHMARKS[module].read_text(), TEST_MODULES | {"tests"})
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_nothing_that_ships_imports_benchmarks_or_tests(module):
+    assert not foreign(SOURCES[module].read_text(), TEST_MODULES | {"tests", "benchmarks"}, module)
+
+
+def test_foreign_imports_are_found():
+    source = "def f():\n    import mutations\nfrom benchmarks import media\nimport numpy"
+    assert foreign(source, {"mutations", "benchmarks"}) == {"mutations", "benchmarks", "benchmarks.media"}
+
+
+def test_the_graph_shows_cycles():
     cycle = {"a": "import b", "b": "from a import x"}
     with pytest.raises(CycleError):
         TopologicalSorter(import_graph(cycle)).prepare()
     lazy = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a\ndef f():\n    import a"
     assert import_graph({"a": "import b", "b": lazy}) == {"a": {"b"}, "b": set()}
+    assert import_graph({"a": "import b", "b": lazy}, lazy=True) == {"a": {"b"}, "b": {"a"}}
+    typing_only = lazy.partition("def f")[0]
+    assert import_graph({"a": "import b", "b": typing_only}, lazy=True) == {"a": {"b"}, "b": set()}
     assert import_graph({"a": "import b", "b": "if True:\n    import a"})["b"] == {"a"}
 
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import mutations
 import numpy as np
 import pytest
+
+from benchmarks.studies import mutations
 
 
 @pytest.fixture(scope="module")

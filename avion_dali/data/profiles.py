@@ -3,7 +3,7 @@
 Every profile gives 8-bit 4:2:0 pictures, tagged limited-range BT.601 (the conversion that hardware
 decoding pipelines assume), closed GOPs, one thread an encode, and an mp4 whose index stands first.
 
-The settings come from a sweep (`python -m benchmarks.chunk_profiles --sweep`). Quality numbers (`crf`) are set
+The settings come from a sweep (`benchmarks/results/chunk_profiles_sweep.json`). Quality numbers (`crf`) are set
 so that the structural similarity to the source is that of `compat` less 0.002 at most; bytes and times are
 compared at that quality. What the sweep taught:
 

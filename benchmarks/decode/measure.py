@@ -1,0 +1,168 @@
+"""Compare, time and count what decoders do with the same clips."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from avion_dali.contracts import ClipRequest
+from benchmarks.decode.backends import Backend
+
+RIGHT_FROM_DB = 30.0  # the same picture by another conversion reaches 40 dB, another picture hardly 20
+_IDENTICAL_DB = 99.0
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Clips to decode in one way."""
+
+    backend: Backend  # the way
+    requests: Sequence[ClipRequest]  # the clips
+
+
+@dataclass
+class Timing:
+    """What decoding took."""
+
+    # Processor milliseconds per clip, mean over the clips of a round.
+    cpu_ms_by_round: list[float] = field(default_factory=list)
+    wall_ms: list[float] = field(default_factory=list)  # milliseconds of every clip of every round
+
+    @property
+    def cpu_ms(self) -> float:
+        """Processor milliseconds per clip, median over rounds."""
+        return statistics.median(self.cpu_ms_by_round)
+
+
+def time_rounds(cases: Mapping[Key, Case], rounds: int) -> dict[Key, Timing]:
+    """Time cases on this process, in turns, so that what disturbs one round disturbs all of them."""
+    timings = {key: Timing() for key in cases}
+    # Decode workers are small: whoever makes many objects shall not pay for collecting among those of torch.
+    gc.collect()
+    gc.freeze()
+    for _ in range(rounds):
+        for key, case in cases.items():
+            walls, cpu_s = decode_all(case)
+            timings[key].cpu_ms_by_round.append(1000 * cpu_s / len(walls))
+            timings[key].wall_ms += walls
+    gc.unfreeze()
+    return timings
+
+
+def decode_all(case: Case) -> tuple[list[float], float]:
+    """Decode all clips of a case once.
+
+    Returns:
+        Milliseconds of each clip, and processor seconds of all (of all threads of this process).
+    """
+    frames_VTHWC = np.empty(case.requests[0].frames_shape, np.uint8)
+    walls = []
+    cpu_before = time.process_time()
+    for request in case.requests:
+        start = time.perf_counter()
+        case.backend.decode(request, frames_VTHWC)
+        walls.append(1000 * (time.perf_counter() - start))
+    return walls, time.process_time() - cpu_before
+
+
+def bytes_read(case: Case) -> float | None:
+    """Bytes that a clip asks of the kernel, mean over a case's clips; None where the kernel does not count.
+
+    What is mapped into memory is not counted; no decoder here maps files.
+
+    Args:
+        case: clips of a decoder that has decoded before: the first clip may load libraries.
+    """
+    if not Path("/proc/self/io").exists():
+        return None
+    empty = -_kernel_bytes() + _kernel_bytes()
+    before = _kernel_bytes()
+    decode_all(case)
+    return (_kernel_bytes() - before - empty) / len(case.requests)
+
+
+def _kernel_bytes() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def frames_per_wanted(case: Case) -> float | None:
+    """Frames decoded for each that is kept; None where only the library knows."""
+    count = case.backend.frames_decoded
+    if count is None:
+        return None
+    parts = [part for request in case.requests for part in request.parts]
+    return sum(map(count, parts)) / sum(len(part.frame_ids) for part in parts)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near a decoder's frames are to the reference decoder's."""
+
+    psnr_db: float = 0.0  # of the worst frame
+    bias_levels: float = 255.0  # largest mean difference of a colour channel of a clip, in levels of 255
+    failure: str = ""  # what the decoder raised, or empty
+
+    @property
+    def is_right(self) -> bool:
+        """Whether these are the frames that were asked for."""
+        return not self.failure and self.psnr_db >= RIGHT_FROM_DB
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether every byte is equal."""
+        return not self.failure and self.psnr_db == _IDENTICAL_DB
+
+
+def compare(backend: Backend, requests: Sequence[ClipRequest], expected: Sequence[np.ndarray]) -> Agreement:
+    """Compare a decoder's clips with expected ones.
+
+    Args:
+        backend: the decoder.
+        requests: the clips.
+        expected: uint8 (V, T, H, W, 3) each.
+    """
+    worst, bias = _IDENTICAL_DB, 0.0
+    for request, expected_VTHWC in zip(requests, expected, strict=True):
+        frames_VTHWC = np.zeros_like(expected_VTHWC)
+        try:
+            backend.decode(request, frames_VTHWC)
+        except Exception as error:  # other libraries raise what they like
+            return Agreement(failure=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        difference = frames_VTHWC.astype(np.float32) - expected_VTHWC
+        square = float((difference**2).mean(axis=(2, 3, 4)).max())
+        worst = min(worst, 10 * np.log10(255**2 / square) if square else _IDENTICAL_DB)
+        bias = max(bias, float(np.abs(difference.mean(axis=(0, 1, 2, 3))).max()))
+    return Agreement(float(worst), bias)
+
+
+def decoded(backend: Backend, requests: Sequence[ClipRequest]) -> list[np.ndarray]:
+    """Return a decoder's clips, uint8 (V, T, H, W, 3) each."""
+    clips = []
+    for request in requests:
+        frames_VTHWC = np.zeros(request.frames_shape, np.uint8)
+        backend.decode(request, frames_VTHWC)
+        clips.append(frames_VTHWC)
+    return clips
+
+
+def require_equal(first: Backend, second: Backend, requests: Sequence[ClipRequest]) -> None:
+    """Check that two decoders give the same bytes.
+
+    Raises:
+        RuntimeError: naming the clip where they differ.
+    """
+    pairs = zip(decoded(first, requests), decoded(second, requests), strict=True)
+    for request, (one, other) in zip(requests, pairs, strict=True):
+        if not np.array_equal(one, other):
+            part = request.parts[0]
+            raise RuntimeError(
+                f"{first.name} and {second.name} differ on {part.chunk.path}, frames {part.frame_ids}"
+            )

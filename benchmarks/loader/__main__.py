@@ -1,0 +1,4 @@
+from benchmarks.loader.runs import main
+
+if __name__ == "__main__":
+    main()
