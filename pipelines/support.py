@@ -291,7 +291,7 @@ def _decode_with_dali(request: ClipRequest, backend: Backend, device_index: int)
 
     from .codecs import Device
     from .mini_clip import UnfitForMiniClipError
-    from .worker import collect_mini_clip
+    from .mini_clip_worker import collect_mini_clip
 
     device: Device = "mixed" if backend == "nvdec" else "cpu"
     try:

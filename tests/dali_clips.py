@@ -114,7 +114,7 @@ def planner_of(manifest: Manifest, *, training: bool = True, size: int = 48, fra
 def strategy_of(decoder: str) -> Any:
     if decoder == "cpu-fused":
         return FramesStrategy(cpu_fused.decode_clip)
-    from pipelines.strategy import DaliStrategy
+    from pipelines.dali_strategy import DaliStrategy
 
     return DaliStrategy(num_threads=2)
 

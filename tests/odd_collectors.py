@@ -10,7 +10,7 @@ from avion_dali.contracts import ClipRequest
 from avion_dali.loading.ring import Place
 from avion_dali.loading.worker import attached_memory
 from pipelines.codecs import Device
-from pipelines.worker import CollectedClip, collect_into
+from pipelines.mini_clip_worker import CollectedClip, collect_into
 
 KILLED, REFUSED = 6, (9, 10)  # sample ids
 

@@ -20,7 +20,7 @@ from avion_dali.engine.checkpoint import LATEST_NAME
 from avion_dali.engine.distributed import Distributed, all_gather_rows, barrier, init_distributed, shutdown
 from avion_dali.engine.loop import TrainLoop
 from avion_dali.engine.loop_settings import LoopSettings
-from avion_dali.engine.optim import build_optimizer, parameter_groups
+from avion_dali.engine.optimizers import build_optimizer, parameter_groups
 from avion_dali.engine.sharding import gathered, shard_model, weight_sum
 from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
 from avion_dali.models.presets import PRESETS

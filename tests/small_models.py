@@ -15,7 +15,7 @@ from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
 from avion_dali.models.find_facts import guessed_facts
 from avion_dali.models.masked_video import MaskedVideo
 from avion_dali.models.presets import PRESETS
-from avion_dali.models.text import TextTowerConfig, build_text_tower
+from avion_dali.models.text_tower import TextTowerConfig, build_text_tower
 from avion_dali.models.towers import ENCODERS, encoder_name
 from avion_dali.models.weight_facts import Family, WeightFacts
 

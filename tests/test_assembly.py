@@ -13,7 +13,7 @@ from chunk_folders import chunk_row, sample_row
 from small_models import save_as, small_classifier
 
 from avion_dali.assembly.class_agreement import require_same_classes
-from avion_dali.assembly.evaluation import evaluate_checkpoint, evaluation_config, trained_config
+from avion_dali.assembly.evaluators import evaluate_checkpoint, evaluation_config, trained_config
 from avion_dali.assembly.training import resume_facts, training
 from avion_dali.cli.weights import write as write_weights
 from avion_dali.config import (

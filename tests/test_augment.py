@@ -10,7 +10,7 @@ from PIL import Image
 from avion_dali.config import AugmentConfig
 from avion_dali.device_ops import augment
 from avion_dali.device_ops.augment import OPERATIONS, augment_frames
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 
 timm_ops = pytest.importorskip("timm.data.auto_augment")
 

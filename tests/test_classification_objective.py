@@ -10,7 +10,7 @@ from torch import nn
 from avion_dali.config import AugmentConfig, ClassificationConfig
 from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.device_ops.normalize import normalize_frames
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 from avion_dali.objectives.classification import Classification
 
 KEY = StepKey(seed=1, step=3)

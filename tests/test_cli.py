@@ -16,7 +16,7 @@ from avion_dali.cli.demo_finetune import FinetuneDemoOptions
 from avion_dali.cli.main import SUBCOMMANDS, build_parser, main
 from avion_dali.cli.slurm import SlurmOptions
 from avion_dali.config import EvaluateConfig, TrainConfig
-from avion_dali.config.recipes import recipe_names, recipes_folder
+from avion_dali.config.recipe_files import recipe_names, recipes_folder
 from avion_dali.contracts import UserError
 from avion_dali.data.finding import find_videos
 from avion_dali.data.manifest import Manifest

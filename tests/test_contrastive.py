@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from avion_dali.config import AugmentConfig
 from avion_dali.contracts import ClipBatch, UserError
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 from avion_dali.models.dual_encoder import DualEncoder
-from avion_dali.models.text import TextTowerConfig, build_text_tower
+from avion_dali.models.text_tower import TextTowerConfig, build_text_tower
 from avion_dali.models.vit import VideoTower, VideoTowerConfig
 from avion_dali.objectives.contrastive import Contrastive, info_nce
 from avion_dali.objectives.gather import gather_with_grad, world_size

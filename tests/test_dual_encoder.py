@@ -7,7 +7,7 @@ from torch import nn
 from avion_dali.config import ModelConfig
 from avion_dali.contracts import UserError
 from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
-from avion_dali.models.text import TextTowerConfig, build_text_tower
+from avion_dali.models.text_tower import TextTowerConfig, build_text_tower
 
 SHORT = TextTowerConfig(context_length=8, vocab_size=50, width=32, layers=2, heads=4, embed_dim=16)
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from small_models import same_tensors, save_as, small_dual_encoder
 from torch.nn import functional
 
-from avion_dali.assembly.evaluation import evaluate_checkpoint, trained_config
+from avion_dali.assembly.evaluators import evaluate_checkpoint, trained_config
 from avion_dali.cli import features, weights
 from avion_dali.cli.main import build_parser
 from avion_dali.config import EvaluateConfig, ModelConfig

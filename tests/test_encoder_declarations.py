@@ -23,7 +23,7 @@ from avion_dali.engine.checkpoint import (
     save_checkpoint,
 )
 from avion_dali.engine.distributed import Distributed
-from avion_dali.engine.optim import build_optimizer, parameter_groups
+from avion_dali.engine.optimizers import build_optimizer, parameter_groups
 from avion_dali.models.blocks import NamedPatchEmbedding, VideoEncoder, init_linear_layers, run_blocks
 from avion_dali.models.classifier import Classifier, build_classifier
 from avion_dali.models.dual_encoder import build_dual_encoder

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from avion_dali.device_ops.erasing import erase_boxes
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 
 KEY = StepKey(seed=1, step=2)
 SIDE = 64

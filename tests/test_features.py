@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from avion_dali.assembly.model import build_model
 from avion_dali.assembly.resolve import resolve
+from avion_dali.assembly.run_model import build_model
 from avion_dali.cli import features
 from avion_dali.cli.main import build_parser
 from avion_dali.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig

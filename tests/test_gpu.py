@@ -20,7 +20,7 @@ from avion_dali.device_ops.masks import tube_masks
 from avion_dali.device_ops.mixing import mix_clips
 from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.engine.checkpoint import load_checkpoint, save_checkpoint
-from avion_dali.engine.optim import build_optimizer, parameter_groups
+from avion_dali.engine.optimizers import build_optimizer, parameter_groups
 from avion_dali.engine.precision import autocast, gradient_scaler, resolve_precision
 from avion_dali.engine.train_state import TrainState
 from avion_dali.loading.ring import SharedRing

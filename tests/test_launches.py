@@ -13,14 +13,14 @@ from launch_data import CONFIGS, LaunchData, launch, launch_data, of_kind, score
 from small_models import randomize, save_as
 from torch import nn
 
-from avion_dali.assembly.evaluation import evaluate_checkpoint
+from avion_dali.assembly.evaluators import evaluate_checkpoint
 from avion_dali.cli import finetune, pretrain
 from avion_dali.config import EvaluateConfig, ModelConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.data.relevancy import open_captions
-from avion_dali.data.text import pad_tokens
+from avion_dali.data.tokens import pad_tokens
 from avion_dali.decode.cpu_fused import decode_clip
 from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.engine.checkpoint import load_checkpoint
@@ -30,7 +30,7 @@ from avion_dali.metrics.retrieval import retrieval_scores
 from avion_dali.models.classifier import build_classifier
 from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
 from avion_dali.objectives.classification import Classification
-from avion_dali.objectives.masked_video import MaskedReconstruction
+from avion_dali.objectives.masked_reconstruction import MaskedReconstruction
 
 CPU = ("--decoder", "cpu-fused")
 FEW = ("--run.max_steps", "2", "--optim.learning_rate", "1e-3")

@@ -137,12 +137,12 @@ def test_relative_imports_are_resolved():
     nodes = ast.walk(
         ast.parse("from .codecs import Device\nfrom . import graph\nfrom ..avion_dali import engine")
     )
-    names = [name for node in nodes for name in imported_names(node, "a.pipelines.worker")]
+    names = [name for node in nodes for name in imported_names(node, "a.pipelines.mini_clip_worker")]
     assert names == [
         *("a.pipelines.codecs", "a.pipelines.codecs.Device", "a.pipelines", "a.pipelines.graph"),
         *("a.avion_dali", "a.avion_dali.engine"),
     ]
-    assert wrong_way("pipelines.worker", "from .codecs import Device") == []
+    assert wrong_way("pipelines.mini_clip_worker", "from .codecs import Device") == []
 
 
 def test_imports_are_relative_in_pipelines_and_absolute_elsewhere():

@@ -84,7 +84,7 @@ def test_with_nvdec_auto_takes_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_dali_only_its_own_option_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pipelines.strategy", None)
+    monkeypatch.setitem(sys.modules, "pipelines.dali_strategy", None)
     monkeypatch.setattr(SUPPORT, "dali_problem", lambda: "DALI is not installed; pip install it")
     with pytest.raises(UserError, match="DALI is not installed; pip install it; `decoder` cpu-fused"):
         decoder_choice.choose_decoder("dali", torch.device("cpu"))

@@ -10,9 +10,9 @@ from torch import nn
 from avion_dali.config import MaskedVideoConfig, ModelConfig
 from avion_dali.contracts import ClipBatch
 from avion_dali.device_ops.masks import tube_masks
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 from avion_dali.models.masked_video import build_masked_video, tube_targets
-from avion_dali.objectives.masked_video import MaskedReconstruction
+from avion_dali.objectives.masked_reconstruction import MaskedReconstruction
 
 KEY = StepKey(seed=2, step=9)
 TUBES = {"time_slots": 2, "places": 4}  # clips of 4 frames, 32 pixels, patches of 16

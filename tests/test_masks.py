@@ -6,7 +6,7 @@ import torch
 
 from avion_dali.contracts import UserError
 from avion_dali.device_ops.masks import tube_masks
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 
 KEY = StepKey(seed=3, step=17)
 CLIPS = np.array([5, 900, 2**40, 6], dtype=np.int64)

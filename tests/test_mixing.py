@@ -7,7 +7,7 @@ import torch
 from avion_dali.config import ClassificationConfig
 from avion_dali.device_ops import mixing
 from avion_dali.device_ops.mixing import mix_clips, smooth_targets
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 
 CUTMIX = ClassificationConfig(cutmix=1.0)
 MIXUP = ClassificationConfig(mixup=0.8)

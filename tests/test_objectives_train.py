@@ -28,16 +28,16 @@ from avion_dali.config import (
 )
 from avion_dali.contracts import ClipBatch
 from avion_dali.data.classes import ClassTable
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 from avion_dali.engine.accumulate import averages_gradients, coupled_backward
 from avion_dali.engine.distributed import Distributed
-from avion_dali.engine.optim import build_optimizer, parameter_groups
+from avion_dali.engine.optimizers import build_optimizer, parameter_groups
 from avion_dali.models.classifier import build_classifier
 from avion_dali.models.dual_encoder import build_dual_encoder
 from avion_dali.models.masked_video import build_masked_video
 from avion_dali.objectives.classification import Classification
 from avion_dali.objectives.contrastive import Contrastive
-from avion_dali.objectives.masked_video import MaskedReconstruction
+from avion_dali.objectives.masked_reconstruction import MaskedReconstruction
 from avion_dali.objectives.max_margin import MaxMargin
 from avion_dali.tasks.evaluation import evaluate
 from avion_dali.tasks.recognition import ClassScorer

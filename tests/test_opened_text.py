@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from avion_dali.contracts import UserError
+from avion_dali.datasets.annotation_text import opened_text
 from avion_dali.datasets.captions import read_rows
 from avion_dali.datasets.epic_files import read_annotations
 from avion_dali.datasets.kinetics import read_list
-from avion_dali.datasets.reading import opened_text
 
 READERS: list[Callable[[Path], object]] = [
     lambda path: list(read_rows(path)),

@@ -14,7 +14,7 @@ from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.data.classes import ClassTable
 from avion_dali.device_ops.normalize import PIXEL_STATISTICS
 from avion_dali.engine.distributed import Distributed
-from avion_dali.objectives.masked_video import MaskedReconstruction
+from avion_dali.objectives.masked_reconstruction import MaskedReconstruction
 from avion_dali.tasks import evaluation
 from avion_dali.tasks.masked_pretraining import ReconstructionScorer
 from avion_dali.tasks.recognition import ClassResult, ClassScorer

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from avion_dali.cli import slurm
-from avion_dali.cli.slurm import Place, RankTask, SlurmOptions, main, minutes, parameters
+from avion_dali.cli.slurm import RankPlace, RankTask, SlurmOptions, main, minutes, parameters
 from avion_dali.contracts import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -32,12 +32,12 @@ def test_other_time_limits_are_refused(text):
 
 
 def test_place_is_what_torchrun_would_say():
-    place = Place(rank=11, local_rank=3, world_size=16, nodes=2, first_host="n1", job_id="12345678_3")
+    place = RankPlace(rank=11, local_rank=3, world_size=16, nodes=2, first_host="n1", job_id="12345678_3")
     environment = place.environment()
     assert environment["RANK"] == "11" and environment["LOCAL_RANK"] == "3"
     assert environment["WORLD_SIZE"] == "16" and environment["LOCAL_WORLD_SIZE"] == "8"
     assert environment["MASTER_ADDR"] == "n1" and 20_000 <= int(environment["MASTER_PORT"]) < 40_000
-    other = Place(rank=0, local_rank=0, world_size=16, nodes=2, first_host="n1", job_id="12345678_3")
+    other = RankPlace(rank=0, local_rank=0, world_size=16, nodes=2, first_host="n1", job_id="12345678_3")
     assert other.environment()["MASTER_PORT"] == environment["MASTER_PORT"]
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from chunk_folders import chunk_row
 
-from avion_dali.assembly.model import build_model
 from avion_dali.assembly.resolve import ResolvedRun, resolve
+from avion_dali.assembly.run_model import build_model
 from avion_dali.config import (
     AugmentConfig,
     DataConfig,

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from avion_dali.assembly.evaluation import open_evaluator
-from avion_dali.assembly.model import build_model
+from avion_dali.assembly.evaluators import open_evaluator
 from avion_dali.assembly.open_clips import open_pool
 from avion_dali.assembly.resolve import resolve
+from avion_dali.assembly.run_model import build_model
 from avion_dali.cli import evaluate, pretrain
 from avion_dali.cli.arguments import parse_options
 from avion_dali.config import TrainConfig

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from avion_dali.assembly.evaluation import evaluate_checkpoint
+from avion_dali.assembly.evaluators import evaluate_checkpoint
 from avion_dali.assembly.training import training
 from avion_dali.cli.main import main as avion_dali
 from avion_dali.cli.manifest import DATASETS, Dataset, add_common_arguments
@@ -35,10 +35,10 @@ from avion_dali.contracts import ClipBatch, ClipRequest, CropWindow
 from avion_dali.data.crops import CROPS
 from avion_dali.datasets.building import AnnotationRow, manifest_build
 from avion_dali.decode import cpu_fused
-from avion_dali.decode.table import CPU_DECODERS
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.decode.decoders import CPU_DECODERS
+from avion_dali.device_ops.step_key import StepKey
 from avion_dali.engine.distributed import Distributed
-from avion_dali.metrics.classification import CLASS_METRICS
+from avion_dali.metrics.accuracy import CLASS_METRICS
 from avion_dali.models.blocks import NamedPatchEmbedding, VideoEncoder, init_linear_layers, run_blocks
 from avion_dali.models.layout import TowerLayout
 from avion_dali.models.starting_weights import open_start

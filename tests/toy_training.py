@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from avion_dali.config import OptimConfig, RunConfig
 from avion_dali.contracts import ClipBatch
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 from avion_dali.engine.accumulate import micro_seed
 from avion_dali.engine.loop import TrainLoop
 from avion_dali.engine.loop_settings import LoopSettings
-from avion_dali.engine.optim import build_optimizer, parameter_groups
+from avion_dali.engine.optimizers import build_optimizer, parameter_groups
 from avion_dali.objectives.gather import gather_with_grad
 
 ROWS, TOKENS = 4, 5

@@ -18,8 +18,8 @@ from avion_dali.config import ClipOptions
 from avion_dali.contracts import ClipError, ClipRequest, DecodeError, UserError
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.planner import ClipRules, Planner
-from avion_dali.data.text import pad_tokens
-from avion_dali.decode.table import CPU_DECODERS
+from avion_dali.data.tokens import pad_tokens
+from avion_dali.decode.decoders import CPU_DECODERS
 from avion_dali.loading.faults import MAX_ATTEMPTS, FaultPolicy
 from avion_dali.loading.worker import failures_as_decode_errors
 

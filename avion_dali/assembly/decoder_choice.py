@@ -9,7 +9,7 @@ import torch
 
 from avion_dali.assembly.dali_room import pipelines_module
 from avion_dali.contracts import UserError
-from avion_dali.decode.table import CPU_DECODERS
+from avion_dali.decode.decoders import CPU_DECODERS
 
 INSTEAD: Final = "`decoder` cpu-fused delivers the same clips on CPU cores"
 
@@ -64,7 +64,7 @@ def _nvdec_problem(device: torch.device) -> str | None:
 def _import_problem() -> str | None:
     """Import what `decoder` dali needs on a CPU; returns why that failed."""
     try:
-        pipelines_module("strategy")
+        pipelines_module("dali_strategy")
     except (ImportError, OSError) as error:
         problem: str = pipelines_module("support").dali_problem() or str(error)
         return problem

@@ -20,7 +20,7 @@ from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
-from avion_dali.decode.table import CPU_DECODERS
+from avion_dali.decode.decoders import CPU_DECODERS
 from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
 from avion_dali.loading.frames_strategy import FramesStrategy
 from avion_dali.loading.pool import WorkerPool, default_workers
@@ -250,7 +250,7 @@ def _open_strategy(decoder: str, manifest: Manifest, device: torch.device) -> Lo
     threads = pipelines_module("graph").default_threads(
         "mixed" if device.type == "cuda" else "cpu", ranks_on_machine()
     )
-    strategy: LoaderStrategy[Any] = pipelines_module("strategy").DaliStrategy(num_threads=threads)
+    strategy: LoaderStrategy[Any] = pipelines_module("dali_strategy").DaliStrategy(num_threads=threads)
     return strategy
 
 

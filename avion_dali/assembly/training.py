@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from avion_dali.assembly.class_agreement import classes_fingerprint, require_same_classes
-from avion_dali.assembly.evaluation import Evaluator, open_evaluator
-from avion_dali.assembly.model import build_model, fill_model
+from avion_dali.assembly.evaluators import Evaluator, open_evaluator
 from avion_dali.assembly.open_clips import open_pool
 from avion_dali.assembly.resolve import ResolvedRun, resolve
 from avion_dali.assembly.run_clips import open_run_clips
+from avion_dali.assembly.run_model import build_model, fill_model
 from avion_dali.config import TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
@@ -23,7 +23,7 @@ from avion_dali.engine.checkpoint import find_checkpoint, load_checkpoint
 from avion_dali.engine.distributed import Distributed, require_agreement
 from avion_dali.engine.loop import TrainLoop
 from avion_dali.engine.loop_settings import LoopSettings
-from avion_dali.engine.optim import build_optimizer, parameter_groups
+from avion_dali.engine.optimizers import build_optimizer, parameter_groups
 from avion_dali.engine.sharding import shard_model, weight_sum
 from avion_dali.loading.clip_loader import ClipLoader
 from avion_dali.models.starting_weights import StartWeights, open_start

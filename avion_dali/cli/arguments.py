@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from avion_dali.config.recipes import find_recipe
+from avion_dali.config.recipe_files import find_recipe
 from avion_dali.contracts import UserError
 
 Options = TypeVar("Options")

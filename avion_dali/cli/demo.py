@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from avion_dali.cli.arguments import parse_options
 from avion_dali.config import TrainConfig
-from avion_dali.config.recipes import recipes_folder
+from avion_dali.config.recipe_files import recipes_folder
 from avion_dali.data.profiles import ProfileName
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def train_and_report(config: TrainConfig) -> DemoNumbers:
     Args:
         config: the run's configuration.
     """
-    from avion_dali.assembly.evaluation import evaluate_checkpoint
+    from avion_dali.assembly.evaluators import evaluate_checkpoint
     from avion_dali.assembly.training import training
     from avion_dali.config import EvaluateConfig
     from avion_dali.data.manifest import Manifest

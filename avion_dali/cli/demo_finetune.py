@@ -142,7 +142,7 @@ class Runs:
             weights: of a run.
             frozen_frames: repeat each clip's first frame.
         """
-        from avion_dali.assembly.evaluation import evaluate_checkpoint
+        from avion_dali.assembly.evaluators import evaluate_checkpoint
         from avion_dali.config import EvaluateConfig
         from avion_dali.engine.distributed import Distributed
 

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     config = parse_options(EvaluateConfig, argv, prog="avion-dali evaluate", description=__doc__ or "")
     # Decode workers import this module again: everything heavy is imported here.
-    from avion_dali.assembly.evaluation import evaluate_checkpoint
+    from avion_dali.assembly.evaluators import evaluate_checkpoint
     from avion_dali.engine.distributed import distributed_session
 
     if config.output and not Path(config.output).absolute().parent.is_dir():

@@ -166,11 +166,11 @@ def embed_manifest(
     options: argparse.Namespace, manifest: Manifest, distributed: Distributed, folder: Path
 ) -> PerSample:
     """Load the weights, decode and embed all clips."""
-    from avion_dali.assembly.evaluation import evaluation_config, trained_config
-    from avion_dali.assembly.model import load_model
+    from avion_dali.assembly.evaluators import evaluation_config, trained_config
     from avion_dali.assembly.open_clips import open_pool
     from avion_dali.assembly.resolve import resolve
     from avion_dali.assembly.run_clips import open_run_clips
+    from avion_dali.assembly.run_model import load_model
     from avion_dali.inference.embeddings import EmbeddingScorer
     from avion_dali.models.starting_weights import open_start
     from avion_dali.tasks.evaluation import evaluate

@@ -110,7 +110,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class Source:
+class PlannedSource:
     """Chunks of one kind.
 
     Args:
@@ -126,7 +126,7 @@ class Source:
     planner: Planner
 
 
-def make_sources(options: argparse.Namespace, scratch: Path) -> list[Source]:
+def make_sources(options: argparse.Namespace, scratch: Path) -> list[PlannedSource]:
     """Open the chunks that were given, and encode samples in all profiles and lengths."""
     from avion_dali.data.planner import ClipRules, Planner
     from avion_dali.inspection.plan_samples import mean_chunk, open_chunks, write_sample_manifest
@@ -135,12 +135,12 @@ def make_sources(options: argparse.Namespace, scratch: Path) -> list[Source]:
     sources = []
     if options.chunks:
         planner = Planner(open_chunks(options.chunks, scratch, clip_seconds=span), rules, seed=0)
-        sources.append(Source(AS_GIVEN, mean_chunk(planner.manifest)[0], AS_GIVEN, planner))
+        sources.append(PlannedSource(AS_GIVEN, mean_chunk(planner.manifest)[0], AS_GIVEN, planner))
     if options.videos or not options.chunks:
         for (profile, seconds), root in _encode(options, scratch).items():
             folder = scratch / f"manifest-{profile}-{seconds}"
             manifest = write_sample_manifest(root, folder, clip_seconds=span, chunk_seconds=seconds)
-            sources.append(Source(profile, seconds, root.name, Planner(manifest, rules, seed=0)))
+            sources.append(PlannedSource(profile, seconds, root.name, Planner(manifest, rules, seed=0)))
     return sources
 
 
@@ -161,7 +161,7 @@ def _encode(options: argparse.Namespace, scratch: Path) -> dict[tuple[ProfileNam
     return {way: root for way, (_, _, root) in ways.items()}
 
 
-def measure(sources: Sequence[Source], options: argparse.Namespace) -> tuple[dict[str, ClipCost], float]:
+def measure(sources: Sequence[PlannedSource], options: argparse.Namespace) -> tuple[dict[str, ClipCost], float]:
     """Load every kind of files, and read as much from the disk; also returns its MB/s, infinite if unknown."""
     from avion_dali.inspection import plan_measurements as measured
     from avion_dali.inspection.plan_samples import clip_needs, sample_requests
@@ -213,13 +213,13 @@ def time_model(options: argparse.Namespace, device: torch.device, *, micro_batch
     """Time training steps on clips of noise; returns milliseconds and processor milliseconds per clip."""
     import torch
 
-    from avion_dali.assembly.model import build_model
     from avion_dali.assembly.resolve import resolve
+    from avion_dali.assembly.run_model import build_model
     from avion_dali.config import DataConfig, ModelConfig, TrainConfig
     from avion_dali.contracts import ClipBatch
-    from avion_dali.device_ops.randomness import StepKey
+    from avion_dali.device_ops.step_key import StepKey
     from avion_dali.engine.distributed import Distributed
-    from avion_dali.engine.optim import build_optimizer, parameter_groups
+    from avion_dali.engine.optimizers import build_optimizer, parameter_groups
     from avion_dali.engine.precision import autocast, resolve_precision
     from avion_dali.engine.timing import synchronize
     from avion_dali.objectives.contrastive import Contrastive
@@ -260,7 +260,9 @@ def time_model(options: argparse.Namespace, device: torch.device, *, micro_batch
     return 1e3 * (time.perf_counter() - start) / clips, 1e3 * (time.process_time() - core_start) / clips
 
 
-def judge(source: Source, cost: ClipCost, *, options: argparse.Namespace, demand: ModelDemand) -> Candidate:
+def judge(
+    source: PlannedSource, cost: ClipCost, *, options: argparse.Namespace, demand: ModelDemand
+) -> Candidate:
     """Predict what one kind of chunks delivers."""
     from avion_dali.inspection.plan_samples import clip_needs, mean_chunk, sample_requests
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from avion_dali.config.recipes import find_recipe, recipe_names, recipes_folder
+from avion_dali.config.recipe_files import find_recipe, recipe_names, recipes_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

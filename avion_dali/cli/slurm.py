@@ -56,7 +56,7 @@ class SlurmOptions:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """Which of a job's tasks this is.
 
     Args:
@@ -110,7 +110,7 @@ class RankTask:
         import submitit
 
         job = submitit.JobEnvironment()
-        place = Place(
+        place = RankPlace(
             rank=job.global_rank,
             local_rank=job.local_rank,
             world_size=job.num_tasks,

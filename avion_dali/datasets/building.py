@@ -23,7 +23,7 @@ from avion_dali.data.scanning import (
     find_chunk_files,
     probe_files,
 )
-from avion_dali.data.text import CONTEXT_LENGTH, clip_tokenizer, cut_to_context
+from avion_dali.data.tokens import CONTEXT_LENGTH, clip_tokenizer, cut_to_context
 from avion_dali.datasets.spans import ChunkLookup, SpanError, damaged_parts
 
 REJECTED_FILE = "rejected.jsonl"

@@ -15,6 +15,7 @@ from typing import Any, TextIO, TypeVar
 from avion_dali.contracts import UserError
 from avion_dali.data.classes import ClassTable
 from avion_dali.data.manifest import Manifest, Sample
+from avion_dali.datasets.annotation_text import opened_text
 from avion_dali.datasets.building import (
     AnnotationRow,
     BuildReport,
@@ -23,7 +24,6 @@ from avion_dali.datasets.building import (
     RejectedRow,
     manifest_build,
 )
-from avion_dali.datasets.reading import opened_text
 from avion_dali.datasets.spans import SpanError
 from avion_dali.wording import few
 

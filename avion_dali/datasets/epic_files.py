@@ -16,8 +16,8 @@ import numpy as np
 
 from avion_dali.contracts import UserError
 from avion_dali.data.classes import ClassTable
+from avion_dali.datasets.annotation_text import opened_text
 from avion_dali.datasets.building import AnnotationRow, RejectedRow
-from avion_dali.datasets.reading import opened_text
 from avion_dali.datasets.unpickling import load_pickle
 
 _ID, _PARTICIPANT, _VIDEO, _START, _STOP, _NARRATION, _VERB, _NOUN, _ALL_NOUNS = 0, 1, 2, 4, 5, 8, 10, 12, 14

@@ -10,6 +10,7 @@ from pathlib import Path
 from avion_dali.contracts import UserError
 from avion_dali.data.classes import ClassTable
 from avion_dali.data.scanning import CHUNK_SUFFIXES, ChunkFile
+from avion_dali.datasets.annotation_text import opened_text
 from avion_dali.datasets.building import (
     AnnotationRow,
     BuildReport,
@@ -18,7 +19,6 @@ from avion_dali.datasets.building import (
     RejectedRow,
     manifest_build,
 )
-from avion_dali.datasets.reading import opened_text
 
 # Endings tried for names without one; the published lists mean mp4.
 _ENDINGS = (".mp4", *sorted(CHUNK_SUFFIXES - {".mp4"}), ".MP4")

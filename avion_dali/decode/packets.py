@@ -19,7 +19,7 @@ from avion_dali.data.packet_index import PacketTable
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class PacketRun:
     """Packets to feed to a freshly flushed decoder, then drain.
 
     Args:
@@ -31,7 +31,7 @@ class Run:
     wanted: tuple[int, ...]
 
 
-def plan_runs(table: PacketTable, frame_ids: Sequence[int]) -> list[Run]:
+def plan_runs(table: PacketTable, frame_ids: Sequence[int]) -> list[PacketRun]:
     """Choose the packets that a set of frames needs.
 
     A frame's run starts at the last entry that comes no later than the frame in decode order and in
@@ -59,14 +59,14 @@ def plan_runs(table: PacketTable, frame_ids: Sequence[int]) -> list[Run]:
     return [_run(table, start, sorted(members)) for start, members in groups]
 
 
-def _run(table: PacketTable, start: int, wanted: Sequence[int]) -> Run:
+def _run(table: PacketTable, start: int, wanted: Sequence[int]) -> PacketRun:
     positions = np.arange(start, wanted[-1] + 1)
     # Frames shown before the run's keyframe lean on the GOP before it; nothing after leans on them.
     positions = positions[table.pts[positions] >= table.pts[start]]
-    return Run(tuple(positions.tolist()), tuple(wanted))
+    return PacketRun(tuple(positions.tolist()), tuple(wanted))
 
 
-def drop_unneeded(runs: Sequence[Run], table: PacketTable) -> list[Run]:
+def drop_unneeded(runs: Sequence[PacketRun], table: PacketTable) -> list[PacketRun]:
     """Leave out the packets that nobody refers to and nobody wants.
 
     A picture without references in its temporal layer can go when no picture of a higher layer is kept
@@ -79,7 +79,7 @@ def drop_unneeded(runs: Sequence[Run], table: PacketTable) -> list[Run]:
     return [_without_unneeded(run, table) for run in runs]
 
 
-def _without_unneeded(run: Run, table: PacketTable) -> Run:
+def _without_unneeded(run: PacketRun, table: PacketTable) -> PacketRun:
     kept = np.array(run.positions)
     needed = table.is_reference[kept] | np.isin(kept, run.wanted)
     layers = table.layer[kept]
@@ -88,11 +88,11 @@ def _without_unneeded(run: Run, table: PacketTable) -> Run:
         kept, needed, layers = kept[~droppable], needed[~droppable], layers[~droppable]
         if (layers == layer).any():  # a picture kept in this layer may refer to any below
             break
-    return Run(tuple(kept.tolist()), run.wanted)
+    return PacketRun(tuple(kept.tolist()), run.wanted)
 
 
-def spanning_run(table: PacketTable, frame_ids: Sequence[int]) -> Run:
+def spanning_run(table: PacketTable, frame_ids: Sequence[int]) -> PacketRun:
     """Return one run from the first wanted frame's keyframe to the last wanted frame, dropping nothing."""
     runs = plan_runs(table, frame_ids)
     positions = range(runs[0].positions[0], runs[-1].positions[-1] + 1)
-    return Run(tuple(positions), tuple(p for run in runs for p in run.wanted))
+    return PacketRun(tuple(positions), tuple(p for run in runs for p in run.wanted))

@@ -28,8 +28,8 @@ from avion_dali.data.packet_index import (
     table_of,
 )
 from avion_dali.data.probe import open_video
-from avion_dali.decode.packets import Run, drop_unneeded, plan_runs
-from avion_dali.decode.reads import RunReads, planned_reads
+from avion_dali.decode.packets import PacketRun, drop_unneeded, plan_runs
+from avion_dali.decode.planned_reads import RunReads, planned_reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def _check(payloads: Sequence[bytes], places: PacketPlaces, positions: Sequence[
             raise ChunkDamagedError(f"its bytes from {offset} on are not those the manifest was built from")
 
 
-def run_packets(run: Run, table: PacketTable, packets: Packets) -> RunPackets:
+def run_packets(run: PacketRun, table: PacketTable, packets: Packets) -> RunPackets:
     """Put the packets of a run together.
 
     Args:
@@ -277,7 +277,7 @@ def _sound_packets(demuxed: Iterable[Packet]) -> Iterator[Packet]:
 
 
 def _with_references(
-    table: PacketTable, runs: Sequence[Run], packets: Sequence[Packet], stream: StreamFacts
+    table: PacketTable, runs: Sequence[PacketRun], packets: Sequence[Packet], stream: StreamFacts
 ) -> PacketTable:
     """Look into the packets of some runs for what may be dropped of them."""
     is_reference, layer = table.is_reference.copy(), table.layer.copy()

@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from avion_dali.config import AugmentConfig
-from avion_dali.device_ops.randomness import StepKey, step_generator
+from avion_dali.device_ops.step_key import StepKey, step_generator
 
 # Chance that a drawn operation is done, and deviation of its magnitude: those of timm and PyTorchVideo.
 APPLY_PROBABILITY: Final = 0.5

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avion_dali.device_ops.randomness import StepKey, step_generator
+from avion_dali.device_ops.step_key import StepKey, step_generator
 
 AREA: Final = (0.02, 1 / 3)  # shares of the frame
 ASPECT: Final = (0.3, 1 / 0.3)  # height / width

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from avion_dali.contracts import UserError
-from avion_dali.device_ops.randomness import StepKey, step_generator
+from avion_dali.device_ops.step_key import StepKey, step_generator
 
 
 def tube_masks(clip_ids: np.ndarray, *, time_slots: int, places: int, ratio: float, key: StepKey) -> Tensor:

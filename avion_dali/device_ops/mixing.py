@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from avion_dali.config import ClassificationConfig
-from avion_dali.device_ops.randomness import StepKey, step_generator
+from avion_dali.device_ops.step_key import StepKey, step_generator
 
 
 def mix_clips(

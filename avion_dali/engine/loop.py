@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from avion_dali.contracts import ClipBatch, UserError
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 from avion_dali.engine.accumulate import (
     Report,
     averages_gradients,
@@ -35,9 +35,9 @@ from avion_dali.engine.ema import WeightAverage
 from avion_dali.engine.energy import NOT_READABLE, EnergyMeter
 from avion_dali.engine.loop_settings import LoopSettings
 from avion_dali.engine.loss_guard import FiniteGuard, SpikeWatch
-from avion_dali.engine.optim import describe_rates, learning_rate_schedule, set_learning_rate
+from avion_dali.engine.optimizers import describe_rates, learning_rate_schedule, set_learning_rate
 from avion_dali.engine.precision import OverflowCount, autocast, gradient_scaler, resolve_precision
-from avion_dali.engine.protocols import ClipLoader, Objective
+from avion_dali.engine.protocols import BatchSource, Objective
 from avion_dali.engine.run_log import RunLog, row_over_ranks, sum_over_ranks
 from avion_dali.engine.sharding import average_whole_gradients, gradient_norm, is_sharded
 from avion_dali.engine.signals import RankVotes, StopSignals
@@ -69,7 +69,7 @@ class TrainLoop:
         optimizer: torch.optim.Optimizer,
         *,
         objective: Objective,
-        loader: ClipLoader,
+        loader: BatchSource,
         settings: LoopSettings,
         distributed: Distributed | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,

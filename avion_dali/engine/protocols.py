@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from avion_dali.contracts import ClipBatch
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 from avion_dali.engine.accumulate import Report
 
 
@@ -29,7 +29,7 @@ class LoaderCounts(Protocol):
         """Delivered clips that the decoder in use left to `cpu-fused`."""
 
 
-class ClipLoader(Protocol):
+class BatchSource(Protocol):
     """Delivers this rank's micro-batches in an order that depends on seed, epoch and step alone."""
 
     @property

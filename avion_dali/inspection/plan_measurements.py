@@ -64,7 +64,7 @@ def measure_loader(planner: Planner, *, device: torch.device, workers: int, seco
         UserError: when shared memory is too small for three batches.
     """
     from avion_dali.data.order import BatchSchedule
-    from avion_dali.data.text import CONTEXT_LENGTH
+    from avion_dali.data.tokens import CONTEXT_LENGTH
     from avion_dali.inspection.plan_samples import clip_needs
     from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
     from avion_dali.loading.frames_strategy import FramesStrategy

@@ -24,7 +24,7 @@ from avion_dali.data.planner import Planner
 from avion_dali.data.probe import expected_seconds, open_video
 from avion_dali.data.profiles import PROFILES, ProfileName
 from avion_dali.data.scanning import find_chunk_files, scan_chunks
-from avion_dali.decode.reads import planned_reads
+from avion_dali.decode.planned_reads import planned_reads
 
 CLIPS = 200  # of a manifest over sampled chunks; the mean of their needs is known to a few percent
 _TOKENS = (49406, 320, 49407)

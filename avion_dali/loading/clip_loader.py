@@ -16,7 +16,7 @@ import torch
 from avion_dali.contracts import ClipBatch, ClipError, ClipRequest
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import Planner
-from avion_dali.data.text import pad_tokens
+from avion_dali.data.tokens import pad_tokens
 from avion_dali.loading.faults import MAX_ATTEMPTS, FaultPolicy, LoaderStats, failure_of
 from avion_dali.loading.loader_state import State, position_of, state_at
 from avion_dali.loading.pool import PoolBrokenError, WorkerPool

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from avion_dali.config import ModelConfig
 from avion_dali.models.presets import PRESETS
-from avion_dali.models.text import TextTowerConfig, build_text_tower
+from avion_dali.models.text_tower import TextTowerConfig, build_text_tower
 from avion_dali.models.towers import build_video_tower, resolve_model
 
 # Temperature 0.07 at the start, scale at most 100: Radford et al. 2021, arXiv 2103.00020, section 2.5.

@@ -12,7 +12,7 @@ from torch.nn import functional
 from avion_dali.config import AugmentConfig, ClassificationConfig, Normalization
 from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.device_ops.mixing import mix_clips
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 from avion_dali.objectives.clips import repeat_for_views, training_frames
 
 

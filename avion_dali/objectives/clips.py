@@ -14,7 +14,7 @@ from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.device_ops.augment import augment_frames
 from avion_dali.device_ops.erasing import erase_boxes
 from avion_dali.device_ops.normalize import normalize_frames
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 
 
 def view_clip_ids(batch: ClipBatch) -> np.ndarray:

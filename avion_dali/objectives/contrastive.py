@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from avion_dali.config import AugmentConfig, Normalization
 from avion_dali.contracts import ClipBatch, UserError
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 from avion_dali.objectives.clips import require_one_view, training_frames
 from avion_dali.objectives.gather import EqualRows, gather_with_grad, rank
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from avion_dali.config import AugmentConfig, MaxMarginConfig, Normalization
 from avion_dali.contracts import ClipBatch, UserError
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 from avion_dali.objectives.clips import require_one_view, training_frames
 from avion_dali.objectives.gather import EqualRows, gather_rows, gather_with_grad
 
@@ -22,7 +22,7 @@ SAME_RELEVANCY: Final = 1.1 / 240
 """Relevancies that differ by less count as equal; what the authors of SMS take in their released code."""
 
 
-class Captions(Protocol):
+class CaptionRelevancy(Protocol):
     """What this objective needs of a manifest's captions."""
 
     def relevancy(self, rows: np.ndarray, captions: np.ndarray | None = None) -> np.ndarray:
@@ -111,7 +111,7 @@ class MaxMargin:
         self,
         config: MaxMarginConfig,
         normalization: Normalization,
-        captions: Captions | None,
+        captions: CaptionRelevancy | None,
         *,
         augment: AugmentConfig | None = None,
     ) -> None:

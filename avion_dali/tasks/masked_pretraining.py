@@ -11,9 +11,9 @@ from torch import nn
 from avion_dali.config import TrainConfig
 from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.data.manifest import Manifest
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 from avion_dali.models.masked_video import MaskedVideo, build_masked_video
-from avion_dali.objectives.masked_video import MaskedReconstruction
+from avion_dali.objectives.masked_reconstruction import MaskedReconstruction
 from avion_dali.tasks.sample_means import PerSample
 from avion_dali.tasks.task import Task
 

@@ -15,7 +15,7 @@ from avion_dali.data.classes import ClassTable
 from avion_dali.data.manifest import Manifest
 from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.engine.protocols import Objective
-from avion_dali.metrics.classification import class_scores, softmax
+from avion_dali.metrics.accuracy import class_scores, softmax
 from avion_dali.models.classifier import build_classifier
 from avion_dali.objectives.classification import Classification
 from avion_dali.tasks.requirements import class_table, require_in_every_row

@@ -14,7 +14,7 @@ from avion_dali.config import Normalization
 from avion_dali.contracts import ClipBatch
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.relevancy import open_captions
-from avion_dali.data.text import pad_tokens
+from avion_dali.data.tokens import pad_tokens
 from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.metrics.retrieval import RETRIEVAL_METRICS, RetrievalScores, retrieval_scores
 from avion_dali.models.dual_encoder import DualEncoder

@@ -26,8 +26,8 @@ from benchmarks.gpu.parts import NotRunError, Record, Suite, attempt
 from benchmarks.report import Row
 from pipelines.codecs import require_decodable
 from pipelines.graph import GraphSettings, failure_cause, graph_inputs
+from pipelines.graph_runner import GraphRunner
 from pipelines.mini_clip import MiniClip, UnfitForMiniClipError, build_mini_clip
-from pipelines.source import GraphRunner
 
 MiniClips = dict[int, MiniClip]  # by sample id
 Frames = dict[int, np.ndarray]  # by sample id, uint8 (V, T, H, W, 3)

@@ -18,7 +18,7 @@ from benchmarks.gpu.device import GpuSampler, sampling
 from benchmarks.gpu.parts import NotRunError, Record, Scale, Suite, attempt
 from benchmarks.report import Row
 from pipelines.graph import GraphInputs, failure_cause, graph_inputs
-from pipelines.source import GraphRunner
+from pipelines.graph_runner import GraphRunner
 
 BATCHES = 12  # of different clips, fed over and over
 _QUEUED = 3  # one more than the graph has under way

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from avion_dali.data.manifest import Manifest
     from avion_dali.data.profiles import ProfileName
     from avion_dali.engine.loop import TrainLoop
-    from avion_dali.engine.protocols import ClipLoader
+    from avion_dali.engine.protocols import BatchSource
     from avion_dali.engine.timing import WindowTiming
 
 LONG_REPEATS = 20  # of a chunk of 15 seconds: five minutes
@@ -163,18 +163,18 @@ def best_of_rounds(rounds: list[list[Row]]) -> list[Row]:
 
 
 def build_loop(
-    loader: ClipLoader, bench: AblationBench, *, batch: int, folder: Path, attention: AttentionBackend = "auto"
+    loader: BatchSource, bench: AblationBench, *, batch: int, folder: Path, attention: AttentionBackend = "auto"
 ) -> TrainLoop:
     """The training loop of `avion-dali pretrain`, without its files."""
     import torch
 
-    from avion_dali.assembly.model import build_model
     from avion_dali.assembly.resolve import resolve
+    from avion_dali.assembly.run_model import build_model
     from avion_dali.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
     from avion_dali.engine.distributed import Distributed
     from avion_dali.engine.loop import TrainLoop
     from avion_dali.engine.loop_settings import LoopSettings
-    from avion_dali.engine.optim import build_optimizer, parameter_groups
+    from avion_dali.engine.optimizers import build_optimizer, parameter_groups
     from avion_dali.objectives.contrastive import Contrastive
     from benchmarks.loader.measure import CONTEXT_LENGTH
 

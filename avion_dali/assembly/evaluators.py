@@ -10,10 +10,10 @@ from dataclasses import replace
 from torch import nn
 
 from avion_dali.assembly.class_agreement import require_classes_of_weights
-from avion_dali.assembly.model import load_model
 from avion_dali.assembly.open_clips import open_pool
 from avion_dali.assembly.resolve import ResolvedRun, resolve
 from avion_dali.assembly.run_clips import open_run_clips
+from avion_dali.assembly.run_model import load_model
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest

@@ -11,7 +11,7 @@ from avion_dali.config import MaskedVideoConfig, Normalization
 from avion_dali.contracts import ClipBatch
 from avion_dali.device_ops.masks import tube_masks
 from avion_dali.device_ops.normalize import normalize_frames
-from avion_dali.device_ops.randomness import StepKey
+from avion_dali.device_ops.step_key import StepKey
 from avion_dali.models.masked_video import tube_targets
 from avion_dali.objectives.clips import compute_dtype, view_clip_ids
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from avion_dali.contracts import UserError
-from avion_dali.metrics.classification import (
+from avion_dali.metrics.accuracy import (
     class_scores,
     marginalize,
     mean_class_accuracy,

@@ -11,7 +11,7 @@ from torch import nn
 
 from avion_dali.config import ModelConfig, OptimConfig
 from avion_dali.contracts import UserError
-from avion_dali.engine.optim import (
+from avion_dali.engine.optimizers import (
     LayerScales,
     build_optimizer,
     describe_rates,

@@ -16,9 +16,9 @@ from avion_dali.loading.strategy import PendingBatch, RefusedRowsError
 from .codecs import Device
 from .color import correct_colors
 from .graph import GraphSettings, failure_cause, graph_inputs
+from .graph_runner import GraphRunner
 from .mini_clip import MiniClip
-from .source import GraphRunner
-from .worker import CollectedClip, collect_into
+from .mini_clip_worker import CollectedClip, collect_into
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from avion_dali.data.text import CONTEXT_LENGTH, END_OF_TEXT, clip_tokenizer, cut_to_context, pad_tokens
+from avion_dali.data.tokens import CONTEXT_LENGTH, END_OF_TEXT, clip_tokenizer, cut_to_context, pad_tokens
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def test_ids_fit_the_manifest_column(encode: Callable[[str], tuple[int, ...]]) -
 
 
 def test_importing_the_module_does_not_import_open_clip() -> None:
-    code = "import sys, avion_dali.data.text; print([m for m in ('open_clip', 'torch') if m in sys.modules])"
+    code = "import sys, avion_dali.data.tokens; print([m for m in ('open_clip', 'torch') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
     assert run.stdout.strip() == "[]"
 

@@ -9,7 +9,7 @@ import pytest
 
 from avion_dali.contracts import ChunkRef, ClipPart, DecodeError, PacketIndexRef, UserError
 from avion_dali.data.probe import probe_chunk
-from avion_dali.decode.reads import planned_reads
+from avion_dali.decode.planned_reads import planned_reads
 from avion_dali.decode.source import gather_packets
 
 

@@ -22,7 +22,7 @@ from avion_dali.data.packet_index import (
     PacketPlaces,
     StreamFacts,
 )
-from avion_dali.decode.packets import Run, drop_unneeded, plan_runs
+from avion_dali.decode.packets import PacketRun, drop_unneeded, plan_runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class RunReads:
         ranges: the reads, in the order of the run's positions.
     """
 
-    run: Run
+    run: PacketRun
     block: IndexBlock
     ranges: tuple[ByteRange, ...]
 
