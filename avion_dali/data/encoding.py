@@ -288,7 +288,7 @@ class ChunkWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         with suppress(av.FFmpegError):  # closing writes the index, which may fail once more
             self._container.close()

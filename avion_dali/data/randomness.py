@@ -36,7 +36,7 @@ class _Key(ISeedSequence):
     def __init__(self, seed: int) -> None:
         self._key = np.array([seed, 0], dtype=np.uint64)
 
-    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+    def generate_state(self, _n_words: int, _dtype: Any = np.uint32) -> np.ndarray:
         """Return the key; Philox asks for it once, as two 64-bit words."""
         return self._key
 

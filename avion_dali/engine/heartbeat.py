@@ -83,7 +83,7 @@ class Heartbeat:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self._ended.set()
         self._thread.join(timeout=2 * _STORE_TIMEOUT_S)
