@@ -28,7 +28,7 @@ from avion_dali.cores import available_cores
 from avion_dali.data.chunk_plan import ChunkPlan, plan_chunks
 from avion_dali.data.chunk_source import Slot, SourceReader
 from avion_dali.data.encoding import PART_SUFFIX, ChunkWriter, PictureFilter, look_of
-from avion_dali.data.probe import ChunkFacts, open_video, probe_chunk
+from avion_dali.data.probe import HDR_TRANSFERS, ChunkFacts, open_video, probe_chunk
 from avion_dali.data.profiles import PROFILES, ProfileName
 from avion_dali.data.sidecar import SIDECAR, Losses, Sidecar, read_sidecar
 
@@ -247,7 +247,9 @@ def _notes(facts: ChunkFacts, plan: ChunkPlan) -> Iterator[str]:
     if facts.start_s:
         yield f"its picture begins {facts.start_s:.2f} s late: the first one stands in until then"
     if facts.is_interlaced:
-        yield "it is interlaced: its fields are not parted"
+        yield "it is interlaced: its fields are not separated"
+    if facts.transfer in HDR_TRANSFERS:
+        yield f"its transfer is {HDR_TRANSFERS[facts.transfer]}: colors come out pale, for tones are not mapped"
 
 
 def planned_frames(video: Path, folder: Path, settings: ChunkSettings) -> Sidecar | None:

@@ -28,6 +28,8 @@ from avion_dali.data.timing import SLOW_FPS, complete_times, densest_rate, measu
 
 MAX_MISSING_SECONDS = 1.0  # a file may end this much before its stated duration (rounding, last frame)
 
+# FFmpeg's numbers of transfer characteristics (ITU-T H.273, table 3).
+HDR_TRANSFERS = {16: "PQ (SMPTE 2084)", 18: "HLG"}
 # FFmpeg's AVColorSpace numbers (ITU-T H.273, table 4); PyAV's own enum leaves several out.
 _COLORSPACES = {
     0: "gbr",

@@ -22,6 +22,7 @@ from avion_dali.data.delivery import decode_strictly
 from avion_dali.data.indexing import STRICT, make_decoder, make_packet, stream_facts
 from avion_dali.data.packet_index import IndexBlock, IndexDamagedError, PacketIndex, StreamFacts
 from avion_dali.data.probe import (
+    HDR_TRANSFERS,
     ChunkFacts,
     color_range_name,
     colorspace_name,
@@ -32,8 +33,7 @@ from avion_dali.data.probe import (
 from avion_dali.inspection.findings import FileReport, Finding, Target
 
 MAX_GOP_SECONDS = 5.0
-# FFmpeg's numbers (ITU-T H.273, tables 2 and 3).
-_HDR_TRANSFERS = {16: "PQ (SMPTE 2084)", 18: "HLG"}
+# FFmpeg's numbers of color primaries (ITU-T H.273, table 2).
 _WIDE_PRIMARIES = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
 _BT601 = ("smpte170m", "bt470bg")  # one matrix, two names
 
@@ -210,8 +210,8 @@ def _picture_findings(facts: ChunkFacts) -> Iterator[Finding]:
 
 def _display_findings(facts: ChunkFacts) -> Iterator[Finding]:
     """Find what a player would do to the pictures and a decoder does not."""
-    if facts.transfer in _HDR_TRANSFERS:
-        yield Finding("hdr", f"its transfer characteristics are {_HDR_TRANSFERS[facts.transfer]}")
+    if facts.transfer in HDR_TRANSFERS:
+        yield Finding("hdr", f"its transfer characteristics are {HDR_TRANSFERS[facts.transfer]}")
     if facts.primaries in _WIDE_PRIMARIES:
         yield Finding("wide-gamut", f"its color primaries are {_WIDE_PRIMARIES[facts.primaries]}")
     if facts.is_interlaced:
