@@ -146,6 +146,14 @@ def test_a_picture_that_begins_after_the_sound(tmp_path: Path, style: Style, end
     assert facts.clock_times() is not None
 
 
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_a_picture_that_is_late_by_more_than_a_chunk(tmp_path: Path, ending: str) -> None:
+    video = fv.write(tmp_path / f"v.{ending}", delay=76, sound_seconds=4)
+    report = assert_follows_player(video)
+    assert report.made == 5
+    assert_clips_follow_player(video)
+
+
 @pytest.mark.parametrize("hidden", [3, 11])
 def test_edit_lists_that_hide_and_that_shift(tmp_path: Path, hidden: int) -> None:
     assert_clips_follow_player(mv.edit_list_video(tmp_path / "hidden.mp4", frames=45, hidden=hidden))
