@@ -182,6 +182,7 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
     with open_video(path) as (container, stream), open(path, "rb") if index else nullcontext() as file:
         size_bytes = os.stat(path).st_size
         _check_index(name, stream, size_bytes)
+        declared = (stream.codec_context.width, stream.codec_context.height)
         collector = PacketCollector(file.fileno(), container, stream) if file else None
         survey = survey_packets(container, stream, collector, name=name, tolerant=tolerant)
         stated = (stream.average_rate, stream.guessed_rate)
@@ -195,6 +196,7 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
         tick = stream.time_base or Fraction(1, 1000)
         if not tolerant:
             _check_end(name, container, stream, survey, shown)
+            _check_size(name, declared, first)
         fps, is_cfr = measure_rate(shown, tick, stated)
         context = stream.codec_context
         return ChunkFacts(
@@ -312,6 +314,13 @@ def _check_end(
     seconds = float(extent * (stream.time_base or Fraction(1, 1000)))
     if seconds < expected - MAX_MISSING_SECONDS:
         raise corrupt(name, f"ends after {seconds:.1f} s of {expected:.1f} s")
+
+
+def _check_size(name: str, declared: tuple[int, int], first: VideoFrame | None) -> None:
+    """Refuse a file whose header says another picture size than its pictures have: one of both is damaged."""
+    if first is not None and (first.width, first.height) != declared:
+        says = "x".join(map(str, declared))
+        raise corrupt(name, f"says that its pictures are {says}, but they are {first.width}x{first.height}")
 
 
 def _count_pictures(

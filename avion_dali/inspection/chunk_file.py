@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
 
@@ -253,6 +253,7 @@ def _decode_indexed(facts: ChunkFacts, blocks: list[IndexBlock]) -> set[int]:
     frame_of = _frame_ids(blocks)
     decoder = make_decoder(_open_index(facts.packet_index).stream, strict=_starts_clean(blocks))
     delivered: set[int] = set()
+    latest = -1
     with open(facts.path, "rb", buffering=0) as file:
         for rank, packet in chain(_checked_packets(file.fileno(), blocks, frame_of), [(-1, None)]):
             try:
@@ -260,8 +261,18 @@ def _decode_indexed(facts: ChunkFacts, blocks: list[IndexBlock]) -> set[int]:
             except av.FFmpegError as error:
                 raise _undecodable(error, frame_of.get(rank, -1)) from error
             asked = {frame_of[f.pts]: f for f in frames if f.pts in frame_of}
+            latest = _in_order(asked, latest)
             delivered |= {_sound(frame_id, frame, facts) for frame_id, frame in asked.items()}
     return delivered
+
+
+def _in_order(frame_ids: Iterable[int], latest: int) -> int:
+    """Return the last frame id; decoders deliver pictures in the order that these state themselves."""
+    for frame_id in frame_ids:
+        if frame_id < latest:
+            raise _FaultError("wrong-order", "its header orders pictures otherwise than they say", frame_id)
+        latest = frame_id
+    return latest
 
 
 def _frame_ids(blocks: list[IndexBlock]) -> dict[int, int]:
