@@ -285,6 +285,20 @@ def test_recordings_joined_byte_by_byte(tmp_path: Path, style: Style, ending: st
     assert fv.disagreements(video) == []
 
 
+@pytest.mark.parametrize("ending", ["mp4", "mov", "avi", "flv", "3gp"])
+def test_joined_files_that_are_read_to_the_end_of_the_first_say_so(tmp_path: Path, ending: str) -> None:
+    first = fv.write(tmp_path / f"a.{ending}", count=30)
+    second = fv.write(tmp_path / f"b.{ending}", count=30, first=100)
+    assert cut(first)[0].failed == ""
+    video = tmp_path / f"v.{ending}"
+    video.write_bytes(first.read_bytes() + second.read_bytes())
+    report, folder = cut(video)
+    numbers = [number for _, shown in fv.chunk_pictures(folder).values() for number in shown]
+    if 100 not in numbers:
+        assert f"another recording at byte {first.stat().st_size}" in report.failed
+    assert numbers[:30] == list(range(30))
+
+
 def test_a_size_that_changes_is_fitted_into_the_first(tmp_path: Path) -> None:
     wide = Style(size=(128, 64), container="mpegts")
     first, second = (

@@ -28,6 +28,7 @@ from avion_dali.cores import available_cores
 from avion_dali.data.chunk_plan import ChunkPlan, describe_plan, plan_chunks
 from avion_dali.data.chunk_source import Slot, SourceReader
 from avion_dali.data.encoding import PART_SUFFIX, ChunkWriter, PictureFilter, look_of
+from avion_dali.data.joined import find_unread_recording
 from avion_dali.data.probe import ChunkFacts, open_video, probe_chunk
 from avion_dali.data.profiles import PROFILES, ProfileName
 from avion_dali.data.sidecar import SIDECAR, Losses, Sidecar, read_sidecar
@@ -132,9 +133,20 @@ def chunk_video(video: Path, folder: Path, settings: ChunkSettings) -> VideoRepo
             return job.report("is not a regular file")
         if not job.is_done(planned_frames(video, folder, settings)):
             job.cut(probe_chunk(video, tolerant=True))
+        return job.report(_shortfall(video, job.losses))
     except (DecodeError, OSError, ValueError) as error:
         return job.report(str(error) or type(error).__name__)
-    return job.report(f"is {job.losses}" if job.losses.spans else "")
+
+
+def _shortfall(video: Path, losses: Losses) -> str:
+    """Say what of a video is not in its chunks."""
+    unread = find_unread_recording(video)
+    causes = [f"is {losses}"] if losses.spans else []
+    if unread is not None:
+        causes.append(
+            f"goes on with another recording at byte {unread}, which is not read: separate the files there"
+        )
+    return "; ".join(causes)
 
 
 @dataclass
