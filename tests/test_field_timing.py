@@ -146,6 +146,27 @@ def test_a_picture_that_begins_after_the_sound(tmp_path: Path, style: Style, end
     assert facts.clock_times() is not None
 
 
+@pytest.mark.parametrize("codec", ["mjpeg", "mpeg4", "libx264", "rawvideo"])
+def test_avi_states_where_its_picture_begins(tmp_path: Path, codec: str) -> None:
+    styles = {"mjpeg": MJPEG, "mpeg4": MPEG4, "libx264": Style(), "rawvideo": Style("rawvideo")}
+    video = fv.write(tmp_path / "v.avi", styles[codec], sound_seconds=3, count=30)
+    data = bytearray(video.read_bytes())
+    at = data.find(b"vids") + 28
+    assert data[at : at + 4] == bytes(4)
+    data[at : at + 4] = (21).to_bytes(4, "little")
+    video.write_bytes(data)
+    facts = probe_chunk(video)
+    times = facts.clock_times()
+    assert times is not None
+    assert times[0] == pytest.approx(0.7, abs=0.04)
+    report, folder = cut(video)
+    assert report.failed == ""
+    numbers = [number for _, shown in fv.chunk_pictures(folder).values() for number in shown]
+    assert numbers.index(1) >= 21
+    for decoder in fv.DECODERS:
+        assert fv.clip_numbers(fv.chunk_of(facts), [0.1, float(times[5]) + 0.01], decoder) == [0, 5]
+
+
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])
 def test_a_picture_that_is_late_by_more_than_a_chunk(tmp_path: Path, ending: str) -> None:
     video = fv.write(tmp_path / f"v.{ending}", delay=76, sound_seconds=4)

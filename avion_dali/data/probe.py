@@ -245,8 +245,6 @@ def _start_seconds(container: InputContainer, first_frame: Fraction, fps: Fracti
 
     Less than half a frame is no delay: it comes from the priming of an audio encoder.
     """
-    if container.format.name == "avi":  # it stores no presentation times
-        return 0.0
     seconds = first_frame - Fraction(container.start_time or 0, 1_000_000)
     return float(seconds) if seconds * 2 > 1 / fps else 0.0
 
