@@ -80,8 +80,7 @@ def write(
             packets += stream.encode(frame)
         packets += stream.encode(None)
         if last_duration:
-            last = max(packets, key=lambda packet: packet.pts)
-            last.duration = last_duration
+            packets[-1].duration = last_duration  # the last one decoded
         if sound is not None:
             container.mux(list(mv.silence(sound, sound_seconds)))
         container.mux(packets)

@@ -249,10 +249,35 @@ def test_a_varying_rate_may_be_capped(tmp_path: Path) -> None:
 
 def test_the_last_picture_lasts_as_long_as_the_container_says(tmp_path: Path) -> None:
     video = fv.write(
-        tmp_path / "v.mkv", ticks=[0, 400, 900], time_base=Fraction(1, 1000), count=3, last_duration=2_600
+        tmp_path / "v.mkv",
+        Style(options=mv.X264_FAST | {"bf": "0"}),
+        ticks=[0, 400, 900],
+        time_base=Fraction(1, 1000),
+        count=3,
+        last_duration=2_600,
     )
     assert probe_chunk(video).end_s() == pytest.approx(3.5, abs=0.01)
     assert_follows_player(video)
+
+
+@pytest.mark.parametrize(("ending", "b_frames"), [("mp4", 0), ("mp4", 3), ("mkv", 0), ("mov", 0)])
+def test_a_still_after_a_constant_rate(tmp_path: Path, ending: str, b_frames: int) -> None:
+    """A recorder writes nothing while nothing changes: the last picture stays until the file ends."""
+    ticks = 90_000
+    video = fv.write(
+        tmp_path / f"v.{ending}",
+        Style(options=mv.X264_FAST | {"bf": str(b_frames)}),
+        ticks=[3_000 * i for i in range(40)],
+        time_base=Fraction(1, ticks),
+        count=40,
+        last_duration=3 * ticks,
+    )
+    facts = probe_chunk(video)
+    assert facts.is_cfr
+    assert facts.end_s() == pytest.approx(39 / 30 + 3, abs=0.05)
+    assert fv.chunk_of(facts).end_s == pytest.approx(facts.end_s())
+    assert_follows_player(video)
+    assert mv.frame_numbers(tmp_path / "chunks" / video.name / "4.mp4")[-1] == 39
 
 
 @pytest.mark.parametrize("rate", ["29.97", "23.976", "59.94", "14.985", "24.11", "23.5", "12.07"])

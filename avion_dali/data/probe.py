@@ -26,6 +26,7 @@ from avion_dali.data.indexing import PacketCollector, tells_order
 from avion_dali.data.survey import PacketSurvey, survey_packets
 from avion_dali.data.timing import SLOW_FPS, complete_times, densest_rate, measure_rate
 
+_LINGERING_S = 0.25
 MAX_MISSING_SECONDS = 1.0  # a file may end this much before its stated duration (rounding, last frame)
 
 # FFmpeg's numbers of transfer characteristics (ITU-T H.273, table 3).
@@ -99,6 +100,11 @@ class ChunkFacts:
     transfer: int = 2
     primaries: int = 2
 
+    @property
+    def lingers(self) -> bool:
+        """Whether the last picture stays on show for longer than the others do."""
+        return self.last_s > max(2 / float(self.fps), _LINGERING_S)
+
     def end_s(self) -> float:
         """Return the seconds on a player's clock at which the last frame ends."""
         last = (self.num_frames - 1) / float(self.fps) if self.frame_times is None else self.frame_times[-1]
@@ -111,7 +117,7 @@ class ChunkFacts:
         nearest one.
         """
         times = self.frame_times
-        if times is None and not self.start_s and self.fps >= SLOW_FPS:
+        if times is None and not self.start_s and self.fps >= SLOW_FPS and not self.lingers:
             return None
         return self.start_s + (np.arange(self.num_frames) / float(self.fps) if times is None else times)
 
@@ -194,8 +200,9 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
         if len(shown) > 1 and shown[0] == shown[-1]:
             raise corrupt(name, "shows all its frames at one time")
         tick = stream.time_base or Fraction(1, 1000)
+        last_duration = _last_duration(container, stream, survey, shown)
         if not tolerant:
-            _check_end(name, container, stream, survey, shown)
+            _check_end(name, container, stream, int(shown[-1]) + last_duration - min(int(shown[0]), 0))
             _check_size(name, declared, first)
         fps, is_cfr = measure_rate(shown, tick, stated)
         context = stream.codec_context
@@ -217,7 +224,7 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
             frame_times=None if is_cfr else (shown - shown[0]) * float(tick),
             packet_index=collector.record(shown) if collector else b"",
             is_counted=not survey.tells,
-            last_s=float(survey.last_duration * tick) or float(1 / fps),
+            last_s=float(last_duration * tick) or float(1 / fps),
             densest_fps=fps if is_cfr else densest_rate((shown - shown[0]) * float(tick), stated),
             pixel_aspect=Fraction(stream.sample_aspect_ratio or 1),
             is_interlaced=first is not None and first.interlaced_frame,
@@ -300,15 +307,26 @@ def _check_index(name: str, stream: VideoStream, size_bytes: int) -> None:
         raise corrupt(name, f"is truncated: its index needs {end} bytes, the file has {size_bytes}")
 
 
-def _check_end(
-    name: str, container: InputContainer, stream: VideoStream, survey: PacketSurvey, shown: np.ndarray
-) -> None:
-    """Refuse a file that ends well before its header says."""
+def _last_duration(
+    container: InputContainer, stream: VideoStream, survey: PacketSurvey, shown: np.ndarray
+) -> int:
+    """Return how many ticks the last picture is shown; 0 where the container does not say.
+
+    The table of an mp4 holds decoding times: where pictures are reordered, the last one shown is not the last
+    one decoded, whose length the table has.
+    """
+    if "mp4" not in container.format.name or not stream.frames or not stream.duration:
+        return survey.last_duration  # fragments have no such table
+    by_table = stream.duration - int(shown[-1] - shown[0])
+    return max(survey.last_duration, min(by_table, survey.last_decoded_duration))
+
+
+def _check_end(name: str, container: InputContainer, stream: VideoStream, extent: int) -> None:
+    """Refuse a file that ends well before its header says; `extent` is where it ends, in ticks."""
     expected = expected_seconds(container, stream)
     if expected is None:
         return
     # Matroska counts its duration from zero, mp4 from the first frame.
-    extent = int(shown[-1]) + survey.last_duration - min(int(shown[0]), 0)
     seconds = float(extent * (stream.time_base or Fraction(1, 1000)))
     if seconds < expected - MAX_MISSING_SECONDS:
         raise corrupt(name, f"ends after {seconds:.1f} s of {expected:.1f} s")
