@@ -186,8 +186,7 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
     """
     name = os.fspath(path)
     with open_video(path) as (container, stream), open(path, "rb") if index else nullcontext() as file:
-        size_bytes = os.stat(path).st_size
-        _check_index(name, stream, size_bytes)
+        _check_index(name, stream, os.stat(path).st_size)
         declared = (stream.codec_context.width, stream.codec_context.height)
         collector = PacketCollector(file.fileno(), container, stream) if file else None
         survey = survey_packets(container, stream, collector, name=name, tolerant=tolerant)
@@ -208,7 +207,7 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
         context = stream.codec_context
         return ChunkFacts(
             path=name,
-            size_bytes=size_bytes,
+            size_bytes=os.stat(path).st_size,
             num_frames=len(shown),
             fps=fps,
             width=context.width,
