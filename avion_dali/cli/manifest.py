@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the subcommand accepts."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     captions = kinds.add_parser(
-        "captions", help="CSV or JSON lines: video, start, end, text[, verb, noun, label]"
+        "captions", help="CSV or JSON lines: video, text[, start, end, verb, noun, label]"
     )
     _add_common(captions, annotations=".csv or .jsonl file")
     captions.add_argument("--classes-from", type=Path, help="manifest whose classes the labels count")
