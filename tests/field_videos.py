@@ -16,7 +16,6 @@ import numpy as np
 
 from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest, CropWindow
 from avion_dali.data.manifest import Chunk
-from avion_dali.data.packet_index import PacketIndex
 from avion_dali.data.planner import locate_frames
 from avion_dali.data.probe import ChunkFacts, probe_chunk
 from avion_dali.decode import cpu_fused, paper_fused, reference
@@ -40,7 +39,6 @@ class Style:
     container: str | None = None
     gop: int = 10
     size: tuple[int, int] = SIZE
-    tag: str = ""
     muxing: dict[str, str] = field(default_factory=dict)
 
 
@@ -67,8 +65,6 @@ def write(
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = *style.size, style.pix_fmt, style.gop
         stream.thread_count = 1
         stream.codec_context.time_base = time_base
-        if style.tag:
-            stream.codec_context.codec_tag = style.tag
         if aspect:
             stream.sample_aspect_ratio = stream.codec_context.sample_aspect_ratio = aspect
         sound = container.add_stream("aac", rate=16_000, layout="mono") if sound_seconds else None
@@ -80,8 +76,7 @@ def write(
             packets += stream.encode(frame)
         packets += stream.encode(None)
         if last_duration:
-            last = max(packets, key=lambda packet: packet.pts)
-            last.duration = last_duration
+            packets[-1].duration = last_duration  # the last one decoded
         if sound is not None:
             container.mux(list(mv.silence(sound, sound_seconds)))
         container.mux(packets)
@@ -186,9 +181,3 @@ def disagreements(path: Path) -> list[str]:
     if len(mv.frame_numbers(path)) != facts.num_frames:
         wrong.append(f"{facts.num_frames} frames counted, {len(mv.frame_numbers(path))} delivered")
     return wrong
-
-
-def has_index(path: Path) -> bool:
-    """Whether a file gets a packet index that can be opened."""
-    record = probe_chunk(path, index=True).packet_index
-    return bool(record) and PacketIndex(lambda start, count: record[start : start + count]) is not None

@@ -165,6 +165,20 @@ def test_only_missing_chunks_are_made_and_leftovers_removed(tmp_path):
         assert (out / name).stat().st_mtime_ns == stamps[name]
 
 
+def test_chunks_of_another_plan_are_not_continued(tmp_path):
+    """An earlier version may have chosen another rate: chunks of two rates do not belong together."""
+    video, out = mv.write_video(tmp_path / "v.mp4", frames=70), tmp_path / "out"
+    cut(video, out)
+    sidecar = json.loads((out / "chunks.json").read_text())
+    sidecar |= {"fps": "10", "chunks": {"0": 10, "1": 10, "2": 4}}
+    (out / "chunks.json").write_text(json.dumps(sidecar))
+    assert chunk_video(video, out, SETTINGS).kept == 3, "whole as it was planned"
+    (out / "2.mp4").unlink()
+    report = chunk_video(video, out, SETTINGS)
+    assert "10 frames a second, they would now have 30; delete it" in report.failed
+    assert (out / "0.mp4").exists()
+
+
 def test_killed_run_is_continued(tmp_path):
     video, out = mv.write_video(tmp_path / "v.mp4", frames=600), tmp_path / "out"
     worker = multiprocessing.get_context("spawn").Process(target=chunk_video, args=(video, out, SETTINGS))

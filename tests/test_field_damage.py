@@ -6,6 +6,7 @@ from pathlib import Path
 
 import field_videos as fv
 import make_videos as mv
+import numpy as np
 import pytest
 from field_videos import Style
 
@@ -13,6 +14,8 @@ from avion_dali.cli.main import main
 from avion_dali.data.chunking import ChunkSettings, chunk_video
 from avion_dali.data.sidecar import read_sidecar
 from avion_dali.datasets import building
+from avion_dali.inspection.chunk_file import inspect_file
+from avion_dali.inspection.findings import Target
 
 SETTINGS = ChunkSettings("compat", chunk_seconds=1, short_side=96)
 COUNT = 150
@@ -137,3 +140,41 @@ def test_sound_videos_lose_nothing(tmp_path: Path) -> None:
         report = chunk_video(video, tmp_path / "out" / name, SETTINGS)
         assert (report.failed, report.losses.spans, report.made) == ("", (), 2), name
         assert mv.frame_numbers(tmp_path / "out" / name / "1.mp4")[-1] == 39
+
+
+# --- damage that no checksum notices, since the index is built over it
+
+
+def kinds(path: Path, *, deep: bool) -> set[str]:
+    return {finding.kind for finding in inspect_file(Target(str(path), deep)).findings}
+
+
+def test_a_header_that_orders_pictures_otherwise_than_they_say(tmp_path: Path) -> None:
+    """Decoders by index and decoders from the beginning would show different pictures."""
+    style = Style(options=mv.X264_FAST | {"x264-params": "bframes=3:b-adapt=0:scenecut=0"})
+    video = fv.write(tmp_path / "v.mp4", style, count=30)
+    assert not kinds(video, deep=True) & {"wrong-order", "undecodable", "wrong-count"}
+    data = bytearray(video.read_bytes())
+    at, frame = data.rfind(b"ctts") + 12, 512  # ticks
+    entries = np.frombuffer(bytes(data[at : at + 8 * 20]), ">u4").reshape(-1, 2).astype(int)
+    # Two pictures of one frame each, decoded one after the other, change their places.
+    i = next(i for i in range(2, 18) if (entries[i : i + 2, 0] == 1).all() and entries[i, 1] >= frame)
+    (_, first), (_, second) = entries[i : i + 2]
+    assert first - second != frame
+    swapped = np.array([1, second + frame, 1, first - frame], ">u4")
+    data[at + 8 * i : at + 8 * i + 16] = swapped.tobytes()
+    video.write_bytes(data)
+    assert kinds(video, deep=True) & {"wrong-order", "wrong-count", "undecodable"}
+
+
+@pytest.mark.parametrize(("name", "box"), [("a.mp4", b"avc1"), ("b.mov", b"jpeg")])
+def test_a_header_that_says_another_picture_size(tmp_path: Path, name: str, box: bytes) -> None:
+    style = Style() if box == b"avc1" else STYLES["mjpeg.mov"]
+    video = fv.write(tmp_path / name, style, count=10)
+    data = bytearray(video.read_bytes())
+    at = data.rfind(box) + 4 + 24
+    assert int.from_bytes(data[at : at + 2], "big") == fv.SIZE[0]
+    data[at : at + 2] = (64).to_bytes(2, "big")
+    video.write_bytes(data)
+    found = fv.disagreements(video) if not kinds(video, deep=False) & {"undecodable"} else []
+    assert found == [], "refused, or the same for all decoders"

@@ -105,6 +105,28 @@ def test_pictures_without_tables_of_their_own_do_not_take_those_of_another_file(
         assert fv.frame_numbers(ref, [2, 4], decoder) == [first + 2, first + 4]
 
 
+@pytest.mark.parametrize("ending", ["avi", "mov"])
+def test_a_palette_that_only_the_first_packet_brings(tmp_path: Path, ending: str) -> None:
+    video = tmp_path / f"v.{ending}"
+    palette = np.repeat(np.arange(255, -1, -1, dtype=np.uint8)[:, None], 4, axis=1)  # index 0 is white
+    palette[:, 0] = 255  # opaque; PyAV takes ARGB
+    with av.open(str(video), "w") as container:
+        stream = container.add_stream("rawvideo", rate=30)
+        stream.width, stream.height, stream.pix_fmt = *fv.SIZE, "pal8"
+        for i in range(20):
+            gray = mv.draw_frame(i, fv.SIZE).mean(axis=-1).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray((255 - gray, palette), format="pal8")
+            frame.pts, frame.time_base = i, Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    facts = probe_chunk(video)
+    ref = fv.chunk_of(facts).ref
+    for decoder in fv.DECODERS:
+        assert fv.frame_numbers(ref, [3, 11], decoder) == [3, 11]
+    assert chunk_video(video, tmp_path / "chunks", SETTINGS).failed == ""
+    assert mv.frame_numbers(tmp_path / "chunks" / "0.mp4") == list(range(20))
+
+
 def test_exif_of_camera_pictures(tmp_path: Path) -> None:
     """PyAV has no name for EXIF among the side data of a frame."""
     video = tmp_path / "v.avi"

@@ -146,6 +146,35 @@ def test_a_picture_that_begins_after_the_sound(tmp_path: Path, style: Style, end
     assert facts.clock_times() is not None
 
 
+@pytest.mark.parametrize("codec", ["mjpeg", "mpeg4", "libx264", "rawvideo"])
+def test_avi_states_where_its_picture_begins(tmp_path: Path, codec: str) -> None:
+    styles = {"mjpeg": MJPEG, "mpeg4": MPEG4, "libx264": Style(), "rawvideo": Style("rawvideo")}
+    video = fv.write(tmp_path / "v.avi", styles[codec], sound_seconds=3, count=30)
+    data = bytearray(video.read_bytes())
+    at = data.find(b"vids") + 28
+    assert data[at : at + 4] == bytes(4)
+    data[at : at + 4] = (21).to_bytes(4, "little")
+    video.write_bytes(data)
+    facts = probe_chunk(video)
+    times = facts.clock_times()
+    assert times is not None
+    assert times[0] == pytest.approx(0.7, abs=0.04)
+    report, folder = cut(video)
+    assert report.failed == ""
+    numbers = [number for _, shown in fv.chunk_pictures(folder).values() for number in shown]
+    assert numbers.index(1) >= 21
+    for decoder in fv.DECODERS:
+        assert fv.clip_numbers(fv.chunk_of(facts), [0.1, float(times[5]) + 0.01], decoder) == [0, 5]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_a_picture_that_is_late_by_more_than_a_chunk(tmp_path: Path, ending: str) -> None:
+    video = fv.write(tmp_path / f"v.{ending}", delay=76, sound_seconds=4)
+    report = assert_follows_player(video)
+    assert report.made == 5
+    assert_clips_follow_player(video)
+
+
 @pytest.mark.parametrize("hidden", [3, 11])
 def test_edit_lists_that_hide_and_that_shift(tmp_path: Path, hidden: int) -> None:
     assert_clips_follow_player(mv.edit_list_video(tmp_path / "hidden.mp4", frames=45, hidden=hidden))
@@ -220,10 +249,35 @@ def test_a_varying_rate_may_be_capped(tmp_path: Path) -> None:
 
 def test_the_last_picture_lasts_as_long_as_the_container_says(tmp_path: Path) -> None:
     video = fv.write(
-        tmp_path / "v.mkv", ticks=[0, 400, 900], time_base=Fraction(1, 1000), count=3, last_duration=2_600
+        tmp_path / "v.mkv",
+        Style(options=mv.X264_FAST | {"bf": "0"}),
+        ticks=[0, 400, 900],
+        time_base=Fraction(1, 1000),
+        count=3,
+        last_duration=2_600,
     )
     assert probe_chunk(video).end_s() == pytest.approx(3.5, abs=0.01)
     assert_follows_player(video)
+
+
+@pytest.mark.parametrize(("ending", "b_frames"), [("mp4", 0), ("mp4", 3), ("mkv", 0), ("mov", 0)])
+def test_a_still_after_a_constant_rate(tmp_path: Path, ending: str, b_frames: int) -> None:
+    """A recorder writes nothing while nothing changes: the last picture stays until the file ends."""
+    ticks = 90_000
+    video = fv.write(
+        tmp_path / f"v.{ending}",
+        Style(options=mv.X264_FAST | {"bf": str(b_frames)}),
+        ticks=[3_000 * i for i in range(40)],
+        time_base=Fraction(1, ticks),
+        count=40,
+        last_duration=3 * ticks,
+    )
+    facts = probe_chunk(video)
+    assert facts.is_cfr
+    assert facts.end_s() == pytest.approx(39 / 30 + 3, abs=0.05)
+    assert fv.chunk_of(facts).end_s == pytest.approx(facts.end_s())
+    assert_follows_player(video)
+    assert mv.frame_numbers(tmp_path / "chunks" / video.name / "4.mp4")[-1] == 39
 
 
 @pytest.mark.parametrize("rate", ["29.97", "23.976", "59.94", "14.985", "24.11", "23.5", "12.07"])
@@ -275,6 +329,20 @@ def test_recordings_joined_byte_by_byte(tmp_path: Path, style: Style, ending: st
     facts = probe_chunk(video)
     assert facts.num_frames == 75
     assert fv.disagreements(video) == []
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mov", "avi", "flv", "3gp"])
+def test_joined_files_that_are_read_to_the_end_of_the_first_say_so(tmp_path: Path, ending: str) -> None:
+    first = fv.write(tmp_path / f"a.{ending}", count=30)
+    second = fv.write(tmp_path / f"b.{ending}", count=30, first=100)
+    assert cut(first)[0].failed == ""
+    video = tmp_path / f"v.{ending}"
+    video.write_bytes(first.read_bytes() + second.read_bytes())
+    report, folder = cut(video)
+    numbers = [number for _, shown in fv.chunk_pictures(folder).values() for number in shown]
+    if 100 not in numbers:
+        assert f"another recording at byte {first.stat().st_size}" in report.failed
+    assert numbers[:30] == list(range(30))
 
 
 def test_a_size_that_changes_is_fitted_into_the_first(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def _build_kinetics(options: argparse.Namespace, settings: BuildSettings) -> Bui
 
 DATASETS: dict[str, Dataset] = {
     "captions": Dataset(
-        "CSV or JSON lines: video, start, end, text[, verb, noun, label]", _add_captions, _build_captions
+        "CSV or JSON lines: video, text[, start, end, verb, noun, label]", _add_captions, _build_captions
     ),
     "ego4d": Dataset("pickled narrations of Ego4D, as LaViLa and AVION have them", _add_ego4d, _build_ego4d),
     "ek100": Dataset("CSV files of EPIC-KITCHENS-100", _add_ek100, _build_ek100),

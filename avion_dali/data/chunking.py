@@ -25,15 +25,14 @@ from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, UserError
 from avion_dali.cores import available_cores
-from avion_dali.data.chunk_plan import ChunkPlan, plan_chunks
+from avion_dali.data.chunk_plan import ChunkPlan, describe_plan, plan_chunks
 from avion_dali.data.chunk_source import Slot, SourceReader
 from avion_dali.data.encoding import ChunkWriter, PictureFilter, look_of
+from avion_dali.data.joined import find_unread_recording
 from avion_dali.data.probe import ChunkFacts, open_video, probe_chunk
 from avion_dali.data.profiles import PROFILES, ProfileName
 from avion_dali.data.sidecar import SIDECAR, Losses, Sidecar, read_sidecar
 from avion_dali.files import PARTIAL_PATTERN
-
-_TOLD_FROM = Fraction(51, 50)  # a rate that varies by less is a clock's rounding
 
 
 @dataclass(frozen=True)
@@ -135,9 +134,20 @@ def chunk_video(video: Path, folder: Path, settings: ChunkSettings) -> VideoRepo
             return job.report("is not a regular file")
         if not job.is_done(planned_frames(video, folder, settings)):
             job.cut(probe_chunk(video, tolerant=True))
+        return job.report(_shortfall(video, job.losses))
     except (DecodeError, OSError, ValueError) as error:
         return job.report(str(error) or type(error).__name__)
-    return job.report(f"is {job.losses}" if job.losses.spans else "")
+
+
+def _shortfall(video: Path, losses: Losses) -> str:
+    """Say what of a video is not in its chunks."""
+    unread = find_unread_recording(video)
+    causes = [f"is {losses}"] if losses.spans else []
+    if unread is not None:
+        causes.append(
+            f"goes on with another recording at byte {unread}, which is not read: separate the files there"
+        )
+    return "; ".join(causes)
 
 
 @dataclass
@@ -171,7 +181,8 @@ class _Job:
         """Encode the missing chunks."""
         settings = self.settings
         plan = plan_chunks(facts, chunk_seconds=settings.chunk_seconds, max_fps=settings.max_fps)
-        self.notes += _notes(facts, plan)
+        self.notes += describe_plan(facts, plan)
+        _check_rate(self.folder, plan, self.kept)
         _prepare_folder(self.folder)
         size = self.video.stat().st_size
         sidecar = Sidecar(_recorded(settings), self.video.name, size, plan.fps, plan.frames)
@@ -195,6 +206,16 @@ class _Job:
                 raise ValueError(f"{source.cut_short}; {self.losses}")
 
 
+def _check_rate(folder: Path, plan: ChunkPlan, kept: set[int]) -> None:
+    """Refuse to go on with chunks that were planned otherwise, by an earlier version."""
+    planned = read_sidecar(folder) if kept else None
+    if planned is not None and (planned.fps, planned.chunks) != (plan.fps, plan.frames):
+        raise ValueError(
+            f"{folder} holds chunks of {float(planned.fps):.4g} frames a second, they would now have "
+            f"{float(plan.fps):.4g}; delete it to make its chunks again"
+        )
+
+
 def _by_chunk(source: SourceReader, plan: ChunkPlan) -> Iterator[tuple[int, Iterator[Slot]]]:
     """Yield the start second and the slots of each chunk."""
     # Slots of chunks that exist are decoded and passed over by groupby.
@@ -212,7 +233,7 @@ def _write_chunk(
 ) -> bool:
     """Encode and prove one chunk; return False, and leave no file, where one of its pictures is lost."""
     first, count = plan.borders[start // plan.chunk_seconds], plan.frames[start]
-    looked_at = _looked_at(count, plan)
+    looked_at = plan.looked_at(count)
     looks: dict[int, np.ndarray] = {}
     profile = PROFILES[job.settings.profile]
     with ChunkWriter(job.folder / f"{start}.mp4", profile, fps=plan.fps) as writer:
@@ -223,32 +244,12 @@ def _write_chunk(
             picture_of.pixel_aspect = Fraction(aspect) if aspect else picture_of.pixel_aspect
             picture = picture_of(slot.frame)
             place = max(slot.due, first) - first
-            if slot.index - first in looked_at and place not in looks:
+            is_on_time = slot.due <= slot.index  # else the first picture stands in before its time
+            if is_on_time and slot.index - first in looked_at and place not in looks:
                 looks[place] = look_of(picture)
             writer.write(picture)
         writer.finish(looks)
     return True
-
-
-def _looked_at(count: int, plan: ChunkPlan) -> frozenset[int]:
-    """Return which pictures of a chunk are compared with the source: of its first, a middle and last second."""
-    second = max(round(plan.fps), 1)
-    near = (0, second // 2, second - 1)
-    places = [*near, *(count // 2 + i for i in near), *(count - 1 - i for i in near)]
-    return frozenset(place for place in places if 0 <= place < count)
-
-
-def _notes(facts: ChunkFacts, plan: ChunkPlan) -> Iterator[str]:
-    """Say what was done to a video that is no plain one."""
-    if not facts.is_cfr and facts.densest_fps > facts.fps * _TOLD_FROM:
-        rate, densest = float(facts.fps), float(facts.densest_fps)
-        yield f"its rate varies ({rate:.4g} in the mean, {densest:.4g} at most): cut at {float(plan.fps):.4g}"
-    elif facts.is_cfr and plan.fps != facts.fps:
-        yield f"its {float(facts.fps):.4g} frames a second are cut at {float(plan.fps):.4g}"
-    if facts.start_s:
-        yield f"its picture begins {facts.start_s:.2f} s late: the first one stands in until then"
-    if facts.is_interlaced:
-        yield "it is interlaced: its fields are not parted"
 
 
 def planned_frames(video: Path, folder: Path, settings: ChunkSettings) -> Sidecar | None:

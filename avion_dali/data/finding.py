@@ -32,6 +32,7 @@ def find_videos(paths: Sequence[Path], *, but_not: Path) -> tuple[list[Path], li
             videos.append(path)
             continue
         inside = sorted(file for file in files_below(path) if but_not.absolute() not in file.absolute().parents)
+        inside = [file for file in inside if not file.name.startswith(".")]  # what systems keep for themselves
         found = [file for file in inside if file.suffix.lower() in VIDEO_SUFFIXES]
         if not found:
             kinds = ", ".join(sorted(VIDEO_SUFFIXES))

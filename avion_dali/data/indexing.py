@@ -86,6 +86,8 @@ def is_plain(container: InputContainer, stream: VideoStream) -> bool:
     codec = stream.codec_context.codec
     if codec.canonical_name == "h264" and int(stream.codec_context.field_order) > _PROGRESSIVE:
         return False  # a packet may hold one field or two
+    if stream.codec_context.pix_fmt == "pal8":
+        return False  # only the first packet may bring the palette
     return (codec.canonical_name in INDEXED_CODECS or codec.intra_only) and tells_order(container, stream)
 
 
@@ -101,6 +103,15 @@ def packets_tell(first: Packet, traits: PictureTraits, *, pts: Sequence[int | No
     if traits.entry == Entry.NONE or any(time is None or time < (pts[0] or 0) for time in pts):
         return False  # it begins inside a group, or shows pictures ahead of its first one
     return len(set(pts)) == len(pts) and not is_of_old_build(first, pix_fmt=pix_fmt)
+
+
+def changes_settings(packet: Packet) -> bool:
+    """Tell whether the container hands new settings to the decoder beside a packet, for all that follow.
+
+    Args:
+        packet: of any stream.
+    """
+    return packet.has_sidedata("new_extradata") or packet.has_sidedata("param_change")
 
 
 def is_of_old_build(first: Packet, *, pix_fmt: str) -> bool:
@@ -212,7 +223,7 @@ class PacketCollector:
         offset = self._find(packet.pos, data)
         shows = shows_picture(data, codec=self._stream.codec)
         is_old = not self._places and is_of_old_build(packet, pix_fmt=self._pix_fmt)
-        if offset is None or not shows or is_old or packet.has_sidedata("new_extradata"):
+        if offset is None or not shows or is_old or changes_settings(packet):
             self._usable = False
             return
         self._traits.append(self._reader.read(packet))

@@ -26,8 +26,11 @@ from avion_dali.data.indexing import PacketCollector, tells_order
 from avion_dali.data.survey import PacketSurvey, survey_packets
 from avion_dali.data.timing import SLOW_FPS, complete_times, densest_rate, measure_rate
 
+_LINGERING_S = 0.25
 MAX_MISSING_SECONDS = 1.0  # a file may end this much before its stated duration (rounding, last frame)
 
+# FFmpeg's numbers of transfer characteristics (ITU-T H.273, table 3).
+HDR_TRANSFERS = {16: "PQ (SMPTE 2084)", 18: "HLG"}
 # FFmpeg's AVColorSpace numbers (ITU-T H.273, table 4); PyAV's own enum leaves several out.
 _COLORSPACES = {
     0: "gbr",
@@ -97,6 +100,11 @@ class ChunkFacts:
     transfer: int = 2
     primaries: int = 2
 
+    @property
+    def lingers(self) -> bool:
+        """Whether the last picture stays on show for longer than the others do."""
+        return self.last_s > max(2 / float(self.fps), _LINGERING_S)
+
     def end_s(self) -> float:
         """Return the seconds on a player's clock at which the last frame ends."""
         last = (self.num_frames - 1) / float(self.fps) if self.frame_times is None else self.frame_times[-1]
@@ -109,7 +117,7 @@ class ChunkFacts:
         nearest one.
         """
         times = self.frame_times
-        if times is None and not self.start_s and self.fps >= SLOW_FPS:
+        if times is None and not self.start_s and self.fps >= SLOW_FPS and not self.lingers:
             return None
         return self.start_s + (np.arange(self.num_frames) / float(self.fps) if times is None else times)
 
@@ -178,8 +186,8 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
     """
     name = os.fspath(path)
     with open_video(path) as (container, stream), open(path, "rb") if index else nullcontext() as file:
-        size_bytes = os.stat(path).st_size
-        _check_index(name, stream, size_bytes)
+        _check_index(name, stream, os.stat(path).st_size)
+        declared = (stream.codec_context.width, stream.codec_context.height)
         collector = PacketCollector(file.fileno(), container, stream) if file else None
         survey = survey_packets(container, stream, collector, name=name, tolerant=tolerant)
         stated = (stream.average_rate, stream.guessed_rate)
@@ -191,13 +199,15 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
         if len(shown) > 1 and shown[0] == shown[-1]:
             raise corrupt(name, "shows all its frames at one time")
         tick = stream.time_base or Fraction(1, 1000)
+        last_duration = _last_duration(container, stream, survey, shown)
         if not tolerant:
-            _check_end(name, container, stream, survey, shown)
+            _check_end(name, container, stream, int(shown[-1]) + last_duration - min(int(shown[0]), 0))
+            _check_size(name, declared, first)
         fps, is_cfr = measure_rate(shown, tick, stated)
         context = stream.codec_context
         return ChunkFacts(
             path=name,
-            size_bytes=size_bytes,
+            size_bytes=os.stat(path).st_size,
             num_frames=len(shown),
             fps=fps,
             width=context.width,
@@ -213,7 +223,7 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
             frame_times=None if is_cfr else (shown - shown[0]) * float(tick),
             packet_index=collector.record(shown) if collector else b"",
             is_counted=not survey.tells,
-            last_s=float(survey.last_duration * tick) or float(1 / fps),
+            last_s=float(last_duration * tick) or float(1 / fps),
             densest_fps=fps if is_cfr else densest_rate((shown - shown[0]) * float(tick), stated),
             pixel_aspect=Fraction(stream.sample_aspect_ratio or 1),
             is_interlaced=first is not None and first.interlaced_frame,
@@ -241,8 +251,6 @@ def _start_seconds(container: InputContainer, first_frame: Fraction, fps: Fracti
 
     Less than half a frame is no delay: it comes from the priming of an audio encoder.
     """
-    if container.format.name == "avi":  # it stores no presentation times
-        return 0.0
     seconds = first_frame - Fraction(container.start_time or 0, 1_000_000)
     return float(seconds) if seconds * 2 > 1 / fps else 0.0
 
@@ -298,18 +306,36 @@ def _check_index(name: str, stream: VideoStream, size_bytes: int) -> None:
         raise corrupt(name, f"is truncated: its index needs {end} bytes, the file has {size_bytes}")
 
 
-def _check_end(
-    name: str, container: InputContainer, stream: VideoStream, survey: PacketSurvey, shown: np.ndarray
-) -> None:
-    """Refuse a file that ends well before its header says."""
+def _last_duration(
+    container: InputContainer, stream: VideoStream, survey: PacketSurvey, shown: np.ndarray
+) -> int:
+    """Return how many ticks the last picture is shown; 0 where the container does not say.
+
+    The table of an mp4 holds decoding times: where pictures are reordered, the last one shown is not the last
+    one decoded, whose length the table has.
+    """
+    if "mp4" not in container.format.name or not stream.frames or not stream.duration:
+        return survey.last_duration  # fragments have no such table
+    by_table = stream.duration - int(shown[-1] - shown[0])
+    return max(survey.last_duration, min(by_table, survey.last_decoded_duration))
+
+
+def _check_end(name: str, container: InputContainer, stream: VideoStream, extent: int) -> None:
+    """Refuse a file that ends well before its header says; `extent` is where it ends, in ticks."""
     expected = expected_seconds(container, stream)
     if expected is None:
         return
     # Matroska counts its duration from zero, mp4 from the first frame.
-    extent = int(shown[-1]) + survey.last_duration - min(int(shown[0]), 0)
     seconds = float(extent * (stream.time_base or Fraction(1, 1000)))
     if seconds < expected - MAX_MISSING_SECONDS:
         raise corrupt(name, f"ends after {seconds:.1f} s of {expected:.1f} s")
+
+
+def _check_size(name: str, declared: tuple[int, int], first: VideoFrame | None) -> None:
+    """Refuse a file whose header says another picture size than its pictures have: one of both is damaged."""
+    if first is not None and (first.width, first.height) != declared:
+        says = "x".join(map(str, declared))
+        raise corrupt(name, f"says that its pictures are {says}, but they are {first.width}x{first.height}")
 
 
 def _count_pictures(

@@ -37,6 +37,7 @@ class PacketSurvey:
         shown: int64 (F,), sorted presentation times in ticks of the pictures that the packets promise.
         decoding: int64 (F,), decoding times of these packets, where all have one; else empty.
         last_duration: ticks that the last picture is shown, 0 where the container does not say.
+        last_decoded_duration: the same of the picture that is decoded last.
         first_picture: the first keyframe, decoded by itself; None where that gives nothing.
         tells: the decoder delivers just the pictures that the packets promise.
     """
@@ -44,6 +45,7 @@ class PacketSurvey:
     shown: np.ndarray
     decoding: np.ndarray
     last_duration: int
+    last_decoded_duration: int
     first_picture: VideoFrame | None
     tells: bool
 
@@ -128,6 +130,7 @@ def _summary(rows: list[_Row], picture: VideoFrame | None, *, tells: bool) -> Pa
         shown=np.sort(np.array(shown, dtype=np.int64)),
         decoding=np.array(decoding if len(decoding) == len(rows) else [], dtype=np.int64),
         last_duration=last,
+        last_decoded_duration=rows[-1].duration if rows else 0,
         first_picture=picture,
         tells=tells,
     )

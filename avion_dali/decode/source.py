@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 from avion_dali.contracts import ClipPart, DecodeError
 from avion_dali.data.bitstream import Entry, PictureTraits, nal_length_size, picture_traits, shows_picture
 from avion_dali.data.delivery import with_damage
-from avion_dali.data.indexing import TraitsReader, is_plain, packets_tell, stream_facts
+from avion_dali.data.indexing import TraitsReader, changes_settings, is_plain, packets_tell, stream_facts
 from avion_dali.data.packet_index import (
     PacketPlaces,
     PacketTable,
@@ -272,6 +272,8 @@ def _sound_packets(demuxed: Iterable[Packet]) -> Iterator[Packet]:
             raise ChunkDamagedError("holds a damaged packet")
         if decoded is not None and packet.dts is not None and packet.dts < decoded:
             raise UnorderedStreamError("its times go back")
+        if changes_settings(packet):
+            raise UnorderedStreamError("its settings change on the way")
         decoded = packet.dts
         yield packet
 

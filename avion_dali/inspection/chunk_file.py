@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
 
@@ -22,6 +22,7 @@ from avion_dali.data.delivery import decode_strictly
 from avion_dali.data.indexing import STRICT, make_decoder, make_packet, stream_facts
 from avion_dali.data.packet_index import IndexBlock, IndexDamagedError, PacketIndex, StreamFacts
 from avion_dali.data.probe import (
+    HDR_TRANSFERS,
     ChunkFacts,
     color_range_name,
     colorspace_name,
@@ -32,8 +33,7 @@ from avion_dali.data.probe import (
 from avion_dali.inspection.findings import FileReport, Finding, Target
 
 MAX_GOP_SECONDS = 5.0
-# FFmpeg's numbers (ITU-T H.273, tables 2 and 3).
-_HDR_TRANSFERS = {16: "PQ (SMPTE 2084)", 18: "HLG"}
+# FFmpeg's numbers of color primaries (ITU-T H.273, table 2).
 _WIDE_PRIMARIES = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
 _BT601 = ("smpte170m", "bt470bg")  # one matrix, two names
 
@@ -210,8 +210,8 @@ def _picture_findings(facts: ChunkFacts) -> Iterator[Finding]:
 
 def _display_findings(facts: ChunkFacts) -> Iterator[Finding]:
     """Find what a player would do to the pictures and a decoder does not."""
-    if facts.transfer in _HDR_TRANSFERS:
-        yield Finding("hdr", f"its transfer characteristics are {_HDR_TRANSFERS[facts.transfer]}")
+    if facts.transfer in HDR_TRANSFERS:
+        yield Finding("hdr", f"its transfer characteristics are {HDR_TRANSFERS[facts.transfer]}")
     if facts.primaries in _WIDE_PRIMARIES:
         yield Finding("wide-gamut", f"its color primaries are {_WIDE_PRIMARIES[facts.primaries]}")
     if facts.is_interlaced:
@@ -253,6 +253,7 @@ def _decode_indexed(facts: ChunkFacts, blocks: list[IndexBlock]) -> set[int]:
     frame_of = _frame_ids(blocks)
     decoder = make_decoder(_open_index(facts.packet_index).stream, strict=_starts_clean(blocks))
     delivered: set[int] = set()
+    latest = -1
     with open(facts.path, "rb", buffering=0) as file:
         for rank, packet in chain(_checked_packets(file.fileno(), blocks, frame_of), [(-1, None)]):
             try:
@@ -260,8 +261,18 @@ def _decode_indexed(facts: ChunkFacts, blocks: list[IndexBlock]) -> set[int]:
             except av.FFmpegError as error:
                 raise _undecodable(error, frame_of.get(rank, -1)) from error
             asked = {frame_of[f.pts]: f for f in frames if f.pts in frame_of}
+            latest = _in_order(asked, latest)
             delivered |= {_sound(frame_id, frame, facts) for frame_id, frame in asked.items()}
     return delivered
+
+
+def _in_order(frame_ids: Iterable[int], latest: int) -> int:
+    """Return the last frame id; decoders deliver pictures in the order that these state themselves."""
+    for frame_id in frame_ids:
+        if frame_id < latest:
+            raise _FaultError("wrong-order", "its header orders pictures otherwise than they say", frame_id)
+        latest = frame_id
+    return latest
 
 
 def _frame_ids(blocks: list[IndexBlock]) -> dict[int, int]:

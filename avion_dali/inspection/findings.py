@@ -33,6 +33,7 @@ KINDS: dict[str, Kind] = {
     "checksum": Kind("error", "the file decayed or was written over: restore it, or " + _REMAKE),
     "changed": Kind("error", "build the manifest again"),
     "wrong-count": Kind("error", "build the manifest again"),
+    "wrong-order": Kind("error", "its header or its pictures are damaged: " + _REMAKE),
     "index": Kind("error", "build the manifest again"),
     "crashed": Kind("error", "check the memory; if it crashes again, " + _REMAKE),
     "timeout": Kind("error", "check the disk or network drive; long files may need a longer --timeout"),
