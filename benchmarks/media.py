@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -253,10 +253,23 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help="keep what is made here; by default it is removed")
 
 
-def chosen_videos(options: argparse.Namespace) -> tuple[list[Path], list[Row]]:
-    """The videos that a command line chose, made where they are missing, and rows that say what was skipped."""
-    extra, skipped = extra_videos(options.extra_videos)
-    return [*(options.videos or write_media()), *extra], skipped
+def measure_videos(
+    benchmark: Benchmark, options: argparse.Namespace, measure: Callable[[list[Path], Path], list[Row]]
+) -> None:
+    """Run a benchmark on the videos that a command line chose.
+
+    Args:
+        benchmark: which.
+        options: of a parser with `add_video_options`.
+        measure: (videos, folder for what is made of them) to rows.
+    """
+
+    def measure_chosen() -> list[Row]:
+        extra, skipped = extra_videos(options.extra_videos)
+        with working_folder(options.folder) as folder:
+            return [*measure([*(options.videos or write_media()), *extra], folder), *skipped]
+
+    benchmark.run(options, measure_chosen)
 
 
 def describe(videos: list[Path], folder: Path) -> list[Row]:
@@ -269,7 +282,7 @@ def describe(videos: list[Path], folder: Path) -> list[Row]:
     for video in videos:
         facts = probe_chunk(folder / video.name / "0.mp4")
         kb_per_s = facts.size_bytes / 1000 / facts.num_frames * FPS
-        row = {"measured": "video", "source": video.stem, "size": f"{facts.width}x{facts.height}"}
+        row: Row = {"measured": "video", "source": video.stem, "size": f"{facts.width}x{facts.height}"}
         row |= {"source_mb": video.stat().st_size / 1e6, "compat_kb_per_s": kb_per_s}
         rows.append(row | {"as_head_mounted_footage": low <= kb_per_s <= high})
     return rows

@@ -140,7 +140,7 @@ def test_wrong_frames_are_noticed(suite, spoil, right, wrong, failures):
     assert row["packets_per_clip"] > 4
 
 
-def test_graphs_that_fail_have_no_rate(suite):
+def test_graphs_that_fail_have_no_rate(suite, monkeypatch):
     class Broken:
         def put(self, inputs) -> None: ...
 
@@ -148,10 +148,9 @@ def test_graphs_that_fail_have_no_rate(suite):
             raise RuntimeError("no memory")
 
     supply = rates.make_supply(suite, "vp9", QUICK.size)
-    feeder = rates._Feeder(Broken(), supply, QUICK)
-    feeder.thread.start()
-    feeder.thread.join()
-    assert feeder.failure == "no memory"
+    monkeypatch.setattr(rates, "GraphRunner", lambda settings: Broken())
+    found = rates.rate(suite, rates.Cell("vp9", QUICK.size, 2), supply, None)
+    assert found == {"failure": "no memory"}
     assert len(supply.batches) == QUICK.samples // QUICK.batch
     assert 4 < supply.packets_per_clip <= 60 and supply.kb_per_clip > 0.5
     assert {len(inputs[0]) for inputs in supply.batches} == {QUICK.batch}

@@ -10,13 +10,13 @@ they need no FFmpeg besides PyAV's. The table has a line per video and decoder, 
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import av
-import numpy as np
 
 from avion_dali.contracts import ChunkRef, ClipRequest
 from avion_dali.data.profiles import PROFILES
@@ -26,7 +26,6 @@ from benchmarks.decode.backends import MAKERS, Backend, load_backends, rerun_wit
 from benchmarks.decode.measure import (
     Agreement,
     Case,
-    Timing,
     bytes_read,
     compare,
     decoded,
@@ -34,8 +33,8 @@ from benchmarks.decode.measure import (
     require_equal,
     time_rounds,
 )
-from benchmarks.media import FPS, add_video_options, chosen_videos
-from benchmarks.report import Benchmark, Row, parser_of, working_folder
+from benchmarks.media import FPS, add_video_options, measure_videos
+from benchmarks.report import Benchmark, Row, parser_of
 
 NEEDED = ("cpu-fused", "paper-fused", "reference")
 WANTED_PROFILES = ("compat", "balanced", "fast", "intra")
@@ -108,7 +107,7 @@ def check_all(requests: Requests, backends: dict[str, Backend], bench: Bench) ->
 
 def time_all(
     requests: Requests, backends: dict[str, Backend], agreements: dict[Cell, Agreement], bench: Bench
-) -> dict[Cell, Timing]:
+) -> dict[Cell, list[float]]:
     """Time every decoder whose frames are right; `reference` once, on few clips, since it is slow."""
     cases = {
         cell: Case(backends[cell.decoder], requests[cell[:3]])
@@ -124,19 +123,16 @@ def time_all(
     return {**timings, **time_rounds(slow, 1)}
 
 
-def clip_row(cell: Cell, case: Case, agreement: Agreement, timing: Timing | None) -> Row:
+def clip_row(cell: Cell, case: Case, agreement: Agreement, by_round: list[float] | None) -> Row:
     """One row for every source, profile, clip and decoder; without times where the frames are wrong."""
     row: Row = {"measured": "clip", **cell._asdict(), "failure": agreement.failure}
     row |= {"min_psnr_db": agreement.psnr_db, "max_bias_levels": agreement.bias_levels}
-    if timing is None:
+    if by_round is None:
         return row
-    median, tail = np.percentile(timing.wall_ms, [50, 90])
     num_bytes = bytes_read(case)
     return row | {
-        "cpu_ms_per_clip": timing.cpu_ms,
-        "cpu_ms_by_round": timing.cpu_ms_by_round,
-        "ms_p50": float(median),
-        "ms_p90": float(tail),
+        "cpu_ms_per_clip": statistics.median(by_round),
+        "cpu_ms_by_round": by_round,
         "frames_decoded_per_frame": frames_per_wanted(case),
         "kb_read_per_clip": None if num_bytes is None else num_bytes / 1000,
         "file_kb": case.requests[0].parts[0].chunk.size_bytes / 1000,
@@ -186,10 +182,6 @@ def main() -> None:
         sys.exit(status)
     decoders = tuple(name for name in MAKERS if name in (*options.decoders, *NEEDED))
     bench = Bench(tuple(options.profiles), decoders, clips=options.clips, rounds=options.rounds)
-
-    def measure() -> list[Row]:
-        videos, skipped = chosen_videos(options)
-        with working_folder(options.folder) as folder:
-            return [*run(write_chunks(videos, folder, bench.profiles), bench), *skipped]
-
-    BENCHMARK.run(options, measure)
+    measure_videos(
+        BENCHMARK, options, lambda videos, folder: run(write_chunks(videos, folder, bench.profiles), bench)
+    )

@@ -9,6 +9,7 @@ in some repetition, so that nothing but the file's length differs.
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +22,9 @@ from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest
 from avion_dali.data.profiles import PROFILES
 from benchmarks.corpus import FOUR, draw_clips, indexed_chunk, repeat_chunk, write_chunks
 from benchmarks.decode.backends import load_backends, rerun_with_pyav_libraries
-from benchmarks.decode.measure import Case, Timing, bytes_read, compare, decoded, time_rounds
-from benchmarks.media import FPS, add_video_options, chosen_videos
-from benchmarks.report import Benchmark, Row, markdown, names, parser_of, select, working_folder
+from benchmarks.decode.measure import Case, bytes_read, compare, decoded, time_rounds
+from benchmarks.media import FPS, add_video_options, measure_videos
+from benchmarks.report import Benchmark, Row, markdown, names, parser_of, select
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +105,7 @@ def make_cases(source: str, chunk: ChunkRef, profile: str, *, folder: Path, benc
     return cases
 
 
-def file_row(cell: Cell, case: Case, timing: Timing) -> Row:
+def file_row(cell: Cell, case: Case, by_round: list[float]) -> Row:
     """One row for every file and decoder."""
     num_bytes = bytes_read(case)
     file = case.requests[0].parts[0].chunk
@@ -113,8 +114,8 @@ def file_row(cell: Cell, case: Case, timing: Timing) -> Row:
         "measured": "file",
         **cell._asdict(),
         "seconds": file.num_frames / FPS,
-        "cpu_ms_per_clip": timing.cpu_ms,
-        "cpu_ms_by_round": timing.cpu_ms_by_round,
+        "cpu_ms_per_clip": statistics.median(by_round),
+        "cpu_ms_by_round": by_round,
         "kb_read_per_clip": None if num_bytes is None else num_bytes / 1000,
         "share_of_chunk_read": None if num_bytes is None else num_bytes / chunk_bytes,
         "chunk_kb": chunk_bytes / 1000,
@@ -248,13 +249,11 @@ def main() -> None:
         sys.exit(status)
     repeats = tuple(sorted({1, *options.repeats}))
     bench = Bench(tuple(options.profiles), repeats, clips=options.clips, rounds=options.rounds)
-
-    def measure() -> list[Row]:
-        videos, skipped = chosen_videos(options)
-        with working_folder(options.folder) as folder:
-            return [*run(write_chunks(videos, folder, bench.profiles), folder, bench), *skipped]
-
-    BENCHMARK.run(options, measure)
+    measure_videos(
+        BENCHMARK,
+        options,
+        lambda videos, folder: run(write_chunks(videos, folder, bench.profiles), folder, bench),
+    )
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,49 +27,30 @@ class Case:
     requests: Sequence[ClipRequest]  # the clips
 
 
-@dataclass
-class Timing:
-    """What decoding took."""
+def time_rounds(cases: Mapping[Key, Case], rounds: int) -> dict[Key, list[float]]:
+    """Time cases on this process, in turns, so that what disturbs one round disturbs all of them.
 
-    # Processor milliseconds per clip, mean over the clips of a round.
-    cpu_ms_by_round: list[float] = field(default_factory=list)
-    wall_ms: list[float] = field(default_factory=list)  # milliseconds of every clip of every round
-
-    @property
-    def cpu_ms(self) -> float:
-        """Processor milliseconds per clip, median over rounds."""
-        return statistics.median(self.cpu_ms_by_round)
-
-
-def time_rounds(cases: Mapping[Key, Case], rounds: int) -> dict[Key, Timing]:
-    """Time cases on this process, in turns, so that what disturbs one round disturbs all of them."""
-    timings = {key: Timing() for key in cases}
+    Returns:
+        Processor milliseconds per clip of each case, the mean over its clips, for each round.
+    """
+    timings: dict[Key, list[float]] = {key: [] for key in cases}
     # Decode workers are small: whoever makes many objects shall not pay for collecting among those of torch.
     gc.collect()
     gc.freeze()
     for _ in range(rounds):
         for key, case in cases.items():
-            walls, cpu_s = decode_all(case)
-            timings[key].cpu_ms_by_round.append(1000 * cpu_s / len(walls))
-            timings[key].wall_ms += walls
+            timings[key].append(1000 * decode_all(case) / len(case.requests))
     gc.unfreeze()
     return timings
 
 
-def decode_all(case: Case) -> tuple[list[float], float]:
-    """Decode all clips of a case once.
-
-    Returns:
-        Milliseconds of each clip, and processor seconds of all (of all threads of this process).
-    """
+def decode_all(case: Case) -> float:
+    """Decode all clips of a case once; returns the processor seconds of all threads of this process."""
     frames_VTHWC = np.empty(case.requests[0].frames_shape, np.uint8)
-    walls = []
-    cpu_before = time.process_time()
+    before = time.process_time()
     for request in case.requests:
-        start = time.perf_counter()
         case.backend.decode(request, frames_VTHWC)
-        walls.append(1000 * (time.perf_counter() - start))
-    return walls, time.process_time() - cpu_before
+    return time.process_time() - before
 
 
 def bytes_read(case: Case) -> float | None:

@@ -28,7 +28,7 @@ REQUIREMENT = {
     "torchcodec over cpu-fused on balanced, at least": TORCHCODEC_SPEED_UP,
     "paper-fused over torchcodec on compat, at most": PAPER_OVER_TORCHCODEC,
 }
-_MEANS = ("cpu_ms_per_clip", "ms_p50", "ms_p90", "frames_decoded_per_frame", "kb_read_per_clip", "file_kb")
+_MEANS = ("cpu_ms_per_clip", "frames_decoded_per_frame", "kb_read_per_clip", "file_kb")
 _COLORS = {
     "cpu-fused": "#1f77b4",
     "paper-fused": "#d62728",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from benchmarks.corpus import FOUR
 from benchmarks.gpu.chunks import STYLES, open_manifest
 from benchmarks.gpu.correctness import graph_settings, mini_clips, planned
 from benchmarks.gpu.device import GpuSampler, sampling
-from benchmarks.gpu.parts import NotRunError, Record, Scale, Suite, attempt
+from benchmarks.gpu.parts import NotRunError, Record, Suite, attempt
 from benchmarks.report import Row
 from pipelines.graph import GraphInputs, failure_cause, graph_inputs
 from pipelines.graph_runner import GraphRunner
@@ -29,8 +28,7 @@ class Cell(NamedTuple):
 
     style: str  # of the chunks
     size: tuple[int, int]  # of the chunks
-    threads: int  # clips that a graph decodes at the same time
-    graphs: int = 1  # in this process, each with threads of its own
+    threads: int  # clips that are decoded at the same time
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,6 @@ def cells(suite: Suite) -> list[Cell]:
     return [
         *(Cell(style, scale.size, threads) for threads in scale.threads),
         *(Cell(other, scale.size, usual) for other in STYLES if other != style),
-        Cell(style, scale.size, usual, graphs=2),
         *(Cell(style, scale.other_size, threads) for threads in dict.fromkeys((usual, few, many))),
     ]
 
@@ -104,71 +101,44 @@ def make_supply(suite: Suite, style: str, size: tuple[int, int]) -> Supply:
 
 def rate(suite: Suite, cell: Cell, supply: Supply, sampler: GpuSampler) -> Row:
     """Decode for a while."""
-    settings = graph_settings(suite, batch=suite.scale.batch, threads=cell.threads)
-    crew = [_Feeder(GraphRunner(settings), supply, suite.scale) for _ in range(cell.graphs)]
+    scale = suite.scale
+    runner = GraphRunner(graph_settings(suite, batch=scale.batch, threads=cell.threads))
     start = time.perf_counter()
-    for feeder in crew:
-        feeder.thread.start()
-    for feeder in crew:
-        feeder.thread.join()
-    failures = [feeder.failure for feeder in crew if feeder.failure]
-    if failures:
-        return {"failure": failures[0]}
-    batches_per_s = sum(feeder.batches / feeder.seconds for feeder in crew)
-    clips_per_s = batches_per_s * suite.scale.batch
-    first_s = max(feeder.first_s for feeder in crew)
+    try:
+        taken = batches_taken(runner, supply)
+        next(taken)
+        first_s = time.perf_counter() - start
+        take_for(taken, scale.warm_s)
+        warm = time.perf_counter()
+        batches = take_for(taken, scale.measure_s)
+        seconds = time.perf_counter() - warm
+    except RuntimeError as error:
+        return {"failure": failure_cause(error)}
+    clips_per_s = batches * scale.batch / seconds
     return {
         "clips_per_s": round(clips_per_s, 1),
         "frames_decoded_per_s": round(clips_per_s * supply.packets_per_clip),
         "packets_per_clip": round(supply.packets_per_clip, 1),
         "kb_per_clip": round(supply.kb_per_clip, 1),
         "first_batch_s": round(first_s, 2),
-        **sampler.since(start + first_s + suite.scale.warm_s),
+        **sampler.since(warm),
     }
 
 
-@dataclass
-class _Feeder:
-    """Feeds one graph for a while, in a thread."""
-
-    runner: GraphRunner  # the graph
-    supply: Supply  # its batches
-    scale: Scale  # how long
-    batches: int = 0
-    seconds: float = 0.0
-    first_s: float = 0.0
-    failure: str = ""
-    thread: threading.Thread = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.thread = threading.Thread(target=self._work, daemon=True)
-
-    def _work(self) -> None:
-        try:
-            taken = self._taken()
-            start = time.perf_counter()
-            next(taken)
-            self.first_s = time.perf_counter() - start
-            _take_for(taken, self.scale.warm_s)
-            start = time.perf_counter()
-            self.batches = _take_for(taken, self.scale.measure_s)
-            self.seconds = time.perf_counter() - start
-        except RuntimeError as error:
-            self.failure = failure_cause(error)
-
-    def _taken(self) -> Iterator[None]:
-        supply = cycle(self.supply.batches)
-        for _ in range(_QUEUED):
-            self.runner.put(next(supply))
-        while True:
-            frames, _ = self.runner.take()
-            self.runner.put(next(supply))
-            # A number of each batch is fetched: frames on a GPU may not be there yet.
-            int(frames[-1, -1, -1, -1, -1, -1])
-            yield
+def batches_taken(runner: GraphRunner, supply: Supply) -> Iterator[None]:
+    """Feed a graph without end; yields when a batch is there."""
+    inputs = cycle(supply.batches)
+    for _ in range(_QUEUED):
+        runner.put(next(inputs))
+    while True:
+        frames, _ = runner.take()
+        runner.put(next(inputs))
+        # A number of each batch is fetched: frames on a GPU may not be there yet.
+        int(frames[-1, -1, -1, -1, -1, -1])
+        yield
 
 
-def _take_for(taken: Iterator[None], seconds: float) -> int:
+def take_for(taken: Iterator[None], seconds: float) -> int:
     """Take batches for at least this long; returns how many."""
     end = time.perf_counter() + seconds
     for count, _ in enumerate(taken, start=1):

@@ -20,7 +20,7 @@ _COLUMNS = {
     "media": "style, size, mbit_per_s, seconds_since_start",
     "correctness": "style, size, packets, packets_per_clip, min_psnr_db, max_bias_levels, right, "
     "left_to_cpu_fused, clips_with_wrong_numbers",
-    "throughput": "style, size, threads, graphs, clips_per_s, frames_decoded_per_s, nvdec_percent, "
+    "throughput": "style, size, threads, clips_per_s, frames_decoded_per_s, nvdec_percent, "
     "kernels_percent, gpu_memory_mb",
     "training": "style, decoder, micro_batch, clips_per_s, step_s, data_wait_share, kernels_percent, "
     "nvdec_percent, trainer_memory_mb",
@@ -89,7 +89,7 @@ def _nvdec_verdict(rows: Sequence[Row]) -> str:
     if not busy:
         return f"{title}: not measured"
     best = max(busy, key=lambda row: row["nvdec_percent"])
-    how = f"{best['nvdec_percent']} % with {best['threads']} threads and {best['graphs']} graphs"
+    how = f"{best['nvdec_percent']} % with {best['threads']} threads"
     fastest = max(busy, key=lambda row: row["clips_per_s"])
     met = "met" if best["nvdec_percent"] >= 80 else "MISSED"
     return f"{title}: {met}, {how}; fastest {fastest['clips_per_s']} clips/s with {fastest['threads']} threads"

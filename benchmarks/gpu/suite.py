@@ -11,7 +11,6 @@ written anew after each part, and whatever a killed part had found by then is in
 from __future__ import annotations
 
 import argparse
-import ctypes
 import faulthandler
 import importlib
 import os
@@ -24,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from avion_dali.child_process import die_with_parent
 from benchmarks.gpu import report
 from benchmarks.gpu.parts import (
     QUICK,
@@ -43,7 +43,6 @@ BUDGET_S = 480.0
 _LEAST_S = 5.0  # a part that gets less than this is not begun
 _STACKS_S = 0.5
 _TAIL_LINES = 30
-_PR_SET_PDEATHSIG = 1
 
 # In order of worth: module, function, seconds expected on an H200, and those after which it is killed (or when
 # the budget is spent). What is expected fits into the budget; nothing of it has been seen on a GPU yet.
@@ -148,7 +147,7 @@ def how_it_ended(status: int) -> str:
 
 def run_here(options: argparse.Namespace) -> None:
     """Run one part in this process, then end it."""
-    end_with_parent()
+    die_with_parent(os.getppid())
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     name, module, function = options.only
@@ -166,18 +165,6 @@ def run_here(options: argparse.Namespace) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # what libraries do at their end may hang, and is not what is measured
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends; where there is no Linux, nothing.
-
-    Decode workers do the same, but also change how memory is allocated, which would change what is measured.
-    """
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the call above
-            os._exit(1)
 
 
 def write_all(results: Sequence[PartResult], facts: dict[str, Any], folder: Path) -> None:

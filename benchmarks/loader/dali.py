@@ -10,7 +10,9 @@ Workers import this module: everything heavy is imported late.
 
 from __future__ import annotations
 
-from benchmarks.report import Benchmark, Row, every_row, parser_of, working_folder
+from pathlib import Path
+
+from benchmarks.report import Benchmark, Row, every_row, parser_of
 
 REQUIREMENT = {
     "loader_vp9_clips_per_s_of_cpu_fused_at_least": 0.8,
@@ -21,7 +23,7 @@ BENCHMARK = Benchmark("dali", every_row, requirement=REQUIREMENT)
 
 
 def main() -> None:
-    from benchmarks.media import add_video_options, chosen_videos
+    from benchmarks.media import add_video_options, measure_videos
 
     parser = parser_of(__doc__)
     add_video_options(parser)
@@ -29,15 +31,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one loader measurement")
     options = parser.parse_args()
 
-    def measure() -> list[Row]:
+    def measure(videos: list[Path], folder: Path) -> list[Row]:
         from benchmarks.loader import dali_runs
 
-        videos, skipped = chosen_videos(options)
-        with working_folder(options.folder) as folder:
-            manifests = dali_runs.prepare(videos, folder)
-            return [*dali_runs.run_all(manifests, rounds=options.rounds, seconds=options.seconds), *skipped]
+        manifests = dali_runs.prepare(videos, folder)
+        return dali_runs.run_all(manifests, rounds=options.rounds, seconds=options.seconds)
 
-    BENCHMARK.run(options, measure)
+    measure_videos(BENCHMARK, options, measure)
 
 
 if __name__ == "__main__":

@@ -75,10 +75,8 @@ def run_all(manifests: Manifests, *, rounds: int, seconds: float) -> list[Row]:
     rows: list[Row] = []
     for codec, manifest in manifests.items():
         rows += loaders(codec, manifest, rounds=rounds, seconds=seconds)
-        clips = some_clips(manifest)
-        rows += graphs(codec, clips, rounds=rounds)
-    rows += literal_versions(manifests["vp9"], rounds=rounds)
-    return rows
+    vp9 = manifests["vp9"]  # MJPEG chunks are ten times as long
+    return [*rows, *graphs(some_clips(vp9), rounds=rounds), *literal_versions(vp9, rounds=rounds)]
 
 
 def loaders(codec: str, manifest: Manifest, *, rounds: int, seconds: float) -> list[Row]:
@@ -121,24 +119,25 @@ def whole_chunk(clip: Clip) -> Clip:
     return request, MiniClip(Path(part.chunk.path).read_bytes(), part.frame_ids, mini.colorspace)
 
 
-def graphs(codec: str, clips: Sequence[Clip], *, rounds: int) -> list[Row]:
+def graphs(clips: Sequence[Clip], *, rounds: int) -> list[Row]:
     """Processor time of a clip: its mini clip, the graph, and the graph on whole chunks."""
-    what = {"measured": "graph", "codec": codec}
-    batches = batches_of(clips)
     settings = GraphSettings("cpu", 0, BATCH, 1, FRAME_SIZE, num_threads=1, prefetch_depth=1)
+    whole = [whole_chunk(clip) for clip in clips]
+
+    def make_mini_clips() -> None:
+        for request, _ in clips:
+            mini_clip(request)
+
     pipelines: dict[str, Callable[[], None]] = {
-        "mini clip (in a worker)": lambda: [mini_clip(request) for request, _ in clips] and None,
-        "whole graph": runner(build_graph(repeating(batches), settings)),
+        "mini clip (in a worker)": make_mini_clips,
+        "whole graph": runner(build_graph(repeating(batches_of(clips)), settings)),
+        "whole graph on whole chunks": runner(build_graph(repeating(batches_of(whole)), settings)),
     }
-    if codec == "vp9":  # MJPEG chunks are ten times as long
-        whole = batches_of([whole_chunk(clip) for clip in clips])
-        pipelines["whole graph on whole chunks"] = runner(build_graph(repeating(whole), settings))
     best = cheapest(pipelines, len(clips), rounds=rounds)
+    what = {"measured": "graph", "codec": "vp9"}
     rows: list[Row] = [{**what, "up_to": name, "cpu_ms_per_clip": round(ms, 3)} for name, ms in best.items()]
-    if codec == "vp9":
-        times = best["whole graph on whole chunks"] / best["whole graph"]
-        rows.append({"measured": "mini clips over whole chunks", "codec": codec, "times": round(times, 2)})
-    return rows
+    times = best["whole graph on whole chunks"] / best["whole graph"]
+    return [*rows, {"measured": "mini clips over whole chunks", "codec": "vp9", "times": round(times, 2)}]
 
 
 def batches_of(clips: Sequence[Clip]) -> list[GraphInputs]:

@@ -1,6 +1,6 @@
 """Does `avion-dali plan` predict what the loader delivers? Its rates against those of `benchmarks.loader`.
 
-python -m benchmarks.loader.plan [--profiles NAME ...] [--kinds 3] [--videos FILE ...]
+python -m benchmarks.loader.plan [--profiles NAME ...] [--kinds 3] [--videos FILE ...] [--extra-videos FOLDER]
 
 For every profile, kind of clip and number of workers, costs are measured as `plan --chunks` does it, between
 two rounds of the loader on a manifest of its own. Everything is in the page cache, so the disk takes no part.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from avion_dali.cores import available_cores
 from avion_dali.data.profiles import PROFILES
-from benchmarks.report import Benchmark, Row, markdown, parser_of, select, working_folder
+from benchmarks.report import Benchmark, Row, markdown, parser_of, select
 
 if TYPE_CHECKING:
     from avion_dali.data.manifest import Manifest
@@ -94,7 +94,7 @@ BENCHMARK = Benchmark("plan", tables, requirement=REQUIREMENT)
 
 
 def main() -> None:
-    from benchmarks.media import add_video_options, chosen_videos
+    from benchmarks.media import add_video_options, measure_videos
 
     parser = parser_of(__doc__)
     add_video_options(parser)
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     options = parser.parse_args()
 
-    def measure() -> list[Row]:
+    def measure(videos: list[Path], folder: Path) -> list[Row]:
         from benchmarks.corpus import CLIP_KINDS, chunk_sources, kind_manifest
         from benchmarks.loader.measure import LoaderBench
         from benchmarks.loader.runs import worker_counts
@@ -113,19 +113,18 @@ def main() -> None:
         bench = LoaderBench(
             workers=counts, rounds=options.rounds, seconds=options.seconds, frame_size=FRAME_SIZE
         )
-        videos, rows = chosen_videos(options)
-        with working_folder(options.folder) as folder:
-            for profile in options.profiles:
-                chunks = chunk_sources(videos, folder / profile, profile)
-                for number, kind in enumerate(CLIP_KINDS[: options.kinds]):
-                    place = folder / f"{profile}-{number}"
-                    manifest = kind_manifest(chunks, place / "loaded", kind, samples=CLIPS)
-                    found = compare(chunks, place / "planned", kind, manifest=manifest, bench=bench)
-                    what = {"measured": "prediction", "profile": profile, "clip": kind.name}
-                    rows += [{**what, **row} for row in found]
+        rows = []
+        for profile in options.profiles:
+            chunks = chunk_sources(videos, folder / profile, profile)
+            for number, kind in enumerate(CLIP_KINDS[: options.kinds]):
+                place = folder / f"{profile}-{number}"
+                manifest = kind_manifest(chunks, place / "loaded", kind, samples=CLIPS)
+                found = compare(chunks, place / "planned", kind, manifest=manifest, bench=bench)
+                what = {"measured": "prediction", "profile": profile, "clip": kind.name}
+                rows += [{**what, **row} for row in found]
         return rows
 
-    BENCHMARK.run(options, measure)
+    measure_videos(BENCHMARK, options, measure)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from benchmarks.report import Row, markdown, select
 
@@ -11,33 +11,18 @@ HIGHER_IS_BETTER = "clips_per_s"
 CEILING = "trainer_ceiling_clips_per_s"
 
 
-def best_of_rounds(rows: Iterable[Row]) -> list[Row]:
+def best_of_rounds(rows: Iterable[Row], keys: Sequence[str] = KEYS) -> list[Row]:
     """Merge the rounds of each measurement: other programs only ever slow one down, so the fastest counts."""
     best: dict[tuple[object, ...], Row] = {}
     for row in rows:
-        key = tuple(row[name] for name in KEYS)
+        key = tuple(row[name] for name in keys)
         if key not in best:
             best[key] = {**row, "rounds": 1}
             continue
-        fastest = max(best[key], row, key=lambda r: r[HIGHER_IS_BETTER])
+        fastest = max(best[key], row, key=lambda r: r.get(HIGHER_IS_BETTER, 0.0))
         cheapest = {n: min(best[key][n], row[n]) for n in row if n.endswith("cpu_ms_per_clip")}
         best[key] = {**fastest, **cheapest, "rounds": best[key]["rounds"] + 1}
     return list(best.values())
-
-
-def speed_ups(rows: list[Row]) -> list[Row]:
-    """Clips per second of every worker count over that of one worker."""
-    single = {_case(row): row for row in rows if row["workers"] == 1}
-    return [
-        {
-            "measured": "speed-up",
-            **dict(zip(KEYS[1:4], _case(row), strict=True)),
-            "workers": row["workers"],
-            "speed_up": round(row["clips_per_s"] / single[_case(row)]["clips_per_s"], 3),
-        }
-        for row in rows
-        if row["workers"] > 1 and _case(row) in single
-    ]
 
 
 def _case(row: Row) -> tuple[str, str, str]:

@@ -33,11 +33,11 @@ from benchmarks.loader.measure import (
     open_loader,
     worker_pids,
 )
-from benchmarks.loader.report import best_of_rounds, speed_ups
+from benchmarks.loader.report import best_of_rounds
 from benchmarks.loader.stand_ins import deliver_at_once, sleep_instead, sleep_key
 from benchmarks.machine import process_cpu_s, process_memory_mb
-from benchmarks.media import add_video_options, chosen_videos
-from benchmarks.report import Benchmark, Row, parser_of, working_folder
+from benchmarks.media import add_video_options, measure_videos
+from benchmarks.report import Benchmark, Row, parser_of
 
 DECODERS = ("cpu-fused", "paper-fused")
 SIMULATED_KINDS = (FOUR, STRIDED)
@@ -157,7 +157,6 @@ def run_all(manifests: Manifests, bench: LoaderBench) -> list[Row]:
     return [
         start_up(manifests[any_profile, FOUR.name], bench),
         *rows,
-        *speed_ups(rows),
         *(transport(manifests[any_profile, kind.name], kind, bench) for kind in shown),
         *simulation(manifests, rows, bench),
     ]
@@ -189,13 +188,11 @@ def main() -> None:
         seconds=options.seconds,
     )
 
-    def measure_all() -> list[Row]:
-        videos, skipped = chosen_videos(options)
-        with working_folder(options.folder) as folder:
-            manifests = prepare(videos, folder, bench.profiles)
-            rates = {profile: mbit_per_s(manifests[profile, FOUR.name]) for profile in bench.profiles}
-            rows = run_all(manifests, bench)
+    def measure_all(videos: list[Path], folder: Path) -> list[Row]:
+        manifests = prepare(videos, folder, bench.profiles)
+        rates = {profile: mbit_per_s(manifests[profile, FOUR.name]) for profile in bench.profiles}
+        rows = run_all(manifests, bench)
         rows[0] |= {"videos": [path.name for path in videos], "chunk_mbit_per_s": rates}
-        return [*rows, *skipped]
+        return rows
 
-    BENCHMARK.run(options, measure_all)
+    measure_videos(BENCHMARK, options, measure_all)

@@ -11,10 +11,9 @@ The picture also shows the candidates that the settings were chosen from, so tha
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -31,7 +30,7 @@ from avion_dali.data.probe import open_video
 from avion_dali.data.profiles import PIX_FMT, PROFILES, EncodeProfile
 from avion_dali.decode import cpu_fused, paper_fused
 from benchmarks.corpus import CLIP_KINDS, draw_clips, indexed_chunk
-from benchmarks.media import FPS, add_video_options, chosen_videos
+from benchmarks.media import FPS, add_video_options, measure_videos
 from benchmarks.report import Benchmark, Row, markdown, parser_of, read_rows, select
 
 if TYPE_CHECKING:
@@ -145,17 +144,13 @@ def _seconds(clips: Sequence[ClipRequest]) -> np.ndarray:
     return np.diff(clock)
 
 
-def measure(
-    profiles: Mapping[str, EncodeProfile], source: Source, *, clips: int, rounds: int
-) -> dict[str, Row]:
+def measure(source: Source, folder: Path, *, clips: int, rounds: int) -> dict[str, Row]:
     """Encode a source by each profile and read the same clips of all; ratios are to `compat`."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = (Path(folder) / f"{number}.mp4" for number in range(len(profiles)))
-        chunks = {
-            name: encode(source, profile, path, clips=clips)
-            for (name, profile), path in zip(profiles.items(), paths, strict=False)
-        }
-        times = clip_times(list(chunks.values()), rounds=rounds)
+    chunks = {
+        str(name): encode(source, profile, folder / f"{source.name}-{name}.mp4", clips=clips)
+        for name, profile in PROFILES.items()
+    }
+    times = clip_times(list(chunks.values()), rounds=rounds)
     seconds = len(source.pictures_FHW) / FPS
     compat, compat_ms = chunks["compat"], times[list(chunks).index("compat")]
     return {
@@ -258,17 +253,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of which the fastest counts")
     options = parser.parse_args()
 
-    def measure_all() -> list[Row]:
-        videos, skipped = chosen_videos(options)
-        profiles = {str(name): profile for name, profile in PROFILES.items()}
+    def measure_all(videos: list[Path], folder: Path) -> list[Row]:
         rows = [
             {"measured": "profile", "profile": name, "source": source.name, **row}
             for source in sources(videos)
-            for name, row in measure(profiles, source, clips=24, rounds=options.rounds).items()
+            for name, row in measure(source, folder, clips=24, rounds=options.rounds).items()
         ]
-        return [*sorted(rows, key=lambda row: list(PROFILES).index(row["profile"])), *skipped]
+        return sorted(rows, key=lambda row: list(PROFILES).index(row["profile"]))
 
-    BENCHMARK.run(options, measure_all)
+    measure_videos(BENCHMARK, options, measure_all)
 
 
 if __name__ == "__main__":

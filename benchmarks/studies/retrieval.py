@@ -3,23 +3,24 @@
 python -m benchmarks.studies.retrieval [--clips 9668] [--captions 3842] [--rounds 3]
 
 The retrieval metrics (graded and binary mean average precision, nDCG, both directions) of one similarity
-matrix; twenty queries are compared with a plain loop. Linux only: memory is read from /proc.
+matrix. Linux only: memory is read from /proc.
 """
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from benchmarks.report import Benchmark, Row, every_row, parser_of
 
 WIDTH = 256
-CHECKED_QUERIES = 20
+Result = TypeVar("Result")
 REQUIREMENT = {"retrieval_metrics_s_below": 60.0, "extra_memory_mb_below": 1000.0}
 
 
@@ -66,11 +67,10 @@ def retrieval_case(sizes: Sizes) -> Row:
         "matrix_mb": round(similarity.nbytes / 1e6, 1),
         "mean_average_precision": round(scores.mean_average_precision.average, 6),
         "ndcg": round(scores.ndcg.average, 6),
-        "largest_difference_from_a_loop": check_queries(similarity, relevancy),
     }
 
 
-def timed(run, rounds: int):
+def timed(run: Callable[[], Result], rounds: int) -> tuple[Row, Result]:
     """Fastest wall and processor seconds of some rounds, the memory they took on top, and the last result."""
     before = peak_memory_mb(reset=True)
     wall, cpu = [], []
@@ -90,33 +90,6 @@ def peak_memory_mb(*, reset: bool = False) -> float:
     status = Path("/proc/self/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines())
     return int(fields["VmHWM"].split()[0]) * 1024 / 1e6
-
-
-def check_queries(similarity: np.ndarray, relevancy: np.ndarray) -> float:
-    """Largest difference of some clips' graded average precision and nDCG from a loop over ranks."""
-    from avion_dali.metrics.retrieval import retrieval_scores
-
-    differences = []
-    for query in np.linspace(0, len(similarity) - 1, CHECKED_QUERIES).astype(int):
-        rows = slice(query, query + 1)
-        scores = retrieval_scores(similarity[rows], relevancy[rows])
-        expected = loop_scores(similarity[query], relevancy[query])
-        found = (scores.mean_average_precision.video_to_text, scores.ndcg.video_to_text)
-        differences += [abs(a - b) for a, b in zip(found, expected, strict=True)]
-    return float(max(differences))
-
-
-def loop_scores(similarity: np.ndarray, relevancy: np.ndarray) -> tuple[float, float]:
-    """Graded average precision and nDCG of one query, rank by rank."""
-    grades = [float(relevancy[i]) for i in np.argsort(-similarity, kind="stable")]
-    credit = precision = gain = 0.0
-    relevant = sum(grade > 0 for grade in grades)
-    for rank, grade in enumerate(grades, start=1):
-        credit += grade
-        precision += credit / rank if grade == 1 else 0.0
-        gain += grade / math.log2(rank + 1) if rank <= relevant else 0.0
-    ideal = sum(grade / math.log2(rank + 1) for rank, grade in enumerate(sorted(grades, reverse=True), start=1))
-    return precision / grades.count(1.0), gain / ideal
 
 
 BENCHMARK = Benchmark("retrieval", every_row, requirement=REQUIREMENT)

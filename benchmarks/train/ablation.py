@@ -25,7 +25,7 @@ from avion_dali.decode.clip import fill_clip
 from avion_dali.decode.reading import read_spanned
 from avion_dali.decode.rendering import ReferenceView
 from avion_dali.loading.worker import DecodeClip
-from benchmarks.report import Benchmark, Row, markdown, names, parser_of, select, working_folder
+from benchmarks.report import Benchmark, Row, markdown, names, parser_of, select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,15 +153,6 @@ def run_round(manifests: dict[tuple[str, str], Manifest], bench: AblationBench, 
     ]
 
 
-def best_of_rounds(rounds: list[list[Row]]) -> list[Row]:
-    """The fastest round of each case: other programs only ever slow one down."""
-    best: list[Row] = []
-    for same in zip(*rounds, strict=True):
-        fastest: Row = min(same, key=lambda row: row.get("step_s", 0.0))
-        best.append({**fastest, "rounds": len(rounds)})
-    return best
-
-
 def build_loop(
     loader: BatchSource, bench: AblationBench, *, batch: int, folder: Path, attention: AttentionBackend = "auto"
 ) -> TrainLoop:
@@ -285,22 +276,22 @@ BENCHMARK = Benchmark("ablation", tables, draw)
 
 
 def main() -> None:
-    from benchmarks.media import add_video_options, chosen_videos
+    from benchmarks.media import add_video_options, measure_videos
 
     parser = parser_of(__doc__)
     add_video_options(parser)
     parser.add_argument("--rounds", type=int, default=2, help="repetitions of the table; the best counts")
     options = parser.parse_args()
 
-    def measure() -> list[Row]:
-        bench = choose_bench()
-        videos, skipped = chosen_videos(options)
-        with working_folder(options.folder) as folder:
-            manifests = prepare(videos, folder, {case.profile for case in CASES})
-            rounds = [run_round(manifests, bench, folder / "run") for _ in range(options.rounds)]
-        return [*best_of_rounds(rounds), *skipped]
+    def measure(videos: list[Path], folder: Path) -> list[Row]:
+        from benchmarks.loader.report import best_of_rounds
 
-    BENCHMARK.run(options, measure)
+        bench = choose_bench()
+        manifests = prepare(videos, folder, {case.profile for case in CASES})
+        rows = [row for _ in range(options.rounds) for row in run_round(manifests, bench, folder / "run")]
+        return best_of_rounds(rows, ("batch", *Case.__dataclass_fields__))
+
+    measure_videos(BENCHMARK, options, measure)
 
 
 if __name__ == "__main__":

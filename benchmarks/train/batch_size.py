@@ -58,18 +58,6 @@ class Setting:
         return f"batch{self.global_batch}_{self.rule}_seed{self.seed}"
 
 
-@dataclass(frozen=True)
-class Run:
-    """What became of a training."""
-
-    setting: Setting  # what it was
-    learning_rate: float  # its peak
-    steps: int  # of the optimizer
-    map_avg: float  # final held-out mAP
-    chance: float  # that of random rankings
-    lost_when_frozen: float  # share of what is above chance that vanishes without motion
-
-
 def settings(batches: tuple[int, ...], seeds: int) -> Iterator[Setting]:
     """List all trainings, rule by rule and seed by seed; at `RATE_BATCH` the rules are one."""
     for rule, seed, batch in product(RULES, range(seeds), batches):
@@ -95,7 +83,7 @@ def configured(base: TrainConfig, setting: Setting, *, epochs: int) -> TrainConf
     return replace(base, output_dir=str(Path(base.output_dir) / setting.name), optim=optim, run=run)
 
 
-def train(base: TrainConfig, setting: Setting, epochs: int) -> Run:
+def train(base: TrainConfig, setting: Setting, epochs: int) -> Row:
     """Train and evaluate as the demo does; what a folder has already is kept.
 
     Raises:
@@ -108,14 +96,16 @@ def train(base: TrainConfig, setting: Setting, epochs: int) -> Run:
     end = next(row for row in reversed(read_rows(Path(config.output_dir) / LOG_NAME)) if row["kind"] == "end")
     if end["stopped_by"]:
         raise RuntimeError(f"{setting.name} was stopped by {end['stopped_by']} after step {end['step']}")
-    return Run(
-        setting,
-        learning_rate=config.optim.learning_rate,
-        steps=end["step"],
-        map_avg=numbers.map_avg,
-        chance=numbers.chance,
-        lost_when_frozen=numbers.lost_when_frozen,
-    )
+    return {
+        "measured": "run",
+        **vars(setting),
+        "learning_rate": config.optim.learning_rate,
+        "steps": end["step"],
+        "samples": end["step"] * setting.global_batch,
+        "map_avg": numbers.map_avg,
+        "chance": numbers.chance,
+        "lost_when_frozen": numbers.lost_when_frozen,
+    }
 
 
 def use_one_thread() -> None:
@@ -125,7 +115,7 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def train_all(base: TrainConfig, chosen: list[Setting], *, epochs: int, jobs: int) -> list[Run]:
+def train_all(base: TrainConfig, chosen: list[Setting], *, epochs: int, jobs: int) -> list[Row]:
     """Train all settings, some at the same time, each on one thread."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=use_one_thread) as pool:
@@ -133,49 +123,29 @@ def train_all(base: TrainConfig, chosen: list[Setting], *, epochs: int, jobs: in
         return [run.result() for run in under_way]
 
 
-def run_row(run: Run) -> Row:
-    """Say what a training was and found."""
-    return {
-        "measured": "run",
-        **vars(run.setting),
-        "learning_rate": run.learning_rate,
-        "steps": run.steps,
-        "samples": run.steps * run.setting.global_batch,
-        "map_avg": run.map_avg,
-        "lost_when_frozen": run.lost_when_frozen,
-    }
-
-
-def compare(runs: list[Run]) -> list[Row]:
+def compare(runs: list[Row]) -> list[Row]:
     """Average over seeds.
 
     At `RATE_BATCH` one training counts for both rules.
     """
     means: list[Row] = []
     for rule in RULES:
-        for batch in sorted({run.setting.global_batch for run in runs}):
-            own = [run for run in runs if _counts_for(run.setting, batch, rule)]
-            means += [_mean(own, batch, rule)] if own else []
-    return [*map(run_row, runs), *means]
+        for batch in sorted({run["global_batch"] for run in runs}):
+            own = select(runs, "run", global_batch=batch, rule=RULES[0] if batch == RATE_BATCH else rule)
+            means += [_mean(own, rule)] if own else []
+    return [*runs, *means]
 
 
-def _counts_for(setting: Setting, batch: int, rule: Rule) -> bool:
-    return setting.global_batch == batch and (setting.rule == rule or batch == RATE_BATCH)
-
-
-def _mean(runs: list[Run], batch: int, rule: Rule) -> Row:
-    scores = [run.map_avg for run in runs]
+def _mean(runs: list[Row], rule: Rule) -> Row:
+    scores = [run["map_avg"] for run in runs]
     return {
         "measured": "mean",
-        "global_batch": batch,
+        **{name: runs[0][name] for name in ("global_batch", "learning_rate", "steps")},
         "rule": rule,
-        "learning_rate": runs[0].learning_rate,
-        "steps": runs[0].steps,
         "map_avg": statistics.fmean(scores),
         "range": max(scores) - min(scores),
         "map_avg_by_seed": scores,
-        "lost_when_frozen": statistics.fmean(run.lost_when_frozen for run in runs),
-        "chance": statistics.fmean(run.chance for run in runs),
+        **{name: statistics.fmean(run[name] for run in runs) for name in ("lost_when_frozen", "chance")},
     }
 
 

@@ -11,16 +11,18 @@ counts as its two products, also where a kernel computes one of them again. Two 
   appendix B);
 * hardware: recomputed blocks included (HFU).
 
-Here on the CPU: the tiny models, and our ViT-B against the same tower made of open_clip's modules, in turns.
+`benchmarks.gpu` measures the models; here, on the CPU, ours is compared with the same tower made of open_clip's
+modules, in turns.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -225,16 +227,6 @@ def rates(case: Case, timing: Timing, device: str) -> Row:
     }
 
 
-def cpu_cases() -> Iterator[Case]:
-    """The tiny models, which show what recomputation costs; `benchmarks.gpu` measures the large ones."""
-    tiny = Case(size="tiny", frames=4, batch=8)
-    yield tiny
-    yield replace(tiny, attention="math")
-    yield replace(tiny, checkpoint_every=1)
-    yield replace(tiny, encoder="timesformer")
-    yield replace(tiny, encoder="videomae", frames=16)
-
-
 class OpenClipTower(nn.Module):
     """Our video tower out of open_clip's modules, with the same parameters under the same names."""
 
@@ -293,7 +285,7 @@ def against_open_clip(case: Case, *, rounds: int = 4) -> Row:
     timings: dict[str, list[Timing]] = {name: [] for name in towers}
     for number in range(rounds + 1):
         for name in towers:
-            timing = time_steps(lambda name=name: step(name), cpu, warm=0, steps=1)
+            timing = time_steps(partial(step, name), cpu, warm=0, steps=1)
             if number:  # the first of each is not counted
                 timings[name].append(timing)
     wall = {name: min(timing.wall_s[0] for timing in own) for name, own in timings.items()}
@@ -311,13 +303,6 @@ def against_open_clip(case: Case, *, rounds: int = 4) -> Row:
     }
 
 
-def measure(*, quick: bool = False) -> list[Row]:
-    """Measure the tiny models, and our tower against open_clip's modules."""
-    size: ModelSize = "tiny" if quick else "vit_b16"
-    rows = [{"measured": "train step", **measure_case(case, "cpu")} for case in cpu_cases()]
-    return rows + [against_open_clip(Case(size=size, frames=frames, batch=2)) for frames in (1, 4)]
-
-
 BENCHMARK = Benchmark("train_step", every_row)
 
 
@@ -325,7 +310,9 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="compare tiny towers")
     options = parser.parse_args()
-    BENCHMARK.run(options, lambda: measure(quick=options.quick))
+    size: ModelSize = "tiny" if options.quick else "vit_b16"
+    cases = [Case(size=size, frames=frames, batch=2) for frames in (1, 4)]
+    BENCHMARK.run(options, lambda: [against_open_clip(case) for case in cases])
 
 
 if __name__ == "__main__":
