@@ -199,7 +199,7 @@ def test_another_model_is_named_by_its_keys_and_changes_nothing():
     with pytest.raises(UserError) as caught:
         restore_model(model, state, source="f.pt")
     message = str(caught.value)
-    assert "f.pt holds another model" in message and "missing: bias" in message
+    assert "f.pt contains another model" in message and "missing: bias" in message
     assert "unexpected: extra0, extra1, extra2 and 2 more" in message
     assert "weight (3, 2) instead of (2, 2)" in message
     assert_same(before, weights(model))

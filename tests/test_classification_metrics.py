@@ -86,7 +86,7 @@ def test_all_scores_together():
         (np.zeros((0, 3)), np.array([], dtype=int), "not empty"),
         (np.full((1, 3), np.nan), np.array([0]), "not finite"),
         (np.zeros((1, 3)), np.array([3]), "3 classes"),
-        (np.zeros((1, 3)), np.array([-1]), "class of the training's table"),
+        (np.zeros((1, 3)), np.array([-1]), "class of the training manifest"),
     ],
 )
 def test_meaningless_input_is_refused(scores, labels, message):
