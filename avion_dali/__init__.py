@@ -1,10 +1,10 @@
 """Video clips for training, from CPU cores or NVDEC, and the training of large video models on one machine.
 
-- `open_clips` delivers batches of clips of a manifest, for any training loop.
-- `ClipDataset` is the same clips for `torch.utils.data.DataLoader`.
-- `decode_clip` decodes chosen frames of any video file.
+- `open_clips` delivers batches of clips of a manifest to any training loop.
+- `ClipDataset` delivers the same clips to `torch.utils.data.DataLoader`.
+- `decode_clip` decodes selected frames of any video file.
 
-Importing this package imports neither PyTorch nor DALI; what is used is imported when it is first named.
+Importing this package imports neither PyTorch nor DALI; each name is imported when it is first used.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""How processes that this package starts behave towards their parent. Light: imported before anything else."""
+"""Behavior of child processes towards their parent. Children import this module first, so it imports little."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """End this process when its parent ends, and leave Ctrl-C and a scheduler's warnings to the parent.
+    """End this process when its parent ends, and let the parent alone handle Ctrl-C and scheduler signals.
 
     Args:
         parent_pid: the parent's process id.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # SLURM sends them to every process of a job before its time is up.
+    # SLURM sends these to every process of a job shortly before its time limit.
     for name in ("SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -31,11 +31,11 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def exit_if_importing_main() -> None:
-    """End this process silently when it is a spawned child that still imports its parent's main module.
+    """End this process silently if it is a spawned child that is still importing its parent's main module.
 
-    Such a child reaches code that starts processes only when the main module lacks
+    Such a child reaches code that starts processes only if the main module lacks
     `if __name__ == "__main__":`. The parent sees the exit status `MISSING_MAIN_GUARD` and reports it once.
     """
-    # Set by `multiprocessing.spawn` while it imports the main module; there is no public way to ask.
+    # `multiprocessing.spawn` sets this while it imports the main module; there is no public attribute for it.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(MISSING_MAIN_GUARD)

@@ -1,10 +1,10 @@
-"""The values that cross rooms: what a clip is asked for by, what comes back, and how it fails.
+"""The values that the parts of the library exchange: clip requests, batches and errors.
 
-A `ClipRequest` fixes everything random about one clip before anything is read; a decoder turns it
-into frames; a loader collects frames into a `ClipBatch`. Shapes and ranges are checked here, once,
-at creation. This module is imported by decode workers, so it must import neither torch nor pyarrow.
+A `ClipRequest` fixes every random choice of one clip before anything is read; a decoder turns it
+into frames; a loader collects frames into a `ClipBatch`. Shapes and ranges are checked once, when
+an object is created. Decode workers import this module, so it must import neither torch nor pyarrow.
 
-Axis legend used in names everywhere: B clips, V views of a clip, T frames, H W pixels, C channels,
+Axis letters in the names of arrays and tensors: B clips, V views of a clip, T frames, H W pixels, C channels,
 N tokens, D width, L text tokens.
 """
 
@@ -22,7 +22,7 @@ FailureKind = Literal["missing", "changed", "corrupt", "timeout", "worker-died"]
 
 
 class UserError(Exception):
-    """An error the user can act on; the message names the thing and the way out (no traceback shown)."""
+    """An error that the user can fix. Its message names the cause and the remedy; no traceback is shown."""
 
 
 class DecodeError(Exception):
@@ -30,9 +30,9 @@ class DecodeError(Exception):
 
     Args:
         path: the chunk file that failed.
-        frame_ids: the frames that were wanted from it.
-        decoder: name of the decoder that was asked.
-        kind: which class of failure, see `FailureKind`.
+        frame_ids: the frames that were requested from it.
+        decoder: name of the decoder.
+        kind: class of failure, see `FailureKind`.
         cause: what went wrong, in words.
     """
 
@@ -101,7 +101,7 @@ class PacketIndexRef:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRef:
-    """What a worker must know of a chunk file to read it and to notice that it changed.
+    """What a worker needs to read a chunk file and to detect that it has changed.
 
     Args:
         path: absolute path of the file.
@@ -109,7 +109,7 @@ class ChunkRef:
         num_frames: frames in presentation order when the manifest was built.
         width: display width in pixels.
         height: display height in pixels.
-        index: its packet index, or None: then packets are found by opening the container.
+        index: its packet index; without one (None), packets are found by opening the container.
     """
 
     path: str
@@ -122,7 +122,7 @@ class ChunkRef:
 
 @dataclass(frozen=True, slots=True)
 class ClipPart:
-    """Frames wanted from one chunk.
+    """Frames requested from one chunk.
 
     Args:
         chunk: the file.
@@ -145,23 +145,23 @@ class ClipPart:
 
 @dataclass(frozen=True, slots=True)
 class ClipRequest:
-    """One clip, fully decided: a pure function of (seed, epoch, sample id).
+    """One clip with every random choice made: a pure function of (seed, epoch, sample id).
 
     Args:
         sample_id: row of the manifest.
         epoch: the epoch it is drawn for, >= 0.
-        parts: the chunks to read, in order; a clip that crosses a chunk border has several.
-        gather: length T; frame t of the clip is the `gather[t]`-th of all parts' frames, so repeated
+        parts: the chunks to read, in order; several if the clip crosses a chunk border.
+        gather: length T; frame t of the clip is the `gather[t]`-th frame of all parts, so repeated
             frames are decoded once.
         windows: V crop windows, one per view; all views share one decode.
-        flips: V booleans: mirror that view left to right.
+        flips: V booleans, whether a view is mirrored left to right.
         frame_size: side of the square output in pixels.
         tokens: text token ids, or empty.
         label: class index, or -1.
-        caption_id: which of the manifest's captions the tokens are, or -1.
+        caption_id: index of the caption that the tokens belong to, or -1.
 
     Raises:
-        ValueError: when the parts do not fit together.
+        ValueError: when the fields contradict each other.
     """
 
     sample_id: int
@@ -201,9 +201,9 @@ class ClipError:
         epoch: the epoch it was drawn for.
         kind: class of failure.
         path: the chunk file.
-        frame_ids: frames wanted from it.
+        frame_ids: frames requested from it.
         cause: what went wrong, in words.
-        substitute_id: the sample delivered in its place, or None when the row is invalid instead.
+        substitute_id: the sample delivered in its place, or None if the row is marked invalid instead.
     """
 
     sample_id: int
@@ -220,19 +220,19 @@ class ClipBatch:
     """One micro-batch of one rank, ready for the model.
 
     Args:
-        frames_BTHWC: uint8 tensor (B*V, T, H, W, 3), RGB, on the target device; views of a clip are
-            neighbours (row b*V + v).
+        frames_BTHWC: uint8 tensor (B*V, T, H, W, 3), RGB, on the target device; the views of a clip are
+            adjacent (row b*V + v).
         tokens_BL: int64 tensor (B, L) of text token ids, zero padded, or None.
         labels_B: int64 tensor (B,) of class indices, or None.
-        sample_ids: int64 array (B,), the manifest row each row really holds (the substitute's where one
-            was needed).
+        sample_ids: int64 array (B,), the manifest row that each row holds; for a replaced clip, the row of
+            the substitute.
         view_ids: int64 array (B*V,), 0..V-1 repeating.
-        valid: bool array (B,); False for a row whose clip could not be read and was not substituted
-            (its frames are zeros and must not be scored).
+        valid: bool array (B,); False for a row whose clip could not be read and was not replaced; its
+            frames are zeros and must not be scored.
         epoch: the epoch the batch belongs to.
-        errors: the failures met while filling this batch.
-        caption_ids: int64 array (B,), which of the manifest's captions each row's text is, -1 for none of
-            them; or None.
+        errors: the clips that could not be read while this batch was filled.
+        caption_ids: int64 array (B,), index of the caption that is each row's text, -1 where the text is
+            not a caption; or None.
     """
 
     frames_BTHWC: torch.Tensor

@@ -1,7 +1,7 @@
-"""Calls a function in a fresh interpreter with a time limit, for what may crash or hang, such as drivers.
+"""Calls a function in a new interpreter with a time limit, for code that may crash or hang, such as drivers.
 
-Unlike a pool's processes, such an interpreter does not import the main module of the program, and what
-libraries print in it is not shown, except for the reason of a failure.
+Unlike the processes of a pool, this interpreter does not import the program's main module. The output of
+libraries in it is not shown, except for the reason of a failure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from avion_dali.child_process import die_with_parent
 
 TIMEOUT_S = 120.0  # the first use of a driver, or of packages on a cold shared disk, may take a minute
 
-# Without the empty entry, the working directory: a user's own modules may have names of this project's.
+# The empty entry of the path is the working directory, where a user's modules may have the same names as ours.
 _CHILD = (
     "import sys; sys.path[:] = filter(None, sys.path); "
     f"from {__name__} import answer_parent; answer_parent(sys.argv[1])"
@@ -29,15 +29,15 @@ _CHILD = (
 def call_in_subprocess(
     task: Callable[..., str | None], *arguments: str | int, timeout_s: float = TIMEOUT_S
 ) -> str | None:
-    """Call a function in a fresh interpreter.
+    """Call a function in a new interpreter.
 
     Args:
-        task: a module's function; returns what is wrong, or None.
-        *arguments: what it is called with.
+        task: a module-level function; returns a description of the problem, or None.
+        *arguments: arguments of the function.
         timeout_s: seconds after which the process is killed.
 
     Returns:
-        What the task returned, or how its process failed, in one line.
+        The task's return value, or one line that says how its process failed.
     """
     call = json.dumps([task.__module__, task.__name__, os.getpid(), arguments])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
@@ -58,32 +58,32 @@ def call_in_subprocess(
     if done.returncode:
         return said[-1] if said else f"its process ended with status {done.returncode}"
     answer: str | None = json.loads(done.stdout)
-    # DALI writes the cause of some failures to stderr only, as `[file:line] cause`.
+    # DALI writes the cause of some failures only to stderr, as `[file:line] cause`.
     remarks = [match[1] for line in said if (match := re.match(r"\[/[^\]]+:\d+\] (.+)", line))]
     return f"{answer} ({remarks[-1]})" if answer and remarks else answer
 
 
 def answer_parent(call: str) -> None:
-    """Run the task of `call_in_subprocess`, in the process that it started.
+    """Run the task of `call_in_subprocess` in the process that it has started.
 
     Args:
         call: JSON list of module, function, the parent's process id and the arguments.
     """
     module, function, parent_pid, arguments = json.loads(call)
     die_with_parent(parent_pid)
-    # Only the answer goes to the parent's pipe: libraries print to stdout as they like.
+    # Libraries may print to stdout, so only the answer goes to the parent's pipe.
     answers = os.dup(1)
     os.dup2(2, 1)
     answer = getattr(importlib.import_module(module), function)(*arguments)
     os.write(answers, json.dumps(answer).encode())
-    os._exit(0)  # without the clean-up of libraries, which takes time and may crash
+    os._exit(0)  # skip the clean-up of libraries, which takes time and may crash
 
 
 def import_modules(*names: str) -> None:
     """Import modules, as a task for `call_in_subprocess`.
 
     Args:
-        *names: dotted names.
+        *names: full module names.
     """
     for name in names:
         importlib.import_module(name)

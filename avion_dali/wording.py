@@ -1,4 +1,4 @@
-"""How names and errors are put into messages."""
+"""Formats names and errors for messages."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from itertools import islice
 
 
 def few(names: Collection[object], limit: int = 5) -> str:
-    """Join the first names of a collection and say how many more there are: "a, b, c and 4 more".
+    """Join the first names of a collection and give the number of the others: "a, b, c and 4 more".
 
     Args:
-        names: anything with a text, in the order to be shown.
-        limit: how many are shown.
+        names: any objects, shown by `str` in this order.
+        limit: largest number of names shown.
     """
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(str, islice(names, limit))) + more
 
 
 def few_lines(lines: Sequence[str], limit: int = 20) -> list[str]:
-    """Indent the first lines of a list for the console, with one more that says how many were left out.
+    """Indent the first lines of a list for the console; a last line gives the number of the others.
 
     Args:
-        lines: any number.
-        limit: how many are shown.
+        lines: the lines.
+        limit: largest number of lines shown.
     """
     more = [f"  and {len(lines) - limit} more"] if len(lines) > limit else []
     return [f"  {line}" for line in lines[:limit]] + more
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
-    """Return the first line of an error's message; libraries append pages of advice to theirs.
+    """Return the first line of an error's message, because some libraries append pages of advice.
 
     Args:
         error: the error.
-        limit: characters at most.
+        limit: largest number of characters.
     """
     return str(error).strip().partition("\n")[0][:limit]

@@ -82,11 +82,11 @@ def test_all_scores_together():
 @pytest.mark.parametrize(
     ("scores", "labels", "message"),
     [
-        (np.zeros((2, 3)), np.array([0]), "as many samples"),
+        (np.zeros((2, 3)), np.array([0]), "one row per label"),
         (np.zeros((0, 3)), np.array([], dtype=int), "not empty"),
         (np.full((1, 3), np.nan), np.array([0]), "not finite"),
         (np.zeros((1, 3)), np.array([3]), "3 classes"),
-        (np.zeros((1, 3)), np.array([-1]), "class of the training's table"),
+        (np.zeros((1, 3)), np.array([-1]), "class of the training manifest"),
     ],
 )
 def test_meaningless_input_is_refused(scores, labels, message):

@@ -206,5 +206,5 @@ def test_self_attention_takes_the_weights_and_gives_the_numbers_of_torch(backend
 
 @pytest.mark.parametrize("kind", [SelfAttention, FusedAttention])
 def test_width_must_divide_into_heads(kind):
-    with pytest.raises(UserError, match="width 10 does not divide into 3 heads"):
+    with pytest.raises(UserError, match="width 10 is not a multiple of the number of heads, 3"):
         kind(10, 3)

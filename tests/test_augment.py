@@ -205,5 +205,5 @@ def test_global_random_numbers_are_not_touched():
 
 
 def test_an_id_a_clip_is_needed():
-    with pytest.raises(ValueError, match="as many ids"):
+    with pytest.raises(ValueError, match="expected one id per clip"):
         augment_frames(batch(), FULL, KEY, np.arange(5))

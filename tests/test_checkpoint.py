@@ -80,7 +80,7 @@ def test_full_disk_keeps_the_old_file_and_names_the_path(tmp_path, monkeypatch):
     path = tmp_path / "c.pt"
     save_checkpoint(path, make_checkpoint(step=1))
     monkeypatch.setattr(module.torch, "save", FullDisk())
-    with pytest.raises(UserError, match="c.pt could not be written: No space left.*older file is intact"):
+    with pytest.raises(UserError, match="c.pt could not be written: No space left.*existing file is unchanged"):
         save_checkpoint(path, make_checkpoint(step=2))
     monkeypatch.undo()
     assert load_checkpoint(path).step == 1
@@ -114,8 +114,8 @@ def test_real_write_failure_inside_torch_is_a_user_error(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert "c.pt could not be written: File too large; the older file is intact" in first
-    assert "new.pt could not be written: File too large; no file was left there" in second
+    assert "c.pt could not be written: File too large; the existing file is unchanged" in first
+    assert "new.pt could not be written: File too large; no file was created" in second
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
 
@@ -199,7 +199,7 @@ def test_another_model_is_named_by_its_keys_and_changes_nothing():
     with pytest.raises(UserError) as caught:
         restore_model(model, state, source="f.pt")
     message = str(caught.value)
-    assert "f.pt holds another model" in message and "missing: bias" in message
+    assert "f.pt contains another model" in message and "missing: bias" in message
     assert "unexpected: extra0, extra1, extra2 and 2 more" in message
     assert "weight (3, 2) instead of (2, 2)" in message
     assert_same(before, weights(model))

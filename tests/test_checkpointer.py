@@ -41,7 +41,7 @@ def test_numbered_checkpoints_work_without_links(tmp_path, monkeypatch):
 def test_a_lonely_numbered_checkpoint_is_named(tmp_path):
     for step in (9, 12):
         (tmp_path / numbered_name(step)).write_bytes(b"precious")
-    with pytest.raises(UserError, match="holds checkpoint_00000012.pt and no checkpoint.pt: copy it"):
+    with pytest.raises(UserError, match="contains checkpoint_00000012.pt but no checkpoint.pt: copy it"):
         find_checkpoint(tmp_path, "auto")
 
 

@@ -245,7 +245,7 @@ def test_batch_without_texts_or_with_views_is_refused():
         Contrastive("openai").outputs(make_model(), batch, KEY)
     views = make_batch()
     views.sample_ids = views.sample_ids[:4]  # of which each then has two views
-    with pytest.raises(UserError, match=r"one view a clip.*data\.repeats"):
+    with pytest.raises(UserError, match=r"one view per clip.*data\.repeats"):
         Contrastive("openai").outputs(make_model(), views, KEY)
 
 

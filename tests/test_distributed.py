@@ -186,7 +186,7 @@ def test_incomplete_environment_is_a_user_error(bare_environment):
 def test_rank_without_a_gpu_is_a_user_error(bare_environment):
     bare_environment.setenv("LOCAL_RANK", "99")
     bare_environment.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="local rank 99 has no GPU: this machine shows 1"):
+    with pytest.raises(UserError, match="local rank 99 has no GPU, because this machine has 1"):
         init_distributed(use_cuda=True)
 
 
@@ -194,7 +194,7 @@ def test_absent_peers_are_a_user_error(bare_environment):
     port = str(free_port())
     for name, value in zip(RANK_VARIABLES, ("1", "1", "2", "127.0.0.1", port), strict=True):
         bare_environment.setenv(name, value)
-    with pytest.raises(UserError, match=f"rank 1 of 2 could not meet the others at 127.0.0.1:{port}"):
+    with pytest.raises(UserError, match=f"rank 1 of 2 could not join the process group at 127.0.0.1:{port}"):
         init_distributed(use_cuda=False, timeout_s=1)
 
 

@@ -86,7 +86,7 @@ def test_same_seed_gives_the_same_weights(model):
 
 
 def test_frame_size_must_fit_the_patches():
-    with pytest.raises(UserError, match="100 pixels do not divide into patches of 16"):
+    with pytest.raises(UserError, match="100 pixels cannot be divided into patches of 16"):
         build_dual_encoder(ModelConfig(size="tiny"), num_frames=2, frame_size=100)
 
 
@@ -165,5 +165,5 @@ def test_text_tower_is_a_causal_pre_norm_transformer():
 
 
 def test_text_width_must_divide_into_heads():
-    with pytest.raises(UserError, match="width 32 does not divide into 5 heads"):
+    with pytest.raises(UserError, match="width 32 is not a multiple of the number of heads, 5"):
         TextTowerConfig(context_length=8, vocab_size=50, width=32, layers=2, heads=5, embed_dim=16)

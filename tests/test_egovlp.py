@@ -215,7 +215,7 @@ def test_a_norm_is_neither_lost_nor_invented(tmp_path: Path) -> None:
     lavila = open_start(save_as(tmp_path / "w.pt", small_dual_encoder("timesformer"), "lavila"))
     facts = replace(lavila.facts, width=WIDTH, layers=LAYERS, patch_size=PATCH)
     assert facts.pre_norm and resolve_model(model_config(""), facts).pre_norm
-    with pytest.raises(UserError, match=r"have a norm before their first block; leave model\.pre_norm out"):
+    with pytest.raises(UserError, match=r"have a norm before their first block; remove model\.pre_norm"):
         resolve_model(replace(model_config(""), pre_norm=False), facts)
     for encoder in ("vit", "videomae"):
         with pytest.raises(UserError, match=r"model\.pre_norm = false is for model\.encoder timesformer"):
@@ -224,5 +224,5 @@ def test_a_norm_is_neither_lost_nor_invented(tmp_path: Path) -> None:
 
 def test_a_tower_alone_cannot_be_evaluated(egovlp: str) -> None:
     options, here = EvaluateConfig(checkpoint=egovlp, manifest="m"), Distributed(torch.device("cpu"))
-    with pytest.raises(UserError, match="holds a video tower alone; train or fine-tune from it first"):
+    with pytest.raises(UserError, match="contains only a video tower; train or fine-tune from it first"):
         evaluate_checkpoint(options, here)

@@ -145,12 +145,12 @@ def test_what_is_declared_decides_decay_layers_head_and_defaults():
 
 def test_frames_and_options_are_checked_by_declaration():
     config = pooled_config()
-    with pytest.raises(UserError, match="clips of 3 frames do not divide into tubes of 2"):
+    with pytest.raises(UserError, match="clips of 3 frames cannot be divided into tubes of 2"):
         build(replace(config, data=DataConfig(num_frames=3, frame_size=32)))
     for option in ({"patch_dropout": 0.5}, {"pre_norm": False}):
         with pytest.raises(UserError, match="for model.encoder"):
             resolve_model(replace(config.model, **option))
-    with pytest.raises(UserError, match="trains model.encoder videomae, not pooled"):
+    with pytest.raises(UserError, match="needs model.encoder = videomae, got pooled"):
         build_masked_video(config.model, num_frames=4, frame_size=32, decoder_depth=1)
 
 

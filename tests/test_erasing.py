@@ -96,5 +96,5 @@ def test_global_random_numbers_are_not_touched():
 
 @pytest.mark.parametrize("bad", [zeros(2).byte(), zeros(3)])
 def test_bytes_and_missing_ids_are_refused(bad):
-    with pytest.raises(ValueError, match="floating frames and an id a clip"):
+    with pytest.raises(ValueError, match="floating-point frames and one id per clip"):
         erase_boxes(bad, 0.5, KEY, np.arange(2))

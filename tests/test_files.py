@@ -74,10 +74,12 @@ def test_errors_of_the_system_name_the_file_and_the_way_out(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     path = tmp_path / "new" / "a.pt"
-    with pytest.raises(UserError, match=r"a\.pt could not be written: No space left.*no file was left there"):
+    with pytest.raises(UserError, match=r"a\.pt could not be written: No space left.*no file was created"):
         atomic_write(path, full)
     path.write_text("old")
-    with pytest.raises(UserError, match="the older file is intact. Free space or choose another folder"):
+    with pytest.raises(
+        UserError, match="the existing file is unchanged. Free disk space or choose another folder"
+    ):
         atomic_write(path, full)
     assert path.read_text() == "old" and names(path.parent) == ["a.pt"]
     (tmp_path / "folder").mkdir()

@@ -55,9 +55,9 @@ def test_a_stopped_rank_ends_the_others_with_the_cause():
             _, console = ranks[rank].communicate(timeout=60)
             assert ranks[rank].returncode == 1, console
             assert "Start again to continue" in console
-            if rank == 0 or "the first machine of the run does not answer" not in console:
+            if rank == 0 or "the first machine of the run no longer answers" not in console:
                 assert "error: rank 1 (" in console and f"process {ranks[1].pid})" in console
-                assert "has not given a sign of life for" in console
+                assert "has not responded for" in console
     finally:
         for process in ranks:
             process.kill()
@@ -105,7 +105,7 @@ def test_a_lost_store_is_noticed(monkeypatch):
         deadline = time.monotonic() + 30
         while not causes and time.monotonic() < deadline:
             time.sleep(0.05)
-    assert "the first machine of the run does not answer any more" in causes[0]
+    assert "the first machine of the run no longer answers" in causes[0]
 
 
 def keep_store(port: int) -> None:

@@ -211,7 +211,7 @@ def test_nan_is_never_best_and_unknown_metric_is_named(tmp_path):
     train_loop = make_loop(tmp_path, evaluate=scripted([float("nan"), 0.1]))
     assert train_loop.run().best_metric == 0.1
     other = make_loop(tmp_path / "b", evaluate=lambda: {"accuracy": 1.0})
-    with pytest.raises(UserError, match="'score' is not evaluated; choose from accuracy"):
+    with pytest.raises(UserError, match="does not report the best metric 'score'; choose one of accuracy"):
         other.run()
 
 

@@ -127,7 +127,7 @@ def test_guard_passes_finite_numbers_and_names_broken_ones(tmp_path):
 
 def test_guard_names_the_gradient_shortens_long_lists_and_writes_per_rank(tmp_path):
     guard = FiniteGuard(tmp_path, rank=3)
-    with pytest.raises(NonFiniteLossError, match=r"gradient norm is nan.* 16, 17 and 92 more \(all in"):
+    with pytest.raises(NonFiniteLossError, match=r"gradient norm is nan.* 16, 17 and 92 more \(all are listed"):
         watch(guard, 0, 1.0, float("nan"), samples=100)
     assert len(json.loads((tmp_path / "nonfinite.rank3.json").read_text())["sample_ids"]) == 100
 

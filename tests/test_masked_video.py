@@ -186,5 +186,5 @@ def test_built_from_a_configuration():
     assert len(model.encoder.blocks) == 4 and model.mask_token.shape == (1, 1, 96)
     with pytest.raises(UserError, match="clips of 5 frames .* multiple of 2"):
         build_masked_video(config, num_frames=5, frame_size=64, decoder_depth=3)
-    with pytest.raises(UserError, match=r"trains model\.encoder videomae, not vit; set model\.encoder"):
+    with pytest.raises(UserError, match=r"needs model\.encoder = videomae, got vit"):
         build_masked_video(ModelConfig(size="tiny"), num_frames=4, frame_size=64, decoder_depth=3)

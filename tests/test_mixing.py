@@ -126,5 +126,5 @@ def test_smoothed_targets_are_those_of_torch():
 
 
 def test_clips_and_labels_must_fit():
-    with pytest.raises(ValueError, match="as many labels"):
+    with pytest.raises(ValueError, match="expected one label per clip"):
         mix_clips(constant_clips([0.0, 1.0]), torch.tensor([1]), num_classes=2, config=BOTH, key=KEY)

@@ -52,7 +52,7 @@ def test_places_are_resized_as_open_clip_does(side, grid):
 def test_places_that_fit_are_kept_and_those_of_no_square_refused():
     positions = torch.randn(10, 6)
     assert resize_spatial_positions(positions, grid=3, extra=1) is positions
-    with pytest.raises(ValueError, match="cannot fit positions"):
+    with pytest.raises(ValueError, match="cannot resize positions"):
         resize_spatial_positions(positions, grid=4, extra=0)
     half = resize_spatial_positions(positions.half(), grid=4, extra=1)
     assert half.dtype == torch.float16 and half.shape == (17, 6)

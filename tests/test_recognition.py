@@ -109,14 +109,14 @@ def test_unreadable_clips_are_left_out_and_counted():
     result = evaluate(batches)
     assert result.sample_ids.tolist() == [0] and result.metrics()["unreadable"] == 2
     np.testing.assert_allclose(result.probabilities_NK, softmax([good]), atol=1e-6)
-    with pytest.raises(UserError, match="not one of 1"):
+    with pytest.raises(UserError, match="none of the 1"):
         evaluate([batch_of([0], [good], [0], valid=[False])])
 
 
 def test_classes_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="scores 2 classes, the manifest has 3"):
         evaluate([batch_of([0], [[1.0, 0.0, 0.0]], [0])], PixelLogits(classes=2))
-    with pytest.raises(UserError, match="class of the training's table"):
+    with pytest.raises(UserError, match="class of the training manifest"):
         evaluate([batch_of([0], [[1.0, 0.0, 0.0]], [-1])])
 
 
@@ -138,5 +138,5 @@ def test_masked_evaluation_is_the_mean_over_clips_and_repeats():
     part = run([masked_batch([0]), damaged])
     assert part["unreadable"] == 1 and part["clips"] == 2 and part["loss"] != together["loss"]
     damaged.valid[:] = False
-    with pytest.raises(UserError, match="not one of 2"):
+    with pytest.raises(UserError, match="none of the 2"):
         run([damaged])

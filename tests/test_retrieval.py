@@ -171,7 +171,7 @@ def test_chance_scores_lie_where_shuffling_puts_them():
 @pytest.mark.parametrize(
     ("similarity", "relevancy", "message"),
     [
-        (np.zeros((2, 3)), np.zeros((3, 2)), "must be equal"),
+        (np.zeros((2, 3)), np.zeros((3, 2)), "must have one"),
         (np.zeros((0, 3)), np.zeros((0, 3)), "not empty"),
         (np.array([[np.nan]]), np.ones((1, 1)), "not finite"),
         (np.ones((1, 1)), np.array([[1.5]]), r"in \[0, 1\]"),

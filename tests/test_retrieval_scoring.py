@@ -124,7 +124,7 @@ def test_unreadable_clips_are_left_out_and_counted(tmp_path: Path) -> None:
     assert result.metrics()["unreadable"] == 1
     assert all(isinstance(result.metrics()[name], int) for name in ("clips", "unreadable"))
     assert result.metrics()["map_v2t"] == pytest.approx(1)
-    with pytest.raises(UserError, match="not one of 2"):
+    with pytest.raises(UserError, match="none of the 2"):
         evaluate(manifest, [batch_of([0, 1], [1, 2], [False, False])])
 
 

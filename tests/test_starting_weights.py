@@ -106,15 +106,15 @@ def test_published_weights_that_cannot_be_had(monkeypatch):
         open_start("open_clip:ViT-B-16/openai")
     with pytest.raises(UserError, match=r"open_clip has ViT-B-16 as: openai, "):
         open_start("open_clip:ViT-B-16/opanai")
-    with pytest.raises(UserError, match=r"knows no pretrained ViT-Q"):
+    with pytest.raises(UserError, match=r"has no pretrained ViT-Q"):
         open_start("open_clip:ViT-Q/openai")
-    with pytest.raises(UserError, match=r"write open_clip:NAME/PRETRAINED"):
+    with pytest.raises(UserError, match=r"use open_clip:NAME/PRETRAINED"):
         open_start("open_clip:ViT-B-16")
 
 
 def test_an_open_clip_name_on_other_weights_is_refused(tmp_path):
     path = save_as(tmp_path / "w.pt", small_dual_encoder(), "avion-flash")
-    with pytest.raises(UserError, match="holds weights of avion; name the file without open_clip:"):
+    with pytest.raises(UserError, match="contains weights of avion; give the file without open_clip:"):
         open_start(f"open_clip:ViT-B-16/{path}")
 
 
@@ -182,8 +182,8 @@ def test_files_of_older_versions_and_of_other_objectives_are_known_by_their_head
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"step": 1}, "does not say which model it holds"),
-        ({"weights": {"encoder": "vit"}}, "its header is of another version"),
+        ({"step": 1}, "does not describe its model"),
+        ({"weights": {"encoder": "vit"}}, "its header belongs to another version"),
         ({"config": {"model": {"encoder": "vim"}}}, "'vim' is none of vit, timesformer, videomae"),
     ],
 )
@@ -204,7 +204,7 @@ def test_unreadable_files(tmp_path, name):
 
 def test_a_file_of_unknown_weights_is_named(tmp_path):
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(UserError, match=r"w\.pt: .*none of AVION's"):
+    with pytest.raises(UserError, match=r"w\.pt: .*not those of AVION"):
         open_start(str(tmp_path / "w.pt"))
 
 

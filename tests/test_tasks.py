@@ -169,7 +169,7 @@ def test_what_a_manifest_lacks_is_said_before_the_training(tmp_path: Path, rows:
 def test_masked_video_is_refused_for_other_encoders(tmp_path: Path, rows: list[Sample]) -> None:
     config = config_of("masked-video")
     config = replace(config, model=replace(config.model, encoder="vit"))
-    with pytest.raises(UserError, match="model.encoder videomae, not vit"):
+    with pytest.raises(UserError, match="model.encoder = videomae, got vit"):
         model_of(resolve(config, Distributed()), manifest_of(tmp_path, rows))
 
 

@@ -19,7 +19,7 @@ def test_encoders_are_known_by_name_and_an_unknown_one_is_refused():
         assert encoder_name(tower) == name
     with pytest.raises(UserError, match=r"model\.encoder = 'vim' is none of vit, timesformer, videomae"):
         build_video_tower(ModelConfig(encoder="vim"), num_frames=2, frame_size=32, embed_dim=8)
-    with pytest.raises(UserError, match="Linear is no encoder that is known here"):
+    with pytest.raises(UserError, match="Linear is not a known encoder"):
         encoder_name(nn.Linear(2, 2))
 
 

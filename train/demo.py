@@ -1,4 +1,4 @@
-"""The main job at small size: procedural videos -> chunks -> manifest -> training -> retrieval -> report.
+"""The whole workflow at small size: procedural videos, chunks, manifest, training, retrieval, report.
 
 python -m train.demo --output-dir runs/demo
 """

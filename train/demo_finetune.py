@@ -1,4 +1,4 @@
-"""Fine-tuning at small size: retrieval, recognition and VideoMAE on the demo's videos, each with its control.
+"""Fine-tuning at small size: retrieval, recognition and VideoMAE on the demo's videos, each with a control.
 
 python -m train.demo_finetune --output-dir runs/demo_finetune
 """

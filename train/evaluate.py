@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on a manifest: retrieval, recognition or reconstruction, as it was trained for.
+"""Evaluate a checkpoint on a manifest by retrieval, recognition or reconstruction, depending on its objective.
 
 python -m train.evaluate --checkpoint runs/pretrain/checkpoint_best.pt --manifest M --output metrics.json
 """

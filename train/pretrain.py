@@ -1,4 +1,4 @@
-"""Pre-train a video-text dual encoder (`contrastive`) or a video encoder alone (`masked-video`).
+"""Pre-train a video-text dual encoder (`contrastive`) or only a video encoder (`masked-video`).
 
 python -m train.pretrain --config pretrain_tiny --data.train_manifest M --decoder cpu-fused
 torchrun --nproc_per_node=8 -m train.pretrain --config pretrain_own --data.train_manifest M

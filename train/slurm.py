@@ -1,4 +1,4 @@
-"""Submit a training to SLURM, with one process per GPU; it continues after preemption and time limits.
+"""Submit a training to SLURM with one process per GPU; it resumes after preemption and time limits.
 
 python -m train.slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 -- pretrain --config pretrain_own ...
 """

@@ -1,1 +1,1 @@
-"""Puts the parts of the library together: configuration in, loader, training or evaluation out."""
+"""Builds loaders, trainings and evaluations from a configuration."""

@@ -1,4 +1,4 @@
-"""Whether two sides mean the same classes by their labels."""
+"""Checks that labels of two manifests, or of a manifest and weights, refer to the same classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAME_CLASSES = "--classes-from the training manifest; for kinetics --class-name
 
 
 def classes_fingerprint(manifest: Manifest) -> int:
-    """Return a checksum of a manifest's class names in label order; 0 without classes.
+    """Return a checksum of a manifest's class names in label order; 0 if it has no classes.
 
     Args:
         manifest: a manifest.
@@ -24,26 +24,26 @@ def classes_fingerprint(manifest: Manifest) -> int:
 
 
 def require_same_classes(train_manifest: Manifest, eval_manifest: Manifest) -> None:
-    """Refuse an evaluation whose labels mean other classes than the training's.
+    """Reject an evaluation manifest whose labels refer to other classes than those of the training manifest.
 
     Args:
         train_manifest: the training manifest.
         eval_manifest: the evaluation manifest.
 
     Raises:
-        UserError: when their classes differ, or one has none.
+        UserError: when their classes differ, or one of them has no classes.
     """
     class_table(train_manifest)
     class_table(eval_manifest)
     if classes_fingerprint(train_manifest) != classes_fingerprint(eval_manifest):
         raise UserError(
             f"{train_manifest.folder} and {eval_manifest.folder} number their classes differently; build the "
-            f"held-out manifest with the classes of the training's ({_SAME_CLASSES})"
+            f"held-out manifest with the classes of the training manifest ({_SAME_CLASSES})"
         )
 
 
 def require_classes_of_weights(config: TrainConfig, manifest: Manifest, start: StartWeights) -> None:
-    """Refuse labels that do not mean the classes of a head, as far as can be known.
+    """Reject a manifest whose classes are not those of the weights' head, as far as the weights name them.
 
     Args:
         config: the training's configuration.
@@ -51,21 +51,21 @@ def require_classes_of_weights(config: TrainConfig, manifest: Manifest, start: S
         start: the weights.
 
     Raises:
-        UserError: naming the first class that differs.
+        UserError: when the classes differ; names the first class that differs.
     """
     names = class_table(manifest).names
     if len(names) != start.facts.num_classes:
         raise UserError(
-            f"the model tells {start.facts.num_classes} classes apart and {manifest.folder} has {len(names)}; "
-            f"build the manifest with the classes of the training's ({_SAME_CLASSES})"
+            f"the model has {start.facts.num_classes} classes and {manifest.folder} has {len(names)}; "
+            f"build the manifest with the classes of the training manifest ({_SAME_CLASSES})"
         )
     differing = (item for item in enumerate(zip(start.classes, names, strict=False)) if len(set(item[1])) > 1)
     if found := next(differing, None):
         label, (trained, own) = found
         raise UserError(
             f"{manifest.folder} numbers its classes differently: class {label} of {start.source} is "
-            f"{trained!r}, there it is {own!r}; build the manifest with the classes of the training's "
-            f"({_SAME_CLASSES})"
+            f"{trained!r}, in the manifest it is {own!r}; build the manifest with the classes of the training "
+            f"manifest ({_SAME_CLASSES})"
         )
     if config.data.train_manifest and (Path(config.data.train_manifest) / "manifest.json").is_file():
         require_same_classes(Manifest(config.data.train_manifest), manifest)

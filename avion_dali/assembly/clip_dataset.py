@@ -1,4 +1,4 @@
-"""The clips of a manifest as a map-style dataset, for `torch.utils.data.DataLoader` and what builds on it.
+"""The clips of a manifest as a map-style dataset, for `torch.utils.data.DataLoader` and frameworks that use it.
 
 Axes: V views of a clip, T frames, H W pixels, C channels, L text tokens.
 """
@@ -30,31 +30,31 @@ _log = logging.getLogger(__name__)
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
-    """One clip per row of a manifest, decoded on the CPU core that asks for it.
+    """One clip per row of a manifest, decoded on the CPU in the calling process.
 
-    Item `i` of an epoch is the clip that `open_clips` with the same options delivers for row `i` in that
-    epoch, bit for bit. The dataset can be pickled, so it works with every start method of processes. Each
-    process keeps its own decoders and must call it from one thread.
+    Item `i` of an epoch is bit-identical to the clip that `open_clips` with the same options delivers for row
+    `i` in that epoch. The dataset can be pickled, so it works with every start method of processes. Each
+    process has its own decoders and must call it from one thread.
 
     An item is a dictionary:
 
-    - `frames`: uint8 tensor (T, H, W, 3), RGB; (V, T, H, W, 3) where clips have several views.
-    - `sample_id`: row of the manifest; that of a substitute where the row could not be read.
+    - `frames`: uint8 tensor (T, H, W, 3), RGB; (V, T, H, W, 3) if clips have several views.
+    - `sample_id`: row of the manifest; if the row could not be read, that of its substitute.
     - `label`: class index, or -1.
-    - `tokens`: int64 tensor (L,) of token ids, zero padded; only with texts.
+    - `tokens`: int64 tensor (L,) of token ids, zero padded; only if `context_length` is not 0.
     - `valid`: False for an evaluation clip that could not be read; its frames are zeros.
 
     Args:
-        manifest: folder made by `avion-dali manifest`, or the opened manifest.
-        num_frames: frames of a clip (T).
-        frame_size: side of the square frames in pixels.
+        manifest: folder made by `avion-dali manifest`, or an opened manifest.
+        num_frames: frames per clip (T).
+        frame_size: side length of the square frames in pixels.
         decoder: `cpu-fused`, `paper-fused` or `reference`.
-        seed: decides every random choice.
-        training: draw clips at random, and replace a clip that cannot be read by another, as `open_clips` does;
-            else fixed clips, `eval_clips` per row.
-        context_length: tokens per text (L), 0 for none; by default 77 where the manifest has texts.
-        max_bad_fraction: share of the rows that may be unreadable before a `UserError`; counted in each
-            process separately.
+        seed: determines every random choice.
+        training: True draws clips at random and replaces unreadable clips by substitutes, as `open_clips` does;
+            False uses fixed clips, `eval_clips` per row.
+        context_length: tokens per text (L), 0 for no tokens; by default 77 if the manifest has texts.
+        max_bad_fraction: fraction of the rows that may be unreadable before a `UserError` is raised; each
+            process counts separately.
         **options: the other fields of `avion_dali.config.ClipOptions`.
 
     Raises:
@@ -78,24 +78,24 @@ class ClipDataset(Dataset[dict[str, Any]]):
         if decoder not in CPU_DECODERS:
             raise UserError(
                 f"`decoder` = {decoder!r} does not run in the processes of a DataLoader; choose one of "
-                f"{', '.join(CPU_DECODERS)}, or open_clips, which takes dali too"
+                f"{', '.join(CPU_DECODERS)}, or use open_clips, which supports dali"
             )
         chosen = ClipOptions(num_frames=num_frames, frame_size=frame_size, **options)
         self.decoder, self.training = decoder, training
         self._planner = Planner(opened, ClipRules.from_options(chosen, training=training), seed=seed)
         self._context_length = default_context_length(opened) if context_length is None else context_length
-        # Shared memory: `set_epoch` reaches processes that a DataLoader keeps from epoch to epoch.
+        # In shared memory, so that `set_epoch` reaches the persistent processes of a DataLoader.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._faults = FaultPolicy(
             opened.num_samples, max_bad_fraction=max_bad_fraction, seed=seed, quarantine=None
         )
 
     def __len__(self) -> int:
-        """Clips: the rows of the manifest, times `eval_clips` for an evaluation."""
+        """Number of clips: the rows of the manifest, times `eval_clips` in an evaluation."""
         return self._planner.num_clips
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the clips of another epoch from now on, in all processes.
+        """Select the epoch whose clips are drawn from now on, in all processes.
 
         Args:
             epoch: epoch number, >= 0.
@@ -103,7 +103,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decode one clip; see the class for what an item is.
+        """Decode one clip; the class describes the item.
 
         Args:
             index: in [0, len).

@@ -1,7 +1,7 @@
 """Finds the DALI modules.
 
-In a checkout they are the package `pipelines` beside the library; in an installed wheel they are
-`avion_dali.pipelines`, so that the wheel adds one top-level package only.
+In a checkout they are the package `pipelines` next to the library; in an installed wheel they are
+`avion_dali.pipelines`, so that the wheel adds only one top-level package.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def pipelines_module(name: str) -> ModuleType:
-    """Import one DALI module under the only name that it has in this installation.
+    """Import a DALI module under its name in this installation.
 
-    In a checkout its folder is searched first, so that a package called `pipelines` in the user's own folder is
-    not imported instead. Decode processes inherit the search path.
+    In a checkout, the folder of the checkout is searched first, so that a package called `pipelines` in the
+    user's folder is not imported instead. Decode processes inherit the search path.
 
     Args:
         name: module name without its package, such as `support`.
 
     Raises:
-        ImportError: the module needs something that is not installed, such as DALI.
+        ImportError: the module needs a package that is not installed, such as DALI.
     """
     if not (_CHECKOUT / "pipelines" / "mini_clip.py").is_file():
         return importlib.import_module(f"avion_dali.pipelines.{name}")

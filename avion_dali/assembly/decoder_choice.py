@@ -1,4 +1,4 @@
-"""Chooses what decodes in a run."""
+"""Chooses the decoder of a run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ INSTEAD: Final = "`decoder` cpu-fused delivers the same clips on CPU cores"
 
 @dataclass(frozen=True)
 class DecoderChoice:
-    """What decodes in this run.
+    """The decoder of a run.
 
     Args:
-        name: a decoder's name, never `auto`.
-        reason: why this one.
+        name: name of the decoder, never `auto`.
+        reason: why this decoder was chosen.
     """
 
     name: str
@@ -28,19 +28,19 @@ class DecoderChoice:
 
 
 def decoder_names() -> tuple[str, ...]:
-    """Return all values that `decoder` may have."""
+    """Return all values of the option `decoder`."""
     return ("auto", "dali", *CPU_DECODERS)
 
 
 def choose_decoder(decoder: str, device: torch.device) -> DecoderChoice:
-    """Decide what decodes; `auto` takes DALI where NVDEC works, else `cpu-fused`.
+    """Choose the decoder; `auto` selects `dali` if NVDEC works and `cpu-fused` otherwise.
 
     Args:
-        decoder: what was asked for.
-        device: where the model runs.
+        decoder: value of the option.
+        device: device of the model.
 
     Raises:
-        UserError: when it cannot run here.
+        UserError: when there is no such decoder, or it cannot run here.
     """
     if decoder not in decoder_names():
         raise UserError(f"`decoder` = {decoder!r} is not a decoder; choose one of {', '.join(decoder_names())}")
@@ -62,7 +62,7 @@ def _nvdec_problem(device: torch.device) -> str | None:
 
 
 def _import_problem() -> str | None:
-    """Import what `decoder` dali needs on a CPU; returns why that failed."""
+    """Import the modules that `decoder` dali needs on a CPU; return why that failed, or None."""
     try:
         pipelines_module("dali_strategy")
     except (ImportError, OSError) as error:

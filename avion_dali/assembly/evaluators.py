@@ -1,4 +1,4 @@
-"""Assembles an evaluation: of a model in training, or of a file of weights."""
+"""Builds the evaluation of a model during training, or of a file of weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 def open_evaluator(
     run: ResolvedRun, model: nn.Module, manifest: Manifest, *, pool: WorkerPool
 ) -> Iterator[Evaluator]:
-    """Open what scores a model as it stands, as often as asked.
+    """Open an evaluator, which scores the current weights of a model each time it is called.
 
     Args:
         run: the resolved configuration.
@@ -42,13 +42,13 @@ def open_evaluator(
         pool: processes that decode.
 
     Yields:
-        A function that scores the model; its argument changes the frames, None leaves them.
+        A function that scores the model; its argument transforms the frames, None leaves them unchanged.
 
     Raises:
         UserError: when the manifest lacks what the evaluation needs.
     """
     scorer = run.task.build_scorer(run.config, model, manifest)
-    # One loader for all evaluations: workers keep the shared memory of every loader they have served.
+    # All evaluations share one loader, because workers keep the shared memory of every loader they have served.
     with open_run_clips(run, manifest, training=False, pool=pool) as loader:
 
         def score(transform: FramesTransform | None) -> EvaluationResult:
@@ -67,18 +67,18 @@ def open_evaluator(
 
 
 def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> EvaluationResult:
-    """Load a checkpoint and evaluate it as its own configuration says.
+    """Load a checkpoint and evaluate it with the configuration that it contains.
 
     Args:
         options: the checkpoint, the manifest, and how to decode.
-        distributed: this rank among all.
+        distributed: this process among all processes of the run.
 
     Raises:
         UserError: when the file or the manifest cannot be used.
     """
     start = open_start(options.checkpoint)
     if start.facts.role == "video-tower":
-        raise UserError(f"{start.source} holds a video tower alone; train or fine-tune from it first")
+        raise UserError(f"{start.source} contains only a video tower; train or fine-tune from it first")
     config = evaluation_config(trained_config(start), options)
     folder = options.manifest or config.data.eval_manifest
     if not folder:
@@ -86,7 +86,7 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Ev
     manifest = Manifest(folder)
     run = resolve(config, distributed, start)
     if options.frozen_frames and not run.task.has_frozen_control:
-        raise UserError("frozen_frames is for models that recognise or retrieve; leave it out")
+        raise UserError("frozen_frames applies only to recognition and retrieval models; remove this option")
     if start.facts.num_classes:
         require_classes_of_weights(config, manifest, start)
     model = load_model(run, start)
@@ -97,30 +97,30 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Ev
 
 
 def trained_config(start: StartWeights) -> TrainConfig:
-    """Return the configuration that weights were trained with, as far as they tell.
+    """Return the configuration that weights were trained with, as far as the file specifies it.
 
     Args:
         start: weights of this project or another.
 
     Raises:
-        UserError: when their dimensions are no model.size.
+        UserError: when no `model.size` has the dimensions of the weights.
     """
     config, facts = start.config or plain_config(start.facts), start.facts
     if not config:
         raise UserError(
             f"{start.source} has width {facts.width}, {facts.layers} blocks and patches of {facts.patch_size} "
-            f"pixels, which is no model.size ({', '.join(PRESETS)}); it cannot be used here"
+            f"pixels, which matches no model.size ({', '.join(PRESETS)}); it cannot be evaluated"
         )
     trained = TrainConfig.from_plain(config)
     return trained if start.config else replace(trained, output_dir="runs/evaluate")
 
 
 def evaluation_config(trained: TrainConfig, options: EvaluateConfig) -> TrainConfig:
-    """Return the configuration of a training, changed as an evaluation asks.
+    """Return the configuration of a training with the options of an evaluation applied.
 
     Args:
         trained: the training's configuration.
-        options: what to change; zeros and empty texts change nothing.
+        options: the options; zeros and empty strings keep the values of the training.
     """
     data = replace(
         trained.data,
@@ -134,9 +134,9 @@ def evaluation_config(trained: TrainConfig, options: EvaluateConfig) -> TrainCon
         decoder=options.decoder,
         output_dir=options.output_dir or trained.output_dir,
         data=data,
-        # The device may be another than that of the training.
+        # The evaluation may run on another kind of device than the training.
         model=replace(trained.model, temporal_resize="interpolate", attention="auto"),
         optim=replace(trained.optim, micro_batch=options.micro_batch),
-        # fp16 is for GPUs without bf16: the device of the evaluation may be another.
+        # fp16 is for GPUs without bf16, and the evaluation may run on another device.
         run=replace(trained.run, precision="auto") if trained.run.precision == "fp16" else trained.run,
     )

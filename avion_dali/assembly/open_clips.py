@@ -1,6 +1,6 @@
-"""Opens loaders of clips: the one place that knows what `decoder` means.
+"""Opens loaders of clips. This is the only module that interprets the option `decoder`.
 
-Training, evaluation, embeddings, plans and benchmarks open theirs here too.
+Training, evaluation, embeddings, plans and benchmarks open their loaders here as well.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEFAULT_CONTEXT_LENGTH = 77
-"""Tokens of a text where the caller names no number: what the text towers of CLIP take."""
+"""Tokens per text unless the caller specifies a number: that of CLIP's text towers."""
 ROWS_LOOKED_AT = 1000
 
 
@@ -54,13 +54,13 @@ class LoaderKeywords(ClipKeywords, total=False):
     """Further keywords of `open_clips`.
 
     Args:
-        prefetch_batches: see `avion_dali.config.LoaderOptions`, as for the next two.
-        clip_timeout_s: see there.
-        max_bad_fraction: see there.
-        accum_steps: batches per optimizer step, 1 by default; training leaves the last partial step out.
-        context_length: tokens per text, 0 for none; by default 77 where the manifest has texts.
-        quarantine: file that gets one JSON line per clip that could not be read; by default none.
-        pool: processes that several loaders share and the caller closes; by default a loader starts its own.
+        prefetch_batches: see `avion_dali.config.LoaderOptions`.
+        clip_timeout_s: see `avion_dali.config.LoaderOptions`.
+        max_bad_fraction: see `avion_dali.config.LoaderOptions`.
+        accum_steps: batches per optimizer step, 1 by default; training drops the last partial step.
+        context_length: tokens per text, 0 for no tokens; by default 77 if the manifest has texts.
+        quarantine: file to which one JSON line per unreadable clip is written; by default none.
+        pool: processes that several loaders share and the caller closes; by default each loader starts its own.
     """
 
     prefetch_batches: int
@@ -89,26 +89,27 @@ def open_clips(  # noqa: PLR0913 - the front door: its keywords are what a user 
 ) -> ClipLoader[Any]:
     """Open a loader of the clips of a manifest.
 
-    Every random choice is a function of the seed, the epoch and the row of the manifest: the clips do not
-    depend on the decoder, the number of workers or ranks, or where an interrupted epoch goes on.
+    Every random choice is a function of the seed, the epoch and the row of the manifest. The clips do not
+    depend on the decoder, the number of workers or ranks, or the point from which an interrupted epoch is
+    resumed.
 
-    The loader starts processes, which import the main module of the program again: call this below
+    The loader starts processes, which import the main module of the program again, so call this function below
     `if __name__ == "__main__":`. Close the loader, or use it in a `with` statement.
 
     Args:
-        manifest: folder made by `avion-dali manifest`, or the opened manifest.
-        batch_size: clips of a batch on this rank.
-        num_frames: frames of a clip (T).
-        frame_size: side of the square frames in pixels.
+        manifest: folder made by `avion-dali manifest`, or an opened manifest.
+        batch_size: clips per batch on this rank.
+        num_frames: frames per clip (T).
+        frame_size: side length of the square frames in pixels.
         decoder: `dali` (NVDEC, or DALI on the CPU), `cpu-fused`, `paper-fused`, `reference`, or `auto`, which
-            takes DALI where NVDEC works and else `cpu-fused`.
-        seed: decides every random choice.
-        training: shuffle each epoch anew, draw clips at random and leave the last partial batch out; else the
-            order of the manifest, fixed clips, and nothing left out.
-        device: where batches are delivered; by default this rank's GPU, or the CPU without one.
-        rank: number of this process; by default `RANK`, which torchrun sets, or 0.
-        world_size: number of processes; by default `WORLD_SIZE`, or 1.
-        workers: decoding processes; 0 takes this rank's share of the machine's cores.
+            selects `dali` if NVDEC works and `cpu-fused` otherwise.
+        seed: determines every random choice.
+        training: True shuffles each epoch, draws clips at random and drops the last partial batch; False keeps
+            the order of the manifest, uses fixed clips and drops nothing.
+        device: device of the delivered batches; by default this rank's GPU, or the CPU if there is no GPU.
+        rank: rank of this process; by default the variable `RANK`, which torchrun sets, or 0.
+        world_size: number of processes; by default the variable `WORLD_SIZE`, or 1.
+        workers: decode processes; 0 uses this rank's part of the machine's cores.
         **options: the other fields of `avion_dali.config.ClipOptions`, and those of `LoaderKeywords`.
 
     Returns:
@@ -137,7 +138,7 @@ def _schedule(
     seed: int,
     training: bool,
 ) -> BatchSchedule:
-    """Return which clips form which batch; `sizes` are clips per batch and batches per step."""
+    """Return the schedule that assigns clips to batches; `sizes` are clips per batch and batches per step."""
     batch_size, accum_steps = sizes
     require(batch_size >= 1, "`batch_size`", batch_size, ">= 1")
     require(accum_steps >= 1, "`accum_steps`", accum_steps, ">= 1")
@@ -197,7 +198,7 @@ def open_pool(options: LoaderOptions) -> WorkerPool:
     """Start the worker processes of this rank.
 
     Args:
-        options: how many, and the time limit of a clip.
+        options: number of processes, and the time limit per clip.
     """
     return WorkerPool(
         workers=options.workers or default_workers(ranks_on_machine()), timeout_s=options.clip_timeout_s
@@ -205,15 +206,15 @@ def open_pool(options: LoaderOptions) -> WorkerPool:
 
 
 def ranks_on_machine() -> int:
-    """Return how many training processes share this machine, as torchrun says."""
+    """Return the number of training processes on this machine, as set by torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def default_device(device: str | torch.device | None) -> torch.device:
-    """Return where batches go: as asked for, else this rank's GPU, else the CPU.
+    """Return the device of batches: the requested one, else this rank's GPU, else the CPU.
 
     Args:
-        device: what was asked for, if anything.
+        device: the requested device, or None.
     """
     if device is not None:
         return torch.device(device)
@@ -223,7 +224,7 @@ def default_device(device: str | torch.device | None) -> torch.device:
 
 
 def default_context_length(manifest: Manifest) -> int:
-    """Return how many tokens a text gets: 77 where the manifest has texts, else none.
+    """Return the number of tokens per text: 77 if the manifest has texts, else 0.
 
     Args:
         manifest: the manifest.
@@ -241,12 +242,12 @@ def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, i
 
 
 def _open_strategy(decoder: str, manifest: Manifest, device: torch.device) -> LoaderStrategy[Any]:
-    """The only place that knows how a decoder delivers clips."""
+    """Create the loading strategy of a decoder."""
     if decoder in CPU_DECODERS:
         return FramesStrategy(CPU_DECODERS[decoder])
     if device.type != "cuda":
         require_decodable_without_gpu(manifest)
-    # DALI takes a second to import, and exists for Linux only.
+    # Imported only when needed: importing DALI takes a second, and it exists only for Linux.
     threads = pipelines_module("graph").default_threads(
         "mixed" if device.type == "cuda" else "cpu", ranks_on_machine()
     )
@@ -255,13 +256,13 @@ def _open_strategy(decoder: str, manifest: Manifest, device: torch.device) -> Lo
 
 
 def require_decodable_without_gpu(manifest: Manifest) -> None:
-    """Check that DALI decodes all chunks of a manifest on the CPU.
+    """Check that DALI can decode all chunks of a manifest on the CPU.
 
     Args:
         manifest: the manifest.
 
     Raises:
-        UserError: when it does not; the message names the ways out.
+        UserError: when it cannot; the message names the alternatives.
     """
     decodable = pipelines_module("codecs").DECODABLE["cpu"]
     others = sorted(chunk_codecs(manifest) - decodable)

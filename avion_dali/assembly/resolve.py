@@ -1,4 +1,4 @@
-"""Decides what a configuration leaves open, once, before anything is built."""
+"""Resolves the automatic settings of a configuration once, before anything is built."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from avion_dali.tasks.task import Task
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A configuration with nothing left open, for one machine and one set of ranks.
+    """A configuration without automatic settings, for one machine and one set of ranks.
 
     Args:
-        config: the configuration; the activation, epsilon and norms of the model are those of the weights it
-            starts from, and its attention kernel is one that runs here.
-        task: what `objective.name` means.
-        decoder: what decodes.
-        precision: of the forward passes.
+        config: the configuration; the activation, epsilon and norms of the model are those of its initial
+            weights, and its attention kernel runs here.
+        task: the task of `objective.name`.
+        decoder: the decoder.
+        precision: precision of the forward passes.
         accum_steps: micro-batches per optimizer step and rank.
-        distributed: this rank among all.
+        distributed: this process among all processes of the run.
     """
 
     config: TrainConfig
@@ -40,11 +40,11 @@ class ResolvedRun:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device of the model."""
         return self.distributed.device
 
     def lines(self) -> list[str]:
-        """Return a few lines that say what was decided, for the console."""
+        """Return lines for the console that describe the resolved settings."""
         model, optim, world = self.config.model, self.config.optim, self.distributed.world_size
         return [
             f"decoder: {self.decoder.name} ({self.decoder.reason})",
@@ -57,15 +57,15 @@ class ResolvedRun:
 
 
 def resolve(config: TrainConfig, distributed: Distributed, start: StartWeights | None = None) -> ResolvedRun:
-    """Decide what a configuration leaves open.
+    """Resolve the automatic settings of a configuration.
 
     Args:
         config: the configuration.
-        distributed: this rank among all.
-        start: the weights that the model starts or goes on from; None for random weights.
+        distributed: this process among all processes of the run.
+        start: initial weights of the model, or those of the checkpoint; None for random weights.
 
     Raises:
-        UserError: when the configuration, the weights and this machine do not go together.
+        UserError: when the configuration, the weights and this machine are incompatible.
     """
     task = find_task(config.objective.name)
     device = distributed.device

@@ -1,4 +1,4 @@
-"""Opens the clips of a resolved training or evaluation."""
+"""Opens the loader of a resolved training or evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_run_clips(
     Args:
         run: the resolved configuration.
         manifest: the training or evaluation manifest.
-        training: whether clips are drawn for training; an evaluation takes micro-batches one by one.
+        training: True draws clips for training; False loads an evaluation, without gradient accumulation.
         pool: processes that the loaders of the run share.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Builds the model of a run and fills it with weights."""
+"""Builds the model of a run and loads weights into it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from avion_dali.models.starting_weights import StartReport, StartWeights, apply_
 
 
 def build_model(run: ResolvedRun, *, num_classes: int) -> nn.Module:
-    """Create the model of a run, on its device, with weights drawn from the run's seed.
+    """Create the model of a run on its device, with weights drawn from the run's seed.
 
     Args:
         run: the resolved configuration.
@@ -25,15 +25,15 @@ def build_model(run: ResolvedRun, *, num_classes: int) -> nn.Module:
 
 
 def fill_model(model: nn.Module, start: StartWeights, config: TrainConfig) -> StartReport:
-    """Load weights into the model of a configuration; positions are fitted to its frames.
+    """Load weights into a model; position tables are adapted to the configured frames.
 
     Args:
-        model: as the configuration describes it.
+        model: the model that the configuration describes.
         start: the weights.
         config: the run's resolved configuration.
 
     Raises:
-        UserError: when the weights do not fit.
+        UserError: when the weights do not fit the model.
     """
     assert config.model.activation != "auto"
     return apply_start(
@@ -46,16 +46,16 @@ def fill_model(model: nn.Module, start: StartWeights, config: TrainConfig) -> St
 
 
 def load_model(run: ResolvedRun, start: StartWeights) -> nn.Module:
-    """Create the model of a file of weights, filled and in evaluation mode.
+    """Create the model of a file of weights and load them, in evaluation mode.
 
     Args:
-        run: the weights' configuration, resolved.
+        run: the resolved configuration of the weights.
         start: the weights.
 
     Raises:
-        UserError: when the weights do not fit.
+        UserError: when the weights do not fit the model.
     """
-    # A tower alone has no head; one class is the smallest head that nobody asks.
+    # A video tower without a head gets an unused head with one class.
     model = build_model(run, num_classes=start.facts.num_classes or 1)
     fill_model(model, start, run.config)
     return model.eval()

@@ -1,4 +1,4 @@
-"""Assembles a training: configuration in, `TrainLoop` out."""
+"""Builds the `TrainLoop` of a configuration."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLoop]:
-    """Build a training, resumed where its folder holds a checkpoint.
+    """Build a training; it resumes from a checkpoint if its folder contains one.
 
     Args:
         config: the run's configuration.
-        distributed: this rank among all.
+        distributed: this process among all processes of the run.
 
     Yields:
-        The loop, ready to run. When it has all its steps at the end, the weights are exported.
+        The loop, ready to run. The weights are exported afterwards if all steps are done.
 
     Raises:
-        UserError: when a manifest, the weights to start from or a checkpoint do not fit.
+        UserError: when a manifest, the initial weights or a checkpoint do not fit the configuration.
     """
     if not config.data.train_manifest:
         raise UserError("config: data.train_manifest is not set; make one with `avion-dali manifest`")
@@ -83,21 +83,21 @@ def training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLoo
 
 
 def _open_start(config: TrainConfig, latest: Path | None) -> StartWeights | None:
-    """Open what a run starts from.
+    """Open the initial weights of a run.
 
-    A run that goes on is described by its checkpoint: what it once started from need not exist any more.
+    A resumed run opens its checkpoint; the weights that it started from originally may no longer exist.
     """
     if latest is None:
         return open_start(config.model.weights) if config.model.weights else None
     try:
         return open_start(str(latest))
     except UserError:
-        load_checkpoint(latest)  # of a damaged checkpoint it knows what to say
+        load_checkpoint(latest)  # raises a more helpful error if the checkpoint is damaged
         raise
 
 
 def _require_whole_steps(run: ResolvedRun, manifest: Manifest) -> None:
-    """Refuse batch sizes that do not divide, and manifests smaller than one step."""
+    """Reject batch sizes that do not divide evenly, and manifests smaller than one step."""
     optim, world = run.config.optim, run.distributed.world_size
     if optim.global_batch % (optim.micro_batch * world):
         raise UserError(
@@ -145,12 +145,12 @@ def _build_loop(
 def resume_facts(
     config: TrainConfig, train_manifest: Manifest, eval_manifest: Manifest | None
 ) -> dict[str, int | float | str]:
-    """Return what must not change when a run is resumed: its data, and what its weights mean.
+    """Return the facts that must not change when a run is resumed: its data and the meaning of its weights.
 
     Args:
         config: the run's configuration.
         train_manifest: the training manifest.
-        eval_manifest: the evaluation manifest, whose scores the best checkpoint is chosen by.
+        eval_manifest: the evaluation manifest, whose scores select the best checkpoint.
     """
     data = ("num_frames", "frame_size", "normalization", "sampling", "stride", "repeats")
     return {

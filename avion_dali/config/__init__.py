@@ -1,7 +1,8 @@
 """Typed configuration: YAML files and the command line fill these dataclasses.
 
-Every field is checked here, once; a message names the key and what is allowed. No defaults are hidden
-elsewhere, and a recipe in `configs/` writes only the fields that differ from these.
+Every field is checked once, when a configuration is created; error messages name the key and its allowed
+values. All defaults are defined here, and a recipe in `configs/` contains only the fields that differ from
+them.
 """
 
 from avion_dali.config.commands import EvaluateConfig, TrainConfig

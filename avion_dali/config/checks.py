@@ -1,4 +1,4 @@
-"""How a configuration says that a value is not allowed."""
+"""Checks the values of a configuration."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from avion_dali.contracts import UserError
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
-    """Raise unless a condition holds.
+    """Raise an error unless a value is allowed.
 
     Args:
         condition: whether the value is allowed.
-        key: the setting's full name, such as `optim.epochs`; or its name alone between backticks, which a
+        key: full name of the setting, such as `optim.epochs`; or only its last part between backticks, which a
             command replaces by its own key or option.
-        value: what it was set to.
-        allowed: what it may be, in words.
+        value: value of the setting.
+        allowed: description of the allowed values.
 
     Raises:
-        UserError: naming the key, its value and what is allowed.
+        UserError: names the key, its value and the allowed values.
     """
     if not condition:
         raise UserError(f"{key} = {value!r} is not allowed; it must be {allowed}")

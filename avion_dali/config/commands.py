@@ -1,4 +1,4 @@
-"""What each entry point is told."""
+"""Configurations of the training and evaluation commands."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from avion_dali.contracts import UserError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a training needs.
+    """Configuration of a training.
 
     Args:
-        output_dir: folder of this run: checkpoints, logs, report.
-        decoder: how clips are decoded: `dali`, `cpu-fused`, `paper-fused`, `reference`, or `auto`, which takes
-            DALI where NVDEC works and else `cpu-fused`.
-        resume: `auto` continues from `output_dir` when it holds a checkpoint, `never` refuses such a folder.
-        data: where clips come from.
-        augment: what is done to them on the device.
+        output_dir: folder of this run for checkpoints, logs and the report.
+        decoder: how clips are decoded: `dali`, `cpu-fused`, `paper-fused`, `reference`, or `auto`, which
+            selects `dali` if NVDEC works and `cpu-fused` otherwise.
+        resume: `auto` continues from the checkpoint in `output_dir` if there is one, `never` rejects such a
+            folder.
+        data: manifests, and how clips are drawn and loaded.
+        augment: augmentation of clips on the device.
         model: the model.
-        objective: what is minimised.
-        optim: batches and optimizer.
-        run: seed, precision, intervals.
+        objective: the objective and its settings.
+        optim: batch sizes and optimizer.
+        run: seed, precision and intervals.
     """
 
     output_dir: str = "runs/pretrain"
@@ -44,35 +45,37 @@ class TrainConfig:
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> TrainConfig:
-        """Rebuild a configuration from the plain values kept in a checkpoint.
+        """Rebuild a configuration from the plain values in a checkpoint.
 
         Args:
-            values: what `dataclasses.asdict` made of a configuration.
+            values: output of `dataclasses.asdict` for a configuration.
 
         Raises:
-            UserError: when a key is not one of this version's.
+            UserError: when this version does not have one of the keys.
         """
         try:
             built: TrainConfig = _from_plain(cls, values)
         except TypeError as error:
-            raise UserError(f"the checkpoint's configuration is of another version: {error}") from error
+            raise UserError(
+                f"the checkpoint's configuration belongs to another version of avion_dali: {error}"
+            ) from error
         return built
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What to evaluate, and how.
+    """Configuration of an evaluation.
 
     Args:
-        checkpoint: a checkpoint of a training, or its exported safetensors.
+        checkpoint: a checkpoint of a training, or its exported safetensors file.
         manifest: manifest to evaluate on; by default the evaluation manifest of the training.
-        decoder: how clips are decoded, as in training.
-        workers: decode processes per rank; 0 takes the machine's cores divided by the ranks on it.
+        decoder: how clips are decoded, see `TrainConfig`.
+        workers: decode processes per rank; 0 uses the machine's cores divided by the ranks on it.
         micro_batch: clips per forward pass.
-        num_frames: frames of a clip; 0 as trained. Frame positions are interpolated.
-        eval_clips: clips per row; 0 as trained.
-        eval_crops: windows per clip, 1 or 3; 0 as trained.
-        frozen_frames: control: feed each clip's first frame repeated.
+        num_frames: frames per clip; 0 uses the value of the training. Position tables are interpolated.
+        eval_clips: clips per row; 0 uses the value of the training.
+        eval_crops: crop windows per clip, 1 or 3; 0 uses the value of the training.
+        frozen_frames: control experiment that repeats each clip's first frame.
         output: file for the metrics as JSON; empty for none.
         output_dir: folder for `quarantine.jsonl`; by default the training's.
     """
@@ -97,7 +100,7 @@ class EvaluateConfig:
 
 
 def _from_plain(kind: Any, values: dict[str, Any]) -> Any:
-    """Build a dataclass from plain values: sections are dataclasses too, and files hold lists for tuples."""
+    """Build a dataclass from plain values; sections become dataclasses, and lists become tuples."""
     types = typing.get_type_hints(kind)
 
     def built(name: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Where clips come from, how they are drawn, and what is done to them on the device."""
+"""Settings of manifests, clips, loading and augmentation."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ class ClipOptions:
     """How clips are drawn from the rows of a manifest.
 
     Args:
-        num_frames: frames of a clip (T).
-        frame_size: side of a frame in pixels after cropping.
-        sampling: which frames make a clip: `segments` takes one from each of T equal parts of the row's span
-            (AVION, LaViLa); `strided` every `stride`-th frame from a random start (VideoMAE pre-training);
-            `dense` T frames spread over a random window of T x `stride` (VideoMAE fine-tuning).
-        stride: source frames between neighbours, for `strided` and `dense`.
-        crop: how training windows are drawn, a name of `avion_dali/data/crops.py`: `random-resized`;
-            `simple-random`, a square as high as the frame at a random place (DeiT III); `multi-scale`, one of
-            13 places in one of four sizes (VideoMAE pre-training); `centre`.
-        crop_scale: random-resized-crop area range, as shares of the frame.
-        crop_ratio: random-resized-crop aspect range (width / height), drawn log-uniformly.
-        flip_probability: chance that a training clip is mirrored left to right.
-        repeats: training views of one decoded clip, each with a window and flip of its own (repeated
-            augmentation); batch sizes count clips, so the model sees `repeats` times as many.
-        eval_clips: evaluation clips per row, spread evenly over its span; scores are averaged.
-        eval_crops: evaluation windows per clip along the longer side, 1 (centre) or 3.
-        text: text of a training clip: `own` draws one of its row's narrations; `relevant` one of the
+        num_frames: frames per clip (T).
+        frame_size: side length of a frame in pixels after cropping.
+        sampling: how the frames of a clip are chosen: `segments` takes one frame from each of T equal parts of
+            the row's span (AVION, LaViLa); `strided` takes every `stride`-th frame from a random start
+            (VideoMAE pre-training); `dense` spreads T frames over a random window of T x `stride` frames
+            (VideoMAE fine-tuning).
+        stride: source frames between neighboring frames of a clip, for `strided` and `dense`.
+        crop: how crop windows are drawn in training, a rule of `avion_dali/data/crops.py`: `random-resized`;
+            `simple-random`, a square as high as the frame at a random position (DeiT III); `multi-scale`, one
+            of 13 positions in one of four sizes (VideoMAE pre-training); `centre`.
+        crop_scale: range of the window's area in `random-resized`, as fractions of the frame.
+        crop_ratio: range of the window's aspect ratio (width / height) in `random-resized`, drawn
+            log-uniformly.
+        flip_probability: probability that a training clip is mirrored left to right.
+        repeats: training views per decoded clip, each with its own crop window and flip (repeated
+            augmentation). Batch sizes count clips, so the model sees `repeats` times as many views.
+        eval_clips: evaluation clips per row, spread evenly over its span; their scores are averaged.
+        eval_crops: crop windows per evaluation clip along the longer side, 1 (center) or 3.
+        text: text of a training clip: `own` draws one of the texts of its row; `relevant` draws one of the
             manifest's captions whose relevancy to the row exceeds `relevancy_threshold`.
-        relevancy_threshold: see `text`.
+        relevancy_threshold: threshold of `relevant`, in [0, 1); see `text`.
 
     Raises:
         UserError: when a value is out of range.
@@ -79,10 +81,10 @@ class LoaderOptions(ClipOptions):
     """How clips are drawn and loaded; see also `ClipOptions`.
 
     Args:
-        workers: decode processes per rank; 0 takes the machine's cores divided by the ranks on it.
-        prefetch_batches: micro-batches decoded ahead of the model.
-        clip_timeout_s: seconds after which a clip's worker is killed and the clip replaced.
-        max_bad_fraction: share of the manifest's rows that may fail before the run stops.
+        workers: decode processes per rank; 0 uses the machine's cores divided by the ranks on it.
+        prefetch_batches: number of micro-batches decoded ahead of the model.
+        clip_timeout_s: seconds after which the worker of a clip is killed and the clip is replaced.
+        max_bad_fraction: fraction of the manifest's rows that may fail before the run stops.
 
     Raises:
         UserError: when a value is out of range.
@@ -103,12 +105,12 @@ class LoaderOptions(ClipOptions):
 
 @dataclass(frozen=True)
 class DataConfig(LoaderOptions):
-    """Where clips come from and how they are drawn and loaded; see also `LoaderOptions`.
+    """Manifests, and how their clips are drawn and loaded; see also `LoaderOptions`.
 
     Args:
-        train_manifest: folder made by `avion-dali manifest`; empty for evaluation only.
+        train_manifest: folder made by `avion-dali manifest`; empty if the run only evaluates.
         eval_manifest: folder of the held-out manifest; empty to train without evaluation.
-        normalization: pixel mean and deviation; see `avion_dali/device_ops/normalize.py`.
+        normalization: mean and standard deviation of pixels; see `avion_dali/device_ops/normalize.py`.
     """
 
     train_manifest: str = ""
@@ -118,13 +120,13 @@ class DataConfig(LoaderOptions):
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What is done to the pixels of training clips on the device; the same for all frames of a clip.
+    """Augmentation of training clips on the device; it is the same for all frames of a clip.
 
     Args:
-        color_jitter: strength of random brightness, contrast and saturation; 0 for none.
-        rand_augment_ops: RandAugment operations per clip; 0 for none.
-        rand_augment_magnitude: their strength, 0 to 10.
-        erasing_probability: chance that a box of the clip is filled with noise.
+        color_jitter: strength of random brightness, contrast and saturation; 0 turns it off.
+        rand_augment_ops: RandAugment operations per clip; 0 turns it off.
+        rand_augment_magnitude: strength of the operations, 0 to 10.
+        erasing_probability: probability that a box of the clip is filled with noise.
     """
 
     color_jitter: float = 0.0

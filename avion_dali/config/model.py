@@ -1,4 +1,4 @@
-"""The networks."""
+"""Settings of the model."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ Activation = Literal["gelu", "quick_gelu"]
 AttentionBackend = Literal["auto", "sdpa", "flash-attn", "xformers", "math"]
 TemporalResize = Literal["interpolate", "truncate"]
 DEFAULT_NORM_EPS: Final = 1e-6
-"""LayerNorm epsilon of a video tower whose configuration and weights do not give one."""
+"""LayerNorm epsilon of a video tower if neither its configuration nor its weights specify one."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The video encoder and, for retrieval, the text tower beside it.
+    """The video encoder and, for retrieval, its text tower.
 
     Args:
         encoder: name of a video tower in `avion_dali/models/towers.py`: `vit` (AVION), `timesformer` (LaViLa)
             or `videomae` (tubelets, mean of tokens).
-        size: a row of `avion_dali/models/presets.py`.
-        weights: what to start from: empty for random weights; a file (a checkpoint or safetensors file of this
+        size: a key of `avion_dali/models/presets.py`.
+        weights: initial weights: empty for random weights; a file (a checkpoint or safetensors file of this
             project, AVION, LaViLa, EgoVLP, VideoMAE or open_clip); or `open_clip:NAME/PRETRAINED`, such as
             `open_clip:ViT-B-16/openai`.
-        temporal_resize: how frame positions of these weights are fitted to fewer frames: `interpolate`, or
-            `truncate` as in AVION.
+        temporal_resize: how the frame positions of the initial weights are adapted to fewer frames:
+            `interpolate`, or `truncate` as in AVION.
         embed_dim: width of the shared video-text space.
-        activation: `gelu` (exact) or `quick_gelu`; `auto` takes what the weights were trained with, else the
-            default of the encoder. AVION's released models ran OpenAI's weights with `gelu`; set it to repeat
-            that.
-        norm_eps: LayerNorm epsilon of the video tower, 1e-6 in AVION's models and 1e-5 in OpenAI's; 0 takes
-            that of the weights, else 1e-6.
-        pre_norm: LayerNorm in front of the first block. Only a `timesformer` can be built without it; EgoVLP's
-            weights have none, and a run that starts from them follows.
-        context_length: number of text tokens that the text tower takes.
+        activation: `gelu` (exact) or `quick_gelu`; `auto` uses the activation that the initial weights were
+            trained with, or without such weights the default of the encoder. AVION's released models ran
+            OpenAI's weights with `gelu`; set it to reproduce them.
+        norm_eps: LayerNorm epsilon of the video tower, 1e-6 in AVION's models and 1e-5 in OpenAI's; 0 uses that
+            of the initial weights, or 1e-6 without such weights.
+        pre_norm: LayerNorm in front of the first block. Only a `timesformer` can be built without it. EgoVLP's
+            weights have none, so a run that starts from them has none either.
+        context_length: number of tokens that the text tower takes per text.
         drop_path: stochastic depth rate.
         drop_path_schedule: `constant` over the blocks, as in AVION's recipes, or `linear` from 0 in the first
             block to `drop_path` in the last (Huang et al. 2016, arXiv 1603.09382).
-        patch_dropout: share of patch tokens dropped in training (`vit` only).
-        attention: kernel of the video encoder's attention; `auto` takes the best one that works on the device.
-        checkpoint_every: recompute the activations of every n-th block in the backward pass: 0 none, 1 all.
+        patch_dropout: fraction of patch tokens dropped in training (`vit` only).
+        attention: attention kernel of the video encoder; `auto` selects the best one that works on the device.
+        checkpoint_every: recompute the activations of every n-th block in the backward pass (activation
+            checkpointing); 0 for no block, 1 for all blocks.
         compile: run torch.compile on each block.
         train_logit_scale: learn the temperature; the published recipe keeps it at 0.07.
     """

@@ -1,4 +1,4 @@
-"""What a training minimises: one name and one sub-section for each objective."""
+"""Settings of the objectives: the name of the chosen one, and one section per objective."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class ContrastiveConfig:
     """InfoNCE over all clips and texts of a step.
 
     Args:
-        local_loss: each rank scores its own rows against all columns; the same gradient, less memory for
-            very many ranks.
+        local_loss: each rank scores only its own clips and texts against those of all ranks. The gradient is
+            the same, and memory is saved with very many ranks.
     """
 
     local_loss: bool = False
@@ -22,14 +22,14 @@ class ContrastiveConfig:
 
 @dataclass(frozen=True)
 class MaxMarginConfig:
-    """Retrieval fine-tuning with graded relevancy between clips and captions.
+    """Retrieval fine-tuning on clips and captions.
 
     Args:
         loss: `max-margin` (AVION, LaViLa), which ignores relevancy; or `symmetric-multi-similarity` (SMS,
-            Wang et al. 2024), which grades pairs by it.
-        margin: least distance between the cosines of a right pair and a wrong one; for SMS, between pairs whose
-            relevancies are 1 and 0 (its recipes take 0.6).
-        relaxation: SMS only: how far the cosines of equally relevant pairs may lie apart.
+            Wang et al. 2024), which scales margins by relevancy.
+        margin: required difference between the cosines of a matching and a non-matching pair; for SMS, between
+            pairs with relevancies 1 and 0 (its recipes use 0.6).
+        relaxation: SMS only: allowed difference between the cosines of equally relevant pairs.
     """
 
     loss: Literal["max-margin", "symmetric-multi-similarity"] = "max-margin"
@@ -46,12 +46,13 @@ class ClassificationConfig:
     """Soft-target cross-entropy over the manifest's classes.
 
     Args:
-        dropout: before the head.
-        label_smoothing: share of a target spread over all classes.
-        mixup: alpha of the Beta distribution of mixing weights; 0 for none.
-        cutmix: the same for pasted boxes; with both, one is drawn for each step.
-        mix_probability: chance that a step mixes at all.
-        switch_probability: with both, chance that a mixing step takes CutMix.
+        dropout: dropout probability before the head.
+        label_smoothing: part of a target's probability that is spread over all classes.
+        mixup: alpha of the Beta distribution of mixup weights; 0 turns mixup off.
+        cutmix: alpha of the Beta distribution of CutMix weights; 0 turns CutMix off. If both are on, each step
+            uses one of them.
+        mix_probability: probability that a step mixes clips.
+        switch_probability: if both are on, probability that a mixing step uses CutMix.
     """
 
     dropout: float = 0.0
@@ -73,12 +74,12 @@ class ClassificationConfig:
 
 @dataclass(frozen=True)
 class MaskedVideoConfig:
-    """VideoMAE: predict the pixels of masked tubes.
+    """VideoMAE: predicts the pixels of masked tubes.
 
     Args:
-        mask_ratio: share of tubes hidden.
-        decoder_depth: blocks of the decoder.
-        normalize_target: predict each tube's pixels less their mean and divided by their deviation.
+        mask_ratio: fraction of tubes that are hidden.
+        decoder_depth: number of blocks of the MAE decoder.
+        normalize_target: normalize the target pixels of each tube to zero mean and unit standard deviation.
     """
 
     mask_ratio: float = 0.9
@@ -93,15 +94,15 @@ class MaskedVideoConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Which objective, and the settings of each.
+    """The chosen objective, and the settings of all objectives.
 
     Args:
         name: `contrastive` (video-text pre-training), `max-margin` (retrieval fine-tuning), `classification`
             (recognition) or `masked-video` (VideoMAE pre-training).
-        contrastive: settings of that objective.
-        max_margin: settings of that objective.
-        classification: settings of that objective.
-        masked_video: settings of that objective.
+        contrastive: settings of `contrastive`.
+        max_margin: settings of `max-margin`.
+        classification: settings of `classification`.
+        masked_video: settings of `masked-video`.
     """
 
     name: str = "contrastive"

@@ -1,4 +1,4 @@
-"""Batch sizes, the optimizer, and how a run proceeds."""
+"""Settings of batches, the optimizer, and the run."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ class OptimConfig:
     Args:
         optimizer: `adamw`, `lion` (Chen et al. 2023, arXiv 2302.06675) or `sgd` with momentum `beta1`.
         global_batch: clips per optimizer step over all ranks.
-        micro_batch: clips per forward pass on one rank; accumulation follows from both.
+        micro_batch: clips per forward pass on one rank; the number of accumulated micro-batches follows.
         epochs: passes over the training manifest.
-        learning_rate: peak rate.
-        rate_batch: batch that all rates below are stated for: they are multiplied by `global_batch` /
-            `rate_batch`. 0 takes them as they stand.
-        schedule: `cosine` (after warm-up) or `constant`.
+        learning_rate: peak learning rate.
+        rate_batch: batch size for which all learning rates are given; they are multiplied by `global_batch` /
+            `rate_batch`. 0 uses them unchanged.
+        schedule: `cosine` or `constant`, after warm-up.
         warmup_epochs: epochs of linear warm-up from `warmup_learning_rate`; may be fractional.
-        warmup_learning_rate: rate of the first step.
-        final_learning_rate: what the cosine falls to.
-        layer_decay: factor on the rate from one block to the block before it; 1 for none.
-        weight_decay: decay of matrices (norms, biases and position tables are exempt).
-        beta1: first-moment decay; SGD's momentum.
+        warmup_learning_rate: learning rate of the first step.
+        final_learning_rate: learning rate at the end of the cosine.
+        layer_decay: factor between the learning rates of a block and the next block; 1 for equal rates.
+        weight_decay: weight decay of matrices; norms, biases and position tables are exempt.
+        beta1: first-moment decay; momentum of SGD.
         beta2: second-moment decay.
         eps: AdamW epsilon.
-        clip_grad_norm: largest gradient norm; 0 for none.
-        ema_decay: keep an average of the weights with this decay per step and evaluate it; 0 for none.
+        clip_grad_norm: largest gradient norm; 0 for no limit.
+        ema_decay: decay per step of a running average of the weights, which is then evaluated; 0 for no
+            average.
     """
 
     optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
@@ -70,27 +71,29 @@ class OptimConfig:
 
     @property
     def rate_factor(self) -> float:
-        """What all learning rates are multiplied by."""
+        """Factor of all learning rates."""
         return self.global_batch / self.rate_batch if self.rate_batch else 1.0
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Seed, precision and how often things happen.
+    """Seed, precision, and intervals of logs, checkpoints and evaluations.
 
     Args:
-        seed: decides every random choice of data, initialisation and regularisation.
-        precision: `auto` takes bf16 on GPUs that have it, fp16 with a scaler on older ones, fp32 on CPU.
-        sharding: how several ranks share the model: `replicate` (DDP) or `shard` (FSDP2: parameters, gradients
-            and optimizer state in equal parts).
+        seed: determines every random choice of data, initialization and regularization.
+        precision: `auto` uses bf16 on GPUs that support it, fp16 with a gradient scaler on older GPUs, and fp32
+            on the CPU.
+        sharding: how several ranks hold the model: `replicate` (DDP), or `shard` (FSDP2, which splits
+            parameters, gradients and optimizer state into equal parts).
         log_every: optimizer steps between log rows.
         eval_every: epochs between evaluations.
-        save_every: optimizer steps between checkpoints within an epoch; 0 for none.
-        save_minutes: minutes between checkpoints within an epoch; 0 for none.
-        keep_last: numbered checkpoints kept beside the latest and the best; 0 for none.
-        spike_factor: a step whose loss exceeds this multiple of the recent median is a spike; 0 looks for none.
-        on_spike: `log` it, leave that step's update out (`skip`), or `stop`.
-        max_steps: stop after this many optimizer steps; 0 runs all epochs.
+        save_every: optimizer steps between checkpoints within an epoch; 0 saves only at the ends of epochs.
+        save_minutes: minutes between checkpoints within an epoch; 0 saves only at the ends of epochs.
+        keep_last: number of numbered checkpoints kept in addition to the latest and the best.
+        spike_factor: a step whose loss exceeds this multiple of the recent median is a spike; 0 turns the
+            check off.
+        on_spike: `log` the spike, `skip` the update of that step, or `stop` the run.
+        max_steps: stop after this many optimizer steps; 0 trains all epochs.
     """
 
     seed: int = 0

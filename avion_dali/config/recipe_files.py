@@ -1,4 +1,4 @@
-"""Finds recipes, the YAML files of `configs/`, which an installed wheel holds as `avion_dali/recipes/`."""
+"""Finds recipes: the YAML files in `configs/`, which an installed wheel contains as `avion_dali/recipes/`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _LIBRARY = Path(__file__).resolve().parents[1]
 
 
 def recipes_folder() -> Path:
-    """Return the folder of the recipes: inside an installed wheel, or `configs/` of a checkout."""
+    """Return the folder of the recipes, in an installed wheel or in a checkout."""
     installed = _LIBRARY / "recipes"
     return installed if installed.is_dir() else _LIBRARY.parent / "configs"
 
 
 def recipe_names() -> list[str]:
-    """Return the names of all recipes, sorted: their file names without `.yaml`."""
+    """Return the sorted names of all recipes, which are their file names without `.yaml`."""
     return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
@@ -24,11 +24,11 @@ def find_recipe(named: str) -> Path:
     """Return the file that `--config` names.
 
     Args:
-        named: a file; or a recipe as `pretrain_tiny`, `pretrain_tiny.yaml` or `configs/pretrain_tiny.yaml`.
-            A file that exists is preferred to a recipe of the same name.
+        named: a file; or a recipe as `pretrain_tiny`, `pretrain_tiny.yaml` or `configs/pretrain_tiny.yaml`. An
+            existing file takes precedence over a recipe of the same name.
 
     Raises:
-        UserError: when there is neither such a file nor such a recipe; lists the recipes.
+        UserError: when there is neither such a file nor such a recipe; lists all recipes.
     """
     path = Path(named)
     if path.is_file():

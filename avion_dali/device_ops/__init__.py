@@ -1,1 +1,1 @@
-"""Work done on a batch on its device."""
+"""Operations on a batch, computed on its device."""

@@ -1,8 +1,8 @@
-"""Colour jitter and RandAugment of decoded clips, with torchvision's operations.
+"""Color jitter and RandAugment of decoded clips, with torchvision's operations.
 
-What is done to a clip is drawn once and done to all its frames; operations that look at the picture first
-(automatic contrast, equalisation, the mean that contrast turns about) look at each frame by itself, as those of
-VideoMAE do. Axes: B clips, T frames, H W pixels, C channels.
+Random numbers are drawn once per clip and applied to all its frames. Operations that depend on image statistics
+(automatic contrast, equalization, the mean used by contrast) compute them per frame, as VideoMAE does.
+Axes: B clips, T frames, H W pixels, C channels.
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ from torchvision.transforms.v2 import functional
 from avion_dali.config import AugmentConfig
 from avion_dali.device_ops.step_key import StepKey, step_generator
 
-# Chance that a drawn operation is done, and deviation of its magnitude: those of timm and PyTorchVideo.
+# Probability of applying a drawn operation, and standard deviation of its magnitude, as in timm.
 APPLY_PROBABILITY: Final = 0.5
 MAGNITUDE_STD: Final = 0.5
 MAX_MAGNITUDE: Final = 10.0
-_FILL: Final = [124.0, 116.0, 104.0]  # the mean of ImageNet, where rotation or shift uncover the border
+_FILL: Final = [124.0, 116.0, 104.0]  # ImageNet mean; fills areas outside the original frame
 _MAX_ROTATION: Final = 30.0  # degrees
 _MAX_SHEAR: Final = 0.3
-_MAX_SHIFT: Final = 0.45  # share of a side
+_MAX_SHIFT: Final = 0.45  # fraction of the side length
 _MAX_ENHANCEMENT: Final = 0.9
 
 
 def augment_frames(frames_BTHWC: Tensor, config: AugmentConfig, key: StepKey, clip_ids: np.ndarray) -> Tensor:
-    """Apply RandAugment, then colour jitter, each clip by its own random numbers.
+    """Apply RandAugment, then color jitter, with separate random numbers per clip.
 
-    RandAugment (Cubuk et al. 2019, arXiv 1909.13719) draws `rand_augment_ops` times, with replacement, from
-    `OPERATIONS`. It follows timm's `rand-m7-n4-mstd0.5-inc1`, which VideoMAE names: each drawn operation is
-    done with probability 1/2, at a magnitude of normal distribution around `rand_augment_magnitude` with
-    deviation 1/2, clipped to 0..10. What differs: `SolarizeAdd` is not among the operations; posterisation
-    leaves at least one bit; tensors are resampled with bilinear filters, where VideoMAE resamples pictures of
-    PIL with bicubic ones; and it is done after cropping and resizing, where VideoMAE does it before.
+    RandAugment (Cubuk et al. 2019, arXiv 1909.13719) draws `rand_augment_ops` operations from `OPERATIONS` with
+    replacement. It follows timm's `rand-m7-n4-mstd0.5-inc1`, which VideoMAE uses: each drawn operation is
+    applied with probability 1/2, at a normally distributed magnitude with mean `rand_augment_magnitude` and
+    standard deviation 1/2, clipped to 0..10. Differences: `SolarizeAdd` is not among the operations;
+    posterization leaves at least one bit; tensors are resampled bilinearly, while VideoMAE resamples PIL images
+    bicubically; and augmentation follows cropping and resizing, while in VideoMAE it precedes them.
 
-    Colour jitter multiplies brightness, contrast and saturation, in random order, by factors uniform in
+    Color jitter multiplies brightness, contrast and saturation, in random order, by factors uniform in
     1 - s .. 1 + s, as in DeiT III (Touvron et al. 2022, arXiv 2204.07118, "3-Augment": s = 0.3).
 
     Args:
         frames_BTHWC: decoded frames, uint8 (B, T, H, W, 3), RGB.
-        config: what to do.
+        config: which augmentations to apply.
         key: seed and step.
-        clip_ids: int64 array (B,), sample id times views plus view: names each clip's random numbers.
+        clip_ids: int64 array (B,), sample id times views plus view; selects the random numbers of each clip.
 
     Returns:
-        uint8 (B, T, H, W, 3) on the same device; the very tensor given when there is nothing to do.
+        uint8 (B, T, H, W, 3) on the same device; the input tensor itself if no augmentation is configured.
 
     Raises:
-        ValueError: when there is not one id a clip.
+        ValueError: when there is not exactly one id per clip.
     """
     if config.color_jitter == 0 and config.rand_augment_ops == 0:
         return frames_BTHWC
     if len(clip_ids) != len(frames_BTHWC):
-        raise ValueError(f"{len(frames_BTHWC)} clips need as many ids, got {len(clip_ids)}")
+        raise ValueError(f"expected one id per clip, got {len(clip_ids)} ids for {len(frames_BTHWC)} clips")
     augmented_BTHWC = frames_BTHWC.clone()
     for row, clip_id in enumerate(clip_ids):
         generator = step_generator("augment", key, index=int(clip_id))
@@ -90,12 +90,12 @@ def _jitter_color(frames_TCHW: Tensor, strength: float, generator: np.random.Gen
     return frames_TCHW
 
 
-# From frames, a strength in [0, 1] and a sign to new frames; some have no use for the latter two.
+# Maps frames, a strength in [0, 1] and a sign to new frames; some operations ignore strength and sign.
 Operation = Callable[[Tensor, float, float], Tensor]
 
 
 def _enhanced(adjust: Callable[[Tensor, float], Tensor]) -> Operation:
-    """An operation that moves away from the picture in either direction, never past a tenth of it."""
+    """Make an operation whose factor lies on either side of 1 (no change) and is at least 0.1."""
 
     def enhance(frames_TCHW: Tensor, strength: float, sign: float) -> Tensor:
         return adjust(frames_TCHW, max(0.1, 1.0 + sign * _MAX_ENHANCEMENT * strength))
@@ -118,7 +118,7 @@ def _rotate(frames_TCHW: Tensor, strength: float, sign: float) -> Tensor:
 
 
 def _affine(frames_TCHW: Tensor, *, shear: tuple[float, float], shift: tuple[float, float]) -> Tensor:
-    """Shear by pixels across for one along, about the upper left corner, or shift by shares of the sides."""
+    """Shear by slopes (pixels per pixel) about the upper left corner, or shift by fractions of the sides."""
     height, width = frames_TCHW.shape[-2:]
     return functional.affine(
         frames_TCHW,

@@ -1,4 +1,4 @@
-"""Random erasing: noise over a box of the clip. Axes: B clips, C channels, T frames, H W pixels."""
+"""Random erasing: fills a box of a clip with noise. Axes: B clips, C channels, T frames, H W pixels."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from torch import Tensor
 
 from avion_dali.device_ops.step_key import StepKey, step_generator
 
-AREA: Final = (0.02, 1 / 3)  # shares of the frame
+AREA: Final = (0.02, 1 / 3)  # fraction of the frame
 ASPECT: Final = (0.3, 1 / 0.3)  # height / width
 _ATTEMPTS: Final = 100
 
 
 def erase_boxes(frames_BCTHW: Tensor, probability: float, key: StepKey, clip_ids: np.ndarray) -> Tensor:
-    """Fill a box of some clips with normal noise, one box through all frames of a clip.
+    """Fill a box of randomly chosen clips with normal noise; the box is the same in all frames of a clip.
 
-    Source: Zhong et al. 2017, arXiv 1708.04896, algorithm 1, in the form VideoMAE uses: noise per pixel instead
-    of one colour, the logarithm of the aspect ratio uniform. Which clips, which box and the seed of its noise
-    are the same on any device; the noise itself is drawn where the frames are, so it is repeated by the same
-    kind of device only. On the CPU it would cost milliseconds a clip.
+    Source: Zhong et al. 2017, arXiv 1708.04896, algorithm 1, as VideoMAE uses it: separate noise per pixel
+    instead of one color, and the logarithm of the aspect ratio is uniform. The chosen clips, their boxes and
+    the seeds of the noise are the same on every device. The noise itself is drawn on the device of the frames
+    and therefore reproducible only on the same kind of device; drawing it on the CPU would cost milliseconds
+    per clip.
 
     Args:
-        frames_BCTHW: normalised frames, floating (B, 3, T, H, W).
-        probability: chance that a clip loses a box.
+        frames_BCTHW: normalized frames, floating (B, 3, T, H, W).
+        probability: probability that a box of a clip is erased.
         key: seed and step.
-        clip_ids: int64 array (B,), sample id times views plus view: names each clip's random numbers.
+        clip_ids: int64 array (B,), sample id times views plus view; selects the random numbers of each clip.
 
     Returns:
-        Frames of the same shape, dtype and device; the very tensor given when no clip was chosen.
+        Frames of the same shape, dtype and device; the input tensor itself if no clip is chosen.
 
     Raises:
-        ValueError: when the frames are not floating or there is not one id a clip.
+        ValueError: when the frames are not floating point or there is not exactly one id per clip.
     """
     if not frames_BCTHW.is_floating_point() or len(clip_ids) != len(frames_BCTHW):
         raise ValueError(
-            f"need floating frames and an id a clip, got {frames_BCTHW.dtype} {tuple(frames_BCTHW.shape)} "
-            f"and {len(clip_ids)} ids"
+            f"expected floating-point frames and one id per clip, got {frames_BCTHW.dtype} "
+            f"{tuple(frames_BCTHW.shape)} and {len(clip_ids)} ids"
         )
     if probability == 0:
         return frames_BCTHW
@@ -60,7 +61,7 @@ def erase_boxes(frames_BCTHW: Tensor, probability: float, key: StepKey, clip_ids
 def _draw_box(
     generator: np.random.Generator, probability: float, height: int, width: int
 ) -> tuple[slice, slice] | None:
-    """Rows and columns of a clip's box; None when it keeps all its pixels."""
+    """Draw the rows and columns of a clip's box; None if nothing is erased."""
     if generator.random() >= probability:
         return None
     for _ in range(_ATTEMPTS):

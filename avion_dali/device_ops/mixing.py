@@ -1,4 +1,4 @@
-"""Mixup and CutMix of clips, and the soft targets that belong to them.
+"""Mixup and CutMix of clips, with their soft targets.
 
 Axes: B clips, C channels, T frames, H W pixels, K classes.
 """
@@ -19,28 +19,31 @@ from avion_dali.device_ops.step_key import StepKey, step_generator
 def mix_clips(
     frames_BCTHW: Tensor, labels_B: Tensor, *, num_classes: int, config: ClassificationConfig, key: StepKey
 ) -> tuple[Tensor, Tensor]:
-    """Mix each clip of a micro-batch with the one as far from its end; one weight, and one box, for a step.
+    """Mix clip i of a micro-batch with clip B - 1 - i; the weight and the box are the same for a whole step.
 
     Mixup (Zhang et al. 2018, arXiv 1710.09412, equation 1) averages all pixels; CutMix (Yun et al. 2019, arXiv
     1905.04899, equations 1 and 2) pastes one box of the partner into all frames. The weight of a clip's own
-    label is the share of its own pixels that are left, also where the box was cut off at the frame's edge.
+    label is the fraction of its own pixels that remain, which accounts for boxes cut off at the frame's edge.
 
     Args:
-        frames_BCTHW: normalised frames, floating (B, 3, T, H, W).
+        frames_BCTHW: normalized frames, floating (B, 3, T, H, W).
         labels_B: int64 (B,), class indices in [0, K).
         num_classes: K.
         config: how and how often to mix, and label smoothing.
         key: seed and step.
 
     Returns:
-        Frames of the same shape and dtype, the very tensor given when this step does not mix; and targets,
+        Frames of the same shape and dtype (the input tensor itself if this step does not mix), and targets,
         float32 (B, K), whose rows sum to 1.
 
     Raises:
-        ValueError: when there is not one label a clip.
+        ValueError: when there is not exactly one label per clip.
     """
     if labels_B.shape != frames_BCTHW.shape[:1]:
-        raise ValueError(f"{frames_BCTHW.shape[0]} clips need as many labels, got {tuple(labels_B.shape)}")
+        raise ValueError(
+            f"expected one label per clip, got labels of shape {tuple(labels_B.shape)} for "
+            f"{frames_BCTHW.shape[0]} clips"
+        )
     targets_BK = smooth_targets(labels_B, num_classes=num_classes, smoothing=config.label_smoothing)
     generator = step_generator("mix", key)
     if generator.random() >= config.mix_probability or config.mixup == config.cutmix == 0:
@@ -56,14 +59,14 @@ def mix_clips(
 
 
 def smooth_targets(labels_B: Tensor, *, num_classes: int, smoothing: float) -> Tensor:
-    """Return one-hot targets with a share spread over all classes.
+    """Return one-hot targets with a part of the probability spread over all classes.
 
     Source: Szegedy et al. 2016, arXiv 1512.00567, section 7.
 
     Args:
         labels_B: int64 (B,), class indices in [0, K).
         num_classes: K.
-        smoothing: the share, in [0, 1).
+        smoothing: the part that is spread, in [0, 1).
 
     Returns:
         float32 (B, K), rows sum to 1.
@@ -73,7 +76,7 @@ def smooth_targets(labels_B: Tensor, *, num_classes: int, smoothing: float) -> T
 
 
 def _paste_box(frames_BCTHW: Tensor, own_share: float, generator: np.random.Generator) -> tuple[Tensor, float]:
-    """Paste the partner's pixels of one box; returns the share of pixels that stayed, too."""
+    """Paste one box of the partner's pixels; also return the fraction of a clip's own pixels that remain."""
     height, width = frames_BCTHW.shape[-2:]
     side = math.sqrt(1.0 - own_share)
     top, bottom = _draw_span(height, int(height * side), generator)
@@ -84,6 +87,6 @@ def _paste_box(frames_BCTHW: Tensor, own_share: float, generator: np.random.Gene
 
 
 def _draw_span(size: int, length: int, generator: np.random.Generator) -> tuple[int, int]:
-    """Ends of a span around a random centre, cut off at the frame's edge."""
+    """Draw a span around a random center; return its ends, clipped to the frame."""
     start = int(generator.integers(size)) - length // 2
     return max(0, start), min(size, start + length)

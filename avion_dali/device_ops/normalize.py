@@ -1,6 +1,6 @@
-"""From decoded bytes to the numbers a model takes, on the batch's own device.
+"""Converts decoded uint8 frames to normalized floating-point frames, on the device of the batch.
 
-Frames stay uint8 until here: a quarter of the bytes through every queue and over PCIe.
+Frames stay uint8 until here, which quarters the bytes in every queue and over PCIe.
 Axes: B clips, T frames, H W pixels, C channels.
 """
 
@@ -15,7 +15,7 @@ from avion_dali.config import Normalization
 
 
 class PixelStatistics(NamedTuple):
-    """Mean and deviation per channel (red, green, blue) of pixel values in 0..255."""
+    """Mean and standard deviation per channel (red, green, blue) of pixel values in 0..255."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -23,8 +23,8 @@ class PixelStatistics(NamedTuple):
 
 _CLIP_STD: Final = (68.5005327, 66.6321579, 70.32316305)
 
-# `openai`: CLIP's published constants times 255. `openai-avion`: the same but for the red mean, which LaViLa
-# and AVION carry as 0.42481 instead of 0.48145466; their released weights were trained with it.
+# `openai`: CLIP's published constants times 255. `openai-avion`: the same except for the red mean, which is
+# 0.42481 instead of 0.48145466 in LaViLa and AVION; their released weights were trained with it.
 PIXEL_STATISTICS: Final[dict[Normalization, PixelStatistics]] = {
     "openai": PixelStatistics((122.7709383, 116.7460125, 104.09373615), _CLIP_STD),
     "openai-avion": PixelStatistics((108.3272985, 116.7460125, 104.09373615), _CLIP_STD),
@@ -35,17 +35,17 @@ PIXEL_STATISTICS: Final[dict[Normalization, PixelStatistics]] = {
 def normalize_frames(
     frames_BTHWC: Tensor, normalization: Normalization, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Subtract the mean and divide by the deviation of each channel.
+    """Subtract the mean of each channel and divide by its standard deviation.
 
-    The arithmetic is float32 for every `dtype`: half precision would blur values near the mean.
+    The arithmetic is float32 for every `dtype`, because half precision loses accuracy near the mean.
 
     Args:
         frames_BTHWC: decoded frames, uint8 (B, T, H, W, 3), RGB.
-        normalization: a row of `PIXEL_STATISTICS`.
+        normalization: a key of `PIXEL_STATISTICS`.
         dtype: floating type of the result.
 
     Returns:
-        (B, 3, T, H, W) of `dtype` on the same device, a view of channel-last memory.
+        (B, 3, T, H, W) of `dtype` on the same device, a view of channels-last memory.
 
     Raises:
         ValueError: when the frames are not uint8 RGB.
@@ -55,7 +55,8 @@ def normalize_frames(
     statistics = PIXEL_STATISTICS[normalization]
     std_C = torch.tensor(statistics.std, dtype=torch.float64)
     mean_C = torch.tensor(statistics.mean, dtype=torch.float64)
-    # One constant per value of a row: broadcasting along 3 channels alone would defeat vectorisation on CPUs.
+    # One constant per value of a pixel row, because broadcasting along only 3 channels prevents vectorization
+    # on CPUs.
     columns = frames_BTHWC.shape[3]
     scale_X = (1.0 / std_C).float().repeat(columns).to(frames_BTHWC.device, non_blocking=True)
     shift_X = (-mean_C / std_C).float().repeat(columns).to(frames_BTHWC.device, non_blocking=True)

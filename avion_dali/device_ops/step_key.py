@@ -1,7 +1,7 @@
-"""Random numbers for work on the device: a function of (seed, step, sample), whoever computes it.
+"""Random numbers for operations on the device, as a pure function of (seed, step, sample).
 
-They are drawn on the CPU, a few numbers a clip, so that they do not depend on the kind of device, the
-number of ranks, or how a batch is cut into micro-batches; and so that a second forward pass repeats them.
+A few numbers per clip are drawn on the CPU. They do not depend on the kind of device, the number of ranks, or
+the division of a batch into micro-batches, and a second forward pass repeats them.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ _PURPOSES: dict[Purpose, int] = {"mask": 0, "augment": 1, "erase": 2, "mix": 3}
 
 
 class StepKey(NamedTuple):
-    """Names one optimizer step of one run."""
+    """Identifies one optimizer step of one run."""
 
     seed: int
     step: int
 
 
 def step_generator(purpose: Purpose, key: StepKey, *, index: int = 0) -> np.random.Generator:
-    """Return the generator that belongs to (purpose, seed, step, index).
+    """Return the generator of (purpose, seed, step, index).
 
     Philox (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a key and a counter to
     random bits without any state.
 
     Args:
-        purpose: what is drawn; different purposes never share numbers.
+        purpose: what the numbers are used for; different purposes have independent streams.
         key: seed and optimizer step.
-        index: sample id times views plus view, or 0 for what a whole step shares.
+        index: sample id times views plus view, or 0 for numbers that a whole step shares.
     """
     counter = np.array([0, index, key.step, _PURPOSES[purpose]], dtype=np.uint64)
-    # The second key word keeps these streams apart from those that plan clips.
+    # The second key word separates these streams from those of the planner.
     return np.random.Generator(np.random.Philox(key=np.array([key.seed, 1], dtype=np.uint64), counter=counter))

@@ -1,1 +1,1 @@
-"""The training loop, and what it needs: checkpoints, logs, several processes, precision, timing."""
+"""The training loop and its parts: checkpoints, logs, distributed processes, precision, timing."""

@@ -1,4 +1,4 @@
-"""Gradient accumulation: several micro-batches that equal one large batch, and their random draws."""
+"""Gradient accumulation: several micro-batches with the result of one large batch, and their random draws."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _UINT64 = 0xFFFF_FFFF_FFFF_FFFF
 def micro_seed(seed: int, step: int, *, rank: int, micro: int) -> int:
     """Derive the seed of torch's generators for one forward pass: SplitMix64 over the four numbers in turn.
 
-    Dropout, drop path and masks of a pass depend on these numbers only. So a resumed run repeats them without
-    stored random state, and so does the second pass of `coupled_backward`.
+    Dropout, drop path and masks of a pass depend only on these numbers. Therefore a resumed run repeats them
+    without stored random state, and so does the second pass of `coupled_backward`.
 
     Args:
         seed: the run's seed.
         step: optimizer step.
-        rank: this process.
-        micro: micro-batch of the step.
+        rank: rank of this process.
+        micro: index of the micro-batch within the step.
 
     Returns:
         A 64-bit number.
@@ -41,9 +41,9 @@ def micro_seed(seed: int, step: int, *, rank: int, micro: int) -> int:
 
 
 def averages_gradients(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Return the context of one micro-batch, so that gradients are averaged over ranks in the last one only.
+    """Return the context of one micro-batch that averages gradients over ranks only in the last micro-batch.
 
-    Until then sharded gradients are kept whole on every rank, so that they are sent once per step.
+    Until then, sharded gradients stay whole on every rank, so that they are sent once per step.
     """
     if last:
         return nullcontext()
@@ -63,17 +63,17 @@ def coupled_backward(
     backward: Callable[[torch.Tensor], None],
     context: Callable[[int], AbstractContextManager[None]],
 ) -> tuple[torch.Tensor, Report]:
-    """Run the backward pass of one loss over several micro-batches, with the graph of one at a time.
+    """Run the backward pass of one loss over several micro-batches, keeping the graph of only one at a time.
 
     Cached features (GradCache, arXiv 2101.06983, section 3): a first pass without graph collects all outputs,
-    the loss gives the gradient of every output, and a second pass propagates it to the weights. The result is
+    the loss gives the gradient of each output, and a second pass propagates it to the weights. The result is
     that of one large batch, provided that `forward` repeats its random draws.
 
     Args:
-        forward: maps the number of a micro-batch to its outputs, each (samples, ...).
+        forward: maps the index of a micro-batch to its outputs, each (samples, ...).
         micro_batches: number of micro-batches.
         loss_of: maps the concatenated outputs of all micro-batches to (loss (), report).
-        backward: back-propagates the loss, scaled where the precision needs it.
+        backward: back-propagates the loss, scaled if the precision requires it.
         context: entered around the second forward and backward of a micro-batch.
 
     Returns:
@@ -95,7 +95,7 @@ def coupled_backward(
 
 
 def _split_grad(leaf: torch.Tensor, column: Outputs) -> list[torch.Tensor | None]:
-    """Split the gradient of one output into micro-batches; None where the loss does not use the output."""
+    """Split the gradient of one output into micro-batches; None if the loss does not use the output."""
     if leaf.grad is None:
         return [None] * len(column)
     return list(leaf.grad.split([part.shape[0] for part in column]))
@@ -104,7 +104,7 @@ def _split_grad(leaf: torch.Tensor, column: Outputs) -> list[torch.Tensor | None
 def mean_over_micro_batches(
     results: list[tuple[torch.Tensor, Report]],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Average the losses and reports of equal micro-batches: () float32 on the device of the loss."""
+    """Average the losses and reports of micro-batches of equal size: () float32 on the device of the loss."""
     loss = torch.stack([loss for loss, _ in results]).float().mean()
     names = results[0][1]
     columns = {name: [torch.as_tensor(report[name]).to(loss) for _, report in results] for name in names}

@@ -1,9 +1,9 @@
-"""Checkpoints: what they hold, how they are written and read.
+"""Writes and reads checkpoints.
 
-A checkpoint holds everything that a run needs to continue as if it had never stopped. Random state is not part
-of it: every draw is a pure function of (seed, step, rank), so the position in the order is enough. Files load
-with `torch.load(weights_only=True)`, that is, without running code. `export_safetensors` writes only the
-weights, with a header that describes them. Tensors in files are whole, also those of sharded runs.
+A checkpoint contains everything that a run needs to continue as if it had never stopped. Random state is not
+needed, because every draw is a pure function of (seed, step, rank). Files load with
+`torch.load(weights_only=True)`, that is, without running code. `export_safetensors` writes only the weights,
+with a header that describes them. Files contain whole tensors, even those of sharded runs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PACKAGES = ("torch", "torchvision", "numpy", "av", "nvidia-dali-cuda130", "open
 
 
 def software_versions() -> dict[str, str]:
-    """Return the versions of this library, Python, the packages that numbers depend on, CUDA and the device."""
+    """Return the versions of this library, Python, the packages that affect results, CUDA and the device."""
     versions = {"avion_dali": __version__, "python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -61,16 +61,16 @@ class Checkpoint:
         optimizer: state dict of the optimizer.
         scaler: state dict of the gradient scaler; empty when unused.
         step: optimizer steps done, over all epochs; the next one is number `step`, counted from 0.
-        order: what decides which samples a step sees (seed, steps per epoch, global batch); a run that
-            resumes must agree.
+        order: facts that determine the samples of each step (seed, steps per epoch, global batch); they must be
+            the same when the run is resumed.
         best_metric: best evaluation so far, or None.
-        pending_evaluation: the evaluation due at this step has not been done.
+        pending_evaluation: whether the evaluation due at this step has not been done yet.
         config: the run's configuration as plain values.
         world_size: number of processes of the run; for information.
-        versions: software that wrote the file; for information.
-        average: running average of the weights; empty without one. Evaluations use these weights.
-        spikes: state of `SpikeWatch`; empty without one.
-        classes: names of the head's classes in label order; empty where the model has none.
+        versions: versions of the software that wrote the file; for information.
+        average: running average of the weights, which evaluations use; empty if the run has none.
+        spikes: state of `SpikeWatch`; empty if the run has none.
+        classes: names of the head's classes in label order; empty if the model has none.
     """
 
     model: dict[str, Any]
@@ -96,7 +96,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         checkpoint: the state.
 
     Raises:
-        UserError: the file could not be written; an older checkpoint there is intact.
+        UserError: the file could not be written; an existing checkpoint is unchanged.
     """
     content = {"format": FORMAT, "format_version": FORMAT_VERSION}
     content |= {item.name: getattr(checkpoint, item.name) for item in fields(checkpoint)}
@@ -117,28 +117,28 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     content = _read_torch_file(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not an avion_dali checkpoint; give a file that train.pretrain wrote")
+        raise UserError(f"{path} is not an avion_dali checkpoint; give a checkpoint that a training wrote")
     if content["format_version"] > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {content['format_version']}, this avion_dali {__version__} reads up to "
-            f"{FORMAT_VERSION}; install a newer release"
+            f"{path} has format version {content['format_version']}, but avion_dali {__version__} reads "
+            f"versions up to {FORMAT_VERSION}; install a newer release"
         )
     try:
-        # Files of older versions lack the newer fields, whose defaults are right for them.
+        # Files of older versions lack newer fields, whose defaults are correct for them.
         optional = {f.name for f in fields(Checkpoint) if (f.default, f.default_factory) != (MISSING, MISSING)}
         names = [f.name for f in fields(Checkpoint) if f.name in content or f.name not in optional]
         return Checkpoint(**{name: content[name] for name in names})
     except KeyError as error:
-        raise UserError(f"{path} lacks the entry {error}; it is damaged, use another checkpoint") from error
+        raise UserError(f"{path} lacks the entry {error} and is damaged; use another checkpoint") from error
 
 
 def _read_torch_file(path: Path) -> Any:
     if not path.is_file():
         raise UserError(
-            f"there is no checkpoint file at {path}; name one such as {BEST_NAME} of a run's folder"
+            f"there is no checkpoint file at {path}; give a file such as {BEST_NAME} in the folder of a run"
         )
     try:
-        # torch.load does not notice flipped bits; the checksums of the archive do (about 1 s per GB).
+        # torch.load does not detect flipped bits; the checksums of the archive do (about 1 s per GB).
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
@@ -147,33 +147,33 @@ def _read_torch_file(path: Path) -> Any:
     except UNREADABLE as error:
         raise UserError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}: {first_line(error)}); it is "
-            f"truncated, damaged or no checkpoint. Copy {BEST_NAME} to {LATEST_NAME} to continue from that one"
+            f"truncated, damaged or not a checkpoint. Copy {BEST_NAME} to {LATEST_NAME} to continue from it"
         ) from error
 
 
 def find_checkpoint(output_dir: Path, resume: Literal["auto", "never"]) -> Path | None:
-    """Find the checkpoint that a run in this folder continues from; removes what a killed save left behind.
+    """Find the checkpoint from which a run in this folder continues, and remove partial files of a killed save.
 
     Args:
-        output_dir: folder of the run, need not exist.
-        resume: `auto` continues where there is a checkpoint, `never` refuses a folder that holds one.
+        output_dir: folder of the run; it need not exist.
+        resume: `auto` continues from an existing checkpoint, `never` rejects a folder that contains one.
 
     Returns:
         The file, or None for a new run.
 
     Raises:
-        UserError: `never`, and the folder holds a checkpoint.
+        UserError: with `never`, the folder contains a checkpoint; or it lacks only the latest one.
     """
     if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir = {output_dir} is a file; name a folder")
+        raise UserError(f"output_dir = {output_dir} is a file; give a folder")
     for name in (LATEST_NAME, BEST_NAME):
         partial_path(output_dir / name).unlink(missing_ok=True)
     latest = output_dir / LATEST_NAME
     others = [path for path in (*numbered_checkpoints(output_dir), output_dir / BEST_NAME) if path.exists()]
     if not latest.exists() and others:
         raise UserError(
-            f"{output_dir} holds {others[0].name} and no {LATEST_NAME}: copy it to {LATEST_NAME} to continue "
-            "from it, or use another output_dir; a new run would overwrite it"
+            f"{output_dir} contains {others[0].name} but no {LATEST_NAME}: copy it to {LATEST_NAME} to "
+            "continue from it, or use another output_dir; a new run would overwrite it"
         )
     if not latest.exists():
         return None
@@ -193,15 +193,15 @@ def numbered_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def restore_model(model: nn.Module, state: Mapping[str, torch.Tensor], *, source: str) -> None:
-    """Load weights into a model, all of them or none.
+    """Load weights into a model; on an error the model is unchanged.
 
     Args:
         model: the bare model, sharded or not.
-        state: its state dict, of whole tensors.
-        source: where the weights are from, for messages.
+        state: state dict with whole tensors.
+        source: file of the weights, for messages.
 
     Raises:
-        UserError: keys are missing or unexpected, or shapes differ; names a few of each.
+        UserError: keys are missing or unexpected, or shapes differ; the message gives examples.
     """
     own = model.state_dict()
     problems = {
@@ -216,39 +216,39 @@ def restore_model(model: nn.Module, state: Mapping[str, torch.Tensor], *, source
     found = [f"{kind}: {few(keys, 3)}" for kind, keys in problems.items() if keys]
     if found:
         raise UserError(
-            f"{source} holds another model ({'; '.join(found)}). Use the model settings it was trained with "
-            "(its config is inside), or another output_dir"
+            f"{source} contains another model ({'; '.join(found)}). Use the model settings that it was trained "
+            "with, which are stored in the file, or use another output_dir"
         )
     model.load_state_dict({key: placed_like(state[key], own[key]) for key in own})
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], *, source: str) -> None:
-    """Load the moments of an optimizer; its own options (weight decay, betas) stay.
+    """Load the moments of an optimizer; its options (weight decay, betas) keep their values.
 
     Args:
-        optimizer: over the same parameters in the same groups.
-        state: its state dict, of whole tensors.
-        source: where the state is from, for messages.
+        optimizer: an optimizer of the same parameters in the same groups.
+        state: state dict with whole tensors.
+        source: file of the state, for messages.
 
     Raises:
         UserError: the groups differ.
     """
     own = optimizer.state_dict()["param_groups"]
     try:
-        # The run's own options are set already while loading: they decide on which device the step counts are.
+        # The options of this run are used while loading, because they determine the device of the step counts.
         groups = [{**saved, **options} for saved, options in zip(state["param_groups"], own, strict=True)]
         if [len(g["params"]) for g in state["param_groups"]] != [len(g["params"]) for g in own]:
             raise ValueError("their sizes differ")
         optimizer.load_state_dict({"state": _placed_moments(optimizer, state["state"]), "param_groups": groups})
     except ValueError as error:
         raise UserError(
-            f"{source} was trained with other parameter groups ({error}); train the same parameters, or use "
-            "another output_dir"
+            f"{source} has other parameter groups ({error}); train the same parameters, or use another "
+            "output_dir"
         ) from error
 
 
 def _placed_moments(optimizer: torch.optim.Optimizer, state: Mapping[int, Any]) -> dict[int, Any]:
-    """Shard the moments as their parameters are; values of another shape (step counts) stay whole."""
+    """Shard the moments like their parameters; values of another shape (step counts) stay whole."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def placed(value: Any, own: torch.Tensor) -> Any:
@@ -262,17 +262,17 @@ def _placed_moments(optimizer: torch.optim.Optimizer, state: Mapping[int, Any]) 
 
 
 def check_order(saved: Mapping[str, Any], current: Mapping[str, Any], *, source: str) -> None:
-    """Refuse to continue a run whose next step would see other samples.
+    """Check that the next step of a resumed run sees the same samples.
 
     Args:
-        saved: the checkpoint's `order`.
+        saved: `order` of the checkpoint.
         current: the same facts of this run.
-        source: where `saved` is from, for messages.
+        source: file of the checkpoint, for messages.
 
     Raises:
-        UserError: they differ; names what.
+        UserError: the facts differ; names those that differ.
     """
-    # A fact that the file lacks was added by a later version, and cannot be compared.
+    # Facts that a file lacks were added by later versions and cannot be compared.
     differing = [f"{k} was {saved[k]}, is {v}" for k, v in current.items() if saved.get(k, v) != v]
     if differing:
         raise UserError(
@@ -282,13 +282,13 @@ def check_order(saved: Mapping[str, Any], current: Mapping[str, Any], *, source:
 
 
 def export_safetensors(model: nn.Module, path: Path, header: Mapping[str, Any]) -> None:
-    """Write the weights as safetensors on rank 0; every rank must call it when they are sharded.
+    """Write the weights as safetensors on rank 0; every rank must call it if they are sharded.
 
     Args:
         model: the bare model.
         path: the file to write.
-        header: plain values that describe the weights (configuration, metrics); versions are added. Stored
-            as JSON text under `avion_dali` in the file's metadata.
+        header: plain values that describe the weights (configuration, metrics); versions are added. It is
+            stored as JSON under `avion_dali` in the file's metadata.
 
     Raises:
         UserError: the file could not be written.
@@ -297,7 +297,7 @@ def export_safetensors(model: nn.Module, path: Path, header: Mapping[str, Any]) 
     whole = gathered(model.state_dict(), keep=is_main)
     if not is_main:
         return
-    # Copies: safetensors refuses tensors that share memory, as tied weights do.
+    # Tensors are copied, because safetensors rejects tensors that share memory, as tied weights do.
     state = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in whole.items()}
     text = json.dumps({**header, "versions": software_versions()})
     content = safetensors.torch.save(state, metadata={"format": "pt", HEADER_KEY: text})

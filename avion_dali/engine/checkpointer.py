@@ -1,4 +1,4 @@
-"""Between two optimizer steps: writes checkpoints, evaluates, and keeps the best weights."""
+"""Writes checkpoints, evaluates, and keeps the best weights, between optimizer steps."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from avion_dali.files import partial_path, put_in_place
 
 
 class Checkpointer:
-    """Saves and evaluates a run at the intervals that its settings state.
+    """Saves and evaluates a run at the configured intervals.
 
     Args:
-        state: what is saved; its step is read here, and its best metric is kept here.
+        state: the state to save; this class reads its step and updates its best metric.
         settings: folder and intervals.
-        distributed: this rank among all.
+        distributed: this process among all processes of the run.
         guard: checks the outstanding steps before anything is saved or evaluated.
-        timer: saving and evaluating are excluded from its step times.
+        timer: timer that excludes the time of saving and evaluating.
         evaluate: called on every rank, with the model in evaluation mode; returns metrics.
-        last_step: the number of optimizer steps at the run's end.
+        last_step: number of optimizer steps at the end of the run.
     """
 
     def __init__(
@@ -66,34 +66,35 @@ class Checkpointer:
         return minutes > 0 and time.monotonic() - self._saved_at >= minutes * 60
 
     def after_step(self, log: RunLog, *, saves: bool, stops: bool) -> None:
-        """Save and evaluate at epoch ends and at the end of the run; between them save when it is due.
+        """Save and evaluate at the ends of epochs and of the run; save at other steps when a save is due.
 
         Args:
-            log: takes the metrics.
-            saves: some rank found the last checkpoint to be too old, see `is_late`.
-            stops: the run is to stop after this step: save it, and leave an evaluation to the next start.
+            log: log for the metrics.
+            saves: whether any rank found the last checkpoint too old, see `is_late`.
+            stops: whether the run stops after this step; it is then saved, and a due evaluation is left to the
+                next start.
         """
         run, step = self.settings.run, self.state.step
         epoch, rest = divmod(step, self.state.order["steps_per_epoch"])
         if step == self.last_step or not rest:
             evaluates = step == self.last_step or epoch % run.eval_every == 0
             self.state.pending_evaluation = evaluates and self.evaluate is not None
-            # Before the evaluation, so that a failure in it loses no training.
+            # Save before the evaluation, so that a failure in the evaluation does not lose training steps.
             self.save_latest()
             if not stops:
                 self.evaluate_if_due(log)
             return
-        # Among several ranks a vote on saving arrives a step late, and once more before the save is known.
+        # With several ranks, a vote on saving arrives one step late, and once more after the save.
         is_late = saves and step - self.saved_step > 1
         if is_late or stops or (run.save_every and step % run.save_every == 0):
             self.save_latest()
 
     def save_latest(self) -> None:
-        """Write `checkpoint.pt`, and keep it under its number too when the run keeps numbered ones.
+        """Write `checkpoint.pt`, and a numbered copy if the run keeps numbered checkpoints.
 
         Raises:
             NonFiniteLossError: an outstanding step is not finite; nothing is written.
-            UserError: the file could not be written; an older one is intact.
+            UserError: the file could not be written; an existing one is unchanged.
         """
         self.save(LATEST_NAME)
         self._saved_at, self.saved_step = time.monotonic(), self.state.step
@@ -101,14 +102,14 @@ class Checkpointer:
             keep_numbered(self.settings.output_dir, self.state.step, keep_last=self.settings.run.keep_last)
 
     def save(self, name: str) -> None:
-        """Write a checkpoint of the current step into the output folder, on rank 0; every rank calls it.
+        """Write a checkpoint of the current step into the output folder on rank 0; every rank must call it.
 
         Args:
             name: file name.
 
         Raises:
             NonFiniteLossError: an outstanding step is not finite; nothing is written.
-            UserError: the file could not be written; an older one is intact.
+            UserError: the file could not be written; an existing one is unchanged.
         """
         self.guard.check()
         with self.timer.excluded():
@@ -119,16 +120,16 @@ class Checkpointer:
             )
             if self.distributed.is_main:
                 save_checkpoint(self.settings.output_dir / name, checkpoint)
-            # Otherwise the other ranks would wait in their next collective, and count it as time of a step.
+            # Otherwise the other ranks would wait in their next collective and count it as step time.
             barrier()
 
     def evaluate_if_due(self, log: RunLog) -> None:
-        """Do an evaluation that is due, save the best weights, and record in the checkpoint that it is done.
+        """Evaluate if an evaluation is due, save the best weights, and record the evaluation in the checkpoint.
 
-        Where the run averages its weights, the average is evaluated.
+        If the run averages its weights, the average is evaluated.
 
         Args:
-            log: takes the metrics.
+            log: log for the metrics.
         """
         if self.evaluate is None or not self.state.pending_evaluation:
             return
@@ -145,19 +146,22 @@ class Checkpointer:
         model.train()
         log.evaluation(self.state.step, self.metrics)
         self.state.pending_evaluation = False
-        # The best file is written first: a kill in between repeats the evaluation and does not lose the best.
+        # The best file is written first. If the run is killed in between, it repeats the evaluation.
         if self._is_best():
             self.save(BEST_NAME)
         self.save_latest()
 
     def _is_best(self) -> bool:
-        """Return whether the last evaluation is better than all before, and record it."""
+        """Return whether the last evaluation is the best so far, and record it if it is."""
         name, best = self.settings.best_metric, self.state.best_metric
         if not name:
             return False
         if name not in self.metrics:
-            raise UserError(f"best metric {name!r} is not evaluated; choose from {', '.join(self.metrics)}")
-        # NaN compares as false, so it is never the best.
+            raise UserError(
+                f"the evaluation does not report the best metric {name!r}; choose one of "
+                f"{', '.join(self.metrics)}"
+            )
+        # A comparison with NaN is false, so NaN is never the best.
         if not self.metrics[name] > (-math.inf if best is None else best):
             return False
         self.state.best_metric = self.metrics[name]
@@ -165,18 +169,18 @@ class Checkpointer:
 
 
 def keep_numbered(folder: Path, step: int, *, keep_last: int) -> None:
-    """Give the latest checkpoint a second name with its step, and remove the oldest of these names.
+    """Keep the latest checkpoint under a second name with its step, and remove the oldest of these files.
 
-    The second name is a hard link where the file system supports them: it takes no time, and no space until the
-    latest is replaced. The newest names are in place before an old one is removed.
+    The second name is a hard link if the file system supports it, which takes no time, and no space until the
+    latest checkpoint is replaced. The new name exists before an old one is removed.
 
     Args:
         folder: the folder of the run.
-        step: of the latest checkpoint.
-        keep_last: number of numbered checkpoints that are kept.
+        step: step of the latest checkpoint.
+        keep_last: number of numbered checkpoints to keep.
 
     Raises:
-        UserError: the folder is full or may not be written.
+        UserError: the disk is full or the folder is not writable.
     """
     path = folder / numbered_name(step)
     partial = partial_path(path)
@@ -187,12 +191,12 @@ def keep_numbered(folder: Path, step: int, *, keep_last: int) -> None:
         except OSError:  # a file system without links
             shutil.copyfile(folder / LATEST_NAME, partial)
         put_in_place(partial, path)
-        # Renaming onto another name of the same file does nothing and leaves both names.
+        # Renaming a file to another name of the same file does nothing and leaves both names.
         partial.unlink(missing_ok=True)
         for old in numbered_checkpoints(folder)[keep_last:]:
             old.unlink()
     except OSError as error:
         raise UserError(
-            f"{path} could not be kept beside {LATEST_NAME}: {error.strerror}; free space or choose "
+            f"{path} could not be written next to {LATEST_NAME}: {error.strerror}; free disk space or choose "
             "another output_dir, then resume"
         ) from error

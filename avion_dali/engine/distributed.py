@@ -1,7 +1,7 @@
-"""The place of this process among all processes of a run, and the collectives that the engine needs.
+"""The rank of this process among all processes of a run, and the collectives that the engine needs.
 
-A single process works without a process group: every function here then does the same locally. Several
-processes are started by `torchrun`, whose environment variables are read by `init_distributed`.
+A single process works without a process group, and every function here then acts locally. Several processes are
+started by `torchrun`, whose environment variables are read by `init_distributed`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from avion_dali.contracts import UserError
 from avion_dali.engine.heartbeat import Heartbeat
 
 COLLECTIVE_TIMEOUT_S = 600.0
-"""How long a rank waits for ranks that are alive but busy: longer than writing a large checkpoint takes. Ranks
-that are dead or stopped are noticed much sooner, see `heartbeat.py`."""
+"""Seconds that a rank waits for ranks that are alive but busy; longer than writing a large checkpoint takes.
+`heartbeat.py` detects dead or stopped ranks much earlier."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Distributed:
     Args:
         rank: number of this process over all machines.
         world_size: number of processes.
-        local_rank: number of this process on its machine; picks its GPU.
-        device: where this process computes.
+        local_rank: number of this process on its machine; selects its GPU.
+        device: device of this process.
     """
 
     rank: int = 0
@@ -51,7 +51,7 @@ class Distributed:
 
 
 def _read_environment() -> tuple[int, int, int]:
-    """Return (rank, world size, local rank) as torchrun sets them; (0, 1, 0) without it."""
+    """Return (rank, world size, local rank) as torchrun sets them; (0, 1, 0) without torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1, int(os.environ.get("LOCAL_RANK", "0"))
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -64,12 +64,12 @@ def _read_environment() -> tuple[int, int, int]:
 
 
 def _pick_device(local_rank: int, *, use_cuda: bool) -> torch.device:
-    """Return the GPU of this local rank, which becomes the current one, or the CPU."""
+    """Return the GPU of this local rank and make it the current device, or return the CPU."""
     if not use_cuda:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
+            f"local rank {local_rank} has no GPU, because this machine has {torch.cuda.device_count()}; "
             "lower --nproc_per_node or check CUDA_VISIBLE_DEVICES"
         )
     torch.cuda.set_device(local_rank)
@@ -77,17 +77,17 @@ def _pick_device(local_rank: int, *, use_cuda: bool) -> torch.device:
 
 
 def init_distributed(*, use_cuda: bool | None = None, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Distributed:
-    """Read torchrun's environment, pick the device and, with several processes, join the process group.
+    """Read torchrun's environment, select the device and, with several processes, join the process group.
 
     Args:
-        use_cuda: compute on GPUs (nccl) or on the CPU (gloo); None takes GPUs where there are any.
+        use_cuda: compute on GPUs (NCCL) or on the CPU (gloo); None uses GPUs if there are any.
         timeout_s: seconds until joining or a collective fails because another rank is missing.
 
     Returns:
-        The place of this process.
+        This process among all processes of the run.
 
     Raises:
-        UserError: an incomplete environment, a rank without a GPU, or a rendezvous that failed.
+        UserError: the environment is incomplete, a rank has no GPU, or the rendezvous failed.
     """
     rank, world_size, local_rank = _read_environment()
     cuda = torch.cuda.is_available() if use_cuda is None else use_cuda
@@ -102,8 +102,8 @@ def init_distributed(*, use_cuda: bool | None = None, timeout_s: float = COLLECT
         except (RuntimeError, ValueError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(
-                f"rank {rank} of {world_size} could not meet the others at {address}: {error}. Check that "
-                "every rank started and that the port is free and reachable"
+                f"rank {rank} of {world_size} could not join the process group at {address}: {error}. Check "
+                "that every rank has started and that the port is free and reachable"
             ) from error
     return Distributed(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
 
@@ -111,8 +111,8 @@ def init_distributed(*, use_cuda: bool | None = None, timeout_s: float = COLLECT
 def shutdown() -> None:
     """Leave the process group, if there is one.
 
-    Call it on success only. After a failure other ranks may be stuck in a collective, which leaving would
-    wait for; the process must then simply end, so that torchrun sees it and stops the rest.
+    Call it only on success. After a failure, other ranks may be blocked in a collective, for which this
+    function would wait; the process must then end directly, so that torchrun stops the others.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -120,23 +120,23 @@ def shutdown() -> None:
 
 @contextmanager
 def distributed_session(*, use_cuda: bool | None = None) -> Iterator[Distributed]:
-    """`init_distributed` for a `with` block, with a watch over the other ranks.
+    """Run `init_distributed` for a `with` block and watch the other ranks with a `Heartbeat`.
 
-    Leaves the process group only when the block succeeded.
+    The process group is left only if the block succeeds.
     """
     distributed = init_distributed(use_cuda=use_cuda)
     if distributed.world_size == 1:
         yield distributed
         return
     with Heartbeat(distributed.rank, distributed.world_size):
-        barrier()  # every rank beats before the first is missed
+        barrier()  # every heartbeat has started before any rank can be considered dead
         yield distributed
-        barrier()  # the rank that keeps the store leaves last
+        barrier()  # the rank that hosts the store leaves last
     shutdown()
 
 
 def barrier() -> None:
-    """Wait until every rank is here; nothing in a single process."""
+    """Wait until every rank has called this function; do nothing in a single process."""
     if not dist.is_initialized():
         return
     if dist.get_backend() == "nccl":
@@ -148,10 +148,11 @@ def barrier() -> None:
 def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Concatenate a tensor over ranks along its first dimension, in rank order.
 
-    Ranks may hold different numbers of rows (also none), as at the end of an evaluation. No gradient flows.
+    Ranks may hold different numbers of rows, including none, as at the end of an evaluation. Gradients are not
+    propagated.
 
     Args:
-        tensor: (rows of this rank, ...), any dtype; the other dimensions and the dtype agree over ranks.
+        tensor: (rows of this rank, ...), any dtype; the other dimensions and the dtype are equal on all ranks.
 
     Returns:
         (rows of all ranks, ...), on every rank; the tensor itself in a single process.
@@ -162,7 +163,7 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([tensor.shape[0]], dtype=torch.int64, device=tensor.device))
     rows_per_rank = [int(count) for count in counts]
-    # Collectives want equal shapes: pad to the longest rank and cut afterwards.
+    # Collectives need equal shapes, so tensors are padded to the largest number of rows and cut afterwards.
     padded = tensor.new_zeros((max(rows_per_rank), *tensor.shape[1:]))
     padded[: tensor.shape[0]] = tensor
     gathered = [torch.empty_like(padded) for _ in rows_per_rank]
@@ -171,13 +172,13 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def require_agreement(facts: Mapping[str, Any]) -> None:
-    """Raise an error unless all ranks give the same facts; does nothing in a single process.
+    """Raise an error unless all ranks give the same facts; do nothing in a single process.
 
     Args:
-        facts: small plain values, such as the step a run continues from.
+        facts: small plain values, such as the step from which a run continues.
 
     Raises:
-        UserError: on every rank, naming what differs.
+        UserError: on every rank, if facts differ; names those that differ.
     """
     if not dist.is_initialized():
         return
@@ -197,17 +198,17 @@ def data_parallel(model: nn.Module, distributed: Distributed) -> nn.Module:
     """Wrap the model in `DistributedDataParallel`, unless there is a single process or the model is sharded.
 
     Args:
-        model: the model, on the device of this rank; already sharded if it is to be.
-        distributed: the place of this process.
+        model: the model, on the device of this rank, sharded before if sharding is configured.
+        distributed: this process among all processes of the run.
 
     Returns:
-        What the objective calls; the parameters are the model's own.
+        The module that the objective calls; its parameters are those of the model.
     """
     if distributed.world_size == 1 or isinstance(model, FSDPModule):
         return model
-    # Without `device_ids`, inputs stay where they are: a mask on the CPU would otherwise go to the GPU, and its
-    # number of hidden tubes come back.
+    # Without `device_ids`, inputs stay on their devices. Otherwise a mask on the CPU would be copied to the
+    # GPU, and reading its number of hidden tubes would wait for the device.
     with warnings.catch_warnings():
-        # torch 2.15 has another name for this option, which the versions before lack.
+        # torch 2.15 renames this option; earlier versions do not have the new name.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

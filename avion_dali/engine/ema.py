@@ -1,4 +1,4 @@
-"""A running average of the weights, which is evaluated and exported instead of the last weights."""
+"""A running average of the weights, which is evaluated and exported instead of the current weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class WeightAverage:
     """Exponential moving average of a model's parameters: average <- decay average + (1 - decay) weight.
 
     It starts as a copy of the weights (Polyak & Juditsky 1992, doi 10.1137/0330046, in exponential form).
-    Only parameters are averaged: the models here have no running statistics. Each average has the dtype and
-    the device of its parameter, and is sharded if the parameter is.
+    Only parameters are averaged, because the models have no running statistics. Each average has the dtype,
+    device and sharding of its parameter.
 
     Args:
-        model: the bare model, on its device and, where it will be, sharded.
-        decay: share of the average that a step keeps, in [0, 1).
+        model: the bare model, on its device and already sharded if sharding is configured.
+        decay: weight of the old average in each update, in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -34,15 +34,15 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the averages towards the present weights; called after every optimizer step."""
+        """Update the averages with the current weights; called after every optimizer step."""
         averages, weights = list(self._averages.values()), list(self._weights.values())
         torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Replace the weights by their averages inside a `with` block; afterwards they are restored exactly.
+        """Replace the weights by their averages inside a `with` block, and restore them exactly afterwards.
 
-        It costs a second copy of the weights meanwhile. `update` must not be called inside.
+        A second copy of the weights is held meanwhile. `update` must not be called inside the block.
         """
         held = [weight.detach().clone() for weight in self._weights.values()]
         self._write(list(self._averages.values()))
@@ -52,10 +52,11 @@ class WeightAverage:
             self._write(held)
 
     def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """Copy the averages, whole also where they are sharded; then every rank must call it.
+        """Copy the averages as whole tensors; every rank must call it if they are sharded.
 
         Args:
-            keep: hold whole tensors; False on ranks that only take part, whose result is useless.
+            keep: whether to return whole tensors; False on ranks that only take part in the collectives and
+                whose result is not used.
 
         Returns:
             Parameter name to average.
@@ -67,18 +68,18 @@ class WeightAverage:
         """Continue from saved averages, exactly.
 
         Args:
-            state: as `state_dict` gave it, of any number of ranks, on any device.
+            state: output of `state_dict`, from any number of ranks, on any device.
 
         Raises:
-            UserError: the names or shapes are those of another model.
+            UserError: the names or shapes belong to another model.
         """
         own = {name: tuple(average.shape) for name, average in self._averages.items()}
         given = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if own != given:
             differing = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
             raise UserError(
-                f"the saved weight average is of another model ({few(differing, 3)}); use the model "
-                "settings it was trained with, or another output_dir"
+                f"the saved weight average belongs to another model ({few(differing, 3)}); use the model "
+                "settings that it was trained with, or use another output_dir"
             )
         for name, average in self._averages.items():
             average.copy_(placed_like(state[name], average))
@@ -87,7 +88,7 @@ class WeightAverage:
     def _write(self, values: list[Tensor]) -> None:
         for weight, value in zip(self._weights.values(), values, strict=True):
             weight.copy_(value)
-        # A sharded model may hold whole weights gathered before, and would keep using them.
+        # A sharded model may still hold gathered weights from before and would continue to use them.
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -1,7 +1,7 @@
-"""The energy that a run uses, as the hardware counts it, and the carbon emissions that it stands for.
+"""The energy that a run uses, from hardware counters, and the corresponding carbon emissions.
 
-GPUs since Volta count the energy they have used since the driver was loaded (NVML); Intel and AMD processors
-count theirs in files that often only root may read (RAPL). Neither includes memory, fans or power supplies.
+GPUs since Volta count the energy used since the driver was loaded (NVML). Intel and AMD processors have
+counters in files that often only root may read (RAPL). Neither includes memory, fans or power supplies.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import pynvml
 import torch
 
 PUE = 1.1
-"""Power drawn by a data center per power used by its computers: Touvron et al. 2023, "LLaMA", arXiv 2302.13971,
-section 6, as in the carbon table there: energy = power x hours x PUE."""
+"""Power usage effectiveness: power drawn by a data center per power used by its computers. Touvron et al. 2023,
+"LLaMA", arXiv 2302.13971, section 6: energy = power x hours x PUE."""
 CARBON_KG_PER_KWH = 0.385
-"""CO2-equivalent per kWh, average of the United States; same source."""
+"""CO2-equivalent in kg per kWh, average of the United States; same source."""
 RAPL_FOLDER = Path("/sys/class/powercap")
 NOT_READABLE = "could not be read"
 
@@ -25,11 +25,12 @@ Counter = Callable[[], float]
 
 
 class EnergyMeter:
-    """Joules used since it was made by the hardware that this rank counts: its GPU, or the processors.
+    """Measures the energy in joules used since its creation, by this rank's GPU or by the processors.
 
     Args:
-        device: where this rank computes.
-        counts_processors: on the CPU, whether this rank counts for the machine: one rank of each machine does.
+        device: device of this rank.
+        counts_processors: whether this rank measures the processors if it computes on the CPU; one rank per
+            machine does.
     """
 
     def __init__(self, device: torch.device, *, counts_processors: bool) -> None:
@@ -41,19 +42,19 @@ class EnergyMeter:
         self._start = self._counter() if self._counter else 0.0
 
     def joules(self) -> float:
-        """Return what was used so far; 0 when it cannot be read or another rank counts it."""
+        """Return the joules used so far; 0 if they cannot be read or another rank measures them."""
         return self._counter() - self._start if self._counter else 0.0
 
 
 def nvml_counter(device: torch.device) -> Counter | None:
-    """Return a function that gives the joules a GPU has used since the driver was loaded; None if it cannot.
+    """Return a function that reads the joules used by a GPU since the driver was loaded; None if that fails.
 
     Args:
         device: a CUDA device.
     """
     try:
         pynvml.nvmlInit()
-        # CUDA and NVML count devices differently where some are hidden; the identifier is the same.
+        # CUDA and NVML number devices differently if some are hidden; the UUID is the same.
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         used = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except (pynvml.NVMLError, AttributeError, RuntimeError):  # no driver, too old a GPU, or no such device
@@ -69,14 +70,14 @@ def nvml_counter(device: torch.device) -> Counter | None:
 
 
 def rapl_counter(folder: Path) -> Counter | None:
-    """Return a function that gives the joules the processor packages have used; None if that cannot be read.
+    """Return a function that reads the joules used by the processor packages; None if that fails.
 
-    It must be called more often than the counters wrap, which takes minutes under full load.
+    It must be called before the counters wrap around, which takes minutes under full load.
 
     Args:
         folder: the system's `powercap` folder.
     """
-    # Packages only: their cores and memory controllers are listed below them and would count twice.
+    # Only packages: their cores and memory controllers have separate entries and would be counted twice.
     packages = [path for path in sorted(folder.glob("intel-rapl:*")) if path.name.count(":") == 1]
     try:
         ranges = [int((path / "max_energy_range_uj").read_text()) for path in packages]
@@ -100,5 +101,5 @@ def rapl_counter(folder: Path) -> Counter | None:
 
 
 def carbon_kg(kwh: float) -> float:
-    """Return the CO2-equivalent in kg of energy used by the computers, with the data center's overhead."""
+    """Return the CO2-equivalent in kg of the energy used by computers, including the data center's overhead."""
     return kwh * PUE * CARBON_KG_PER_KWH

@@ -1,10 +1,10 @@
-"""Ends this process when another rank has died, wherever this one is waiting.
+"""Ends this process when another rank has died, even while this process is blocked in a call.
 
-A rank that was killed, a machine that lost power and a process that was stopped look the same to the others:
-they wait, often inside a call that no exception can interrupt. So a thread on every rank increments a number in
-the store of the process group, and reads those of the others. A number that stands still means that nothing
-runs there any more. A rank that is alive and busy (saving, evaluating, compiling) keeps counting, so the limit
-can be short; if it never arrives at a collective, the time-out of the collective ends the run.
+If a rank was killed or stopped, or its machine lost power, the other ranks wait for it, often in a call that no
+exception can interrupt. Therefore a thread on every rank increments a counter in the store of the process group
+and reads the counters of the others. A counter that does not change means that its rank no longer runs. A rank
+that is busy (saving, evaluating, compiling) continues to count, so the limit can be short. If such a rank never
+arrives at a collective, the time-out of the collective ends the run.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from types import TracebackType
 import torch.distributed as dist
 
 LIMIT_S = 25.0
-"""How long a number may stand still. torchrun, told by the first rank that ends, gives the others 30 s more:
-together that is less than a minute."""
+"""Seconds after which an unchanged counter means a dead rank. After the first rank ends, torchrun gives the
+others 30 s; together that is less than a minute."""
 INTERVAL_S = 2.0
 _STORE_TIMEOUT_S = 5.0
 _DONE = "done"
 
 
 def end_process(message: str) -> None:
-    """Print the cause and end without clean-up: other threads may be blocked for ever.
+    """Print the cause and end the process without clean-up, because other threads may be blocked forever.
 
     Args:
         message: the cause.
@@ -45,11 +45,11 @@ class Heartbeat:
     """Watches the other ranks inside a `with` block.
 
     Args:
-        rank: this process.
-        world_size: how many processes there are.
-        limit_s: seconds without a sign of life after which a rank counts as dead.
+        rank: rank of this process.
+        world_size: number of processes.
+        limit_s: seconds without a change of its counter after which a rank is considered dead.
         interval_s: seconds between two readings.
-        on_loss: called with the cause, from the thread.
+        on_loss: called with the cause, in the watching thread.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Heartbeat:
         on_loss: Callable[[str], None] = end_process,
     ) -> None:
         self.rank, self.limit_s, self.interval_s, self.on_loss = rank, limit_s, interval_s, on_loss
-        # A restart by torchrun uses the same store: the old numbers must not count.
+        # A restart by torchrun uses the same store, so the old counters must be ignored.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._keys = [f"avion_dali/heartbeat/{attempt}/{other}" for other in range(world_size)]
         self._place = f"{socket.gethostname()}, process {os.getpid()}"
@@ -70,7 +70,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        # A separate connection: that of the process group blocks while it waits, and would block this thread.
+        # A separate connection, because that of the process group would block this thread while it waits.
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -88,7 +88,7 @@ class Heartbeat:
         self._ended.set()
         self._thread.join(timeout=2 * _STORE_TIMEOUT_S)
         if kind is None:
-            with suppress(RuntimeError):  # the store's keeper may have left already
+            with suppress(RuntimeError):  # the rank that hosts the store may have left already
                 self._say(_DONE)
 
     def _say(self, count: str) -> None:
@@ -102,10 +102,10 @@ class Heartbeat:
             try:
                 self._say(str(count))
                 values = [value.decode() for value in self._store.multi_get(self._keys)]
-            except RuntimeError:  # some rank has not begun yet, or the store is gone
+            except RuntimeError:  # a rank has not started yet, or the store is gone
                 if time.monotonic() - answered > self.limit_s:
                     self.on_loss(
-                        "the first machine of the run does not answer any more; see its console for why. "
+                        "the first machine of the run no longer answers; its console may show the reason. "
                         "Start again to continue from the last checkpoint"
                     )
                 continue
@@ -119,10 +119,10 @@ class Heartbeat:
         for other, (value, since) in known.items():
             count, _, place = value.partition(" ")
             if count != _DONE and now - since > self.limit_s:
-                if self.rank == 0:  # it may keep the store: let the others see for themselves first
+                if self.rank == 0:  # it may host the store, so the other ranks must detect the loss first
                     time.sleep(2 * self.interval_s)
                 self.on_loss(
-                    f"rank {other} ({place}) has not given a sign of life for {now - since:.0f} s: its process "
-                    "was killed or stopped, or its machine is out of reach. Start again to continue from the "
-                    "last checkpoint"
+                    f"rank {other} ({place}) has not responded for {now - since:.0f} s: its process was killed "
+                    "or stopped, or its machine is unreachable. Start again to continue from the last "
+                    "checkpoint"
                 )

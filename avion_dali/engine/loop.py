@@ -1,10 +1,10 @@
-"""The training loop, shared by all tasks; what differs between them is the objective and the configuration.
+"""The training loop of all tasks, which differ in objective and configuration.
 
-Four methods follow each other in a run: `next_batch` takes a micro-batch from the loader, `micro_step` runs
-its forward and backward pass, `optimizer_step` changes the weights, and `run` repeats this to the last step,
-writes the log, and lets the `Checkpointer` save and evaluate between steps. Two more compose them for callers
-that bring their own batches or measure: `train_step` (all micro-batches of one step, and the update) and
-`steps` (a range of steps from the loader). Steps are counted over all epochs from 0.
+A run consists of four methods: `next_batch` takes a micro-batch from the loader, `micro_step` runs its forward
+and backward pass, `optimizer_step` updates the weights, and `run` repeats them until the last step, writes the
+log, and lets the `Checkpointer` save and evaluate between steps. Two more methods combine them for benchmarks
+and callers with their own batches: `train_step` (all micro-batches of one step, and the update) and `steps` (a
+range of steps from the loader). Steps are counted from 0 over all epochs.
 """
 
 from __future__ import annotations
@@ -49,18 +49,19 @@ class TrainLoop:
     """Trains a model; see the module's docstring.
 
     Args:
-        model: the bare model, on the device of this rank. Shard it before (`shard_model`), if it is to be;
-            otherwise it is wrapped for several ranks here.
-        optimizer: over the model's parameters; its learning rate is set every step.
-        objective: batch to loss.
-        loader: source of batches; closed when `run` ends, however it ends.
+        model: the bare model, on the device of this rank. It is wrapped for data parallelism here, unless
+            `shard_model` has sharded it before.
+        optimizer: optimizer of the model's parameters; its learning rate is set in every step.
+        objective: maps batches to the loss.
+        loader: source of batches; closed when `run` ends for any reason.
         settings: see `LoopSettings`.
-        distributed: place of this process.
-        evaluate: called on every rank, with the model in evaluation mode, at epoch ends; returns metrics.
+        distributed: this process among all processes of the run.
+        evaluate: called on every rank at the ends of epochs, with the model in evaluation mode; returns
+            metrics.
         after_step: called after every change of the weights, for constraints such as a clamped logit scale.
 
     Raises:
-        UserError: the loader has no step to offer, or the precision does not fit the device.
+        UserError: an epoch of the loader has no step, or the device does not support the precision.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class TrainLoop:
         self.distributed = distributed or Distributed()
         if loader.steps_per_epoch < 1:
             raise UserError(
-                f"an epoch holds fewer clips than one global batch ({settings.optim.global_batch}); "
+                f"an epoch has fewer clips than one global batch ({settings.optim.global_batch}); "
                 "lower optim.global_batch or use a larger train_manifest"
             )
         device, run = self.distributed.device, settings.run
@@ -95,7 +96,7 @@ class TrainLoop:
             model=model,
             optimizer=optimizer,
             scaler=self.scaler,
-            # What decides which samples a step sees.
+            # The facts that determine the samples of each step.
             order=settings.order_facts() | {"steps_per_epoch": loader.steps_per_epoch},
             average=WeightAverage(model, settings.optim.ema_decay) if settings.optim.ema_decay else None,
             spikes=SpikeWatch(run.spike_factor, device) if run.spike_factor else None,
@@ -126,14 +127,14 @@ class TrainLoop:
 
     @property
     def order(self) -> dict[str, int | float | str]:
-        """What decides which samples a step sees; ranks must agree on it."""
+        """Facts that determine the samples of each step; they must be equal on all ranks."""
         return self.state.order
 
     def next_batch(self) -> ClipBatch:
         """Take the next micro-batch of `steps` from the loader; the time blocked here is the data wait.
 
         Raises:
-            RuntimeError: the loader delivered fewer batches than `steps` asked it for.
+            RuntimeError: the loader delivered fewer batches than `steps` requested.
         """
         with self.timer.waiting():
             batch = next(self._batches, None)
@@ -142,26 +143,26 @@ class TrainLoop:
         return batch
 
     def micro_step(self, batch: ClipBatch, micro: int) -> tuple[torch.Tensor, Report]:
-        """Forward and backward pass of one micro-batch whose loss does not depend on the others.
+        """Run the forward and backward pass of one micro-batch whose loss does not depend on the others.
 
         Args:
             batch: the micro-batch.
-            micro: its number within the step, counted from 0.
+            micro: index of the micro-batch within the step, counted from 0.
 
         Returns:
             The loss, a detached () tensor, and the numbers that the objective reports.
         """
         with self._context(micro):
             loss, report = self._loss_of(self._forward(batch, micro))
-            # Micro-batches have equally many samples: the mean of their losses is the loss of one large batch.
+            # Micro-batches have equal sizes, so the mean of their losses is the loss of one large batch.
             self.scaler.scale(loss / self.loader.accum_steps).backward()
         return loss.detach(), report
 
     def optimizer_step(self, loss: torch.Tensor, sample_ids: np.ndarray) -> torch.Tensor:
-        """Update the weights with the gradients of the step, which are checked and clipped first.
+        """Check and clip the gradients of the step, and update the weights.
 
         Args:
-            loss: of the step, a () tensor.
+            loss: loss of the step, a () tensor.
             sample_ids: int64 (N,), manifest rows of the step on this rank, for messages.
 
         Returns:
@@ -176,11 +177,12 @@ class TrainLoop:
         if is_sharded(self.model):
             average_whole_gradients(self.parameters)
         grad_norm = gradient_norm(self.parameters)
-        # Under fp16 an overflow is expected now and then: the scaler skips that step and lowers its scale.
+        # In fp16 occasional overflows are expected: the scaler skips that step and lowers its scale.
         watched = self.overflows.watched_norm(grad_norm) if self.scaler.is_enabled() else grad_norm
         excess = self.state.spikes.excess(loss) if self.state.spikes else None
         self.guard.watch(self.step, loss=loss, grad_norm=watched, sample_ids=sample_ids, excess=excess)
-        # `skip` alone needs the number on the host at once, so only then every step waits for the device.
+        # Only `skip` needs the number on the host immediately, so only then does every step wait for the
+        # device.
         if excess is None or self.settings.run.on_spike != "skip" or not excess > 1:
             self._change_weights(grad_norm)
         self.scaler.update()
@@ -188,14 +190,14 @@ class TrainLoop:
         return grad_norm
 
     def train_step(self, batches: Iterable[ClipBatch]) -> dict[str, torch.Tensor]:
-        """Train one step: forward and backward passes of its micro-batches, and the update.
+        """Train one step: the forward and backward passes of its micro-batches, and the update.
 
         Args:
             batches: the `loader.accum_steps` micro-batches of the step. Each is taken when it is needed, so a
-                generator holds one at a time, unless the objective couples their samples.
+                generator holds only one at a time, unless the objective couples their samples.
 
         Returns:
-            The loss, what the objective reports and the gradient norm before clipping: () tensors on the
+            The loss, the report of the objective, and the gradient norm before clipping; () tensors on the
             device.
 
         Raises:
@@ -227,14 +229,14 @@ class TrainLoop:
         """Train steps [first, last) with batches from the loader, without logging, saving or evaluating.
 
         Args:
-            first: where to begin: `step`, the number of steps done.
+            first: the first step; must equal `step`, the number of steps done.
             last: one past the last step.
 
         Yields:
             The numbers of each step, see `train_step`.
 
         Raises:
-            ValueError: the loop is not at step `first`, on which learning rates and random draws depend.
+            ValueError: `first` is not the current step, on which learning rates and random draws depend.
             RuntimeError: the loader ended early.
         """
         if first != self.step:
@@ -246,15 +248,15 @@ class TrainLoop:
             yield self.train_step(self.next_batch() for _ in range(self.loader.accum_steps))
 
     def run(self) -> TrainSummary:
-        """Train from the current step to the last one, or until a signal asks for an end.
+        """Train from the current step to the last one, or until a signal requests a stop.
 
         Returns:
-            How it ended.
+            A summary of how the run ended.
 
         Raises:
             NonFiniteLossError: the loss or gradient is not finite; see `FiniteGuard`.
             LossSpikeError: the loss jumped and `run.on_spike` is `stop`.
-            UserError: a checkpoint could not be written, or the evaluation lacks the metric to maximise.
+            UserError: a checkpoint could not be written, or the evaluation does not report the best metric.
         """
         with ExitStack() as stack:
             stack.callback(self.loader.close)
@@ -281,21 +283,21 @@ class TrainLoop:
         )
 
     def restore(self, path: Path) -> None:
-        """Continue from a checkpoint: the next `run` gives what the interrupted one would have given.
+        """Continue from a checkpoint, so that the next `run` gives the results of an uninterrupted run.
 
-        This run's configuration wins where both may differ (weight decay, epochs, world size, sharding).
+        Settings that may differ (weight decay, epochs, world size, sharding) are those of this run.
 
         Args:
             path: the checkpoint.
 
         Raises:
-            UserError: the file cannot be used, or its model, optimizer or order of samples is another one.
+            UserError: the file cannot be used, or it has another model, optimizer or order of samples.
         """
         self.state.restore(load_checkpoint(path), source=str(path))
         self.state.pending_evaluation &= self.checkpointer.evaluate is not None
 
     def export(self, path: Path) -> None:
-        """Write the weights, averaged where the run averages them, as safetensors; every rank must call it.
+        """Write the weights (their average if the run has one) as safetensors; every rank must call it.
 
         Args:
             path: the file to write.
@@ -309,7 +311,7 @@ class TrainLoop:
             export_safetensors(self.model, path, header)
 
     def _forward(self, batch: ClipBatch, micro: int) -> tuple[torch.Tensor, ...]:
-        """The objective's outputs, with random draws that depend on (seed, step, rank, micro) alone."""
+        """Compute the objective's outputs, with random draws that depend only on (seed, step, rank, micro)."""
         seed = self.settings.run.seed
         torch.manual_seed(micro_seed(seed, self.step, rank=self.distributed.rank, micro=micro))
         with autocast(self.precision, self.distributed.device):
@@ -320,7 +322,7 @@ class TrainLoop:
             return self.objective.loss(outputs)
 
     def _coupled_step(self, batches: list[ClipBatch]) -> tuple[torch.Tensor, Report]:
-        """`micro_step` for micro-batches whose samples share one loss."""
+        """Run the forward and backward passes of micro-batches whose samples share one loss."""
         return coupled_backward(
             lambda micro: self._forward(batches[micro], micro),
             micro_batches=len(batches),
@@ -367,7 +369,7 @@ class TrainLoop:
         return log
 
     def _log(self, log: RunLog, numbers: dict[str, torch.Tensor]) -> None:
-        """Write one row, after the outstanding steps were checked; every rank takes part."""
+        """Check the outstanding steps and write one row; every rank must call it."""
         self.guard.check()
         stats = self.loader.stats
         counts = {name: getattr(stats, name) for name in ("delivered", "replaced", "decoded_on_cpu")}

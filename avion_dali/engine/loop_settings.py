@@ -1,4 +1,4 @@
-"""Settings of the training loop, which do not change during a run."""
+"""The settings of the training loop, which do not change during a run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class LoopSettings:
         output_dir: folder of the run.
         optim: epochs, learning rates, clipping, batch sizes.
         run: seed, precision and intervals.
-        config: the whole configuration as plain values, kept in checkpoints and the log.
-        decoder: name of the decoder in use, for the log.
+        config: the whole configuration as plain values, stored in checkpoints and the log.
+        decoder: name of the decoder, for the log.
         decoder_reason: why this decoder was chosen, for the header of the log.
-        best_metric: key of the evaluation to maximise; `checkpoint_best.pt` follows it. Empty for none.
-        data: what else a resumed run must have in common with the interrupted one, such as the fingerprint
-            of the manifest.
-        tensorboard: write TensorBoard curves.
-        classes: names of the model's classes in label order, which are saved with its weights.
+        best_metric: evaluation metric that selects `checkpoint_best.pt`; larger is better. Empty for none.
+        data: further facts that must be the same when the run is resumed, such as the fingerprint of the
+            manifest.
+        tensorboard: whether to write TensorBoard curves.
+        classes: names of the model's classes in label order, stored with its weights.
     """
 
     output_dir: Path
@@ -75,11 +75,11 @@ class LoopSettings:
         )
 
     def order_facts(self) -> dict[str, int | float | str]:
-        """Return what a resumed run must have in common with the interrupted one, from these settings."""
+        """Return the facts of these settings that must be the same when the run is resumed."""
         return {**self.data, "seed": self.run.seed, "global_batch": self.optim.global_batch}
 
     def facts(self) -> dict[str, Any]:
-        """Return what the header of the log states about these settings."""
+        """Return the facts of these settings that the header of the log contains."""
         return {
             "config": self.config,
             "decoder": self.decoder,

@@ -17,13 +17,13 @@ from avion_dali.files import atomic_write_text
 from avion_dali.wording import few
 
 WINDOW = 100
-"""Number of losses that the running median is taken over."""
+"""Number of losses in the running median."""
 WARM_UP = 20
 """Number of losses before any step can count as a spike."""
 
 
 class NonFiniteLossError(UserError):
-    """The loss or the gradient became infinite or not a number; training stopped before saving the weights."""
+    """The loss or the gradient is infinite or NaN; the training stopped before saving the weights."""
 
 
 class LossSpikeError(UserError):
@@ -31,14 +31,14 @@ class LossSpikeError(UserError):
 
 
 class SpikeWatch:
-    """Compares each loss with the median of the last `WINDOW` ones, on the device, without waiting for it.
+    """Compares each loss with the median of the last `WINDOW` losses, on the device and without waiting for it.
 
-    Spikes enter the window like all losses: a few hardly change a median, and when the loss stays high, the
-    median follows within `WINDOW` / 2 steps.
+    Spikes enter the window like all losses: a few of them hardly change the median, and if the loss stays high,
+    the median follows within `WINDOW` / 2 steps.
 
     Args:
         factor: a loss above this multiple of the median is a spike.
-        device: where losses are.
+        device: device of the losses.
     """
 
     def __init__(self, factor: float, device: torch.device) -> None:
@@ -53,31 +53,32 @@ class SpikeWatch:
             loss: loss of this rank, ().
 
         Returns:
-            Loss averaged over ranks divided by the limit, float32 (), the same number on every rank: above 1 is
-            a spike. 0 while too few losses are known.
+            The loss averaged over ranks divided by the limit, float32 (), equal on every rank; a value above 1
+            is a spike. 0 while too few losses are known.
         """
         mean = loss.detach().float().clone()
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        # The known losses come first in the window; a median that skips NaN would wait for the device.
+        # Only known losses, which come first in the window, because a median that skips NaN waits for the
+        # device.
         limit = self.factor * self._losses[: min(self._seen, WINDOW)].median() if self._seen else mean
         self._losses[self._seen % WINDOW] = mean
         self._seen += 1
         if self._seen <= WARM_UP:
             return torch.zeros_like(mean)
-        # A median of zero has no multiple to compare with.
+        # If the median is zero, no loss can be compared with it.
         return torch.where(limit > 0, mean / limit, torch.zeros_like(mean))
 
     def state_dict(self) -> dict[str, torch.Tensor | int]:
-        """Return what a resumed run needs to give the same results as this one."""
+        """Return the state that a resumed run needs to give the same results."""
         return {"losses": self._losses.clone(), "seen": self._seen}
 
     def load_state_dict(self, state: dict[str, torch.Tensor | int]) -> None:
-        """Continue from `state_dict`.
+        """Continue from saved state.
 
         Args:
-            state: of a run with any factor, or empty.
+            state: output of `state_dict`, for any factor; or empty.
         """
         if state:
             self._losses.copy_(torch.as_tensor(state["losses"]))
@@ -90,8 +91,8 @@ class LossSpike:
 
     Args:
         step: number of the step, counted from 0.
-        loss: of this rank.
-        excess: loss over all ranks divided by the limit.
+        loss: loss of this rank.
+        excess: loss averaged over ranks divided by the limit.
         sample_ids: manifest rows of the step's batch on this rank.
     """
 
@@ -103,7 +104,7 @@ class LossSpike:
 
 @dataclass(frozen=True)
 class _Watched:
-    """The numbers of one step, which may not have arrived on the host yet."""
+    """The numbers of one step, which may still be on their way to the host."""
 
     step: int
     values: torch.Tensor  # (3,) float32 on the host: loss, gradient norm, excess over the spike limit
@@ -114,16 +115,16 @@ class _Watched:
 class FiniteGuard:
     """Stops the run at the first loss or gradient norm that is not finite, without a device sync per step.
 
-    On a GPU the numbers of a step are copied in the background and checked one step later; all outstanding
-    steps are checked before anything is saved, evaluated or logged. On the CPU there is nothing to wait for,
-    so a step is checked before it changes the weights.
+    On a GPU, the numbers of a step are copied in the background and checked one step later. All outstanding
+    steps are checked before anything is saved, evaluated or logged. On the CPU, a step is checked before it
+    changes the weights.
 
-    Loss spikes are found in the same way; they are collected in `spikes` until they are logged.
+    Loss spikes are found in the same way and collected in `spikes` until they are logged.
 
     Args:
-        output_dir: folder that `nonfinite.json` is written to.
-        rank: this process; ranks other than 0 write `nonfinite.rank<N>.json`.
-        stops_at_spikes: end the run at a loss spike as well.
+        output_dir: folder of `nonfinite.json`.
+        rank: rank of this process; ranks other than 0 write `nonfinite.rank<N>.json`.
+        stops_at_spikes: whether a loss spike stops the run as well.
     """
 
     def __init__(self, output_dir: Path, *, rank: int, stops_at_spikes: bool = False) -> None:
@@ -141,14 +142,14 @@ class FiniteGuard:
         sample_ids: np.ndarray,
         excess: torch.Tensor | None = None,
     ) -> None:
-        """Take the numbers of a step, and check those that must have arrived.
+        """Add the numbers of a step, and check those that have arrived.
 
         Args:
             step: number of the step, counted from 0.
             loss: () tensor.
             grad_norm: () tensor.
             sample_ids: manifest rows of the step's batch on this rank.
-            excess: () tensor of `SpikeWatch`, if there is one.
+            excess: () tensor of `SpikeWatch.excess`, or None.
 
         Raises:
             NonFiniteLossError: see `check`.
@@ -171,9 +172,9 @@ class FiniteGuard:
             keep: number of the newest steps that may stay unchecked.
 
         Raises:
-            NonFiniteLossError: a loss or gradient norm is not finite; names the step, and the samples of its
-                batch are written to `path`.
-            LossSpikeError: the loss jumped and `stops_at_spikes`.
+            NonFiniteLossError: a loss or gradient norm is not finite; the message names the step, and the
+                samples of its batch are written to `path`.
+            LossSpikeError: the loss jumped and `stops_at_spikes` is set.
         """
         while len(self._outstanding) > keep:
             watched = self._outstanding.popleft()
@@ -189,16 +190,16 @@ class FiniteGuard:
         spike = LossSpike(watched.step, loss, excess, [int(row) for row in watched.sample_ids])
         if self.stops_at_spikes:
             raise LossSpikeError(
-                f"step {watched.step}: the loss is {loss:.4g}, {excess:.3g} times what run.spike_factor "
-                "allows; stopped, nothing was saved since. The batch held samples "
-                f"{few(spike.sample_ids, 8)}. Lower optim.learning_rate, or take "
-                "run.on_spike = skip, then resume from the last checkpoint"
+                f"step {watched.step}: the loss is {loss:.4g}, {excess:.3g} times the limit of "
+                "run.spike_factor; the run stopped without saving this step. The batch contained samples "
+                f"{few(spike.sample_ids, 8)}. Lower optim.learning_rate or set run.on_spike = skip, then "
+                "resume from the last checkpoint"
             )
         self.spikes.append(spike)
 
     def _stop(self, watched: _Watched, *, loss: float, grad_norm: float) -> None:
         ids = [int(sample_id) for sample_id in watched.sample_ids]
-        # Numbers as text: JSON has no word for infinity.
+        # Numbers are stored as strings, because JSON cannot represent infinity.
         record = {
             "step": watched.step,
             "loss": str(loss),
@@ -208,7 +209,7 @@ class FiniteGuard:
         atomic_write_text(self.path, json.dumps(record, indent=1))
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
         raise NonFiniteLossError(
-            f"step {watched.step}: the {what}; stopped, nothing was saved since. The batch held samples "
-            f"{few(ids, 8)} (all in {self.path}). Lower optim.learning_rate, "
-            "set optim.clip_grad_norm, or take run.precision = fp32, then resume from the last checkpoint"
+            f"step {watched.step}: the {what}; the run stopped without saving this step. The batch contained "
+            f"samples {few(ids, 8)} (all are listed in {self.path}). Lower optim.learning_rate, set "
+            "optim.clip_grad_norm, or set run.precision = fp32, then resume from the last checkpoint"
         )

@@ -1,4 +1,4 @@
-"""Optimizers, their parameter groups, and the learning rate of every step."""
+"""Optimizers, their parameter groups, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from avion_dali.models.layout import declared_layouts
 
 
 class LayerScales:
-    """How much slower each layer learns than the head.
+    """Factors on the learning rate of each layer, relative to that of the head.
 
     Source: layer-wise decay as in BEiT (Bao et al. 2021, arXiv 2106.08254) and VideoMAE's fine-tuning. A
     tower of L blocks has L + 2 layers: its stem, position tables and learned tokens are layer 0, block i is
-    i + 1, and what follows the blocks is L + 1, as is whatever belongs to no tower. The factor of layer l is
-    decay^(L + 1 - l). Towers declare which of their parameters these are, see `TowerLayout`.
+    layer i + 1, and the parameters after the blocks or outside of towers are layer L + 1. The factor of layer l
+    is decay^(L + 1 - l). Towers declare the role of their parameters, see `TowerLayout`.
 
     Args:
         model: the model.
-        decay: factor from one layer to the one before, in (0, 1].
+        decay: factor between a layer and the next layer, in (0, 1].
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -38,10 +38,10 @@ class LayerScales:
         }
 
     def of(self, name: str) -> float:
-        """The factor of one parameter.
+        """Return the factor of one parameter.
 
         Args:
-            name: its name in the model.
+            name: name of the parameter in the model.
         """
         prefixes = [prefix for prefix in self._layouts if name.startswith(prefix)]
         prefix = max(prefixes, key=len, default="")
@@ -61,20 +61,22 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters by weight decay and, with layer decay, by layer.
 
-    Matrices decay. Vectors and scalars (norms, biases, the logit scale) do not, nor do position tables and
-    learned tokens, which the towers declare in their `TowerLayout`.
+    Weight decay applies to matrices. Vectors and scalars (norms, biases, the logit scale) are exempt, as are
+    position tables and learned tokens, which towers declare in their `TowerLayout`.
 
     Args:
-        model: the model; parameters with `requires_grad=False` are left out.
+        model: the model; parameters with `requires_grad=False` are excluded.
         weight_decay: decay of the matrices.
-        layer_decay: factor on the rate from one block to the block before, see `LayerScales`; 1 for none.
+        layer_decay: factor between the learning rates of a block and the next block, see `LayerScales`; 1 for
+            equal rates.
 
     Returns:
-        Groups as `torch.optim` takes them, in the model's own order; with layer decay each has the `lr_scale`
-        of its layer, see `set_learning_rate`. Without, matrices are the first group and the rest the second.
+        Groups for `torch.optim`, in the order of the model. With layer decay each has the `lr_scale` of its
+        layer, see `set_learning_rate`. Without it, the first group has the matrices and the second the other
+        parameters.
 
     Raises:
-        UserError: nothing is trainable.
+        UserError: no parameter is trainable.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
@@ -95,42 +97,42 @@ def parameter_groups(
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     """Create the configured optimizer over parameter groups.
 
-    The fused kernels are used where there are any: on GPUs one launch per group and no device sync under a
-    gradient scaler, on CPUs one pass over each parameter instead of six. SGD adds the decay to the gradient
-    (as AVION's recipe does), the others decay the weights themselves.
+    Fused kernels are used where available: on GPUs they need one launch per group and no device sync with a
+    gradient scaler, on CPUs one pass over each parameter instead of six. SGD adds the weight decay to the
+    gradient (as AVION's recipe does); the other optimizers decay the weights directly.
 
     Args:
-        groups: as made by `parameter_groups`.
-        config: which optimizer, its constants and the peak learning rate.
+        groups: output of `parameter_groups`.
+        config: the optimizer, its constants and the peak learning rate.
 
     Returns:
         The optimizer.
     """
     rate, betas = config.learning_rate * config.rate_factor, (config.beta1, config.beta2)
     if config.optimizer == "lion":
-        from timm.optim.lion import Lion  # imported here: it takes seconds
+        from timm.optim.lion import Lion  # imported here because it takes seconds
 
         return Lion(groups, lr=rate, betas=betas)
     if config.optimizer == "sgd":
-        # Fused SGD does not know sharded parameters.
+        # Fused SGD does not support sharded parameters.
         sharded = any(isinstance(p, DTensor) for group in groups for p in group["params"])
         return torch.optim.SGD(groups, lr=rate, momentum=config.beta1, fused=not sharded)
     return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.eps, fused=True)
 
 
 def learning_rate_schedule(config: OptimConfig, steps_per_epoch: int) -> np.ndarray:
-    """The learning rate of every optimizer step.
+    """Compute the learning rate of every optimizer step.
 
-    Linear warm-up from `warmup_learning_rate` to the peak, both ends included, then a cosine from the peak
-    towards `final_learning_rate`, which it never quite reaches; so the peak appears twice (AVION,
-    arXiv 2309.16669, released recipe). `constant` keeps the peak after the warm-up.
+    A linear warm-up from `warmup_learning_rate` to the peak, including both ends, is followed by a cosine from
+    the peak towards `final_learning_rate`, which it does not quite reach. The peak therefore occurs twice
+    (AVION, arXiv 2309.16669, released recipe). `constant` keeps the peak after the warm-up.
 
-    All rates are those of the configuration times `rate_factor`, the ends like the peak (AVION's classification
+    All rates are multiplied by `rate_factor`, including the first and the final one (AVION's classification
     recipe: 0.003 for a batch of 128 becomes 0.012 for 512, and 1e-6 and 1e-5 become 4e-6 and 4e-5).
 
     Args:
-        config: peak, ends, warm-up and epochs.
-        steps_per_epoch: optimizer steps of one epoch.
+        config: learning rates, warm-up and epochs.
+        steps_per_epoch: optimizer steps per epoch.
 
     Returns:
         float64 array (epochs * steps_per_epoch,).
@@ -147,14 +149,14 @@ def learning_rate_schedule(config: OptimConfig, steps_per_epoch: int) -> np.ndar
 
 
 def scaled_rates(config: OptimConfig) -> tuple[float, float, float]:
-    """The rates of the first step, the peak and the end, scaled to the global batch."""
+    """Return the first, peak and final learning rates, scaled to the global batch."""
     rates = (config.warmup_learning_rate, config.learning_rate, config.final_learning_rate)
     first, peak, final = (rate * config.rate_factor for rate in rates)
     return first, peak, final
 
 
 def describe_rates(config: OptimConfig) -> str:
-    """One line on the learning rate and where it comes from, to be printed when a training starts.
+    """Return one line that describes the learning rate and its derivation, for the start of a training.
 
     Args:
         config: the configuration.
@@ -172,6 +174,6 @@ def describe_rates(config: OptimConfig) -> str:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the rate of every group: `learning_rate` times the group's own `lr_scale` (1 without one)."""
+    """Set the learning rate of every group to `learning_rate` times the group's `lr_scale` (1 by default)."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)

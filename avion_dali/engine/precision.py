@@ -1,4 +1,4 @@
-"""The number format that a device computes in, and the handling of overflows under fp16."""
+"""The precision of a run, and the handling of overflows in fp16."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ AUTOCAST_DTYPES: dict[Precision, torch.dtype] = {
 
 
 MAX_OVERFLOWS = 50
-"""Overflowing steps in a row that end an fp16 run: each halves the loss scale, which is 1 after 16 of them."""
+"""Consecutive overflowing steps that end an fp16 run. Each halves the loss scale, which is 1 after 16 steps."""
 
 
 def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
-    """Pick the precision of a run.
+    """Choose the precision of a run.
 
     Args:
-        name: what the user asked for; `auto` takes bf16 on GPUs with native bf16, fp16 on older ones and
-            fp32 on the CPU.
-        device: where the model computes.
+        name: value of the option; `auto` uses bf16 on GPUs with native bf16, fp16 on older GPUs and fp32 on the
+            CPU.
+        device: device of the model.
 
     Returns:
         The precision to use.
 
     Raises:
-        UserError: fp16 asked for on the CPU, which has no gradient scaler worth using.
+        UserError: fp16 is requested on the CPU.
     """
     if name == "fp16" and device.type != "cuda":
-        raise UserError(f"run.precision = 'fp16' needs a GPU, this run computes on {device}; use fp32 or bf16")
+        raise UserError(
+            f"run.precision = 'fp16' needs a GPU, but this run uses {device}; set it to fp32 or bf16"
+        )
     if name != "auto":
         return name
     if device.type != "cuda":
@@ -44,28 +46,28 @@ def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: tor
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """Return a new autocast context: its cache of cast weights must not outlive one forward pass."""
+    """Return a new autocast context, because its cache of cast weights is valid for one forward pass only."""
     return torch.autocast(
         device.type, dtype=AUTOCAST_DTYPES[precision], enabled=precision != "fp32", cache_enabled=True
     )
 
 
 def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
-    """Return a loss scaler for fp16, and for the other precisions one that does nothing."""
+    """Return a gradient scaler for fp16, and one that does nothing for the other precisions."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 class OverflowCount:
-    """Allows overflows of fp16 gradients until too many follow each other; the count stays on the device."""
+    """Counts consecutive overflows of fp16 gradients on the device, and tolerates a limited number."""
 
     def __init__(self) -> None:
         self._in_a_row: torch.Tensor | None = None
 
     def watched_norm(self, grad_norm: torch.Tensor) -> torch.Tensor:
-        """Return the gradient norm for `FiniteGuard`: 0 as long as few overflows follow each other.
+        """Return the gradient norm for `FiniteGuard`, or 0 until `MAX_OVERFLOWS` consecutive overflows.
 
         Args:
-            grad_norm: (), before the scaler decides on the step.
+            grad_norm: () tensor, the norm before the scaler decides about the step.
         """
         is_broken = ~torch.isfinite(grad_norm)
         before = torch.zeros_like(grad_norm) if self._in_a_row is None else self._in_a_row

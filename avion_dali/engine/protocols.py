@@ -1,4 +1,4 @@
-"""What the training loop requires of the parts that it is given."""
+"""The interfaces that the training loop requires of its loader and its objective."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from avion_dali.engine.accumulate import Report
 
 
 class LoaderCounts(Protocol):
-    """Counts of a loader since it was made, on this rank."""
+    """Counts of a loader on this rank since its creation."""
 
     @property
     def delivered(self) -> int:
-        """Clips handed out."""
+        """Number of delivered clips."""
 
     @property
     def replaced(self) -> int:
-        """Delivered clips that replace one that could not be read."""
+        """Number of delivered clips that are substitutes for unreadable ones."""
 
     @property
     def decoded_on_cpu(self) -> int:
-        """Delivered clips that the decoder in use left to `cpu-fused`."""
+        """Number of delivered clips that the decoder of the run could not decode and `cpu-fused` decoded."""
 
 
 class BatchSource(Protocol):
-    """Delivers this rank's micro-batches in an order that depends on seed, epoch and step alone."""
+    """Delivers this rank's micro-batches in an order that depends only on seed, epoch and step."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -45,13 +45,13 @@ class BatchSource(Protocol):
         """Counts so far."""
 
     def batches(self, first_step: int, last_step: int) -> Iterator[ClipBatch]:
-        """Micro-batches of steps `first_step` up to but not including `last_step`, in order.
+        """Yield the micro-batches of steps `first_step` up to but not including `last_step`, in order.
 
-        A delivered batch belongs to the receiver: later batches do not overwrite it.
+        Later batches do not overwrite a delivered batch.
         """
 
     def close(self) -> None:
-        """End the workers; may be called twice."""
+        """Stop the workers; it may be called more than once."""
 
 
 class Objective(Protocol):
@@ -62,11 +62,11 @@ class Objective(Protocol):
         """Whether a sample's loss depends on the other samples of the batch, as in contrastive losses."""
 
     def outputs(self, model: nn.Module, batch: ClipBatch, key: StepKey) -> tuple[torch.Tensor, ...]:
-        """Run the model on one micro-batch; the first dimension of every tensor is the samples or rows.
+        """Run the model on one micro-batch; the first dimension of each output is that of samples or views.
 
-        All random draws here are functions of the key and the samples, or come from torch's generators, which
-        are seeded before every call: a second call with the same arguments repeats them.
+        Random draws must depend only on the key and the samples, or use torch's generators, which are seeded
+        before every call, so that a second call with the same arguments repeats them.
         """
 
     def loss(self, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Report]:
-        """Return the mean loss () over the samples and numbers to log; it may gather over ranks."""
+        """Return the mean loss () over the samples, and numbers to log; it may gather over ranks."""

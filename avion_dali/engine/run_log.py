@@ -1,9 +1,9 @@
-"""The log of a run: one console line and one JSON line per log step, and TensorBoard curves.
+"""Writes the log of a run: one console line and one JSON line per log step, and TensorBoard curves.
 
-`log.jsonl` holds rows of five kinds: `header` (one per start: command, versions, configuration), `train`,
+`log.jsonl` contains rows of five kinds: `header` (one per start: command, versions, configuration), `train`,
 `evaluation`, `spike` (a step whose loss jumped) and `end` (time and energy of one start). When a run resumes at
-step s, rows written after s by the killed run are dropped, so a step appears once and the file reads as if the
-run had never stopped; only their time and energy are kept, as an `end`.
+step s, rows for steps after s are removed, so that each step appears once, as if the run had never stopped.
+Only the time and energy of the removed rows are kept, in an `end` row.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def command_line() -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a `log.jsonl`; a last line cut off by a kill is left out.
+    """Read a `log.jsonl`; an incomplete last line, left by a killed process, is ignored.
 
     Args:
-        path: the file, need not exist.
+        path: the file; it need not exist.
 
     Returns:
-        The rows in order.
+        The rows in order; empty if the file does not exist.
     """
     rows: list[dict[str, Any]] = []
     if not path.exists():
@@ -57,13 +57,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            # Only the line that a kill interrupted can be incomplete, and no line follows it.
+            # Only the last line can be incomplete, if the process was killed while writing it.
             break
     return rows
 
 
 def _drop_rows_after(path: Path, step: int, *, evaluation_pending: bool) -> None:
-    """Remove the rows that a resumed run will write again; the time and energy of them are kept."""
+    """Remove the rows that a resumed run will write again, but keep their time and energy."""
 
     def is_kept(row: dict[str, Any]) -> bool:
         again = evaluation_pending and row["kind"] == "evaluation" and row["step"] == step
@@ -78,7 +78,7 @@ def _drop_rows_after(path: Path, step: int, *, evaluation_pending: bool) -> None
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that JSON can represent: numbers that are not finite become null."""
+    """Return a value that JSON can represent; numbers that are not finite become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -98,13 +98,13 @@ def row_over_ranks(
     """Combine a log step over ranks; every rank must call it.
 
     Args:
-        numbers: () tensors of this rank, averaged over ranks.
-        timing: this rank's window; rates are added up, and the data wait is that of the rank that waits most.
-        counts: this rank's counts, added up.
+        numbers: () tensors of this rank, which are averaged over ranks.
+        timing: timing of this rank; rates are added up, and `data_wait_share` is the largest over ranks.
+        counts: counts of this rank, which are added up.
 
     Returns:
-        Plain numbers, the same on every rank except `step_s`, `data_wait_s` and `memory_mb`, which stay this
-        rank's own.
+        Plain numbers, equal on every rank except `step_s`, `data_wait_s` and `memory_mb`, which are those of
+        this rank.
     """
     means_N = torch.stack([value.double() for value in numbers.values()])
     own = [timing.data_wait_share, timing.clips_per_s, *counts.values()]
@@ -124,25 +124,25 @@ def row_over_ranks(
 
 
 def sum_over_ranks(number: int, device: torch.device) -> int:
-    """Add a number of every rank; every rank must call it.
+    """Add up a number over ranks; every rank must call it.
 
     Args:
-        number: this rank's.
-        device: where the ranks' collectives take place.
+        number: the number of this rank.
+        device: device of the process group's tensors.
     """
     return int(all_gather_rows(torch.tensor([number], device=device)).sum())
 
 
 class RunLog:
-    """The log of one run; silent on every rank but 0.
+    """The log of one run, written by rank 0 only.
 
     Args:
         output_dir: folder for `log.jsonl` and `tensorboard/`.
-        total_steps: where the run ends, for the progress bar.
-        resume_step: steps done before; later rows of an earlier process are dropped.
-        evaluation_pending: the evaluation of `resume_step` will be done again.
-        enabled: False on ranks other than 0; nothing is written or printed then.
-        tensorboard: write TensorBoard curves too.
+        total_steps: number of steps at the end of the run, for the progress bar.
+        resume_step: number of steps done before; rows of later steps are removed.
+        evaluation_pending: whether the evaluation of `resume_step` will be done again.
+        enabled: False on ranks other than 0, where nothing is written or printed.
+        tensorboard: whether to write TensorBoard curves.
     """
 
     def __init__(
@@ -163,12 +163,12 @@ class RunLog:
         if self._path.exists():
             _drop_rows_after(self._path, resume_step, evaluation_pending=evaluation_pending)
         self._file = self._open()
-        # disable=None: no bar where the output is a file or a pipe.
+        # disable=None shows no bar if the output is a file or a pipe.
         self._bar = tqdm(
             total=total_steps, initial=resume_step, unit="step", disable=None, mininterval=_BAR_UPDATE_S
         )
         if tensorboard:
-            # Imported here: it takes seconds, and tools that only read logs do not need it.
+            # Imported here because it takes seconds, and tools that only read logs do not need it.
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), purge_step=resume_step + 1)
@@ -180,11 +180,11 @@ class RunLog:
         self.close()
 
     def header(self, step: int, facts: Mapping[str, Any]) -> None:
-        """Write and print what this process was started with.
+        """Write and print a header row for this start of the run.
 
         Args:
-            step: steps done before.
-            facts: plain values (configuration, batch sizes, world size, ...); command line and versions are
+            step: number of steps done before.
+            facts: plain values (configuration, batch sizes, world size, ...); the command line and versions are
                 added.
         """
         row = {
@@ -204,7 +204,7 @@ class RunLog:
 
         Args:
             step: optimizer steps done.
-            values: name to number or text.
+            values: name to number or string.
         """
         self._record("train", step, values)
 
@@ -221,18 +221,18 @@ class RunLog:
         """Write one row per step whose loss jumped.
 
         Args:
-            spikes: since the last call.
-            skipped: whether these steps left the weights as they were.
+            spikes: the spikes since the last call.
+            skipped: whether the updates of these steps were skipped.
         """
         for spike in spikes:
             self._record("spike", spike.step + 1, {**asdict(spike), "step": spike.step + 1, "skipped": skipped})
 
     def end(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write the time and energy that this process has used, and what ended it.
+        """Write the time and energy that this process has used, and the signal that stopped it, if any.
 
         Args:
             step: optimizer steps done.
-            values: name to number or text.
+            values: name to number or string.
         """
         self._write({"kind": "end", "step": step, **values})
         if values["stopped_by"]:
@@ -244,11 +244,11 @@ class RunLog:
             self._bar.update()
 
     def close(self) -> None:
-        """Flush and close everything; may be called twice."""
+        """Flush and close all files; it may be called more than once."""
         if not self.enabled:
             return
         self._bar.close()
-        with suppress(OSError):  # a full disk was reported when the row was written
+        with suppress(OSError):  # a full disk has already been reported when a row was written
             self._file.close()
         if self._writer is not None:
             self._writer.close()
@@ -262,7 +262,7 @@ class RunLog:
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
-            f"{self._path} could not be written: {error.strerror}; free space or choose another output_dir"
+            f"{self._path} could not be written: {error.strerror}; free disk space or choose another output_dir"
         )
 
     def _record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:

@@ -1,14 +1,14 @@
-"""Parameters, gradients and optimizer state divided equally among the ranks (FSDP2).
+"""Shards parameters, gradients and optimizer state equally over the ranks (FSDP2).
 
-Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", arXiv 2304.11277; here the
-per-parameter form, `torch.distributed.fsdp.fully_shard`. The parameters of a block are gathered when it
-computes, and freed afterwards. Files contain whole tensors only, which are gathered before anything is written,
-so a checkpoint fits any number of ranks, sharded or not.
+Source: Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", arXiv 2304.11277.
+This is the per-parameter form, `torch.distributed.fsdp.fully_shard`. The parameters of a block are gathered
+when it computes and freed afterwards. Tensors are gathered before they are written, so that files contain whole
+tensors and a checkpoint can be resumed with any number of ranks, sharded or not.
 
-`gathered` and `placed_like` serve weights, optimizer state and averages alike. The functions of
-`torch.distributed.checkpoint.state_dict` are not used for this, because they do not keep optimizers as they
-are: one without state is given some by a step with zero gradients, and the step count of 1 that remains changes
-Adam's bias correction after a resume. Parameters that have had no gradient yet are refused or treated alike.
+`gathered` and `placed_like` handle weights, optimizer state and averages. The functions of
+`torch.distributed.checkpoint.state_dict` are not used, because they change optimizers: to an optimizer without
+state they apply a step with zero gradients, and the remaining step count of 1 changes Adam's bias correction
+after a resume. Parameters that have not had a gradient yet are rejected or treated in the same way.
 """
 
 from __future__ import annotations
@@ -32,30 +32,32 @@ from avion_dali.engine.precision import resolve_precision
 
 
 def shard_model(model: nn.Module, run: RunConfig, distributed: Distributed) -> None:
-    """Shard a model over all ranks, in place, when the run asks for it; call it before the optimizer is made.
+    """Shard a model over all ranks in place, if the run requests it; call it before creating the optimizer.
 
-    Every block is one unit, and the remaining parameters are another. Parameters are sent as float32, and
+    Each block is one unit, and the remaining parameters form another. Parameters are sent as float32, and
     autocast rounds them where they are used, so a sharded run computes the same numbers as a replicated one in
-    every precision; sending bf16 would halve the traffic, but round norms and position tables as well. Scalars
-    (a temperature) cannot be divided; every rank keeps them, see `average_whole_gradients`.
+    every precision. Sending bf16 would halve the traffic, but also round norms and position tables. Scalars (a
+    temperature) cannot be sharded; every rank keeps them, see `average_whole_gradients`.
 
     Args:
         model: the bare model, equal on all ranks, on this rank's device.
         run: sharding and precision.
-        distributed: this rank among all; a single process is left as it is.
+        distributed: this process among all processes of the run; the model of a single process is not changed.
 
     Raises:
-        UserError: fp16, whose loss scaler does not know shards; or the ranks' weights differ.
+        UserError: the precision is fp16, whose gradient scaler does not support shards; or the weights differ
+            between ranks.
     """
     if run.sharding != "shard" or distributed.world_size == 1:
         return
     if resolve_precision(run.precision, distributed.device) == "fp16":
         raise UserError(
-            "run.sharding = shard needs run.precision = bf16 or fp32; or take run.sharding = replicate"
+            "run.sharding = shard needs run.precision = bf16 or fp32; or set run.sharding = replicate"
         )
-    # Afterwards every rank holds a different part, and a difference could not be noticed.
+    # After sharding every rank holds a different part, so a difference could no longer be detected.
     require_agreement({"sum of all weights": weight_sum(model)})
-    # It concerns the temperature, which the model returns expanded to one row per clip; nothing changes it.
+    # The warning concerns the temperature, which the model returns expanded to one row per clip and never
+    # modifies.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
     for block in _blocks(model):
@@ -65,7 +67,7 @@ def shard_model(model: nn.Module, run: RunConfig, distributed: Distributed) -> N
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks: the members of the outermost module lists."""
+    """Return the repeated blocks, which are the members of the outermost module lists."""
     blocks: list[nn.Module] = []
     for child in model.children():
         blocks.extend(child if isinstance(child, nn.ModuleList) else _blocks(child))
@@ -73,16 +75,17 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard_model` has sharded this model."""
+    """Return whether `shard_model` has sharded this model."""
     return isinstance(model, FSDPModule)
 
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Hold the whole model on every rank for a `with` block, so that ranks may call it unequally often.
+    """Gather the whole model on every rank for a `with` block, so that ranks may call it unequally often.
 
-    An evaluation's last batch may be empty on some ranks, and every forward pass of shards needs all ranks.
-    Methods other than `forward` (`encode_text`) may be called, too. Costs the memory of the whole model.
+    The last batch of an evaluation may be empty on some ranks, while a forward pass of shards needs all ranks.
+    Methods other than `forward` (`encode_text`) may be called as well. This needs the memory of the whole
+    model.
 
     Args:
         model: the bare model, sharded or not; its weights must not change inside the block.
@@ -114,7 +117,7 @@ def keeps_gradients_local(model: nn.Module) -> Iterator[None]:
 
 
 def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients of unsharded scalars over ranks, which FSDP does for sharded parameters only."""
+    """Average the gradients of unsharded scalars over ranks, which FSDP does only for sharded parameters."""
     for parameter in parameters:
         if parameter.grad is not None and not isinstance(parameter, DTensor):
             dist.all_reduce(parameter.grad)
@@ -122,7 +125,7 @@ def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the 2-norm () over all gradients; a collective when they are sharded."""
+    """Return the 2-norm () over all gradients; every rank must call it if they are sharded."""
     grads = [p.grad for p in parameters if p.grad is not None]
     parts = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
     rest = [grad for grad in grads if not isinstance(grad, DTensor)]
@@ -134,9 +137,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def weight_sum(model: nn.Module) -> float:
-    """Return the sum of the absolute weights, to compare ranks; a collective when they are sharded.
+    """Return the sum of the absolute weights, to compare ranks; every rank must call it if they are sharded.
 
-    It is rounded to twelve digits: the order of summation depends on the machine's number of threads.
+    It is rounded to twelve digits, because the order of summation depends on the machine's number of threads.
     """
     tensors = [p.detach() for p in model.parameters()]
     total = sum(float(t.double().abs().sum()) for t in tensors if not isinstance(t, DTensor))
@@ -149,14 +152,15 @@ def weight_sum(model: nn.Module) -> float:
 
 
 def gathered(state: Any, *, keep: bool) -> Any:
-    """Replace the sharded tensors of a state dict by whole ones; every rank must call it when there are any.
+    """Replace the sharded tensors of a state dict by whole ones; every rank must call it if there are any.
 
     Args:
         state: nested dicts and lists of tensors and plain values.
-        keep: keep whole tensors, on the CPU; False on ranks that only take part, whose result is useless.
+        keep: whether to return whole tensors, on the CPU; False on ranks that only take part in the collectives
+            and whose result is not used.
 
     Returns:
-        The same structure; what was whole before is the same object.
+        The same structure; tensors that were whole before are the same objects.
     """
     if isinstance(state, DTensor):
         whole = state.full_tensor()
@@ -169,10 +173,10 @@ def gathered(state: Any, *, keep: bool) -> Any:
 
 
 def placed_like(whole: Tensor, own: Tensor) -> Tensor:
-    """Shard a whole tensor as `own` is sharded; returns the tensor itself where `own` is whole."""
+    """Shard a whole tensor like `own`; return the tensor itself if `own` is whole."""
     if not isinstance(own, DTensor):
         return whole
-    # Every rank has read the whole tensor from the file, so nothing is sent.
+    # Every rank has read the whole tensor from the file, so nothing needs to be sent.
     return distribute_tensor(
         whole.to(own.device, own.dtype), own.device_mesh, own.placements, src_data_rank=None
     )

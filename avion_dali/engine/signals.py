@@ -1,7 +1,8 @@
-"""Ends a run between two steps when the system asks for it, on all ranks after the same step.
+"""Stops a run between two steps when it receives a signal, on all ranks after the same step.
 
 SIGTERM (cluster managers, `kill`) and SIGUSR1 or SIGUSR2 (SLURM's warning before preemption or the time limit)
-are recorded; the loop saves at the end of the next step and stops. A second SIGTERM ends the process at once.
+are recorded; the loop saves at the end of the next step and stops. A second SIGTERM ends the process
+immediately.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ STOP_SIGNALS = tuple(
 
 
 def exit_status(stopped_by: str) -> int:
-    """Return the exit status of a run that was saved and then ended by a signal.
+    """Return the exit status of a run that was saved and then stopped by a signal.
 
     Args:
-        stopped_by: the signal's name; empty when the run reached its end.
+        stopped_by: name of the signal; empty if the run reached its end.
 
     Returns:
-        143 for SIGTERM, as for any process that it ends, so that a script does not take an unfinished run for a
-        finished one. 0 for SIGUSR1 and SIGUSR2, which a scheduler sends to a job that it will start again.
+        143 for SIGTERM, as for any process that it ends, so that scripts can detect an unfinished run. 0 for
+        SIGUSR1 and SIGUSR2, which a scheduler sends to a job that it will start again.
     """
     return 128 + signal.SIGTERM if stopped_by == "SIGTERM" else 0
 
 
 class StopSignals:
-    """Records the first stop signal that arrives inside a `with` block; outside, nothing is changed.
+    """Records the first stop signal that arrives inside a `with` block, and then restores the old handlers.
 
-    Python delivers signals to the main thread only; in another thread the block does nothing.
+    Python delivers signals only to the main thread; in other threads the block does nothing.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,7 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            # None: a handler that was not set from Python; it cannot be put back.
+            # None means that the handler was not set from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -62,9 +63,9 @@ class StopSignals:
 class RankVotes:
     """Lets all ranks act at the same step on a request of any of them.
 
-    Each exchange sends a few numbers while the next step computes, and returns the largest of each over ranks
-    as of the exchange before: no rank waits, but all act one step later. It costs one message of some bytes per
-    step between the hosts (gloo; the GPUs are not involved).
+    Each exchange sends a few numbers while the next step computes, and returns the maxima over ranks of the
+    previous exchange. No rank waits, but all ranks act one step later. The cost is one message of a few bytes
+    per step between the hosts (gloo; GPUs are not involved).
     """
 
     def __init__(self, count: int) -> None:
@@ -73,13 +74,13 @@ class RankVotes:
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def exchange(self, values: Sequence[int]) -> list[int]:
-        """Send this rank's values and return those of all ranks; every rank must call it equally often.
+        """Send this rank's values and return the maxima over ranks; every rank must call it equally often.
 
         Args:
-            values: `count` numbers >= 0; 0 for no request.
+            values: `count` numbers >= 0; 0 means no request.
 
         Returns:
-            The largest over ranks: of this call in a single process, else of the call before (zeros at first).
+            The maxima over ranks of the previous call (zeros at first); in a single process, `values`.
         """
         if self._group is None:
             return list(values)

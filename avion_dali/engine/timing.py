@@ -1,6 +1,6 @@
-"""Measures how much of a step's time is spent waiting for data.
+"""Measures the time of steps and the part of it spent waiting for data.
 
-The clock is read on log steps only, after the device has finished, so a window costs one synchronization.
+The clock is read only on log steps, after the device has finished, so each window costs one synchronization.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class WindowTiming:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the peak memory of this process in MiB: allocated by torch on a GPU, else resident."""
+    """Return the peak memory of this process in MiB, allocated by torch on a GPU or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB on Linux
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its work; on the CPU there is nothing to wait for."""
+    """Wait until the device has finished its work; return immediately on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -54,7 +54,7 @@ class StepTimer:
     """Collects the timing of steps between two log rows.
 
     Args:
-        device: it must have finished before the clock is read at the end of a window.
+        device: device that must have finished before the clock is read at the end of a window.
     """
 
     def __init__(self, device: torch.device) -> None:

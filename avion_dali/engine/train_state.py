@@ -1,4 +1,4 @@
-"""Everything that a training changes: captured in a checkpoint, and restored from one."""
+"""The state that a training changes, saved in checkpoints and restored from them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class TrainSummary:
 
     Args:
         step: optimizer steps done.
-        loss: loss of the last log row; NaN when nothing was left to do.
-        metrics: the last evaluation; empty without one.
-        best_metric: best value of the metric to maximise, over all evaluations; None without one.
-        stopped_by: name of the signal that ended the run early, see `signals.exit_status`; else empty.
+        loss: loss of the last log row; NaN if no step was left.
+        metrics: metrics of the last evaluation; empty if there was none.
+        best_metric: best value of the best metric over all evaluations; None if there was none.
+        stopped_by: name of the signal that stopped the run early, see `signals.exit_status`; else empty.
     """
 
     step: int
@@ -35,19 +35,19 @@ class TrainSummary:
 
 @dataclass
 class TrainState:
-    """What a run must keep to continue as if it had never stopped.
+    """The state that a run needs to continue as if it had never stopped.
 
     Args:
         model: the bare model, sharded or not.
-        optimizer: over its parameters.
-        scaler: for fp16 gradients.
-        order: what decides which samples a step sees.
-        average: of the weights; None without one.
-        spikes: watches the loss; None without one.
+        optimizer: optimizer of its parameters.
+        scaler: scaler of fp16 gradients.
+        order: facts that determine the samples of each step.
+        average: running average of the weights; None if the run has none.
+        spikes: watches the loss for spikes; None if the run does not.
         step: optimizer steps done.
         best_metric: best evaluation so far.
-        pending_evaluation: the evaluation due at this step has not been done.
-        classes: names of the head's classes in label order; empty where the model has none.
+        pending_evaluation: whether the evaluation due at this step has not been done yet.
+        classes: names of the head's classes in label order; empty if the model has none.
     """
 
     model: nn.Module
@@ -62,12 +62,13 @@ class TrainState:
     classes: tuple[str, ...] = ()
 
     def capture(self, *, config: dict[str, Any], world_size: int, keep: bool) -> Checkpoint:
-        """Gather a checkpoint; every rank must call it when the model is sharded.
+        """Gather a checkpoint; every rank must call it if the model is sharded.
 
         Args:
             config: the run's configuration.
-            world_size: processes of the run.
-            keep: keep whole tensors; False on ranks that only take part, whose result is useless.
+            world_size: number of processes of the run.
+            keep: whether to keep whole tensors; False on ranks that only take part in the collectives and whose
+                result is not used.
         """
         return Checkpoint(
             model=gathered(self.model.state_dict(), keep=keep),
@@ -89,10 +90,10 @@ class TrainState:
 
         Args:
             checkpoint: the state.
-            source: where it is from, for messages.
+            source: file of the checkpoint, for messages.
 
         Raises:
-            UserError: its model, optimizer or order of samples is another one.
+            UserError: the checkpoint has another model, optimizer or order of samples.
         """
         check_order(checkpoint.order, self.order, source=source)
         restore_model(self.model, checkpoint.model, source=source)
@@ -100,7 +101,7 @@ class TrainState:
         if checkpoint.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint.scaler)
         if self.average is not None:
-            # A run that began without an average starts one from the weights of the checkpoint.
+            # If the interrupted run had no average, a new one starts from the weights of the checkpoint.
             own = {name: checkpoint.model[name] for name, _ in self.model.named_parameters()}
             self.average.load_state_dict(checkpoint.average or own)
         if self.spikes is not None:

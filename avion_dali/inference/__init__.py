@@ -1,1 +1,1 @@
-"""Uses trained models: embeddings of clips."""
+"""Inference with trained models: embeddings of clips."""

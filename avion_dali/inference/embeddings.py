@@ -1,4 +1,4 @@
-"""Embeddings of the clips of a manifest. Axes: B clips, V views, S samples, D width."""
+"""Embeds the clips of a manifest. Axes: B clips, V views, S samples, D width."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Embed = Callable[[Tensor], Tensor]
 
 
 def embedding_of(model: nn.Module, *, before_projection: bool) -> Embed:
-    """Choose what a model says of a clip.
+    """Return the function that embeds clips with a model.
 
     Args:
         model: a dual encoder, or a model with a video tower `visual`.
-        before_projection: of a dual encoder, the tower's features instead of the unit vectors of the shared
-            space; other models have no projection.
+        before_projection: for a dual encoder, use the features of its video tower instead of the unit vectors
+            in the shared space. Other models have no projection.
 
     Returns:
-        A function from normalised frames (B, 3, T, H, W) to float (B, D).
+        A function from normalized frames (B, 3, T, H, W) to float (B, D).
     """
     if isinstance(model, DualEncoder) and not before_projection:
         return model.encode_video
@@ -36,12 +36,14 @@ def embedding_of(model: nn.Module, *, before_projection: bool) -> Embed:
 
 
 class EmbeddingScorer:
-    """Embeds clips; a sample's embedding is the mean over its clips and views, of unit length where theirs are.
+    """Embeds samples by the mean over the embeddings of their clips and views.
+
+    If the embeddings have unit length, the mean is normalized to unit length as well.
 
     Args:
         model: a dual encoder, or a model with a video tower `visual`.
         before_projection: see `embedding_of`.
-        normalization: pixel mean and deviation.
+        normalization: pixel statistics that the model expects.
     """
 
     def __init__(self, model: nn.Module, *, before_projection: bool, normalization: Normalization) -> None:
@@ -53,7 +55,7 @@ class EmbeddingScorer:
         """Return the embeddings of a batch's views, float (B*V, D).
 
         Args:
-            model: the one given to the constructor.
+            model: the model given to the constructor.
             batch: B samples of V views each.
         """
         del model

@@ -1,7 +1,7 @@
-"""Recognition: how often the right class scores highest, also for the verb and the noun of an action.
+"""Recognition accuracy, for classes and for the verbs and nouns of actions.
 
-Definitions are those of the EPIC-KITCHENS-100 action recognition benchmark (Damen et al. 2022, "Rescaling
-Egocentric Vision", arXiv 2006.13256) as AVION evaluates it, so numbers compare with published ones.
+Definitions follow the EPIC-KITCHENS-100 action recognition benchmark (Damen et al. 2022, "Rescaling
+Egocentric Vision", arXiv 2006.13256) as AVION evaluates it, so results are comparable with published ones.
 Axes: N samples, K classes, P parts (verbs or nouns).
 """
 
@@ -20,21 +20,21 @@ Integers = NDArray[np.integer]
 
 
 def softmax(logits_NK: Floats) -> Floats:
-    """Probabilities of logits, float (N, K) -> (N, K) of the same dtype."""
+    """Convert logits to probabilities, float (N, K) -> (N, K) of the same dtype."""
     exponentials_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
     probabilities_NK: Floats = exponentials_NK / exponentials_NK.sum(axis=1, keepdims=True)
     return probabilities_NK
 
 
 def top_k_accuracy(scores_NK: Floats, label_N: Integers, *, k: int) -> float:
-    """Share of samples for whose class fewer than `k` others come first.
+    """Share of samples whose class is among the `k` highest scores.
 
-    Among equal scores the lower class index comes first, so constant scores are not rewarded.
+    Among equal scores the lower class index ranks first, so constant scores gain nothing.
 
     Args:
         scores_NK: float (N, K).
-        label_N: the class of every sample.
-        k: how many classes may be guessed, >= 1.
+        label_N: class of each sample.
+        k: number of highest scores considered, >= 1.
     """
     own_N1 = np.take_along_axis(scores_NK, label_N[:, None], axis=1)
     is_before_NK = np.arange(scores_NK.shape[1])[None, :] < label_N[:, None]
@@ -43,11 +43,11 @@ def top_k_accuracy(scores_NK: Floats, label_N: Integers, *, k: int) -> float:
 
 
 def mean_class_accuracy(predicted_N: Integers, label_N: Integers) -> float:
-    """Mean over the classes that occur among the labels of the share of their samples that are right.
+    """Accuracy per class, averaged over the classes that occur among the labels.
 
     Args:
-        predicted_N: the class guessed for every sample.
-        label_N: the class of every sample.
+        predicted_N: predicted class of each sample.
+        label_N: class of each sample.
     """
     _, class_N, counts = np.unique(label_N, return_inverse=True, return_counts=True)
     right = np.bincount(class_N, weights=predicted_N == label_N, minlength=len(counts))
@@ -59,28 +59,27 @@ CLASS_METRICS: dict[str, Callable[[Floats, Integers], float]] = {
     "top5": partial(top_k_accuracy, k=5),
     "mean_class": lambda scores_NK, label_N: mean_class_accuracy(scores_NK.argmax(axis=1), label_N),
 }
-"""Measures (scores_NK, label_N) to a number that every recognition evaluation reports: `top1` and `top5`, the
-samples whose own class is the highest or among the five highest, and `mean_class`, see
-`mean_class_accuracy`."""
+"""Metrics of every recognition evaluation; each maps (scores_NK, label_N) to a number. `top1` and `top5`
+are `top_k_accuracy` with k = 1 and 5, `mean_class` is `mean_class_accuracy`."""
 
 
 def class_scores(
     scores_NK: Floats, label_N: Integers, *, verbs: Sequence[int] = (), nouns: Sequence[int] = ()
 ) -> dict[str, float]:
-    """All accuracies of one set of scores.
+    """Compute all accuracies of one set of scores.
 
     Args:
-        scores_NK: one score for every sample and class; probabilities where verbs and nouns are given.
-        label_N: the class of every sample.
-        verbs: verb id of every class, or empty.
-        nouns: noun id of every class, or empty.
+        scores_NK: one score per sample and class; must be probabilities if verbs and nouns are given.
+        label_N: class of each sample.
+        verbs: verb id of each class, or empty.
+        nouns: noun id of each class, or empty.
 
     Returns:
-        Fractions in [0, 1] by name: those of `CLASS_METRICS`, and `verb_top1` and `noun_top1` where classes
+        Fractions in [0, 1] by name: those of `CLASS_METRICS`, and `verb_top1` and `noun_top1` if the classes
         have verbs and nouns.
 
     Raises:
-        UserError: shapes do not fit, a score is not finite, or a label is no class.
+        UserError: the shapes do not match, a score is not finite, or a label is out of range.
     """
     _check(scores_NK, label_N)
     scores = {name: metric(scores_NK, label_N) for name, metric in CLASS_METRICS.items()}
@@ -89,14 +88,14 @@ def class_scores(
 
 
 def marginalize(probabilities_NK: Floats, part_K: Sequence[int] | Integers) -> Floats:
-    """Probability of every verb (or noun): the sum over the classes that have it.
+    """Probability of each verb (or noun): the sum over the classes that contain it.
 
     Args:
-        probabilities_NK: of the classes, float (N, K).
-        part_K: verb (or noun) id of every class, >= 0.
+        probabilities_NK: class probabilities, float (N, K).
+        part_K: verb (or noun) id of each class, >= 0.
 
     Returns:
-        Float (N, P), P one more than the largest id. An id that no class has gets 0.
+        Float (N, P), where P is the largest id plus one. An id that no class has gets 0.
     """
     part_of_class_K = np.asarray(part_K)
     has_part_KP = np.zeros((len(part_of_class_K), int(part_of_class_K.max()) + 1), probabilities_NK.dtype)
@@ -109,24 +108,24 @@ def part_accuracy(probabilities_NK: Floats, label_N: Integers, part_K: Sequence[
     """Share of samples whose most probable verb (or noun) is that of their class.
 
     Args:
-        probabilities_NK: of the classes, float (N, K).
-        label_N: the class of every sample.
-        part_K: verb (or noun) id of every class.
+        probabilities_NK: class probabilities, float (N, K).
+        label_N: class of each sample.
+        part_K: verb (or noun) id of each class.
     """
     return float((marginalize(probabilities_NK, part_K).argmax(axis=1) == np.asarray(part_K)[label_N]).mean())
 
 
 def _check(scores_NK: Floats, label_N: Integers) -> None:
-    """Refuse what would give a number without meaning."""
+    """Reject inputs whose result would be meaningless."""
     if scores_NK.ndim != 2 or len(scores_NK) != len(label_N) or scores_NK.size == 0:
         raise UserError(
-            f"recognition: scores {scores_NK.shape} must be (samples, classes) with as many samples as there "
-            f"are labels ({len(label_N)}), and not empty"
+            f"recognition: scores {scores_NK.shape} must be (samples, classes) with one row per label "
+            f"({len(label_N)}), and not empty"
         )
     if not np.isfinite(scores_NK).all():
         raise UserError("recognition: a score is not finite; the model's weights are broken")
     if label_N.min() < 0 or label_N.max() >= scores_NK.shape[1]:
         raise UserError(
             f"recognition: labels lie in [{label_N.min()}, {label_N.max()}], the model has "
-            f"{scores_NK.shape[1]} classes; every row of the manifest needs a class of the training's table"
+            f"{scores_NK.shape[1]} classes; every row of the manifest needs a class of the training manifest"
         )

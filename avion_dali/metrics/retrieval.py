@@ -1,8 +1,8 @@
-"""Multi-instance retrieval: how well clips find texts and texts find clips, with graded relevancy.
+"""Multi-instance retrieval of texts by clips and of clips by texts, with relevancy in [0, 1].
 
-Definitions are those of the EPIC-KITCHENS-100 challenge (Damen et al. 2022, "Rescaling Egocentric Vision",
+Definitions follow the EPIC-KITCHENS-100 challenge (Damen et al. 2022, "Rescaling Egocentric Vision",
 arXiv 2006.13256, multi-instance retrieval; code by Wray et al. 2019, "Fine-Grained Action Retrieval Through
-Multiple Parts-of-Speech Embeddings", arXiv 1908.03477), so numbers compare with published ones.
+Multiple Parts-of-Speech Embeddings", arXiv 1908.03477), so results are comparable with published ones.
 Axes: Q queries, G gallery items, V clips, T texts.
 """
 
@@ -17,23 +17,23 @@ from numpy.typing import NDArray
 
 from avion_dali.contracts import UserError
 
-_BLOCK_ELEMENTS = 1 << 21  # similarities ranked at once: keeps the working set near 150 MB
+_BLOCK_ELEMENTS = 1 << 21  # similarities ranked at once; keeps the working set near 150 MB
 
 Floats = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
 class DirectionalScore:
-    """One measure in both directions, as fractions in [0, 1].
+    """One metric in both directions, as fractions in [0, 1].
 
-    A query without a positive has no score: it is left out of the mean and counted. When all are left out
-    the mean is NaN, which then says that the measure does not exist for this data.
+    A query without a positive has no score; it is excluded from the mean and counted. If all queries are
+    excluded, the mean is NaN.
 
     Args:
         video_to_text: mean over clips as queries.
         text_to_video: mean over texts as queries.
-        queries: scored queries (clips, texts).
-        queries_without_positive: queries left out (clips, texts).
+        queries: number of scored queries (clips, texts).
+        queries_without_positive: number of excluded queries (clips, texts).
     """
 
     video_to_text: float
@@ -49,11 +49,11 @@ class DirectionalScore:
 
 @dataclass(frozen=True)
 class RetrievalScores:
-    """All measures of one similarity matrix.
+    """All metrics of one similarity matrix.
 
     Args:
-        mean_average_precision: graded, see `mean_average_precision`.
-        binary_mean_average_precision: textbook, see `binary_mean_average_precision`.
+        mean_average_precision: see `mean_average_precision`.
+        binary_mean_average_precision: see `binary_mean_average_precision`.
         ndcg: see `ndcg`.
     """
 
@@ -63,17 +63,17 @@ class RetrievalScores:
 
 
 def retrieval_scores(similarity_VT: Floats, relevancy_VT: Floats) -> RetrievalScores:
-    """All retrieval measures, in both directions.
+    """Compute all retrieval metrics in both directions.
 
-    Similarities are ranked in float32. Equal ones keep the order of the published evaluation: lower index
-    first for average precision, higher index first for nDCG.
+    Similarities are ranked in float32. Ties are broken as in the published evaluation: lower index first for
+    average precision, higher index first for nDCG.
 
     Args:
         similarity_VT: float (V, T), larger is more similar; only the order matters.
-        relevancy_VT: float (V, T) in [0, 1]; exactly 1 means equal in all classes.
+        relevancy_VT: float (V, T) in [0, 1]; exactly 1 means that all classes are equal.
 
     Returns:
-        Graded and binary mean average precision and nDCG.
+        Mean average precision, its binary form, and nDCG.
 
     Raises:
         UserError: when shapes differ, a similarity is not finite or a relevancy lies outside [0, 1].
@@ -87,11 +87,11 @@ def retrieval_scores(similarity_VT: Floats, relevancy_VT: Floats) -> RetrievalSc
 
 
 def mean_average_precision(similarity_VT: Floats, relevancy_VT: Floats) -> DirectionalScore:
-    """Mean average precision as the challenge computes it, with graded relevancy.
+    """Mean average precision as the challenge computes it, with relevancy in [0, 1].
 
     With r_k the relevancy at rank k, AP = sum over ranks with r_k == 1 of (r_1 + ... + r_k) / k, divided by
-    the number of items with r == 1. Only exact matches give terms, but partly relevant items above them add
-    fractions: values are >= the textbook ones.
+    the number of items with r == 1. Only exact matches contribute terms, but partly relevant items ranked above
+    them add fractions, so values are >= those of the binary form.
 
     Args:
         similarity_VT: float (V, T).
@@ -104,7 +104,7 @@ def mean_average_precision(similarity_VT: Floats, relevancy_VT: Floats) -> Direc
 
 
 def binary_mean_average_precision(similarity_VT: Floats, relevancy_VT: Floats) -> DirectionalScore:
-    """Textbook mean average precision: items of relevancy exactly 1 count, all others are wrong.
+    """Standard mean average precision: items of relevancy exactly 1 are correct, all others are wrong.
 
     Args:
         similarity_VT: float (V, T).
@@ -117,7 +117,7 @@ def binary_mean_average_precision(similarity_VT: Floats, relevancy_VT: Floats) -
 
 
 def ndcg(similarity_VT: Floats, relevancy_VT: Floats) -> DirectionalScore:
-    """Normalised discounted cumulative gain, cut at a query's number of relevant items.
+    """Normalized discounted cumulative gain, cut at a query's number of relevant items.
 
     DCG = sum over ranks k <= K of r_k / log2(k + 1) with K the number of items with r > 0, divided by the same
     sum in the best possible order (Jarvelin & Kekalainen 2002, doi 10.1145/582415.582418).
@@ -133,9 +133,9 @@ def ndcg(similarity_VT: Floats, relevancy_VT: Floats) -> DirectionalScore:
 
 
 def first_positive_ranks(similarity_QG: Floats, relevancy_QG: Floats) -> Floats:
-    """Rank of the best exact match of every query, counted from 1.
+    """Rank of the best exact match of each query, counted from 1.
 
-    Items that are as similar as the best match come before it, so constant similarities are not rewarded.
+    Items that are as similar as the best match rank before it, so constant similarities gain nothing.
 
     Args:
         similarity_QG: float (Q, G), larger is more similar.
@@ -156,12 +156,14 @@ def first_positive_ranks(similarity_QG: Floats, relevancy_QG: Floats) -> Floats:
 
 
 def recall_at(similarity_QG: Floats, relevancy_QG: Floats, *, k: int) -> float:
-    """Share of the queries with a match that find one among their k nearest items; NaN without such queries.
+    """Share of queries with a match among their k nearest items; NaN if no query has a match.
+
+    Queries without any match are excluded.
 
     Args:
         similarity_QG: float (Q, G).
         relevancy_QG: float (Q, G) in [0, 1].
-        k: items looked at, >= 1.
+        k: number of nearest items considered, >= 1.
     """
     ranks_Q = first_positive_ranks(similarity_QG, relevancy_QG)
     ranks_Q = ranks_Q[~np.isnan(ranks_Q)]
@@ -169,7 +171,7 @@ def recall_at(similarity_QG: Floats, relevancy_QG: Floats, *, k: int) -> float:
 
 
 def median_rank(similarity_QG: Floats, relevancy_QG: Floats) -> float:
-    """Median rank of the best match over the queries that have one; NaN without such queries.
+    """Median rank of the best match over the queries that have a match; NaN if no query has one.
 
     Args:
         similarity_QG: float (Q, G).
@@ -186,16 +188,16 @@ RETRIEVAL_METRICS: dict[str, Callable[[Floats, Floats], float]] = {
     "recall_at_10": partial(recall_at, k=10),
     "median_rank": median_rank,
 }
-"""Measures of one direction, (similarity_QG, relevancy_QG) to a number, that every retrieval evaluation reports
-with the endings `_v2t` and `_t2v` beside mean average precision and nDCG."""
+"""Metrics per direction that every retrieval evaluation reports besides mean average precision and nDCG,
+with the suffixes `_v2t` and `_t2v`; each maps (similarity_QG, relevancy_QG) to a number."""
 
 
 def chance_scores(relevancy_VT: Floats, *, permutations: int = 20, seed: int = 0) -> RetrievalScores:
-    """What a model that knows nothing scores: the mean over random similarities.
+    """Scores at chance level: the mean over random similarities.
 
     Args:
         relevancy_VT: float (V, T) in [0, 1].
-        permutations: random matrices to average.
+        permutations: number of random matrices to average over.
         seed: seed of numpy's default generator.
 
     Returns:
@@ -229,11 +231,11 @@ def chance_scores(relevancy_VT: Floats, *, permutations: int = 20, seed: int = 0
 
 
 def _check(similarity_VT: Floats, relevancy_VT: Floats) -> None:
-    """Refuse what would give a number without meaning."""
+    """Reject inputs whose result would be meaningless."""
     if similarity_VT.ndim != 2 or similarity_VT.shape != relevancy_VT.shape or similarity_VT.size == 0:
         raise UserError(
-            f"retrieval: similarity {similarity_VT.shape} and relevancy {relevancy_VT.shape} must be equal, "
-            "two-dimensional and not empty"
+            f"retrieval: similarity {similarity_VT.shape} and relevancy {relevancy_VT.shape} must have one "
+            "shape, two dimensions, and must not be empty"
         )
     if not np.isfinite(similarity_VT).all():
         raise UserError("retrieval: a similarity is not finite; the model's weights or features are broken")
@@ -242,7 +244,7 @@ def _check(similarity_VT: Floats, relevancy_VT: Floats) -> None:
 
 
 def _pair(to_text: Floats, to_video: Floats) -> DirectionalScore:
-    """Means of per-query scores, NaN marking queries without a positive."""
+    """Average the scores per query; NaN marks a query without a positive."""
     scored = (int(np.count_nonzero(~np.isnan(to_text))), int(np.count_nonzero(~np.isnan(to_video))))
     return DirectionalScore(
         video_to_text=float(np.nanmean(to_text)) if scored[0] else float("nan"),
@@ -253,7 +255,7 @@ def _pair(to_text: Floats, to_video: Floats) -> DirectionalScore:
 
 
 def _direction(similarity_QG: Floats, relevancy_QG: Floats) -> tuple[Floats, Floats, Floats]:
-    """Graded AP, binary AP and nDCG of every query, float64 (Q,), a block of rows at a time."""
+    """Compute AP, binary AP and nDCG of each query, float64 (Q,), one block of rows at a time."""
     queries, gallery = similarity_QG.shape
     block = max(1, _BLOCK_ELEMENTS // gallery)
     scores = np.empty((3, queries))
@@ -269,15 +271,15 @@ def _direction(similarity_QG: Floats, relevancy_QG: Floats) -> tuple[Floats, Flo
 
 
 def _ranking(similarity_QG: NDArray[np.float32], *, lower_index_first: bool) -> NDArray[np.int64]:
-    """Gallery indices by falling similarity, with a fixed order among equals.
+    """Gallery indices by decreasing similarity, with a fixed order of ties.
 
-    Similarity and index are packed into one integer and sorted as values: many times faster than a stable
-    argsort, and independent of the platform's sorting algorithm.
+    Similarity and index are packed into one integer and sorted by value. This is many times faster than a
+    stable argsort and independent of the platform's sorting algorithm.
     """
     gallery = similarity_QG.shape[1]
     bits = (similarity_QG + np.float32(0.0)).view(np.uint32)  # adding zero turns -0.0 into 0.0
-    # IEEE 754 order: negative numbers fall with their bits, positive ones rise; here inverted, so that the
-    # largest similarity comes first.
+    # In IEEE 754, negative numbers decrease with increasing bits and positive ones increase. The order is
+    # inverted here, so that the largest similarity comes first.
     falling = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF))
     index = np.arange(gallery, dtype=np.uint64)
     tie_break = index if lower_index_first else index[::-1]
@@ -288,7 +290,7 @@ def _ranking(similarity_QG: NDArray[np.float32], *, lower_index_first: bool) -> 
 
 
 def _average_precisions(ranked_QG: Floats) -> tuple[Floats, Floats]:
-    """Graded and binary AP of each row of relevancies in ranked order; NaN without an exact positive."""
+    """AP and binary AP of each row of relevancies in ranked order; NaN without an exact positive."""
     rank_G = np.arange(1, ranked_QG.shape[1] + 1)
     is_exact_QG = ranked_QG == 1.0
     positives_Q = is_exact_QG.sum(axis=1).astype(np.float64)
@@ -306,7 +308,7 @@ def _ndcgs(ranked_QG: Floats) -> Floats:
     discount_G = 1.0 / np.log2(rank_G + 1)
     relevant_Q = (ranked_QG > 0).sum(axis=1)
     gain_Q = np.where(rank_G <= relevant_Q[:, None], ranked_QG, 0.0) @ discount_G
-    # In the best order the items beyond the cut are zero, so nothing needs cutting.
+    # In the ideal order all items beyond the cut are zero, so no cut is needed.
     ideal_Q = np.sort(ranked_QG, axis=1)[:, ::-1] @ discount_G
     ideal_Q[relevant_Q == 0] = np.nan
     scores_Q: Floats = gain_Q / ideal_Q

@@ -1,1 +1,1 @@
-"""Video and text towers and what is built of them."""
+"""Video and text towers, the models built from them, and their weights."""

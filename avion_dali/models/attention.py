@@ -1,7 +1,7 @@
 """Attention between the tokens of a clip.
 
-`attend` is the one place where attention is computed, whatever the encoder, so that another kernel is a change
-in one function. Which kernel runs is decided by `resolve_attention`, once, before a model is built.
+`attend` computes the attention of all encoders, so that adding a kernel changes one function.
+`resolve_attention` chooses the kernel once, before a model is built.
 Axes: B clips, N queries, M keys, H heads, K width of one head, D width of the tower.
 """
 
@@ -26,32 +26,33 @@ from avion_dali.wording import first_line
 Kernel = Literal["sdpa", "flash-attn", "xformers", "math"]
 PackageKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# Kernels of other packages: module, function, and what to install.
+# Kernels of other packages: module, function, and the package to install.
 _PACKAGES: Final[dict[str, tuple[str, str, str]]] = {
     "flash-attn": ("flash_attn", "flash_attn_func", "flash-attn"),
     "xformers": ("xformers.ops", "memory_efficient_attention", "xformers"),
 }
-# Those that work on this machine. They keep heads after tokens, (B, N, H, K), and scale as `attend` does.
+# The kernels that work on this machine. They take (B, N, H, K), with heads after tokens, and scale as `attend`
+# does.
 _PACKAGE_KERNELS: Final[dict[str, PackageKernel]] = {}
 _HALF: Final = (torch.float16, torch.bfloat16)
 SDPA_TOLERANCE: Final = 0.02
-"""Largest error of a kernel in half precision, on values of deviation 1."""
+"""Largest allowed error of a kernel in half precision, on values with standard deviation 1."""
 
 
 def resolve_attention(name: AttentionBackend, device: torch.device, dtype: torch.dtype) -> Kernel:
     """Choose the kernel for a model, before it is built.
 
     Args:
-        name: `model.attention`; `auto` is flash-attn on a GPU in half precision where it works, else PyTorch's
-            own `scaled_dot_product_attention`.
-        device: where queries, keys and values will be.
-        dtype: their type; under autocast that of the autocast.
+        name: `model.attention`; `auto` selects flash-attn if it works, on a GPU in half precision, and
+            otherwise PyTorch's `scaled_dot_product_attention`.
+        device: device of queries, keys and values.
+        dtype: dtype of queries, keys and values; under autocast, the dtype of the autocast.
 
     Returns:
         The kernel's name, to be set as `model.attention`.
 
     Raises:
-        UserError: when a kernel was requested by name and cannot run; the message says why.
+        UserError: when a kernel that is requested by name cannot run; the message gives the reason.
     """
     if name == "auto":
         if device.type != "cuda" or dtype not in _HALF:
@@ -60,16 +61,18 @@ def resolve_attention(name: AttentionBackend, device: torch.device, dtype: torch
     if name in ("sdpa", "math"):
         return name
     if name not in _PACKAGES:
-        raise UserError(f"model.attention = {name!r} is none of auto, sdpa, flash-attn, xformers, math")
+        raise UserError(
+            f"model.attention = {name!r} is not a kernel; choose one of auto, sdpa, flash-attn, xformers, math"
+        )
     problem = _package_problem(name, str(device), dtype)
     if problem:
         raise UserError(f"model.attention = {name!r} cannot run here: {problem}; set it to auto or sdpa")
     return name
 
 
-@torch.compiler.assume_constant_result  # a fact about the machine: compiled blocks do not look into it
+@torch.compiler.assume_constant_result  # it is constant on a machine, so compiled blocks need not trace it
 def _package_problem(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why a package's kernel cannot run, or None when it does; tried once."""
+    """Return why a package's kernel cannot run, or None if it can; it is tried only once."""
     return _find_problem(name, device, dtype)
 
 
@@ -94,13 +97,13 @@ def _find_problem(name: str, device: str, dtype: torch.dtype) -> str | None:
 
 
 def _trial_tokens(device: str, dtype: torch.dtype) -> Tensor:
-    """Queries, keys or values to try a kernel with, as packages lay them out."""
+    """Return tokens for a trial run of a kernel, in the layout of the packages."""
     return torch.zeros(1, 8, 1, 64, device=device, dtype=dtype)
 
 
 @torch.compiler.assume_constant_result
 def _automatic_kernel(device: str, dtype: torch.dtype) -> Kernel:
-    """The kernel of `auto` in a tower that was built without resolving it; decided once per device and type."""
+    """Return the kernel of an unresolved `auto`, chosen once per device and dtype."""
     return _find_automatic_kernel(device, dtype)
 
 
@@ -112,20 +115,20 @@ def _find_automatic_kernel(device: str, dtype: torch.dtype) -> Kernel:
 def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, backend: AttentionBackend = "auto") -> Tensor:
     """Scaled dot-product attention, softmax(q k^T / sqrt(K)) v, without mask or dropout.
 
-    Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1. All kernels but `math` keep no N x M matrix
+    Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1. Only `math` stores the N x M matrix of weights
     (Dao et al. 2022, arXiv 2205.14135).
 
     Args:
         q_BHNK: queries, float (B, H, N, K).
         k_BHMK: keys, float (B, H, M, K), of the same dtype.
         v_BHMK: values, same shape and dtype as the keys.
-        backend: the kernel; with `auto` it is resolved at the first call on a device.
+        backend: the kernel; `auto` is resolved at the first call on a device.
 
     Returns:
-        Float (B, H, N, K): for every query the weighted mean of the values.
+        Float (B, H, N, K): the weighted mean of the values for each query.
 
     Raises:
-        UserError: when a kernel that was not resolved before cannot run here.
+        UserError: when a kernel that has not been resolved before cannot run here.
     """
     kernel = backend
     if backend == "auto":
@@ -141,23 +144,23 @@ def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, backend: AttentionBac
 
 
 def _attend_plainly(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor) -> Tensor:
-    """The formula as written, which keeps the N x M matrix for the backward pass."""
+    """Compute the formula directly; this stores the N x M matrix for the backward pass."""
     scores_BHNM = (q_BHNK / math.sqrt(q_BHNK.shape[-1])) @ k_BHMK.transpose(-1, -2)
-    # With the type named, autocast keeps the matrix in half precision; inside, softmax computes in float32.
+    # With an explicit dtype, autocast keeps the matrix in half precision; softmax itself computes in float32.
     weights_BHNM = torch.softmax(scores_BHNM, dim=-1, dtype=scores_BHNM.dtype)
     return weights_BHNM @ v_BHMK
 
 
 def sdpa_problem(backend: SDPBackend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Find out whether one of the kernels behind PyTorch's own attention works, forward and backward.
+    """Check whether one of the kernels of PyTorch's attention works, forward and backward.
 
     Args:
         backend: the kernel.
-        device: where to call it.
-        dtype: of queries, keys and values.
+        device: device on which to call it.
+        dtype: dtype of queries, keys and values.
 
     Returns:
-        None when it works and agrees with the plain computation, else one line that says why it does not.
+        None if it works and agrees with the direct computation, else one line with the reason.
     """
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(3, 1, 12, 197, 64, generator=generator)
@@ -170,7 +173,7 @@ def sdpa_problem(backend: SDPBackend, device: torch.device, dtype: torch.dtype) 
             mixed.sum().backward()
             mixed_BHNK = mixed.detach().float().cpu()
         except RuntimeError as error:
-            return f"{_sdpa_reason(error, caught)}; PyTorch takes another kernel by itself"
+            return f"{_sdpa_reason(error, caught)}; PyTorch selects another kernel automatically"
     exact_BHNK = _attend_plainly(exact[0], exact[1], exact[2])
     difference = float((mixed_BHNK - exact_BHNK).abs().max())
     if difference <= SDPA_TOLERANCE:
@@ -179,14 +182,14 @@ def sdpa_problem(backend: SDPBackend, device: torch.device, dtype: torch.dtype) 
 
 
 def _sdpa_reason(error: RuntimeError, caught: Sequence[warnings.WarningMessage]) -> str:
-    """PyTorch warns of why it refuses a kernel; its error says only that it did."""
+    """Return why PyTorch rejects a kernel, which it tells in warnings and not in its error."""
     said = [str(warning.message).partition(" (Triggered")[0].strip() for warning in caught]
     reasons = [text for text in said if text and not text.endswith("because:")]
     return reasons[0] if reasons else first_line(error)
 
 
 def check_heads(width: int, heads: int) -> None:
-    """Check that a width divides into heads.
+    """Check that a width is a multiple of the number of heads.
 
     Args:
         width: token width D.
@@ -196,7 +199,9 @@ def check_heads(width: int, heads: int) -> None:
         UserError: when it does not.
     """
     if width % heads:
-        raise UserError(f"attention: width {width} does not divide into {heads} heads; change one of them")
+        raise UserError(
+            f"attention: width {width} is not a multiple of the number of heads, {heads}; change one of them"
+        )
 
 
 def split_heads(qkv_BNX: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,15 +211,15 @@ def split_heads(qkv_BNX: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def join_heads(mixed_BHNK: Tensor) -> Tensor:
-    """Heads side by side again: float (B, H, N, K) -> (B, N, D)."""
+    """Concatenate the heads: float (B, H, N, K) -> (B, N, D)."""
     return mixed_BHNK.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with the parameter names of `torch.nn.MultiheadAttention`.
 
-    The names (`in_proj_weight`, `in_proj_bias`, `out_proj`) are those of OpenAI's and open_clip's
-    weights, which therefore load without renaming.
+    OpenAI's and open_clip's weights have the same names (`in_proj_weight`, `in_proj_bias`, `out_proj`) and load
+    without renaming.
     """
 
     def __init__(self, width: int, heads: int, *, backend: AttentionBackend = "auto") -> None:
@@ -244,7 +249,7 @@ class SelfAttention(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """Multi-head self-attention with timm's parameter names, `qkv` and `proj`, as VideoMAE has them."""
+    """Multi-head self-attention with the parameter names of timm and VideoMAE, `qkv` and `proj`."""
 
     def __init__(self, width: int, heads: int, *, backend: AttentionBackend = "auto") -> None:
         """Create the projections; the tower initializes them.

@@ -1,4 +1,4 @@
-"""What the video towers have in common: their configuration, patches, stochastic depth and recomputation.
+"""Common parts of the video towers: configuration, patches, stochastic depth and activation checkpointing.
 
 Axes: B clips, C channels, T frames, H W pixels, N tokens, D width, X pixel values of a patch.
 """
@@ -21,10 +21,10 @@ from avion_dali.models.layout import TowerLayout
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x): the activation OpenAI's CLIP weights were trained with."""
+    """x * sigmoid(1.702 x), the activation with which OpenAI's CLIP weights were trained."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply element-wise; shape and dtype are kept."""
+        """Apply the activation element-wise, preserving shape and dtype."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -33,21 +33,21 @@ ACTIVATIONS: Final[dict[Activation, type[nn.Module]]] = {"gelu": nn.GELU, "quick
 
 @dataclass(frozen=True)
 class VideoTowerConfig:
-    """Everything that shapes a video tower of any kind; `tower_config` makes one from a `ModelConfig`.
+    """Sizes and options of a video tower; `tower_config` makes one from a `ModelConfig`.
 
-    The options from `activation` on are documented in `ModelConfig`; here none of them is left open.
+    The options from `activation` on are documented in `ModelConfig`; here they have no automatic values.
 
     Args:
-        image_size: side of the square input frames in pixels.
-        patch_size: side of a patch in pixels; divides `image_size`.
+        image_size: side length of the square input frames in pixels.
+        patch_size: side length of a patch in pixels; divides `image_size`.
         num_frames: frames per clip (T).
         width: token width (D).
         layers: number of blocks.
-        heads: attention heads; divides `width`.
-        embed_dim: width of the output; None leaves out the projection, then it is `width`.
+        heads: number of attention heads; divides `width`.
+        embed_dim: width of the output; None for no projection, with output width `width`.
 
     Raises:
-        UserError: when patches do not tile the frame.
+        UserError: when `image_size` is not a multiple of `patch_size`.
     """
 
     image_size: int
@@ -70,51 +70,51 @@ class VideoTowerConfig:
     def __post_init__(self) -> None:
         if self.image_size < self.patch_size or self.image_size % self.patch_size:
             raise UserError(
-                f"video tower: frames of {self.image_size} pixels do not divide into patches of "
+                f"video tower: frames of {self.image_size} pixels cannot be divided into patches of "
                 f"{self.patch_size}; set data.frame_size to a multiple of {self.patch_size}"
             )
 
     @property
     def patches_per_frame(self) -> int:
-        """Patch tokens of one frame."""
+        """Number of patch tokens per frame."""
         side: int = self.image_size // self.patch_size
         return side * side
 
     @property
     def clip_shape(self) -> tuple[int, int, int, int]:
-        """Shape of one clip as a tower takes it: (3, T, H, W)."""
+        """Shape of one input clip: (3, T, H, W)."""
         return (3, self.num_frames, self.image_size, self.image_size)
 
     def time_slots(self, tube_frames: int) -> int:
-        """Count the tubes that follow each other in time.
+        """Return the number of tubes along time.
 
         Args:
             tube_frames: frames per tube; 1 for patches of single frames.
 
         Raises:
-            UserError: when the frames do not divide into tubes.
+            UserError: when `num_frames` is not a multiple of `tube_frames`.
         """
         if self.num_frames < tube_frames or self.num_frames % tube_frames:
             raise UserError(
-                f"video tower: clips of {self.num_frames} frames do not divide into tubes of {tube_frames}; "
-                f"set data.num_frames to a multiple of {tube_frames}"
+                f"video tower: clips of {self.num_frames} frames cannot be divided into tubes of "
+                f"{tube_frames}; set data.num_frames to a multiple of {tube_frames}"
             )
         return self.num_frames // tube_frames
 
     def drop_path_rate(self, block: int) -> float:
-        """Stochastic depth rate of a block, counted from 0."""
+        """Return the stochastic depth rate of a block, counted from 0."""
         if self.drop_path_schedule == "constant":
             return self.drop_path
         return self.drop_path * block / max(1, self.layers - 1)
 
 
 def drop_path(x_BND: Tensor, *, rate: float, training: bool) -> Tensor:
-    """Zero whole clips of a residual branch at random, scaled so that the expectation is kept.
+    """Set a residual branch to zero for random clips and scale the others, which preserves the expectation.
 
     Args:
-        x_BND: a branch's output, float (B, N, D).
-        rate: chance that a clip's branch is zeroed, in [0, 1).
-        training: False returns the input.
+        x_BND: output of the branch, float (B, N, D).
+        rate: probability that the branch of a clip is zeroed, in [0, 1).
+        training: False returns the input unchanged.
 
     Returns:
         Float (B, N, D).
@@ -131,12 +131,12 @@ def cut_patches(frames_BCTHW: Tensor, *, patch_size: int, patch_frames: int = 1)
 
     Args:
         frames_BCTHW: clips of any dtype (B, C, T, H, W).
-        patch_size: side in pixels; divides H and W.
-        patch_frames: frames of a patch; divides T.
+        patch_size: side length in pixels; divides H and W.
+        patch_frames: frames per patch; divides T.
 
     Returns:
         Same dtype (B, N, X): patches by time, then row by row; within a patch by frame, row, column and
-        channel. Channels come last because decoded frames lie so in memory: the copy runs along whole rows.
+        channel. Channels come last, as in the memory of decoded frames, so that whole rows are copied.
     """
     clips, channels, frames, height, width = frames_BCTHW.shape
     side, depth = patch_size, patch_frames
@@ -148,21 +148,21 @@ def cut_patches(frames_BCTHW: Tensor, *, patch_size: int, patch_frames: int = 1)
 
 
 class PatchEmbedding(nn.Module):
-    """One linear map for every patch of a clip.
+    """A linear map of the patches of a clip to tokens.
 
-    The weight is stored as a convolution's, `(D, 3, P, P)` or `(D, 3, F, P, P)` for tubes of F frames, to match
-    published checkpoints; it is applied as one matrix product, which is as fast on GPUs and faster on CPUs than
-    a strided convolution.
+    The weight has the shape of a convolution, `(D, 3, P, P)` or `(D, 3, F, P, P)` for tubes of F frames, to
+    match published checkpoints. It is applied as one matrix product, which is as fast as a strided convolution
+    on GPUs and faster on CPUs.
     """
 
     def __init__(self, patch_size: int, width: int, *, patch_frames: int = 0, bias: bool = False) -> None:
         """Create the weight; the tower initializes it.
 
         Args:
-            patch_size: side of a patch in pixels (P).
+            patch_size: side length of a patch in pixels (P).
             width: token width D.
-            patch_frames: frames of a tube (F); 0 for patches of one frame, whose weight has no axis for them.
-            bias: whether a bias is added.
+            patch_frames: frames per tube (F); 0 for patches of one frame, whose weight has no frame axis.
+            bias: whether to add a bias.
         """
         super().__init__()
         self.patch_size, self.patch_frames = patch_size, max(1, patch_frames)
@@ -171,20 +171,20 @@ class PatchEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, frames_BCTHW: Tensor) -> Tensor:
-        """Float (B, 3, T, H, W) -> (B, N, D), in the order of `cut_patches`."""
+        """Embed clips: float (B, 3, T, H, W) -> (B, N, D), in the order of `cut_patches`."""
         return self.embed(self.cut(frames_BCTHW))
 
     def cut(self, frames_BCTHW: Tensor) -> Tensor:
-        """The patches that `embed` takes: (B, 3, T, H, W) -> (B, N, X)."""
+        """Cut clips into the patches that `embed` takes: (B, 3, T, H, W) -> (B, N, X)."""
         return cut_patches(frames_BCTHW, patch_size=self.patch_size, patch_frames=self.patch_frames)
 
     def embed(self, patches_BNX: Tensor) -> Tensor:
-        """Float (B, N, X) -> (B, N, D)."""
+        """Embed patches: float (B, N, X) -> (B, N, D)."""
         return functional.linear(patches_BNX, self.weight.movedim(1, -1).flatten(1), self.bias)
 
 
 class NamedPatchEmbedding(nn.Module):
-    """A patch embedding whose parameters are named `proj.*`, as timm has them."""
+    """A patch embedding whose parameters are named `proj.*`, as in timm."""
 
     def __init__(self, patch_size: int, width: int, *, patch_frames: int = 0, bias: bool = False) -> None:
         """Create the weight; the arguments are those of `PatchEmbedding`."""
@@ -192,18 +192,18 @@ class NamedPatchEmbedding(nn.Module):
         self.proj = PatchEmbedding(patch_size, width, patch_frames=patch_frames, bias=bias)
 
     def forward(self, frames_BCTHW: Tensor) -> Tensor:
-        """Float (B, 3, T, H, W) -> (B, N, D)."""
+        """Embed clips: float (B, 3, T, H, W) -> (B, N, D)."""
         tokens_BND: Tensor = self.proj(frames_BCTHW)
         return tokens_BND
 
 
 def build_mlp(width: int, activation: Activation, *, names: tuple[str, str]) -> nn.Sequential:
-    """Create a block's MLP, four times wider inside.
+    """Create the MLP of a block, with a hidden layer four times as wide.
 
     Args:
         width: token width D.
-        activation: between the two matrices.
-        names: of the two matrices, for the parameters' names.
+        activation: activation between the two linear maps.
+        names: names of the two linear maps, which become part of the parameter names.
     """
     first, second = names
     return nn.Sequential(
@@ -218,14 +218,14 @@ def build_mlp(width: int, activation: Activation, *, names: tuple[str, str]) -> 
 
 
 def run_blocks(blocks: nn.ModuleList, x_BND: Tensor, *, checkpoint_every: int) -> Tensor:
-    """Apply blocks in order, keeping only the input of those that are recomputed.
+    """Apply blocks in order, storing only the input of those that are recomputed in the backward pass.
 
     Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 
     Args:
-        blocks: each maps float (B, N, D) to (B, N, D).
+        blocks: the blocks; each maps float (B, N, D) to (B, N, D).
         x_BND: tokens.
-        checkpoint_every: recompute the first block and every n-th after it; 0 for none.
+        checkpoint_every: recompute the first block and every n-th block after it; 0 recomputes none.
     """
     for i, block in enumerate(blocks):
         if checkpoint_every and i % checkpoint_every == 0 and torch.is_grad_enabled():
@@ -236,13 +236,13 @@ def run_blocks(blocks: nn.ModuleList, x_BND: Tensor, *, checkpoint_every: int) -
 
 
 def compile_blocks(blocks: nn.ModuleList, *, enabled: bool) -> None:
-    """Have each block compiled at its first call, in place, so that parameters keep their names.
+    """Compile each block in place at its first call, so that parameters keep their names.
 
-    Blocks are alike: the compiled code of the first serves all whose options agree.
+    Blocks with equal options share the compiled code.
 
     Args:
         blocks: blocks of a tower.
-        enabled: False leaves them as they are.
+        enabled: False does nothing.
     """
     if enabled:
         for block in blocks:
@@ -250,17 +250,17 @@ def compile_blocks(blocks: nn.ModuleList, *, enabled: bool) -> None:
 
 
 class VideoEncoder(nn.Module):
-    """Base of all video towers: what a tower declares, and an optional projection of its features.
+    """Base class of all video towers, with an optional projection of their features.
 
-    A tower declares its `layout` and, where they differ from the defaults here, the other class attributes;
-    no other module asks which tower it is. It registers `image_projection` with `add_projection`, draws it with
-    `init_projection`, and computes `features`.
+    A tower declares its `layout` and those of the other class attributes that differ from the defaults here, so
+    that other modules need not distinguish towers. It registers `image_projection` with `add_projection`,
+    initializes it with `init_projection`, and computes `features`.
 
     Attributes:
-        layout: which of its parameters play which part.
-        default_activation: activation of both towers when neither the configuration nor the weights give one.
-        tube_frames: frames that one token covers; the number of frames must be a multiple.
-        can_drop_patches: whether the tower knows `patch_dropout`.
+        layout: the roles of its parameters.
+        default_activation: activation of both towers if neither the configuration nor the weights specify one.
+        tube_frames: frames per token along time; the number of frames must be a multiple.
+        can_drop_patches: whether the tower supports `patch_dropout`.
     """
 
     layout: ClassVar[TowerLayout]
@@ -271,13 +271,13 @@ class VideoEncoder(nn.Module):
     image_projection: nn.Parameter
 
     def __init__(self, config: VideoTowerConfig) -> None:
-        """Keep the config; a tower creates its parameters after this.
+        """Store the config; a tower creates its parameters afterwards.
 
         Args:
             config: sizes and options.
 
         Raises:
-            UserError: when the frames do not divide into tubes.
+            UserError: when the number of frames is not a multiple of `tube_frames`.
         """
         super().__init__()
         self.config = config
@@ -285,7 +285,7 @@ class VideoEncoder(nn.Module):
 
     @staticmethod
     def init_head(head: nn.Linear) -> None:
-        """Draw the fresh head of a classifier.
+        """Initialize the head of a classifier.
 
         Args:
             head: maps features to classes.
@@ -299,30 +299,30 @@ class VideoEncoder(nn.Module):
         return self.config.width
 
     def add_projection(self) -> None:
-        """Register the projection, where the config has one."""
+        """Register the projection if the config has one."""
         if self.config.embed_dim is not None:
             self.image_projection = nn.Parameter(torch.empty(self.config.width, self.config.embed_dim))
 
     def init_projection(self) -> None:
-        """Draw the projection, where the config has one."""
+        """Initialize the projection if the config has one."""
         if self.config.embed_dim is not None:
             nn.init.normal_(self.image_projection, std=self.config.width**-0.5)
 
     @abstractmethod
     def features(self, frames_BCTHW: Tensor) -> Tensor:
-        """Normalized frames, float (B, 3, T, H, W) -> (B, width); every tower has its own."""
+        """Compute features: normalized frames, float (B, 3, T, H, W) -> (B, width)."""
 
     def forward(self, frames_BCTHW: Tensor) -> Tensor:
         """Encode clips.
 
         Args:
-            frames_BCTHW: normalized frames, float (B, 3, T, H, W); channel-last memory is fastest.
+            frames_BCTHW: normalized frames, float (B, 3, T, H, W); channels-last memory is fastest.
 
         Returns:
             Float (B, embed_dim), not normalized; (B, width) without a projection.
 
         Raises:
-            ValueError: when T, H or W do not fit the config's.
+            ValueError: when T, H or W differ from the config.
         """
         features_BD = self.features(frames_BCTHW)
         return features_BD if self.config.embed_dim is None else features_BD @ self.image_projection
@@ -330,10 +330,10 @@ class VideoEncoder(nn.Module):
 
 @torch.no_grad()
 def init_linear_layers(module: nn.Module) -> None:
-    """Draw fresh weights for all linear maps and norms of a tower, suited to training from scratch.
+    """Initialize all linear maps and norms of a tower for training from scratch.
 
-    Matrices are truncated normal with deviation 0.02 (as in DeiT, Touvron et al. 2021, arXiv 2012.12877),
-    biases zero, LayerNorms the identity.
+    Matrices are truncated normal with standard deviation 0.02 (as in DeiT, Touvron et al. 2021, arXiv
+    2012.12877), biases are zero, and LayerNorms are the identity.
 
     Args:
         module: a tower.
@@ -348,14 +348,14 @@ def init_linear_layers(module: nn.Module) -> None:
 
 
 def check_clip_shape(frames_BCTHW: Tensor, clip_shape: tuple[int, int, int, int]) -> None:
-    """Check that clips are what a tower was built for.
+    """Check that clips have the shape for which a tower was built.
 
     Args:
         frames_BCTHW: clips.
-        clip_shape: of one clip, (3, T, H, W).
+        clip_shape: expected shape of one clip, (3, T, H, W).
 
     Raises:
-        ValueError: when they are not.
+        ValueError: when they have another shape.
     """
     if frames_BCTHW.ndim != 5 or frames_BCTHW.shape[1:] != clip_shape:
         wanted = ", ".join(map(str, clip_shape))

@@ -1,4 +1,4 @@
-"""A video tower with a linear head: which class a clip shows.
+"""A video tower with a linear head, which classifies clips.
 
 Axes: B clips, C channels, T frames, H W pixels, K classes.
 """
@@ -17,12 +17,12 @@ class Classifier(nn.Module):
     """Video tower, dropout, linear head; parameters are named `visual.*` and `fc_cls.*`."""
 
     def __init__(self, visual: VideoEncoder, num_classes: int, dropout: float = 0.0) -> None:
-        """Put a head on a tower.
+        """Add a head to a tower.
 
         Args:
-            visual: a video tower without projection; it says how its head is drawn.
-            num_classes: classes (K).
-            dropout: share of features zeroed in training.
+            visual: a video tower without projection; its `init_head` initializes the head.
+            num_classes: number of classes (K).
+            dropout: probability that a feature is zeroed in training.
 
         Raises:
             UserError: when there are no classes.
@@ -36,7 +36,7 @@ class Classifier(nn.Module):
         visual.init_head(self.fc_cls)
 
     def forward(self, frames_BCTHW: Tensor) -> Tensor:
-        """Normalized frames, float (B, 3, T, H, W) -> logits, float (B, K)."""
+        """Classify clips: normalized frames, float (B, 3, T, H, W) -> logits, float (B, K)."""
         logits_BK: Tensor = self.fc_cls(self.dropout(self.visual(frames_BCTHW)))
         return logits_BK
 
@@ -44,17 +44,17 @@ class Classifier(nn.Module):
 def build_classifier(
     config: ModelConfig, *, num_classes: int, num_frames: int, frame_size: int, dropout: float
 ) -> Classifier:
-    """Create a classifier with fresh weights.
+    """Create a classifier with newly initialized weights.
 
     Args:
         config: encoder, size and options.
-        num_classes: classes (K).
-        num_frames: frames of a clip (T).
-        frame_size: side of a frame in pixels.
-        dropout: before the head.
+        num_classes: number of classes (K).
+        num_frames: frames per clip (T).
+        frame_size: side length of a frame in pixels.
+        dropout: dropout probability before the head.
 
     Raises:
-        UserError: when frames do not fit the encoder, or there are no classes.
+        UserError: when the encoder does not support such frames, or there are no classes.
     """
     visual = build_video_tower(config, num_frames=num_frames, frame_size=frame_size, embed_dim=None)
     return Classifier(visual, num_classes, dropout)

@@ -1,6 +1,7 @@
-"""Weights of other projects in our parameter names, and back; a foreign file is recognized by its names.
+"""Converts the parameter names of other projects to ours and back; files are recognized by their names.
 
-Families: `avion` (dual encoders and classifiers), `open_clip` (OpenAI's too), `lavila` and `egovlp`
+Families: `avion` (dual encoders and classifiers), `open_clip` (including OpenAI's models), `lavila` and
+    `egovlp`
 (TimeSformer), `videomae` (the original's and AVION's), `avion_dali` (this project's files).
 """
 
@@ -26,16 +27,16 @@ from avion_dali.wording import few
 
 
 def identify(state_dict: Mapping[str, Tensor]) -> Family:
-    """Tell which project named the parameters of a state dict.
+    """Identify the project that named the parameters of a state dict.
 
     Args:
         state_dict: parameter name to tensor.
 
     Returns:
-        The family; never `avion_dali`, whose files say so themselves.
+        The family; never `avion_dali`, whose files are marked by their header.
 
     Raises:
-        UserError: when the names are not those of a known family; shows some of them.
+        UserError: when the names belong to no known family; the message shows some of them.
     """
     names = {strip_wrappers(key) for key in state_dict}
     if any(name.startswith(("video_model.", "image_projection.")) for name in names):
@@ -50,8 +51,8 @@ def identify(state_dict: Mapping[str, Tensor]) -> Family:
         foreign = "visual.proj" in names or any(name.startswith(("text.", *TEXT_ROOTS)) for name in names)
         return "open_clip" if foreign else "avion"
     raise UserError(
-        f"weights: the names ({few(sorted(names), 4)}) are none of AVION's, LaViLa's, EgoVLP's, VideoMAE's, or "
-        "of an open_clip model with a plain ViT; other models cannot be loaded"
+        f"weights: the parameter names ({few(sorted(names), 4)}) are not those of AVION, LaViLa, EgoVLP, "
+        "VideoMAE, or an open_clip model with a plain ViT; other models cannot be loaded"
     )
 
 
@@ -59,16 +60,16 @@ def to_ours(state_dict: Mapping[str, Tensor], family: Family) -> tuple[dict[str,
     """Rename and reshape weights to this project's names.
 
     Args:
-        state_dict: parameter name to tensor, as the family names them.
-        family: from `identify`.
+        state_dict: parameter name to tensor, with the names of the family.
+        family: output of `identify`.
 
     Returns:
-        Our name to tensor, and what is left over, name to reason. Tensors share memory where they can. Video
-        towers are `visual.*`, text towers `textual.*`, heads `fc_cls.*`; masked-video models keep `encoder.*`
-        and `decoder.*`.
+        Our name to tensor, and the entries that are not used, name to reason. Tensors share memory if possible.
+        Video towers are `visual.*`, text towers `textual.*`, heads `fc_cls.*`; masked-video models keep
+        `encoder.*` and `decoder.*`.
 
     Raises:
-        UserError: when the weights are damaged or of a variant that is not supported; says which variants are.
+        UserError: when the weights are damaged or an unsupported variant; lists the supported ones.
     """
     if family == "avion_dali":
         return {strip_wrappers(name): tensor for name, tensor in state_dict.items()}, {}
@@ -81,7 +82,7 @@ def to_ours(state_dict: Mapping[str, Tensor], family: Family) -> tuple[dict[str,
     if family == "egovlp":
         return egovlp_to_ours(state_dict)
     pretraining = any(strip_wrappers(name).startswith(("mask_token", "decoder.")) for name in state_dict)
-    if not pretraining:  # an encoder saved alone keeps its prefix
+    if not pretraining:  # an encoder that was saved separately keeps its prefix
         state_dict = {strip_wrappers(name).removeprefix("encoder."): t for name, t in state_dict.items()}
     return videomae_to_ours(state_dict, pretraining=pretraining), {}
 
@@ -91,12 +92,13 @@ def from_ours(state: Mapping[str, Tensor], layout: Layout, *, encoder: str) -> d
 
     Args:
         state: our name to tensor.
-        layout: whose names: `avion-flash` and `avion-plain` (AVION with and without flash attention and fast
-            patch embedding; its VideoMAE too), `open_clip`, `lavila`, or `videomae` (the original's).
+        layout: the names to use: `avion-flash` and `avion-plain` (AVION with and without flash attention and
+            fast patch embedding, including its VideoMAE), `open_clip`, `lavila`, or `videomae` (the
+            original's).
         encoder: name of the video tower in `ENCODERS`.
 
     Returns:
-        Their name to tensor. `to_ours` gives back the same, but for biases of keys that VideoMAE lacks.
+        Their name to tensor. `to_ours` restores the same weights, except for key biases, which VideoMAE lacks.
 
     Raises:
         UserError: when that project has no such model.
@@ -118,13 +120,13 @@ def from_ours(state: Mapping[str, Tensor], layout: Layout, *, encoder: str) -> d
 
 
 def encoder_of_names(state: Mapping[str, Tensor]) -> str:
-    """Guess which video encoder the weights of another project belong to.
+    """Find the video encoder to which weights of another project belong.
 
     Args:
         state: our name to tensor, renamed by `to_ours`.
 
     Raises:
-        UserError: when it has none.
+        UserError: when the weights have no video encoder.
     """
     if "visual.class_embedding" in state:
         return "vit"

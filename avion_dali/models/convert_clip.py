@@ -1,7 +1,7 @@
-"""Names of AVION's and open_clip's dual encoders, and ours.
+"""Converts the names of AVION's and open_clip's dual encoders to ours and back.
 
-AVION stores the video tower in two styles, depending on the flags of the training; ours is the plain one,
-which is also OpenAI's and open_clip's. Axes: D width, P side of a patch.
+AVION stores the video tower in two styles, depending on the flags of the training. Ours is the plain style,
+which OpenAI and open_clip use as well. Axes: D width, P side length of a patch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ FLASH_RENAMES: Final[tuple[tuple[str, str], ...]] = (
     (".mlp.fc1.", ".mlp.c_fc."),
     (".mlp.fc2.", ".mlp.c_proj."),
 )
-# What CLIP keeps in its state dict besides weights; all of it follows from the shapes.
+# Constants in CLIP's state dict, which follow from the shapes of the weights.
 CONSTANTS: Final = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask")
 TEXT_ROOTS: Final = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
 
 
 def strip_wrappers(name: str) -> str:
-    """A name without what data-parallel training and torch.compile put into it."""
+    """Return a name without the prefixes added by data-parallel training and torch.compile."""
     return name.replace("module.", "").replace("_orig_mod.", "")
 
 
@@ -34,17 +34,17 @@ def remap_avion_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename and reshape the weights of an AVION dual encoder or classifier to ours.
 
     Both of AVION's styles are accepted (flash or plain attention, linear or convolutional patch embedding),
-    with or without the `module.` that data-parallel training leaves in names. The tensors are shared with
-    the input, not copied.
+    with or without the prefix `module.` of data-parallel training. Tensors are shared with the input and not
+    copied.
 
     Args:
         state_dict: parameter name to tensor.
 
     Returns:
-        A dict that our model's `load_state_dict` takes when sizes, frames and embedding width agree.
+        A dict for `load_state_dict` of our model with the same sizes, frames and embedding width.
 
     Raises:
-        UserError: when two names become one, or the patch embedding is not that of square RGB patches.
+        UserError: when two entries have the same name afterwards, or the patches are not square RGB patches.
     """
     remapped: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
@@ -65,7 +65,7 @@ def _plain_name(key: str) -> str:
 
 
 def _as_convolution(name: str, weight: Tensor) -> Tensor:
-    """A linear patch embedding (D, 3*P*P), channels before rows before columns, as (D, 3, P, P)."""
+    """Reshape a linear patch embedding (D, 3*P*P), ordered by channel, row and column, to (D, 3, P, P)."""
     if weight.ndim != 2:
         return weight
     side = math.isqrt(weight.shape[1] // 3)
@@ -75,7 +75,7 @@ def _as_convolution(name: str, weight: Tensor) -> Tensor:
 
 
 def to_avion_flash(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names in the style of AVION's released models: flash attention, linear patch embedding.
+    """Rename our weights to the style of AVION's released models: flash attention, linear patch embedding.
 
     Args:
         state: a dual encoder or classifier with a `vit` encoder, in our names.
@@ -100,7 +100,7 @@ def open_clip_to_ours(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
         state_dict: parameter name to tensor, text tower at the top level or under `text.`.
 
     Returns:
-        Our name to tensor, sharing memory; and what is left over, name to reason.
+        Our name to tensor, sharing memory; and the entries that are not used, name to reason.
     """
     state: dict[str, Tensor] = {}
     left_over: dict[str, str] = {}
@@ -118,7 +118,7 @@ def open_clip_to_ours(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names in open_clip's: an image model, so there must be nothing about frames.
+    """Rename our weights to open_clip's names; its models take images, so frame positions must be zero.
 
     Args:
         state: a dual encoder with a `vit` encoder, in our names.
@@ -127,15 +127,15 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         Their name to tensor, sharing memory.
 
     Raises:
-        UserError: when the model tells frames apart, which open_clip's cannot.
+        UserError: when the model has frame positions other than zero.
     """
     renamed = {}
     for name, tensor in state.items():
         if name == "visual.temporal_embedding":
             if tensor.any():
                 raise UserError(
-                    f"open_clip's models have no place for {tensor.shape[0]} frame positions; only a model of "
-                    "one frame, or one whose frame positions are zero, can be written so"
+                    f"open_clip's models cannot store {tensor.shape[0]} frame positions; only a model of one "
+                    "frame or with zero frame positions can be written in this layout"
                 )
             continue
         key = "visual.proj" if name == "visual.image_projection" else name

@@ -1,4 +1,4 @@
-"""Names of LaViLa's and EgoVLP's dual encoders (TimeSformer), and ours; CLIP's ViT as a TimeSformer."""
+"""Converts names of LaViLa's and EgoVLP's dual encoders (TimeSformer), and of CLIP's ViT to a TimeSformer's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from avion_dali.contracts import UserError
 from avion_dali.models.convert_clip import CONSTANTS, TEXT_ROOTS, strip_wrappers
 
-_OTHER_TEXT: Final = "of a DistilBERT text tower, which this project does not have"
-_OTHER_SPACE: Final = "leads to the space of the DistilBERT text tower that stays behind"
+_OTHER_TEXT: Final = "part of a DistilBERT text tower, which this project does not support"
+_OTHER_SPACE: Final = "projects into the shared space of the unsupported DistilBERT text tower"
 _OTHER_TEXT_ROOTS: Final = ("text_model.", "textual.")
 _OTHER_SPACE_ROOTS: Final = ("vid_proj.", "txt_proj.", "image_projection.", "text_projection.", "logit_scale")
 _VIT_RENAMES: Final[tuple[tuple[str, str], ...]] = (
@@ -34,15 +34,15 @@ def lavila_to_ours(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
         state_dict: parameter name to tensor; CLIP's text tower at the top level.
 
     Returns:
-        Our name to tensor, sharing memory; and what is left over, name to reason.
+        Our name to tensor, sharing memory; and the entries that are not used, name to reason.
 
     Raises:
-        UserError: when the text part is none of CLIP's.
+        UserError: when the text tower is not CLIP's.
     """
     names = {strip_wrappers(key): tensor for key, tensor in state_dict.items()}
     if any(name.startswith(("text_decoder.", "img_queries", "img_attn_pool.")) for name in names):
         raise UserError(
-            "these are the weights of a LaViLa narrator, which writes texts; supported are LaViLa's "
+            "these are the weights of a LaViLa narrator, which generates texts; supported are LaViLa's "
             "dual encoders with CLIP's text tower (CLIP_OPENAI_TIMESFORMER_BASE, _LARGE, _LARGE_336PX) and its "
             "classifiers"
         )
@@ -50,7 +50,7 @@ def lavila_to_ours(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
         raise UserError(
             "these weights have a DistilBERT text tower (a LaViLa *_DISTILBERT_BASE model); supported are "
             "CLIP_OPENAI_TIMESFORMER_BASE, _LARGE and _LARGE_336PX, whose text tower is CLIP's, and EgoVLP's "
-            "own files, whose video tower alone is used"
+            "own files, of which only the video tower is used"
         )
     bare = not any(name.startswith("visual.") for name in names)
     state: dict[str, Tensor] = {}
@@ -70,7 +70,7 @@ def lavila_to_ours(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
 
 
 def to_lavila(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names in LaViLa's.
+    """Rename our weights to LaViLa's names.
 
     Args:
         state: a dual encoder or classifier with a `timesformer` encoder, in our names.
@@ -86,14 +86,14 @@ def to_lavila(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def egovlp_to_ours(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Take the video tower of EgoVLP's weights; the text tower and both projections are left over.
+    """Take the video tower of EgoVLP's weights; the text tower and both projections are not used.
 
     Args:
         state_dict: parameter name to tensor, under `video_model.`, `text_model.`, `vid_proj.`, `txt_proj.`; or
             under `visual.`, `textual.`, `image_projection.`, `text_projection.`, as LaViLa names them.
 
     Returns:
-        Our name to tensor, sharing memory; and what is left over, name to reason.
+        Our name to tensor, sharing memory; and the entries that are not used, name to reason.
     """
     state: dict[str, Tensor] = {}
     left_over: dict[str, str] = {}
@@ -111,16 +111,16 @@ def egovlp_to_ours(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
 
 
 def vit_to_timesformer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename an image model's ViT so that it starts a TimeSformer, as LaViLa starts from OpenAI's weights.
+    """Rename the ViT of an image model to initialize a TimeSformer, as LaViLa does with OpenAI's weights.
 
-    Attention over time has no counterpart and stays as the model was created: with no effect at first.
+    Attention over time has no counterpart; it keeps its initial weights, with which it has no effect.
     Source: Zhao et al. 2022 (LaViLa), arXiv 2212.04501.
 
     Args:
         state: a model with a `vit` encoder, in our names.
 
     Returns:
-        The same with the video tower named as a TimeSformer's; other entries as they are.
+        The same weights with the video tower's entries renamed; other entries are unchanged.
     """
     renamed = {}
     for name, tensor in state.items():

@@ -1,6 +1,6 @@
-"""Names of VideoMAE's models, the original's and AVION's, and ours.
+"""Converts the names of VideoMAE's models, the original's and AVION's, to ours and back.
 
-Axes: D width, F frames of a tube, P side of a patch.
+Axes: D width, F frames of a tube, P side length of a patch.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _PATCHES: Final = "patch_embed.proj.weight"
 
 
 def videomae_to_ours(state_dict: Mapping[str, Tensor], *, pretraining: bool) -> dict[str, Tensor]:
-    """Rename and reshape VideoMAE weights: flash or plain attention, linear or convolutional tubes.
+    """Rename and reshape VideoMAE weights, with flash or plain attention and linear or convolutional tubes.
 
-    The original keeps biases of queries and values and none of keys; ours is one vector with zeros between.
+    The original has biases of queries and values but not of keys; ours is one vector with zeros for the keys.
 
     Args:
         state_dict: parameter name to tensor.
-        pretraining: an encoder with its decoder (names are kept); else a classifier, which becomes `visual.*`
-            and `fc_cls.*`.
+        pretraining: True for an encoder with its decoder, whose names are kept; False for a classifier, which
+            becomes `visual.*` and `fc_cls.*`.
 
     Returns:
-        Our name to tensor, sharing memory where nothing is joined.
+        Our name to tensor, sharing memory except for biases.
 
     Raises:
-        UserError: when biases do not pair up, or the patch embedding is not that of square RGB tubes.
+        UserError: when a bias lacks its counterpart, or the tubes are not square RGB tubes.
     """
     state: dict[str, Tensor] = {}
     half_biases: dict[str, Tensor] = {}
@@ -53,20 +53,18 @@ def videomae_to_ours(state_dict: Mapping[str, Tensor], *, pretraining: bool) -> 
 
 
 def _joined(half_biases: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Biases of queries and values as those of the joint projection, zero for keys."""
+    """Join the biases of queries and values to those of the joint projection, with zeros for keys."""
     joined = {}
     for block in dict.fromkeys(name.rpartition(".")[0] for name in half_biases):
         pair = [half_biases.get(f"{block}.{part}_bias") for part in "qv"]
         if pair[0] is None or pair[1] is None or pair[0].shape != pair[1].shape:
-            raise UserError(
-                f"weights: {block} has no pair of q_bias and v_bias of one length; the file is damaged"
-            )
+            raise UserError(f"weights: {block} needs q_bias and v_bias of the same length; the file is damaged")
         joined[f"{block}.qkv.bias"] = torch.cat([pair[0], torch.zeros_like(pair[0]), pair[1]])
     return joined
 
 
 def _as_tubes(name: str, weight: Tensor) -> Tensor:
-    """A linear tube embedding (D, 3*F*P*P), channels before frames, rows and columns, as (D, 3, F, P, P)."""
+    """Reshape a linear tube embedding (D, 3*F*P*P), by channel, frame, row and column, to (D, 3, F, P, P)."""
     if weight.ndim != 2:
         return weight
     side = math.isqrt(weight.shape[1] // (3 * TUBE_FRAMES))
@@ -76,9 +74,9 @@ def _as_tubes(name: str, weight: Tensor) -> Tensor:
 
 
 def to_videomae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names in the original's: separate biases of queries and values, convolutional tubes.
+    """Rename our weights to the original's names: separate biases of queries and values, convolutional tubes.
 
-    A bias of keys adds the same number to all scores of a query, which softmax ignores: it is left out.
+    A bias of keys adds the same number to all scores of a query, which softmax ignores, so it is omitted.
 
     Args:
         state: a masked-video model or a classifier with a `videomae` encoder, in our names.
@@ -99,7 +97,7 @@ def to_videomae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_avion_videomae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names in the style of AVION's VideoMAE: flash attention, linear tubes.
+    """Rename our weights to the style of AVION's VideoMAE: flash attention, linear tubes.
 
     Args:
         state: a masked-video model or a classifier with a `videomae` encoder, in our names.
@@ -121,22 +119,22 @@ def _their_root(name: str) -> str:
 
 
 def encoder_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Take the encoder of a masked-video model as the video tower of another.
+    """Take the encoder of a masked-video model as the video tower of another model.
 
-    Its last norm stays behind: a tower that averages its tokens norms the mean instead (Tong et al. 2022,
-    arXiv 2203.12602).
+    The encoder's last norm is not used, because a tower that averages its tokens normalizes the mean instead
+    (Tong et al. 2022, arXiv 2203.12602).
 
     Args:
         state: a masked-video model, in our names.
 
     Returns:
-        `visual.*` to tensor, sharing memory; and what is left over, name to reason.
+        `visual.*` to tensor, sharing memory; and the entries that are not used, name to reason.
     """
     tower: dict[str, Tensor] = {}
     left_over: dict[str, str] = {}
     for name, tensor in state.items():
         if name.startswith("encoder.norm."):
-            left_over[name] = "the mean of the tokens has a norm of its own"
+            left_over[name] = "the mean of the tokens has a separate norm"
         elif name.startswith("encoder."):
             tower["visual." + name.removeprefix("encoder.")] = tensor
         elif name == "mask_token" or name.startswith(("decoder.", "encoder_to_decoder.")):

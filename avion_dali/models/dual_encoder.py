@@ -1,4 +1,4 @@
-"""The dual encoder: a video tower and a text tower with one normalized space.
+"""The dual encoder: a video tower and a text tower with a shared space of unit vectors.
 
 Axes: B clips, C channels, T frames, H W pixels, L text tokens, D width of the shared space.
 """
@@ -17,7 +17,8 @@ from avion_dali.models.presets import PRESETS
 from avion_dali.models.text_tower import TextTowerConfig, build_text_tower
 from avion_dali.models.towers import build_video_tower, resolve_model
 
-# Temperature 0.07 at the start, scale at most 100: Radford et al. 2021, arXiv 2103.00020, section 2.5.
+# The temperature starts at 0.07, and the scale is at most 100: Radford et al. 2021, arXiv 2103.00020, section
+# 2.5.
 INITIAL_LOGIT_SCALE: Final = math.log(1 / 0.07)
 MAX_LOGIT_SCALE: Final = math.log(100.0)
 
@@ -29,12 +30,12 @@ class DualEncoder(nn.Module):
     """
 
     def __init__(self, visual: nn.Module, textual: nn.Module, *, train_logit_scale: bool = False) -> None:
-        """Join two towers.
+        """Combine two towers.
 
         Args:
             visual: maps float frames (B, 3, T, H, W) to (B, D).
             textual: maps int64 tokens (B, L) to (B, D); has an attribute `context_length`.
-            train_logit_scale: learn the temperature instead of keeping it at 0.07.
+            train_logit_scale: whether to learn the temperature instead of keeping it at 0.07.
         """
         super().__init__()
         self.visual = visual
@@ -42,8 +43,8 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE), requires_grad=train_logit_scale)
 
     def encode_video(self, frames_BCTHW: Tensor) -> Tensor:
-        """Normalized frames, float (B, 3, T, H, W) -> unit vectors, float32 (B, D)."""
-        # Normalized in float32 whatever the autocast precision: similarities feed a softmax at scale 14+.
+        """Embed clips: normalized frames, float (B, 3, T, H, W) -> unit vectors, float32 (B, D)."""
+        # Vectors are normalized in float32, because a softmax multiplies their cosines by 14 or more.
         return functional.normalize(self.visual(frames_BCTHW).float(), dim=-1)
 
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class DualEncoder(nn.Module):
             Unit vectors, float32 (B, D).
 
         Raises:
-            ValueError: when L is not the context length.
+            ValueError: when L differs from the context length.
         """
         if tokens_BL.shape[-1] != self.textual.context_length:
             raise ValueError(
@@ -66,16 +67,16 @@ class DualEncoder(nn.Module):
         return functional.normalize(self.textual(tokens_BL).float(), dim=-1)
 
     def forward(self, frames_BCTHW: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Embed clips and their texts; the call to wrap for data-parallel training.
+        """Embed clips and their texts, in one call for data-parallel training.
 
         Args:
             frames_BCTHW: normalized frames, float (B, 3, T, H, W).
             tokens_BL: token ids, int64 (B, L).
 
         Returns:
-            Unit video vectors (B, D), unit text vectors (B, D) and the factor on their products (B,), the
-            same number in every row; all float32. The factor is an output of the forward pass, so that its
-            gradient is reduced over ranks like any other.
+            Unit video vectors (B, D), unit text vectors (B, D) and the scale of their products (B,), the same
+            number in every row; all float32. The scale is an output of the forward pass, so that its gradient
+            is reduced over ranks like any other.
         """
         video_BD = self.encode_video(frames_BCTHW)
         text_BD = self.encode_text(tokens_BL)
@@ -84,23 +85,23 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the factor in [1, 100], in place; call it after an optimizer step."""
+        """Clamp the scale to [1, 100] in place; call it after an optimizer step."""
         self.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
 
 def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int) -> DualEncoder:
-    """Create a dual encoder with fresh weights, drawn from torch's default generator.
+    """Create a dual encoder with weights drawn from torch's default generator.
 
     Args:
         config: encoder, size and options.
         num_frames: frames per clip (T).
-        frame_size: side of a frame in pixels; any multiple of the size's patch.
+        frame_size: side length of a frame in pixels; a multiple of the patch size.
 
     Returns:
         The model on the default device, in training mode.
 
     Raises:
-        UserError: when the encoder is unknown, lacks an option that is set, or does not take such frames.
+        UserError: when the encoder is unknown, lacks an option that is set, or does not support such frames.
     """
     config = resolve_model(config)
     assert config.activation != "auto"

@@ -1,4 +1,4 @@
-"""Finding out what weights are: told by the header in files of this project, guessed for files of others."""
+"""Determines the facts about weights, from the header of this project's files or by inspecting other files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from avion_dali.models.presets import PRESETS
 from avion_dali.models.towers import ENCODERS, resolve_model
 from avion_dali.models.weight_facts import Family, Role, WeightFacts
 
-# Trained with: activation, LayerNorm epsilon, pixel statistics. AVION gave its models CLIP's weights and exact
-# GELU; LaViLa and AVION share a mistyped mean of red (see device_ops/normalize.py); EgoVLP began from ImageNet.
+# Activation, LayerNorm epsilon and pixel statistics of the training. AVION combines CLIP's weights with exact
+# GELU; LaViLa and AVION have a mistyped red mean (see device_ops/normalize.py); EgoVLP starts from ImageNet
+# weights.
 _PUBLISHED: Final[dict[Family, dict[str, Any]]] = {
     "avion": {"activation": "gelu", "norm_eps": 1e-6, "normalization": "openai-avion"},
     "lavila": {"activation": "quick_gelu", "norm_eps": 1e-6, "normalization": "openai-avion"},
@@ -34,23 +35,23 @@ _ROLES: Final[dict[str, Role]] = {
 
 
 def facts_of_config(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> WeightFacts:
-    """Read from its configuration what a file of this project holds.
+    """Read the facts about a file of this project from its configuration.
 
     Args:
         config: configuration of the training as plain values; fields that an older version did not have take
             their defaults.
-        state: our name to tensor; asked for the head alone, whose number of classes no configuration holds.
+        state: our name to tensor; only the number of classes of the head is read from it.
 
     Raises:
-        UserError: when the encoder is not known here.
+        UserError: when the encoder is unknown.
     """
     known = {item.name for item in fields(ModelConfig)}
-    told = {name: value for name, value in config.get("model", {}).items() if name in known}
-    model, data = resolve_model(ModelConfig(**told)), config.get("data", {})
+    values = {name: value for name, value in config.get("model", {}).items() if name in known}
+    model, data = resolve_model(ModelConfig(**values)), config.get("data", {})
     preset, head = PRESETS[model.size], state.get("fc_cls.weight")
     objective = config.get("objective", {}).get("name", ObjectiveConfig.name)
-    role = _ROLES.get(objective) or role_of(state)  # an objective of a user trains one of these models, too
-    if role == "classifier" and head is None:  # a tower of another project, converted
+    role = _ROLES.get(objective) or role_of(state)  # a user's objective trains one of these models as well
+    if role == "classifier" and head is None:  # a converted tower of another project
         role = "video-tower"
     assert model.activation != "auto"
     return WeightFacts(
@@ -75,12 +76,12 @@ def facts_of_config(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> W
 def guessed_facts(
     state: Mapping[str, Tensor], family: Family, *, known: Mapping[str, Any] | None = None
 ) -> WeightFacts:
-    """Gather what names, shapes and the publisher tell about the weights of another project.
+    """Infer the facts about weights of another project from names, shapes and the family's published settings.
 
     Args:
         state: our name to tensor.
-        family: whose file it was.
-        known: facts from elsewhere (a published name) that replace the family's.
+        family: the project of the file.
+        known: further known facts (from a published name), which override those of the family.
 
     Raises:
         UserError: when there is no video encoder.
@@ -109,7 +110,7 @@ def guessed_facts(
 
 
 def role_of(state: Mapping[str, Tensor]) -> Role:
-    """Tell what kind of model a state dict in our names belongs to.
+    """Return the kind of model to which a state dict in our names belongs.
 
     Args:
         state: our name to tensor.
@@ -122,14 +123,14 @@ def role_of(state: Mapping[str, Tensor]) -> Role:
 
 
 def _frames(state: Mapping[str, Tensor], layout: TowerLayout) -> int:
-    """Frames per clip by the frame positions; 1 for an image model without them, 0 when the tower has none."""
+    """Read the frames per clip from the frame positions; 1 for an image model without them, 0 if unknown."""
     names = [f"visual.{table}" for table in layout.frame_positions]
     rows = [state[name].shape[-2] for name in names if name in state]
     return rows[0] if rows else int(bool(names))
 
 
 def _grid(state: Mapping[str, Tensor], layout: TowerLayout) -> int:
-    """Patches along a side of a frame by the place positions; 0 where these are not stored."""
+    """Read the number of patches along a frame's side from the place positions; 0 if these are not stored."""
     names = [f"visual.{table}" for table in layout.place_positions]
     rows = [state[name].shape[-2] for name in names if name in state]
     return math.isqrt(rows[0] - layout.class_token) if rows else 0

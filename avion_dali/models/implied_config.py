@@ -1,4 +1,4 @@
-"""The configuration that weights of other projects imply, so that they can be evaluated without training."""
+"""Derives a configuration from weights of other projects, so that they can be evaluated without training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from avion_dali.config import DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from avion_dali.models.weight_facts import WeightFacts
 
-# VideoMAE's positions are formulas, so its files do not say; all its published models took such clips.
+# VideoMAE's files contain no position tables to infer these from; all its published models take such clips.
 VIDEOMAE_FRAMES = 16
 VIDEOMAE_FRAME_SIZE = 224
 
@@ -17,10 +17,10 @@ def plain_config(facts: WeightFacts) -> dict[str, Any]:
     """Return the configuration that builds the model of these weights, as plain values.
 
     Args:
-        facts: what the weights are.
+        facts: facts about the weights.
 
     Returns:
-        What `TrainConfig.from_plain` takes; empty when no `model.size` has these dimensions.
+        Input of `TrainConfig.from_plain`; empty if no `model.size` has these dimensions.
     """
     if facts.size is None:
         return {}
@@ -28,7 +28,7 @@ def plain_config(facts: WeightFacts) -> dict[str, Any]:
         "dual-encoder": "contrastive",
         "classifier": "classification",
         "masked-video": "masked-video",
-        "video-tower": "classification",  # its head would be new: for features, and to start from
+        "video-tower": "classification",  # with a new head; useful for features and as initial weights
     }
     model = ModelConfig(
         encoder=facts.encoder,

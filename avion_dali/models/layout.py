@@ -1,4 +1,4 @@
-"""What a tower declares about its parameters, so that no other module needs to know their names."""
+"""Declarations of a tower about its parameters, so that other modules need not know their names."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TowerLayout:
-    """Which parameters of a tower play which part, in the tower's own names.
+    """The roles of a tower's parameters, given by their names within the tower.
 
-    A module carries its layout in the attribute `layout`. Weight decay, layer-wise learning rates and the
-    loading of weights ask for it; whatever a module does not declare is treated like any other parameter.
-    Axes: T frames, N places of a frame, L text tokens, V vocabulary, D width, P side of a patch.
+    A module has its layout in the attribute `layout`. Weight decay, layer-wise learning rates and the loading
+    of weights use it; parameters that are not declared have no special role.
+    Axes: T frames, N patch positions of a frame, L text tokens, V vocabulary, D width, P side length of a
+        patch.
 
     Args:
         blocks: the module list of the repeated blocks; empty for a module without blocks.
@@ -25,16 +26,15 @@ class TowerLayout:
             clips of another length.
         place_positions: position tables with one row per patch of a square frame, (N, D) or (1, N, D). They are
             interpolated for frames of another size.
-        class_token: the first row of `place_positions` belongs to a class token.
-        text_positions: position tables with one row per text token, (L, D). They are cut, or continued with
-            zeros.
-        vocabulary: tables with one row per token id, (V, D). They may be continued with zeros, never cut.
+        class_token: whether the first row of `place_positions` belongs to a class token.
+        text_positions: position tables with one row per text token, (L, D). They are cut, or padded with zeros.
+        vocabulary: tables with one row per token id, (V, D). They may be padded with zeros but never cut.
         patches: the weight of the patch embedding, (D, 3, ..., P, P), from which sizes are read.
         optional_pre_norm: the norm in front of the first block, if the tower can be built without it.
-        time_parts: modules within a block that images have no use for; weights of image models lack them.
+        time_parts: modules within a block that only videos need; weights of image models lack them.
         not_pretrained: modules that weights of masked-video pre-training lack.
-        from_vit: renames the weights of an image model with a `vit` encoder, in our names, so that the tower
-            can start from them; None when it cannot.
+        from_vit: function that renames the weights of an image model with a `vit` encoder, in our names, to
+            initialize the tower; None if this is not supported.
     """
 
     blocks: str = ""
@@ -53,7 +53,7 @@ class TowerLayout:
 
     @property
     def undecayed(self) -> tuple[str, ...]:
-        """Position tables and learned tokens.
+        """Position tables and learned tokens, which are exempt from weight decay.
 
         They are added to activations and, unlike the weights of a matrix product, have no scale that weight
         decay could regularize.
@@ -61,22 +61,22 @@ class TowerLayout:
         return self.tokens + self.frame_positions + self.place_positions + self.text_positions
 
     def in_stem(self, name: str) -> bool:
-        """Whether a parameter comes before the blocks.
+        """Return whether a parameter precedes the blocks.
 
         Args:
-            name: its name within the tower.
+            name: name of the parameter within the tower.
         """
         return name in self.undecayed or any(name.startswith(f"{module}.") for module in self.stem)
 
 
 def declared_layouts(model: nn.Module) -> dict[str, TowerLayout]:
-    """Collect what the modules of a model declare.
+    """Collect the layouts that the modules of a model declare.
 
     Args:
         model: any module; it may be a tower itself.
 
     Returns:
-        The prefix of a module's parameter names, such as `visual.` (empty for the model itself), to its layout.
+        Prefix of a module's parameter names, such as `visual.` (empty for the model itself), to its layout.
     """
     found = {}
     for name, module in model.named_modules():

@@ -1,9 +1,9 @@
-"""VideoMAE pre-training: an encoder sees a tenth of a clip's tubes, a small decoder predicts the rest.
+"""The model of VideoMAE pre-training: an encoder of a few visible tubes and a decoder that predicts the others.
 
 Source: Tong et al. 2022, arXiv 2203.12602, section 3: tube masking, an asymmetric encoder and decoder, targets
-normalized for each tube (He et al. 2021, arXiv 2111.06377, section 3). Parameters are named as in its weights.
-Axes: B clips, C channels, T frames, H W pixels, N tubes, U seen tubes, M hidden tubes, D width, E width of the
-decoder, X pixel values of a tube.
+normalized per tube (He et al. 2021, arXiv 2111.06377, section 3). Parameters have the names of its weights.
+Axes: B clips, C channels, T frames, H W pixels, N tubes, U visible tubes, M hidden tubes, D width, E decoder
+width, X pixel values of a tube.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from avion_dali.models.positions import sincos_positions
 from avion_dali.models.towers import ENCODERS, encoder_class, tower_config
 from avion_dali.models.videomae import TUBE_FRAMES, VideoMAETower, build_blocks, build_tube_embedding
 
-# Keeps the deviation of a flat tube away from zero; pixel values are 0 to 255.
+# Added to the standard deviation of a tube, which may be zero; pixel values are 0 to 255.
 TARGET_EPS: Final = 1e-6
 
 
 class MaskedEncoder(nn.Module):
-    """Tokens of the tubes that are seen, through the encoder's blocks."""
+    """The encoder, which processes only the visible tubes."""
 
     layout: ClassVar[TowerLayout] = TowerLayout(blocks="blocks", stem=("patch_embed",))
 
     def __init__(self, config: VideoTowerConfig) -> None:
-        """Create the encoder the config describes."""
+        """Create the encoder that the config describes."""
         super().__init__()
         self.checkpoint_every = config.checkpoint_every
         self.patch_embed = build_tube_embedding(config)
@@ -47,23 +47,23 @@ class MaskedEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def forward(self, tubes_BUX: Tensor, positions_BUD: Tensor) -> Tensor:
-        """Pixels of the seen tubes (B, U, X) and their positions (B, U, D) -> float (B, U, D)."""
+        """Encode the pixels of visible tubes (B, U, X) and their positions (B, U, D) -> float (B, U, D)."""
         x_BUD = self.patch_embed.proj.embed(tubes_BUX) + positions_BUD
         encoded: Tensor = self.norm(run_blocks(self.blocks, x_BUD, checkpoint_every=self.checkpoint_every))
         return encoded
 
 
 class MaskedDecoder(nn.Module):
-    """Seen and hidden tokens through a few narrow blocks; the hidden ones become pixels."""
+    """The decoder: a few narrow blocks over visible and hidden tokens, which predict the hidden pixels."""
 
     layout: ClassVar[TowerLayout] = TowerLayout(blocks="blocks")
 
     def __init__(self, config: VideoTowerConfig, *, values: int) -> None:
-        """Create the decoder the config describes.
+        """Create the decoder that the config describes.
 
         Args:
             config: sizes of the decoder.
-            values: pixel values of a tube (X).
+            values: number of pixel values per tube (X).
         """
         super().__init__()
         self.checkpoint_every = config.checkpoint_every
@@ -72,7 +72,7 @@ class MaskedDecoder(nn.Module):
         self.head = nn.Linear(config.width, values)
 
     def forward(self, x_BNE: Tensor, *, hidden: int) -> Tensor:
-        """Tokens (B, N, E), the hidden ones last -> predictions (B, hidden, X)."""
+        """Decode tokens (B, N, E), with the hidden ones last -> predictions (B, hidden, X)."""
         x_BNE = run_blocks(self.blocks, x_BNE, checkpoint_every=self.checkpoint_every)
         predicted: Tensor = self.head(self.norm(x_BNE[:, -hidden:]))
         return predicted
@@ -82,8 +82,8 @@ class MaskedVideo(nn.Module):
     """The model of VideoMAE pre-training.
 
     Attributes:
-        time_slots: tubes one after another in time.
-        places: tubes side by side in a frame. Tokens run time slot by time slot, row by row.
+        time_slots: number of tubes along time.
+        places: number of tubes per time slot. Tokens are ordered by time slot, then row by row.
     """
 
     layout: ClassVar[TowerLayout] = TowerLayout(tokens=("mask_token",))
@@ -97,10 +97,10 @@ class MaskedVideo(nn.Module):
 
         Args:
             config: sizes and options of the encoder.
-            decoder_depth: blocks of the decoder.
+            decoder_depth: number of blocks of the decoder.
 
         Raises:
-            UserError: when the frames do not divide into tubes.
+            UserError: when the number of frames is not a multiple of the frames per tube.
         """
         super().__init__()
         self.config = config
@@ -123,7 +123,7 @@ class MaskedVideo(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw fresh weights: matrices by Glorot's rule (He et al. 2021, arXiv 2111.06377, appendix A.1)."""
+        """Initialize the weights; matrices follow Glorot's rule (He et al. 2021, arXiv 2111.06377, A.1)."""
         for part in self.modules():
             if isinstance(part, nn.LayerNorm):
                 part.reset_parameters()
@@ -141,20 +141,20 @@ class MaskedVideo(nn.Module):
 
         Args:
             frames_BCTHW: normalized frames, float (B, 3, T, H, W).
-            is_masked_BN: bool (B, N), True for hidden tubes, as many in every clip; on the CPU, so that their
-                number is known without waiting for the device.
+            is_masked_BN: bool (B, N), True for hidden tubes, the same number in every clip; on the CPU, so that
+                this number is known without waiting for the device.
 
         Returns:
             Float (B, M, X), hidden tubes in token order, values as in `tube_targets`.
 
         Raises:
-            ValueError: when clips or masks do not fit.
+            ValueError: when clips or masks have wrong shapes.
         """
         check_clip_shape(frames_BCTHW, self.config.clip_shape)
         if is_masked_BN.shape != (frames_BCTHW.shape[0], self.time_slots * self.places):
             raise ValueError(f"masks {tuple(is_masked_BN.shape)} do not fit clips {tuple(frames_BCTHW.shape)}")
         seen_BU, hidden_BM = (_sent(ids, frames_BCTHW.device) for ids in split_tubes(is_masked_BN))
-        # Only the tubes that are seen are embedded; embedding all would add a ninth to the encoder's work.
+        # Only visible tubes are embedded; embedding all would increase the encoder's work by a ninth.
         tubes_BUX = _take(self.encoder.patch_embed.proj.cut(frames_BCTHW), seen_BU)
         encoded_BUD = self.encoder(tubes_BUX, self.encoder_positions_ND[seen_BU])
         seen_BUE = self.encoder_to_decoder(encoded_BUD) + self.decoder_positions_NE[seen_BU]
@@ -165,16 +165,16 @@ class MaskedVideo(nn.Module):
 
 
 def split_tubes(is_masked_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """List the seen and the hidden tubes of each clip.
+    """List the visible and the hidden tubes of each clip.
 
     Args:
         is_masked_BN: bool (B, N), True for hidden tubes.
 
     Returns:
-        Int64 (B, U) and (B, M): their token numbers, rising, on the mask's device.
+        Int64 (B, U) and (B, M): their token indices, increasing, on the mask's device.
 
     Raises:
-        ValueError: when clips hide different numbers of tubes, none, or all.
+        ValueError: when clips hide different numbers of tubes, no tube, or all tubes.
     """
     hidden_B = is_masked_BN.sum(dim=1)
     hidden = int(hidden_B[0])
@@ -188,19 +188,19 @@ def split_tubes(is_masked_BN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tube_targets(frames_BTHWC: Tensor, is_masked_BN: Tensor, *, normalize: bool) -> Tensor:
-    """The pixels that a `MaskedVideo` is to predict.
+    """Return the pixels that a `MaskedVideo` predicts.
 
     Args:
         frames_BTHWC: decoded frames, uint8 (B, T, H, W, 3), square.
-        is_masked_BN: bool (B, N), True for hidden tubes, as many in every clip.
-        normalize: subtract from each tube and channel the mean of its pixels and divide by their deviation
-            (unbiased, plus 1e-6).
+        is_masked_BN: bool (B, N), True for hidden tubes, the same number in every clip.
+        normalize: whether to subtract the mean of the pixels per tube and channel and to divide by their
+            standard deviation (unbiased, plus 1e-6).
 
     Returns:
         Float32 (B, M, X): hidden tubes in token order; values by frame, row and column, channels last.
 
     Raises:
-        ValueError: when frames and masks do not fit.
+        ValueError: when the shapes of frames and masks do not match.
     """
     clips, frames, height = frames_BTHWC.shape[:3]
     grid = math.isqrt(is_masked_BN.shape[1] // max(1, frames // TUBE_FRAMES))
@@ -220,12 +220,12 @@ def tube_targets(frames_BTHWC: Tensor, is_masked_BN: Tensor, *, normalize: bool)
 
 
 def _sent(ids: Tensor, device: torch.device) -> Tensor:
-    """The ids on the device; through pinned memory, so that the host does not wait for the copy."""
+    """Copy ids to the device, through pinned memory so that the host does not wait for the copy."""
     return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
 
 
 def _take(tokens_BNX: Tensor, ids_BM: Tensor) -> Tensor:
-    """Rows of each clip by their numbers: (B, N, X) and int64 (B, M) -> (B, M, X)."""
+    """Select rows of each clip by index: (B, N, X) and int64 (B, M) -> (B, M, X)."""
     clip_B1 = torch.arange(ids_BM.shape[0], device=ids_BM.device).unsqueeze(1)
     return tokens_BNX[clip_B1, ids_BM]
 
@@ -233,22 +233,20 @@ def _take(tokens_BNX: Tensor, ids_BM: Tensor) -> Tensor:
 def build_masked_video(
     config: ModelConfig, *, num_frames: int, frame_size: int, decoder_depth: int
 ) -> MaskedVideo:
-    """Create a model for VideoMAE pre-training with fresh weights.
+    """Create a model for VideoMAE pre-training with newly initialized weights.
 
     Args:
         config: size and options.
-        num_frames: frames of a clip, even.
-        frame_size: side of a frame in pixels; any multiple of the size's patch.
-        decoder_depth: blocks of the decoder.
+        num_frames: frames per clip, even.
+        frame_size: side length of a frame in pixels; a multiple of the patch size.
+        decoder_depth: number of blocks of the decoder.
 
     Raises:
-        UserError: when the encoder is another, or frames do not divide into tubes.
+        UserError: when the encoder is not that of VideoMAE, or the number of frames is not a multiple of the
+            frames per tube.
     """
     if not issubclass(encoder_class(config.encoder), VideoMAETower):
         able = ", ".join(name for name, tower in ENCODERS.items() if issubclass(tower, VideoMAETower))
-        raise UserError(
-            f"objective.name = masked-video trains model.encoder {able}, not {config.encoder}; "
-            "set model.encoder"
-        )
+        raise UserError(f"objective.name = masked-video needs model.encoder = {able}, got {config.encoder}")
     tower = tower_config(config, num_frames=num_frames, frame_size=frame_size, embed_dim=None)
     return MaskedVideo(tower, decoder_depth=decoder_depth)

@@ -1,4 +1,4 @@
-"""Where a token is: tables of positions, and how learned ones fit another number of frames or pixels.
+"""Position tables of tokens, and their adaptation to other numbers of frames or patches.
 
 Axes: T frames, N tokens, D width.
 """
@@ -14,9 +14,9 @@ from torch.nn import functional
 
 
 def sincos_positions(tokens: int, width: int) -> Tensor:
-    """Fixed positions of a sequence: sines and cosines of falling frequency.
+    """Fixed positions of a sequence: sines and cosines of decreasing frequency.
 
-    Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5; VideoMAE numbers tubes in token order.
+    Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5; in VideoMAE the sequence is that of the tubes.
 
     Args:
         tokens: length of the sequence (N).
@@ -34,24 +34,25 @@ def sincos_positions(tokens: int, width: int) -> Tensor:
 def resize_temporal_embedding(
     temporal_TD: Tensor, num_frames: int, *, shrink: Literal["interpolate", "truncate"] = "interpolate"
 ) -> Tensor:
-    """Fit frame positions to another number of frames.
+    """Adapt frame positions to another number of frames.
 
-    More frames are interpolated linearly between the centres of the old ones, the ends held. Fewer frames are
-    interpolated likewise, which keeps the span of a clip, or cut to the first rows as AVION does.
+    For more frames, rows are interpolated linearly between the centers of the old rows, and the ends are
+    constant. For fewer frames, they are interpolated in the same way, which preserves the span of a clip, or
+    cut to the first rows as AVION does.
 
     Args:
         temporal_TD: frame positions, float (T, D).
-        num_frames: frames wanted, >= 1.
-        shrink: what to do when `num_frames` < T.
+        num_frames: target number of frames, >= 1.
+        shrink: method if `num_frames` < T.
 
     Returns:
-        Float (num_frames, D), dtype kept; the input itself when nothing changes.
+        Float (num_frames, D) of the same dtype; the input itself if nothing changes.
 
     Raises:
-        ValueError: when the shape or the number is not usable.
+        ValueError: when the shape or the number of frames is invalid.
     """
     if temporal_TD.ndim != 2 or num_frames < 1:
-        raise ValueError(f"cannot fit frame positions {tuple(temporal_TD.shape)} to {num_frames} frames")
+        raise ValueError(f"cannot resize frame positions {tuple(temporal_TD.shape)} to {num_frames} frames")
     loaded = temporal_TD.shape[0]
     if loaded == num_frames:
         return temporal_TD
@@ -65,25 +66,25 @@ def resize_temporal_embedding(
 
 
 def resize_spatial_positions(pos_ND: Tensor, *, grid: int, extra: int) -> Tensor:
-    """Fit the positions of a square of patches to another square, as open_clip does.
+    """Adapt the positions of a square grid of patches to another square, as open_clip does.
 
-    Bicubic with antialiasing; rows before the patches (the class token's) are kept.
+    The interpolation is bicubic with antialiasing; rows before the patches (that of the class token) are kept.
 
     Args:
         pos_ND: positions, float (extra + side * side, D), patches row by row.
-        grid: patches along a side wanted, >= 1.
-        extra: rows that belong to no patch, >= 0.
+        grid: target number of patches along a side, >= 1.
+        extra: number of rows that belong to no patch, >= 0.
 
     Returns:
-        Float (extra + grid * grid, D), dtype kept; the input itself when nothing changes.
+        Float (extra + grid * grid, D) of the same dtype; the input itself if nothing changes.
 
     Raises:
-        ValueError: when the patches make no square.
+        ValueError: when the patches do not form a square.
     """
     side = math.isqrt(max(0, pos_ND.shape[0] - extra))
     if pos_ND.ndim != 2 or side < 1 or side * side + extra != pos_ND.shape[0] or grid < 1:
         raise ValueError(
-            f"cannot fit positions {tuple(pos_ND.shape)}, {extra} of them extra, to {grid} x {grid}"
+            f"cannot resize positions {tuple(pos_ND.shape)}, {extra} of them extra, to {grid} x {grid}"
         )
     if side == grid:
         return pos_ND

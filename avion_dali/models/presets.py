@@ -1,4 +1,4 @@
-"""Model sizes as data: one row of numbers per size, no code per size."""
+"""Model sizes as data: one row of numbers per size."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Preset:
     """Dimensions of a dual encoder.
 
     Args:
-        image_size: side in pixels of the frames the size was made for.
-        patch_size: side in pixels of one patch.
+        image_size: side length in pixels of the frames for which the size was published.
+        patch_size: side length in pixels of a patch.
         video_width: width of the video tower.
         video_layers: blocks of the video tower.
         video_heads: attention heads of the video tower.
         text_width: width of the text tower.
         text_layers: blocks of the text tower.
         text_heads: attention heads of the text tower.
-        vocab_size: token ids the text tower knows; all sizes share CLIP's vocabulary.
+        vocab_size: number of token ids of the text tower; all sizes share CLIP's vocabulary.
     """
 
     image_size: int

@@ -1,4 +1,4 @@
-"""This project's safetensors files: weights, and in the metadata what they are."""
+"""Reads safetensors files; those of this project describe their weights in the metadata."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from avion_dali.contracts import UserError
 
 HEADER_KEY: Final = "avion_dali"
-"""Where a safetensors file of this project says what it is: JSON text in the metadata."""
+"""Key of the metadata under which safetensors files of this project describe themselves, as JSON."""
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -22,7 +22,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         path: the file.
 
     Returns:
-        Name to tensor, and what the file says of itself; empty in files of others.
+        Name to tensor, and this project's header; the header is empty in files of other projects.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -34,7 +34,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}); get it again") from error
+        raise UserError(f"{path} is not a readable safetensors file ({error}); obtain it again") from error
     if not isinstance(header, dict):
-        raise UserError(f"{path}: its header is damaged; get it again")
+        raise UserError(f"{path}: its header is damaged; obtain it again")
     return state, header

@@ -1,4 +1,4 @@
-"""Starting from existing weights: open a file or a published model, and fill a model from it."""
+"""Opens initial weights, from a file or a published model, and loads them into a model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ OPEN_CLIP_PREFIX: Final = "open_clip:"
 
 @dataclass(frozen=True)
 class StartWeights:
-    """Weights to start from.
+    """Initial weights.
 
     Args:
         state: our name to tensor.
-        facts: what they are.
-        source: where they came from, for messages.
-        left_over: entries of the file that no model here has, name to reason.
-        config: configuration of the training as plain values, in this project's own files; else empty.
-        classes: names of the head's classes in label order, where the file has them.
+        facts: facts about the weights.
+        source: file or name of the weights, for messages.
+        left_over: entries of the file that no model uses, name to reason.
+        config: configuration of the training as plain values; empty in files of other projects.
+        classes: names of the head's classes in label order, if the file has them.
     """
 
     state: dict[str, Tensor]
@@ -45,15 +45,15 @@ class StartWeights:
 
 @dataclass(frozen=True)
 class StartReport:
-    """What a model took from weights.
+    """Report about the loading of weights into a model.
 
     Args:
-        source: where they came from.
-        loaded: parameters filled from the weights.
-        resized: which of them were changed in shape, in words.
-        fresh: parameters that stay as the model was created, name to reason.
-        unused: entries that the model has no use for, name to reason.
-        warnings: where the run differs from the training of the weights, in words.
+        source: file or name of the weights.
+        loaded: parameters that were loaded from the weights.
+        resized: descriptions of the parameters whose shape was changed.
+        fresh: parameters that keep their initial values, name to reason.
+        unused: entries that the model does not use, name to reason.
+        warnings: differences between the run and the training of the weights, in words.
     """
 
     source: str
@@ -73,7 +73,7 @@ class StartReport:
 
 
 def by_reason(names: Mapping[str, str]) -> list[str]:
-    """Put names that have the same reason together, in words.
+    """Group names by their reason and describe each group.
 
     Args:
         names: name to reason.
@@ -85,22 +85,22 @@ def by_reason(names: Mapping[str, str]) -> list[str]:
 
 
 def open_start(weights: str) -> StartWeights:
-    """Open weights by the name a configuration gives them.
+    """Open the weights that a configuration names.
 
     Args:
         weights: a file (of this project, AVION, LaViLa, EgoVLP, VideoMAE, OpenAI or open_clip; `torch.save` or
-            safetensors), `open_clip:NAME/PRETRAINED`, which downloads what is not cached, or
-            `open_clip:NAME//FILE`, whose NAME says which activation the weights in FILE were trained with.
+            safetensors), `open_clip:NAME/PRETRAINED`, which downloads the file unless it is cached, or
+            `open_clip:NAME//FILE`, whose NAME determines the activation of the weights in FILE.
 
     Raises:
-        UserError: when they cannot be downloaded, read or used; says what is supported.
+        UserError: when they cannot be downloaded, read or used; lists what is supported.
     """
     if weights.startswith(OPEN_CLIP_PREFIX):
         path, known = _find_open_clip(weights)
         state, _, more = _read_file(path)
         family = _identified(state, source=weights)
         if family != "open_clip":
-            raise UserError(f"{weights}: {path} holds weights of {family}; name the file without open_clip:")
+            raise UserError(f"{weights}: {path} contains weights of {family}; give the file without open_clip:")
         return _converted(state, "open_clip", source=weights, known={**known, **more})
     state, header, known = _read_file(Path(weights))
     if header:
@@ -127,67 +127,69 @@ def _converted(
 
 
 def _own(state: Mapping[str, Tensor], header: Mapping[str, Any], *, source: str) -> StartWeights:
-    """Weights that this project wrote; its header says what they are, so that nothing is guessed."""
-    config, told = header.get("config", {}), header.get("weights", {})
+    """Open weights that this project wrote, whose header contains all facts about them."""
+    config, described = header.get("config", {}), header.get("weights", {})
     if header.get("layout"):  # written in the names of another project
-        known = {name: told[name] for name in _TOLD_BY_HEADER if name in told}
+        known = {name: described[name] for name in _KNOWN_FROM_HEADER if name in described}
         return _converted(state, _identified(state, source=source), source=source, known=known)
     ours, left_over = to_ours(state, "avion_dali")
-    if not config and not told:
-        raise UserError(f"{source} does not say which model it holds; give a file that a training exported")
+    if not config and not described:
+        raise UserError(f"{source} does not describe its model; give a file that a training exported")
     try:
-        # Weights of dimensions that no model.size has are described by the facts alone.
-        facts = facts_of_config(config, ours) if config else WeightFacts(**{**told, "family": "avion_dali"})
+        # If no model.size has the dimensions of the weights, the file has facts but no configuration.
+        facts = (
+            facts_of_config(config, ours) if config else WeightFacts(**{**described, "family": "avion_dali"})
+        )
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except TypeError as error:
-        raise UserError(f"{source}: its header is of another version: {error}") from error
+        raise UserError(f"{source}: its header belongs to another version of avion_dali: {error}") from error
     return StartWeights(ours, facts, source, left_over, dict(config), tuple(header.get("classes", ())))
 
 
-_TOLD_BY_HEADER: Final = ("activation", "norm_eps", "normalization", "num_frames", "frame_size")
+_KNOWN_FROM_HEADER: Final = ("activation", "norm_eps", "normalization", "num_frames", "frame_size")
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """State dict, this project's header (empty for files of others), and what else the file says of itself."""
+    """Return the state dict, this project's header (empty in other files), and further facts from the file."""
     if path.suffix == ".safetensors":
         state, header = read_safetensors(path)
         return state, header, {}
     content = read_torch_file(path)
     if isinstance(content, dict) and str(content.get("format", "")).startswith(HEADER_KEY):
-        # The running average, where there is one, is what the training evaluated.
+        # The running average, if there is one, replaces the weights, because the training evaluates it.
         state = {**find_state_dict(content, source=str(path)), **content.get("average", {})}
         return state, {name: content[name] for name in ("config", "classes") if name in content}, {}
     state = find_state_dict(content, source=str(path))
-    # Only OpenAI's own files carry this constant, and all their models were trained with QuickGELU.
+    # Only OpenAI's own files have this constant, and all their models were trained with QuickGELU.
     return state, {}, {"activation": "quick_gelu"} if "input_resolution" in state else {}
 
 
 def _find_open_clip(weights: str) -> tuple[Path, dict[str, Any]]:
-    """The file of a published model, downloaded when it is not cached, and what its name says."""
+    """Return the file of a published model, downloading it if needed, and the facts implied by its name."""
     name, _, rest = weights.removeprefix(OPEN_CLIP_PREFIX).partition("/")
     if not name or not rest:
         raise UserError(
-            f"model.weights = {weights!r}: write open_clip:NAME/PRETRAINED, such as open_clip:ViT-B-16/openai, "
+            f"model.weights = {weights!r}: use open_clip:NAME/PRETRAINED, such as open_clip:ViT-B-16/openai, "
             "or open_clip:NAME//path/to/file"
         )
     quick: Activation = "quick_gelu" if name.endswith("-quickgelu") else "gelu"
     if rest.startswith("/"):
         absolute = Path(rest)
         return absolute if absolute.is_file() else Path(rest.lstrip("/")), {"activation": quick}
-    from open_clip import pretrained  # imported here: it takes seconds
+    from open_clip import pretrained  # imported here because it takes seconds
 
     published = pretrained.get_pretrained_cfg(name, rest)
     if not published:
         tags = pretrained.list_pretrained_tags_by_model(name)
-        has = f"open_clip has {name} as: {', '.join(tags)}" if tags else f"open_clip knows no pretrained {name}"
+        has = f"open_clip has {name} as: {', '.join(tags)}" if tags else f"open_clip has no pretrained {name}"
         raise UserError(f"model.weights = {weights!r}: {has}")
     try:
         path = Path(pretrained.download_pretrained(published))
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{weights} could not be downloaded ({error}). Where there is no network, copy the file here and "
-            f"set model.weights to open_clip:{name}//path/to/file"
+            f"{weights} could not be downloaded ({error}). Without a network, copy the file to this machine "
+            f"and set model.weights to open_clip:{name}//path/to/file"
         ) from error
     own_statistics = tuple(published.get("mean", ())) == tuple(pretrained.OPENAI_DATASET_MEAN)
     return path, {
@@ -199,12 +201,12 @@ def _find_open_clip(weights: str) -> tuple[Path, dict[str, Any]]:
 def contradictions(
     facts: WeightFacts, *, normalization: Normalization | None = None, activation: Activation | None = None
 ) -> tuple[str, ...]:
-    """List where a run differs from the training of its weights, in words.
+    """Describe the differences between a run and the training of its weights.
 
     Args:
-        facts: what the weights are.
-        normalization: pixel statistics of the run; None to not compare them.
-        activation: activation of the run's model; None to not compare it.
+        facts: facts about the weights.
+        normalization: pixel statistics of the run; None skips their comparison.
+        activation: activation of the run's model; None skips its comparison.
     """
     found = []
     if normalization and facts.normalization and normalization != facts.normalization:
@@ -218,8 +220,8 @@ def contradictions(
         )
     if activation and not facts.activation:
         found.append(
-            f"the file does not tell the activation of its training, this run uses {activation}; "
-            "open_clip:NAME//FILE tells it by the name"
+            f"the file does not specify the activation of its training, this run uses {activation}; "
+            "open_clip:NAME//FILE specifies it by the name"
         )
     return tuple(found)
 
@@ -232,20 +234,20 @@ def apply_start(
     normalization: Normalization | None = None,
     activation: Activation | None = None,
 ) -> StartReport:
-    """Fill a model from weights; on an error the model is unchanged.
+    """Load weights into a model; on an error the model is unchanged.
 
     Args:
-        model: a dual encoder, classifier or masked-video model, just created and not wrapped.
-        start: from `open_start`.
-        temporal_resize: how frame positions are fitted to fewer frames; for more they are interpolated.
+        model: a newly created dual encoder, classifier or masked-video model, without a wrapper.
+        start: output of `open_start`.
+        temporal_resize: how frame positions are adapted to fewer frames; for more frames they are interpolated.
         normalization: pixel statistics of the run, to be compared with those of the weights.
         activation: activation of the model, to be compared with that of the weights.
 
     Returns:
-        What was loaded, what stayed fresh and what was left over, each with its reason.
+        The loaded, newly initialized and unused entries, the last two with reasons.
 
     Raises:
-        UserError: when an entry is missing, left over or of another shape and no rule allows it; names it.
+        UserError: when an entry is missing, unexpected or of another shape and no rule allows it; names it.
     """
     try:
         fit = fit_weights(model, start.state, start.facts, temporal_resize=temporal_resize)
@@ -255,8 +257,8 @@ def apply_start(
         embed_dim = start.facts.embed_dim
         hint = f" (their model.embed_dim is {embed_dim})" if embed_dim else ""
         raise UserError(
-            f"{start.source} does not fit the model: {few(fit.problems)}. Use the model settings the weights "
-            f"were made with{hint}"
+            f"{start.source} does not fit the model: {few(fit.problems)}. Use the model settings with which "
+            f"the weights were trained{hint}"
         )
     model.load_state_dict({**model.state_dict(), **fit.tensors})
     return StartReport(

@@ -1,4 +1,4 @@
-"""The text tower: open_clip's `TextTransformer`, whose parameter names and numbers it keeps.
+"""The text tower, which is open_clip's `TextTransformer` with its parameter names and results.
 
 Axes: B clips, L text tokens, D width of the shared space.
 """
@@ -25,21 +25,21 @@ TEXT_LAYOUT: Final = TowerLayout(
 
 @dataclass(frozen=True)
 class TextTowerConfig:
-    """Everything that shapes a text tower.
+    """Sizes and options of a text tower.
 
     Args:
-        context_length: number of text tokens (L); the tower accepts no other.
+        context_length: number of tokens per text (L); the tower accepts no other number.
         vocab_size: number of token ids.
         width: token width.
         layers: number of blocks.
-        heads: attention heads; divides `width`.
+        heads: number of attention heads; divides `width`.
         embed_dim: width of the output (D).
         activation: `gelu` (exact) or `quick_gelu` (OpenAI weights).
-        checkpointing: recompute every block's activations in the backward pass.
-        compile: run torch.compile on each block.
+        checkpointing: whether to recompute the activations of all blocks in the backward pass.
+        compile: whether to run torch.compile on each block.
 
     Raises:
-        UserError: when the width does not divide into the heads.
+        UserError: when the width is not a multiple of the number of heads.
     """
 
     context_length: int
@@ -54,22 +54,24 @@ class TextTowerConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise UserError(f"text tower: width {self.width} does not divide into {self.heads} heads")
+            raise UserError(
+                f"text tower: width {self.width} is not a multiple of the number of heads, {self.heads}"
+            )
 
 
 def build_text_tower(config: TextTowerConfig) -> nn.Module:
     """Create a text tower: int64 tokens (B, L) -> float (B, D), not normalized.
 
-    Attention is causal, and the feature is read at the largest token id of a row, which is the end-of-text
-    token (Radford et al. 2021, arXiv 2103.00020, section 2.4). LayerNorm epsilon is 1e-5.
+    Attention is causal. The feature is that of the largest token id of a row, which is the end-of-text token
+    (Radford et al. 2021, arXiv 2103.00020, section 2.4). The LayerNorm epsilon is 1e-5.
 
     Args:
         config: sizes and options.
 
     Returns:
-        An `open_clip.transformer.TextTransformer` with fresh weights, which declares `TEXT_LAYOUT`.
+        A newly initialized `open_clip.transformer.TextTransformer` that declares `TEXT_LAYOUT`.
     """
-    from open_clip.transformer import TextTransformer  # imported here: it takes seconds
+    from open_clip.transformer import TextTransformer  # imported here because it takes seconds
 
     tower = TextTransformer(
         context_length=config.context_length,

@@ -1,11 +1,11 @@
-"""The video tower of LaViLa and EgoVLP: attention over time, then over the places of each frame.
+"""The video tower of LaViLa and EgoVLP: attention over time, then over the patches of each frame.
 
 Sources: Bertasius et al. 2021 (TimeSformer), arXiv 2102.05095, section 3; Bain et al. 2021 (Frozen in Time),
-arXiv 2104.00650, section 3.2, for the residual around both. Parameter names and numbers are those of the models
-released with LaViLa (Zhao et al. 2022, arXiv 2212.04501); without `pre_norm`, of EgoVLP's (Lin et al. 2022,
-arXiv 2206.01670), whose patches have a bias instead.
-Axes: B clips, C channels, T frames, S places of a frame, H heads (H W pixels in frames), K width of one head,
-G groups of L patches that see each other, N = 1 + T S tokens, D width.
+arXiv 2104.00650, section 3.2, for the residual around both. Parameter names and results are those of LaViLa's
+released models (Zhao et al. 2022, arXiv 2212.04501) and, without `pre_norm`, of EgoVLP's (Lin et al. 2022,
+arXiv 2206.01670), which have a bias in the patch embedding instead.
+Axes: B clips, C channels, T frames, S patches of a frame, H heads (H W pixels in frames), K width of one head,
+G groups of L patches that attend to each other, N = 1 + T S tokens, D width.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from avion_dali.models.layout import TowerLayout
 
 Over = Literal["time", "space"]
 
-# The norm before the blocks is CLIP's and kept its epsilon; the others have timm's.
+# The norm before the blocks has CLIP's epsilon; the others have timm's.
 PRE_NORM_EPS: Final = 1e-5
 
 
 class DividedAttention(nn.Module):
-    """Attention of each patch to the class token and to the patches of its place, or of its frame.
+    """Attention of each patch to the class token and to the patches at the same position or in the same frame.
 
-    The class token itself attends to all tokens. No mask is needed: groups are rows of a batch.
+    The class token attends to all tokens. Groups are rows of a batch, so no mask is needed.
     """
 
     def __init__(self, width: int, heads: int, *, over: Over, places: int, backend: AttentionBackend) -> None:
@@ -49,12 +49,12 @@ class DividedAttention(nn.Module):
         Args:
             width: token width D.
             heads: number of heads; divides `width`.
-            over: `time`, the patches of one place see each other; `space`, those of one frame.
-            places: patches of a frame (S).
+            over: `time`: patches at the same position attend to each other; `space`: patches of the same frame.
+            places: patches per frame (S).
             backend: attention kernel.
 
         Raises:
-            UserError: when the width does not divide into the heads.
+            UserError: when the width is not a multiple of the number of heads.
         """
         super().__init__()
         check_heads(width, heads)
@@ -72,29 +72,29 @@ class DividedAttention(nn.Module):
             self._with_class(v_BHNK),
             self.backend,
         ).unflatten(0, (x_BND.shape[0], -1))
-        # Groups are frames or places; either way back to frame by frame, place by place.
+        # Groups are frames or positions; restore the order by frame and then by position.
         order = (0, 2, 1, 3, 4) if self.over == "space" else (0, 2, 3, 1, 4)
         patches_BHNK = mixed_BGHLK.permute(order).flatten(2, 3)
         projected: Tensor = self.proj(join_heads(torch.cat([class_BH1K, patches_BHNK], dim=2)))
         return projected
 
     def _groups(self, t_BHNK: Tensor) -> Tensor:
-        """Patch tokens by group: (B, H, 1 + T S, K) -> (B, G, H, L, K), a view."""
+        """Arrange patch tokens by group: (B, H, 1 + T S, K) -> (B, G, H, L, K), a view."""
         t_BHTSK = t_BHNK[:, :, 1:].unflatten(2, (-1, self.places))
         return t_BHTSK.permute((0, 2, 1, 3, 4) if self.over == "space" else (0, 3, 1, 2, 4))
 
     def _with_class(self, t_BHNK: Tensor) -> Tensor:
-        """Patch tokens by group, each group after the class token: (B * G, H, 1 + L, K)."""
+        """Arrange patch tokens by group, each preceded by the class token: (B * G, H, 1 + L, K)."""
         groups_BGHLK = self._groups(t_BHNK)
         class_BGH1K = t_BHNK[:, None, :, :1].expand(-1, groups_BGHLK.shape[1], -1, -1, -1)
         return torch.cat([class_BGH1K, groups_BGHLK], dim=3).flatten(0, 1)
 
 
 class DividedBlock(nn.Module):
-    """Attention over time, then over space, then the MLP; the residual of both attentions is the input."""
+    """Attention over time, then over space, then the MLP; both attentions share one residual connection."""
 
     def __init__(self, config: VideoTowerConfig, *, drop_path_rate: float) -> None:
-        """Create one block of the tower the config describes."""
+        """Create one block of the tower that the config describes."""
         super().__init__()
         width, eps, places = config.width, config.norm_eps, config.patches_per_frame
         self.drop_path_rate = drop_path_rate
@@ -108,7 +108,7 @@ class DividedBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """Float (B, N, D) -> (B, N, D)."""
+        """Apply the block: float (B, N, D) -> (B, N, D)."""
         rate = self.drop_path_rate
         over_time_BND = self.timeattn(self.norm3(x_BND))
         over_space_BND = self.attn(self.norm1(x_BND + over_time_BND))
@@ -117,13 +117,13 @@ class DividedBlock(nn.Module):
 
 
 class TimeSformer(VideoEncoder):
-    """Clips to vectors by divided space-time attention.
+    """A video tower with divided space-time attention.
 
     Token order is the class token, then frame by frame, row by row. A clip may have fewer frames than the tower
-    was built for: it takes the first frame positions. Without `pre_norm` the patches get a bias instead.
+    was built for; it then uses the first frame positions. Without `pre_norm` the patch embedding has a bias.
     """
 
-    # LaViLa's models run OpenAI's weights with the activation that OpenAI trained them with.
+    # LaViLa's models start from OpenAI's weights and keep OpenAI's activation.
     default_activation: ClassVar[Activation] = "quick_gelu"
     layout: ClassVar[TowerLayout] = TowerLayout(
         blocks="blocks",
@@ -139,7 +139,7 @@ class TimeSformer(VideoEncoder):
     )
 
     def __init__(self, config: VideoTowerConfig) -> None:
-        """Create and initialize the tower the config describes."""
+        """Create and initialize the tower that the config describes."""
         super().__init__(config)
         width = config.width
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
@@ -158,10 +158,10 @@ class TimeSformer(VideoEncoder):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw fresh weights; time has no effect at first.
+        """Initialize the weights, so that attention over time has no effect at first.
 
-        Frame positions are zero, and so is what attention over time puts out: its queries, keys and values
-        are zero and its last matrix all ones, through which gradients reach the values (as LaViLa does).
+        Frame positions are zero, and so is the output of attention over time: as in LaViLa, its queries, keys
+        and values are zero, and its last matrix is all ones, which lets gradients reach the values.
         """
         init_linear_layers(self)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -174,11 +174,11 @@ class TimeSformer(VideoEncoder):
         self.init_projection()
 
     def features(self, frames_BCTHW: Tensor) -> Tensor:
-        """The class token after the last norm: float (B, 3, T, H, W) -> (B, width)."""
+        """Return the class token after the last norm: float (B, 3, T, H, W) -> (B, width)."""
         channels, most, height, width = self.config.clip_shape
         frames = min(most, frames_BCTHW.shape[2]) if frames_BCTHW.ndim == 5 else most
         check_clip_shape(frames_BCTHW, (channels, frames, height, width))
-        # (1, T, 1, D) + (1, S, D): every patch gets its frame's position plus its place's.
+        # (1, T, 1, D) + (1, S, D): frame position plus place position of each patch.
         positions_1TSD = self.temporal_embed[:, :frames].unsqueeze(2) + self.pos_embed[:, 1:]
         x_BND = self.patch_embed(frames_BCTHW) + positions_1TSD.flatten(1, 2)
         class_11D = self.cls_token + self.pos_embed[:, :1]

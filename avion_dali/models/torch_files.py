@@ -1,10 +1,10 @@
-"""Reading files of `torch.save` without running what is pickled in them.
+"""Reads files of `torch.save` without running the code that their pickles refer to.
 
-Published checkpoints hold, beside tensors, the objects of the program that wrote them: an argparse.Namespace,
-a pandas DataFrame, numpy scalars, a configuration class. Unpickling these the usual way imports modules and
-calls whatever the file names. Here nothing outside this module is imported or called: tensors and containers
-are rebuilt, a Namespace becomes a dict, other objects become empty placeholders, and a file that asks to call
-anything else is refused by the name of what it asks for.
+Besides tensors, published checkpoints contain objects of the program that wrote them: an argparse.Namespace, a
+pandas DataFrame, numpy scalars, a configuration class. Ordinary unpickling imports modules and calls any
+function that the file names. Here nothing outside this module is imported or called: tensors and containers are
+rebuilt, a Namespace becomes a dict, other objects become empty placeholders, and a file that requests any other
+call is rejected with the name of that function.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNREADABLE: Final = (
     *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, struct.error),
     *(pickle.UnpicklingError, zipfile.BadZipFile, MemoryError, OverflowError),
 )
-"""What reading a damaged, foreign or hostile file raises, depending on where it stumbles."""
+"""Exceptions that reading a damaged, foreign or malicious file may raise."""
 
 _STORAGE_DTYPES: Final[dict[str, torch.dtype]] = {
     "FloatStorage": torch.float32,
@@ -48,7 +48,7 @@ _STORAGE_DTYPES: Final[dict[str, torch.dtype]] = {
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _ZIP_LOCAL_HEADER: Final = 30  # bytes before the file name in a zip's local header
 
-# Calls that only make data: their result is a placeholder, and they are not worth refusing a file for.
+# Calls that only create data. Their result is a placeholder, and files that request them are accepted.
 _DATA_CALL: Final = re.compile(
     r"""(builtins|__builtin__)\.(set|frozenset|slice|complex|bytearray|list|dict|tuple|int|float|object)
     | _codecs\.encode | (copyreg|copy_reg)\._reconstructor | torch\.(device|Size)
@@ -60,38 +60,38 @@ _DATA_CALL: Final = re.compile(
 
 
 class _InertType(type):
-    """The type of placeholder classes; calling one is refused unless the call only makes data."""
+    """The type of placeholder classes; calls are rejected unless they only create data."""
 
     origin: str
 
     def __call__(cls, *args: object, **kwargs: object) -> Any:
         if not _DATA_CALL.fullmatch(cls.origin):
-            raise pickle.UnpicklingError(f"it asks to call {cls.origin}, which is refused")
+            raise pickle.UnpicklingError(f"it requests a call of {cls.origin}, which is not allowed")
         placeholder: Any = cls
         return placeholder.__new__(placeholder)
 
 
 class Inert(metaclass=_InertType):
-    """Stands for an object of a class that was not imported; `state` is what it would be set up with."""
+    """Placeholder for an object of a class that is not imported; `state` is the object's pickled state."""
 
     origin = "object"
     state: Any = None
 
     def __new__(cls, *_args: object, **_kwargs: object) -> Inert:
-        """Make an empty placeholder, whatever the arguments."""
+        """Create an empty placeholder and ignore all arguments."""
         return object.__new__(cls)
 
     def __setstate__(self, state: object) -> None:
         self.state = state
 
     def __setitem__(self, key: object, value: object) -> None:
-        """Take an entry of a dict-like object, and forget it."""
+        """Accept an entry of a dict-like object and discard it."""
 
     def append(self, value: object) -> None:
-        """Take an item of a list-like object, and forget it."""
+        """Accept an item of a list-like object and discard it."""
 
     def extend(self, values: object) -> None:
-        """Take items of a list-like object, and forget them."""
+        """Accept items of a list-like object and discard them."""
 
     add = append
 
@@ -105,7 +105,7 @@ class _Namespace(dict[str, Any]):
 
 
 class _Storage:
-    """Numbers in a row, one dtype; tensors are views of it."""
+    """A one-dimensional storage of one dtype, of which tensors are views."""
 
     def __init__(self, dtype: torch.dtype, content_bytes: Tensor) -> None:
         self.dtype = dtype
@@ -120,7 +120,7 @@ def _rebuild_tensor(
 ) -> Tensor:
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
-    return storage.tensor(offset, size, stride)  # torch refuses views that leave the storage
+    return storage.tensor(offset, size, stride)  # torch rejects views that exceed the storage
 
 
 def _rebuild_parameter(data: Tensor, *_rest: object) -> Tensor:
@@ -140,18 +140,18 @@ StorageReader = Callable[[str, torch.dtype, int], _Storage]
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Rebuilds tensors and containers; every other name becomes a placeholder, nothing is imported."""
+    """Rebuilds tensors and containers; all other names become placeholders, and nothing is imported."""
 
     def __init__(self, file: BinaryIO, read_storage: StorageReader) -> None:
         super().__init__(file, encoding="utf-8")
         self._read_storage = read_storage
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name of the pickle.
+        """Return the replacement of a class or function that the pickle names.
 
         Args:
-            module: the module it names.
-            name: the class or function it names.
+            module: name of the module.
+            name: name of the class or function.
         """
         origin = f"{module}.{name}"
         if origin in _REAL:
@@ -167,7 +167,7 @@ class _InertUnpickler(pickle.Unpickler):
             pid: `("storage", dtype, key, device, number of elements)`, for old files with one more entry.
 
         Raises:
-            pickle.UnpicklingError: when it refers to anything else.
+            pickle.UnpicklingError: when the reference is of another kind.
         """
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or len(pid) > 5 and pid[5]:
             raise pickle.UnpicklingError(f"an outside reference of an unknown kind: {str(pid)[:60]}")
@@ -179,17 +179,17 @@ class _InertUnpickler(pickle.Unpickler):
 def read_torch_file(path: Path) -> Any:
     """Read a file of `torch.save`, or the parameters of a TorchScript archive, onto the CPU.
 
-    torch's own restricted reader goes first; where it refuses an object, this module's goes on.
+    torch's restricted reader is tried first; if it rejects an object, the reader of this module is used.
 
     Args:
-        path: the file, in torch's zip format or the one before torch 1.6.
+        path: the file, in torch's zip format or the format before torch 1.6.
 
     Returns:
-        What was saved. Objects of other classes are `Inert`, an argparse.Namespace is a dict. Tensors may be
-        read from the file when first used, so it must not be changed meanwhile.
+        The saved object. Objects of other classes are `Inert`, and an argparse.Namespace is a dict. Tensors may
+        be read from the file when they are first used, so it must not be changed meanwhile.
 
     Raises:
-        UserError: when the file is missing, damaged, no such file, or asks to call something.
+        UserError: when the file is missing, damaged, of another format, or requests a call that is not allowed.
     """
     if not path.is_file():
         raise UserError(f"there is no file at {path}; check the path")
@@ -199,19 +199,19 @@ def read_torch_file(path: Path) -> Any:
             return _read_zip(path)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about what it will refuse
+                warnings.simplefilter("ignore")  # torch warns about objects that it rejects
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except UNREADABLE:
             return _read_zip(path) if is_zip else _read_legacy(path)
     except UNREADABLE as error:
         raise UserError(
             f"{path} cannot be read as weights ({type(error).__name__}: {first_line(error)}); it is "
-            "truncated, damaged, no file of torch.save, or not to be trusted. Get it again from its publisher"
+            "truncated, damaged, not a file of torch.save, or unsafe. Obtain it again from its publisher"
         ) from error
 
 
 def _check_archive(path: Path) -> bool:
-    """Compare checksums, which torch does not (about 1 s per GB); True when this is a TorchScript archive."""
+    """Verify checksums, which torch does not (about 1 s per GB); return whether it is a TorchScript archive."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
         if damaged is not None:
@@ -221,7 +221,7 @@ def _check_archive(path: Path) -> bool:
 
 def _read_zip(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        # A private mapping: only the pages of tensors that are used are read, and the file stays as it is.
+        # With a private mapping, only the pages of used tensors are read, and the file is never modified.
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
         if pickled is None:
@@ -244,20 +244,20 @@ def _read_zip(path: Path) -> Any:
 
 
 def _entry(archive: zipfile.ZipFile, content: mmap.mmap, name: str) -> Tensor:
-    """Bytes of a zip's entry, uint8; mapped when they are stored as they are."""
+    """Return the bytes of a zip entry, uint8; they are mapped if the entry is not compressed."""
     info = archive.getinfo(name)
     if info.file_size == 0:
         return torch.empty(0, dtype=torch.uint8)
     if info.compress_type != zipfile.ZIP_STORED:
         return torch.frombuffer(bytearray(archive.read(info)), dtype=torch.uint8)
-    # The local header's name and extra field may be longer than the directory's.
+    # The name and extra field of the local header may be longer than those of the directory.
     lengths = struct.unpack_from("<HH", content, info.header_offset + _ZIP_LOCAL_HEADER - 4)
     start = info.header_offset + _ZIP_LOCAL_HEADER + sum(lengths)
     return torch.frombuffer(content, dtype=torch.uint8, count=info.file_size, offset=start)
 
 
 def _read_legacy(path: Path) -> Any:
-    """Read the format before torch 1.6: pickles in a row, then the storages in the order of their keys."""
+    """Read the format before torch 1.6: several pickles, then the storages in the order of their keys."""
     size_bytes = path.stat().st_size
     storages: dict[str, _Storage] = {}
 
@@ -285,18 +285,18 @@ def _read_legacy(path: Path) -> Any:
 
 
 def find_state_dict(content: Any, *, source: str) -> dict[str, Tensor]:
-    """The parameters in what a file held.
+    """Find the parameters in the content of a file.
 
     Args:
-        content: from `read_torch_file`: a state dict, a dict that holds one as `model`, `module` or
-            `state_dict` (the first there is), or a TorchScript module.
+        content: output of `read_torch_file`: a state dict, a dict that contains one as `model`, `module` or
+            `state_dict` (the first of these is used), or a TorchScript module.
         source: the file, for messages.
 
     Returns:
         Parameter name to tensor.
 
     Raises:
-        UserError: when there is none, or something in it is no tensor; names it.
+        UserError: when there is no state dict, or an entry is not a tensor; names the entry.
     """
     if isinstance(content, Inert):
         state: Any = dict(_tensors_of_module(content, ""))
@@ -305,7 +305,9 @@ def find_state_dict(content: Any, *, source: str) -> dict[str, Tensor]:
         if isinstance(content, Mapping):
             state = next((content[k] for k in ("model", "module", "state_dict") if k in content), content)
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor | Inert) for value in state.values()):
-        raise UserError(f"{source} holds no weights (no state dict); give a checkpoint that holds a model's")
+        raise UserError(
+            f"{source} contains no weights (no state dict); give a checkpoint with those of a model"
+        )
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             kind = value.origin if isinstance(value, Inert) else type(value).__name__
@@ -314,7 +316,7 @@ def find_state_dict(content: Any, *, source: str) -> dict[str, Tensor]:
 
 
 def _tensors_of_module(module: Inert, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of a TorchScript module and of the modules in it."""
+    """Yield the parameters of a TorchScript module and of its submodules."""
     if isinstance(module.state, dict):
         for name, value in module.state.items():
             if isinstance(value, Tensor):

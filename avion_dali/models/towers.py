@@ -1,4 +1,4 @@
-"""The video towers by name, what a configuration leaves open for them, and how they are built.
+"""The table of video towers, the resolution of their automatic settings, and their construction.
 
 A new encoder is a class derived from `VideoEncoder` that declares its `layout`, and one line in `ENCODERS`.
 """
@@ -24,7 +24,7 @@ ENCODERS: Final[dict[str, type[VideoEncoder]]] = {
     "timesformer": TimeSformer,
     "videomae": VideoMAETower,
 }
-"""`model.encoder` to the class of the video tower."""
+"""Value of `model.encoder` to the class of the video tower."""
 
 
 def encoder_class(name: str) -> type[VideoEncoder]:
@@ -34,10 +34,10 @@ def encoder_class(name: str) -> type[VideoEncoder]:
         name: `model.encoder`.
 
     Raises:
-        UserError: when there is no such encoder; lists those that there are.
+        UserError: when there is no such encoder; lists all encoders.
     """
     if name not in ENCODERS:
-        raise UserError(f"model.encoder = {name!r} is none of {', '.join(ENCODERS)}")
+        raise UserError(f"model.encoder = {name!r} is not an encoder; choose one of {', '.join(ENCODERS)}")
     return ENCODERS[name]
 
 
@@ -48,29 +48,29 @@ def encoder_name(tower: nn.Module) -> str:
         tower: an instance of one of the `ENCODERS`.
 
     Raises:
-        UserError: when its class is not among them.
+        UserError: when its class is not in the table.
     """
     for name, kind in ENCODERS.items():
         if isinstance(tower, kind):
             return name
-    raise UserError(f"{type(tower).__name__} is no encoder that is known here; add it to ENCODERS in towers.py")
+    raise UserError(f"{type(tower).__name__} is not a known encoder; add it to ENCODERS in towers.py")
 
 
 def resolve_model(config: ModelConfig, facts: WeightFacts | None = None) -> ModelConfig:
-    """Decide what a configuration leaves open.
+    """Resolve the automatic settings of a model.
 
     Resolving a resolved configuration changes nothing.
 
     Args:
         config: the configuration of the model.
-        facts: what is known about the weights that the model starts from; None for random weights.
+        facts: facts about the initial weights; None for random weights.
 
     Returns:
-        The same with `activation`, `norm_eps` and `pre_norm` decided, which is what a run should record.
+        The configuration with resolved `activation`, `norm_eps` and `pre_norm`, as a run should record it.
 
     Raises:
         UserError: when the encoder is unknown, lacks an option that is set, or is not that of the weights; or
-            when the weights are of another size. The message names the setting to change.
+            when the weights have another size. The message names the setting to change.
     """
     encoder = encoder_class(config.encoder)
     activation, norm_eps = config.activation, config.norm_eps
@@ -84,9 +84,7 @@ def resolve_model(config: ModelConfig, facts: WeightFacts | None = None) -> Mode
         raise UserError(f"model.patch_dropout is for model.encoder {able}; set it to 0 with {config.encoder}")
     if not config.pre_norm and not encoder.layout.optional_pre_norm:
         able = ", ".join(name for name, kind in ENCODERS.items() if kind.layout.optional_pre_norm)
-        raise UserError(
-            f"model.pre_norm = false is for model.encoder {able}; leave it out for {config.encoder}"
-        )
+        raise UserError(f"model.pre_norm = false is for model.encoder {able}; remove it for {config.encoder}")
     return replace(
         config,
         activation=encoder.default_activation if activation == "auto" else activation,
@@ -95,12 +93,12 @@ def resolve_model(config: ModelConfig, facts: WeightFacts | None = None) -> Mode
 
 
 def _require_fit(config: ModelConfig, facts: WeightFacts) -> None:
-    """Refuse weights of another encoder or size, or with a norm that the model is not to have."""
+    """Reject weights of another encoder or size, or with a norm that the model does not have."""
     weights = config.weights or "the weights"
     takes_images = facts.family == "open_clip" and encoder_class(config.encoder).layout.from_vit is not None
     if config.encoder != facts.encoder and not takes_images:
         raise UserError(
-            f"model.encoder = {config.encoder}, but {weights} are of a {facts.encoder}; "
+            f"model.encoder = {config.encoder}, but {weights} are those of a {facts.encoder}; "
             f"set model.encoder: {facts.encoder}"
         )
     if not facts.fits(config.size):
@@ -113,21 +111,20 @@ def _require_fit(config: ModelConfig, facts: WeightFacts) -> None:
         )
     if facts.pre_norm and not config.pre_norm:
         raise UserError(
-            f"model.pre_norm = false, but {weights} have a norm before their first block; "
-            "leave model.pre_norm out"
+            f"model.pre_norm = false, but {weights} have a norm before their first block; remove model.pre_norm"
         )
 
 
 def tower_config(
     config: ModelConfig, *, num_frames: int, frame_size: int, embed_dim: int | None
 ) -> VideoTowerConfig:
-    """Combine a model's size and its options; what the options leave open is decided as for random weights.
+    """Combine the size and options of a model; automatic settings are resolved as for random weights.
 
     Args:
         config: size and options.
         num_frames: frames per clip (T).
-        frame_size: side of a frame in pixels.
-        embed_dim: width of the output; None for the features themselves.
+        frame_size: side length of a frame in pixels.
+        embed_dim: width of the output; None for no projection.
 
     Raises:
         UserError: when the encoder is unknown or lacks an option that is set.
@@ -158,20 +155,20 @@ def tower_config(
 def build_video_tower(
     config: ModelConfig, *, num_frames: int, frame_size: int, embed_dim: int | None
 ) -> VideoEncoder:
-    """Create a video tower with fresh weights, drawn from torch's default generator.
+    """Create a video tower with weights drawn from torch's default generator.
 
     Args:
         config: encoder, size and options.
         num_frames: frames per clip (T).
-        frame_size: side of a frame in pixels; any multiple of the size's patch.
-        embed_dim: width of the output; None for the encoder's features themselves.
+        frame_size: side length of a frame in pixels; a multiple of the patch size.
+        embed_dim: width of the output; None for no projection.
 
     Returns:
-        A module that maps float frames (B, 3, T, H, W) to (B, embed_dim), or to (B, width) without projection,
-        and has `width` and `features(frames_BCTHW)`, (B, width) in any case.
+        A module that maps float frames (B, 3, T, H, W) to (B, embed_dim), or to (B, width) without projection.
+        Its `features(frames_BCTHW)` are (B, width) in both cases.
 
     Raises:
-        UserError: when the encoder is unknown, lacks an option that is set, or does not take such frames.
+        UserError: when the encoder is unknown, lacks an option that is set, or does not support such frames.
     """
     tower = tower_config(config, num_frames=num_frames, frame_size=frame_size, embed_dim=embed_dim)
     return encoder_class(config.encoder)(tower)

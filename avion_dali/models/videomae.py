@@ -1,4 +1,4 @@
-"""The encoder of VideoMAE: tubes of two frames through a plain transformer, pooled by their mean.
+"""The encoder of VideoMAE: a plain transformer over tubes of two frames, pooled by their mean.
 
 Source: Tong et al. 2022, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video
 Pre-Training", arXiv 2203.12602, section 3 and appendix. Parameter names are those of its published weights.
@@ -28,15 +28,15 @@ from avion_dali.models.layout import TowerLayout
 from avion_dali.models.positions import sincos_positions
 
 TUBE_FRAMES: Final = 2
-# A head this small starts with equal chances for all classes, and lets the encoder's weights settle first.
+# So small a head starts with nearly equal probabilities of all classes and lets the encoder adapt first.
 HEAD_SCALE: Final = 0.001
 
 
 class FusedBlock(nn.Module):
-    """A pre-norm transformer block, as `vit.Block`, with timm's parameter names."""
+    """A pre-norm transformer block like `vit.Block`, with timm's parameter names."""
 
     def __init__(self, config: VideoTowerConfig, *, drop_path_rate: float) -> None:
-        """Create one block of the tower the config describes."""
+        """Create one block of the tower that the config describes."""
         super().__init__()
         self.drop_path_rate = drop_path_rate
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -45,7 +45,7 @@ class FusedBlock(nn.Module):
         self.mlp = build_mlp(config.width, config.activation, names=("fc1", "fc2"))
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """Float (B, N, D) -> (B, N, D)."""
+        """Apply the block: float (B, N, D) -> (B, N, D)."""
         rate = self.drop_path_rate
         x_BND = x_BND + drop_path(self.attn(self.norm1(x_BND)), rate=rate, training=self.training)
         return x_BND + drop_path(self.mlp(self.norm2(x_BND)), rate=rate, training=self.training)
@@ -66,7 +66,7 @@ def build_tube_embedding(config: VideoTowerConfig) -> NamedPatchEmbedding:
 
 
 class VideoMAETower(VideoEncoder):
-    """Clips to vectors: the mean of all tubes' tokens, then a norm; for fine-tuning.
+    """The video tower of VideoMAE for fine-tuning; its features are the mean of the tokens after a norm.
 
     Positions are fixed sines and cosines. There is no class token.
     """
@@ -81,7 +81,7 @@ class VideoMAETower(VideoEncoder):
     positions_ND: Tensor
 
     def __init__(self, config: VideoTowerConfig) -> None:
-        """Create and initialize the tower the config describes.
+        """Create and initialize the tower that the config describes.
 
         Args:
             config: sizes and options.
@@ -98,22 +98,22 @@ class VideoMAETower(VideoEncoder):
     @staticmethod
     @torch.no_grad()
     def init_head(head: nn.Linear) -> None:
-        """Draw the fresh head of a classifier, as small as in VideoMAE's fine-tuning.
+        """Initialize the head of a classifier, with weights as small as in VideoMAE's fine-tuning.
 
         Args:
             head: maps features to classes.
         """
-        VideoEncoder.init_head(head)  # its draws come first, so that a seed keeps its weights
+        VideoEncoder.init_head(head)  # drawn first, so that a seed gives the same weights as before
         nn.init.trunc_normal_(head.weight, std=0.02).mul_(HEAD_SCALE)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw fresh weights."""
+        """Initialize the weights."""
         init_linear_layers(self)
         self.init_projection()
 
     def features(self, frames_BCTHW: Tensor) -> Tensor:
-        """The mean of the tokens after a norm: float (B, 3, T, H, W) -> (B, width)."""
+        """Return the mean of the tokens after a norm: float (B, 3, T, H, W) -> (B, width)."""
         check_clip_shape(frames_BCTHW, self.config.clip_shape)
         x_BND = self.patch_embed(frames_BCTHW) + self.positions_ND
         x_BND = run_blocks(self.blocks, x_BND, checkpoint_every=self.config.checkpoint_every)

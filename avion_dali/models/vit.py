@@ -28,13 +28,13 @@ from avion_dali.models.layout import TowerLayout
 
 
 def drop_patches(x_BND: Tensor, *, rate: float) -> Tensor:
-    """Keep a random subset of every clip's patch tokens, drawn for each clip separately.
+    """Keep a random subset of the patch tokens, drawn separately per clip.
 
     Source: Li et al. 2022, "Scaling Language-Image Pre-training via Masking", arXiv 2212.00794.
 
     Args:
         x_BND: patch tokens without the class token, float (B, N, D), positions already added.
-        rate: share to drop, in [0, 1); at least one token stays.
+        rate: fraction to drop, in [0, 1); at least one token is kept.
 
     Returns:
         Float (B, max(1, floor(N * (1 - rate))), D).
@@ -46,10 +46,10 @@ def drop_patches(x_BND: Tensor, *, rate: float) -> Tensor:
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: attention, then a four times wider MLP."""
+    """A pre-norm transformer block: attention, then an MLP."""
 
     def __init__(self, config: VideoTowerConfig, *, drop_path_rate: float) -> None:
-        """Create one block of the tower the config describes."""
+        """Create one block of the tower that the config describes."""
         super().__init__()
         self.drop_path_rate = drop_path_rate
         self.ln_1 = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -65,10 +65,10 @@ class Block(nn.Module):
 
 
 class BlockStack(nn.Module):
-    """The blocks in order; exists so that parameter names read `transformer.resblocks.<i>`."""
+    """The blocks in order; this class gives them the parameter names `transformer.resblocks.<i>`."""
 
     def __init__(self, config: VideoTowerConfig) -> None:
-        """Create all blocks of the tower the config describes."""
+        """Create all blocks of the tower that the config describes."""
         super().__init__()
         self.checkpoint_every = config.checkpoint_every
         self.resblocks = nn.ModuleList(
@@ -82,10 +82,10 @@ class BlockStack(nn.Module):
 
 
 class VideoTower(VideoEncoder):
-    """Clips to vectors: patches of all frames and a class token through one transformer.
+    """A video tower with joint attention over the patches of all frames and a class token.
 
-    Token order is the class token, then frame by frame, row by row. Every patch gets the position of its
-    place (shared by the frames) plus the position of its frame; the class token gets no frame position.
+    Token order is the class token, then frame by frame, row by row. A patch has a place position (shared by all
+    frames) plus a frame position; the class token has no frame position.
     """
 
     can_drop_patches: ClassVar[bool] = True
@@ -116,7 +116,7 @@ class VideoTower(VideoEncoder):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw fresh weights; frame positions start at zero, so that an image model's begin as an average."""
+        """Initialize the weights; with zero frame positions, weights of image models treat all frames alike."""
         init_linear_layers(self)
         for part in self.modules():
             if isinstance(part, SelfAttention):
@@ -129,7 +129,7 @@ class VideoTower(VideoEncoder):
         self.init_projection()
 
     def features(self, frames_BCTHW: Tensor) -> Tensor:
-        """The class token after the last norm: float (B, 3, T, H, W) -> (B, width)."""
+        """Return the class token after the last norm: float (B, 3, T, H, W) -> (B, width)."""
         check_clip_shape(frames_BCTHW, self.config.clip_shape)
         x_BND = self.conv1(frames_BCTHW) + self._patch_positions()
         if self.training and self.config.patch_dropout > 0.0:
@@ -141,7 +141,7 @@ class VideoTower(VideoEncoder):
         return pooled
 
     def _patch_positions(self) -> Tensor:
-        """Positions of all patch tokens, (T * patches, D): place plus frame."""
+        """Return the positions of all patch tokens, (T * patches, D): place plus frame position."""
         place_ND = self.positional_embedding[1:]
         if self.config.num_frames == 1:
             return place_ND

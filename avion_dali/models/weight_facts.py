@@ -1,4 +1,4 @@
-"""What is known about a file of weights. Light: the command line imports it before torch is needed."""
+"""Facts about a file of weights. The command line imports this module, so it does not import torch."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from avion_dali.models.presets import PRESETS
 
 Role = Literal["dual-encoder", "classifier", "masked-video", "video-tower"]
 Family = Literal["avion_dali", "avion", "open_clip", "lavila", "egovlp", "videomae"]
-"""Whose names the parameters of a file have: those of this project or of another."""
+"""The project whose names the parameters of a file have."""
 Layout = Literal["avion-flash", "avion-plain", "open_clip", "lavila", "videomae"]
-"""Names that this project can write weights in, besides its own."""
+"""Naming schemes of other projects in which this project can write weights."""
 LAYOUTS: Final[tuple[Layout, ...]] = ("avion-flash", "avion-plain", "open_clip", "lavila", "videomae")
 
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """What is known about weights.
+    """Facts about weights.
 
     Args:
-        family: which project wrote the file.
-        role: what is in it: both towers, a tower with a head, a masked-video model, or a tower alone.
+        family: the project that wrote the file.
+        role: kind of model: both towers, a tower with a head, a masked-video model, or only a tower.
         encoder: name of the video tower in `ENCODERS`.
-        activation: what the weights were trained with; None when the file does not say.
-        norm_eps: LayerNorm epsilon of the video tower; 0 when the file does not say.
+        activation: activation of the training; None if unknown.
+        norm_eps: LayerNorm epsilon of the video tower; 0 if unknown.
         pre_norm: whether there is a norm in front of the first block.
-        normalization: pixel statistics of the training; None when the file does not say.
-        num_frames: frames per clip; 1 for image models, 0 when the weights do not say.
-        frame_size: side of a frame in pixels; 0 when the weights do not say.
-        patch_size: side of a patch in pixels.
+        normalization: pixel statistics of the training; None if unknown.
+        num_frames: frames per clip; 1 for image models, 0 if unknown.
+        frame_size: side length of a frame in pixels; 0 if unknown.
+        patch_size: side length of a patch in pixels.
         width: width of the video tower.
-        layers: blocks of the video tower.
+        layers: number of blocks of the video tower.
         embed_dim: width of the shared space; 0 without one.
-        context_length: text tokens; 0 without a text tower.
-        num_classes: classes of the head; 0 without one.
+        context_length: tokens per text; 0 without a text tower.
+        num_classes: number of classes of the head; 0 without a head.
     """
 
     family: Family
@@ -56,16 +56,16 @@ class WeightFacts:
 
     @property
     def size(self) -> ModelSize | None:
-        """The model size with these dimensions, by frame size where several fit; None when none fits."""
+        """The model size with these dimensions, selected by frame size if several match, or None."""
         fitting = [name for name in PRESETS if self.fits(name)]
         exact = [name for name in fitting if PRESETS[name].image_size == self.frame_size]
         return next(iter(exact + fitting), None)
 
     def fits(self, size: ModelSize) -> bool:
-        """Whether the video tower has the dimensions of a model size.
+        """Return whether the video tower has the dimensions of a model size.
 
         Args:
-            size: a row of `PRESETS`.
+            size: a key of `PRESETS`.
         """
         preset = PRESETS[size]
         own = (self.width, self.layers, self.patch_size)

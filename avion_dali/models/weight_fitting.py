@@ -1,6 +1,6 @@
-"""How weights fit a model: which entries go where, which change shape, which may be missing or left over.
+"""Matches weights with a model: which entries are loaded, resized, missing or unused.
 
-Axes: T frames, N places, D width, L text tokens, V vocabulary.
+Axes: T frames, N patch positions, D width, L text tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _BETWEEN_TOWERS: Final = ("textual.", "logit_scale", "visual.image_projection")
 
 @dataclass
 class Fit:
-    """Which of the weights go into a model, in the model's shapes.
+    """The match between weights and a model.
 
     Args:
-        tensors: parameter name to value, for those that are loaded.
-        resized: how some of them were changed, in words.
-        fresh: parameters that stay as the model was created, name to reason.
-        unused: entries of the weights that the model has no use for, name to reason.
-        problems: what does not fit, in words; empty when the weights may be loaded.
+        tensors: parameter name to value, in the model's shapes, for the parameters to load.
+        resized: descriptions of the parameters whose shape was changed.
+        fresh: parameters that keep their initial values, name to reason.
+        unused: entries of the weights that the model does not use, name to reason.
+        problems: descriptions of entries that do not match; empty if the weights may be loaded.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -50,19 +50,19 @@ class Fit:
 def fit_weights(
     model: nn.Module, state: Mapping[str, Tensor], facts: WeightFacts, *, temporal_resize: TemporalResize
 ) -> Fit:
-    """Find for each parameter of a model its value in the weights.
+    """Find the value of each parameter of a model in the weights.
 
     Args:
         model: a dual encoder, classifier or masked-video model; it is not changed.
         state: the weights, our name to tensor.
-        facts: what the weights are.
-        temporal_resize: how frame positions are fitted when the model has fewer frames.
+        facts: facts about the weights.
+        temporal_resize: how frame positions are adapted if the model has fewer frames.
 
     Returns:
-        The fit; it may be used when it has no problems.
+        The match; it may be used only if it has no problems.
 
     Raises:
-        UserError: when the weights are of another kind of model.
+        UserError: when the weights belong to another kind of model.
     """
     own, layouts, fit = model.state_dict(), declared_layouts(model), Fit()
     source = _in_role(model, state, facts, fit)
@@ -90,10 +90,10 @@ def fit_weights(
 def _in_role(
     model: nn.Module, state: Mapping[str, Tensor], facts: WeightFacts, fit: Fit
 ) -> Mapping[str, Tensor]:
-    """The weights as those of a model of the same kind."""
+    """Return the weights renamed for the kind of the model."""
     if isinstance(model, MaskedVideo):
         if facts.role != "masked-video":
-            raise UserError(f"a masked-video training cannot start from the weights of a {facts.role}")
+            raise UserError(f"masked-video training cannot start from the weights of a {facts.role}")
         return state
     source = state
     if facts.role == "masked-video":
@@ -107,7 +107,7 @@ def _in_role(
     if from_vit and facts.family == "open_clip":
         return from_vit(source)
     raise UserError(
-        f"the weights are of a {facts.encoder} encoder, the model has {wanted}; "
+        f"the weights are those of a {facts.encoder} encoder, the model has {wanted}; "
         f"set model.encoder: {facts.encoder}"
     )
 
@@ -116,7 +116,7 @@ _Resize = Callable[[Tensor, torch.Size], Tensor | None]
 
 
 def _resizes(layouts: Mapping[str, TowerLayout], temporal_resize: TemporalResize) -> dict[str, _Resize]:
-    """Tables that may have another shape in the weights: parameter name to the function that resizes it."""
+    """Return the tables that may have another shape in the weights, parameter name to resizing function."""
     found: dict[str, _Resize] = {}
     for prefix, layout in layouts.items():
         by_kind: tuple[tuple[tuple[str, ...], _Resize], ...] = (
@@ -133,7 +133,7 @@ def _resizes(layouts: Mapping[str, TowerLayout], temporal_resize: TemporalResize
 def _fit_entry(
     name: str, value: Tensor, target: Tensor, fit: Fit, *, facts: WeightFacts, resize: _Resize | None
 ) -> None:
-    """Put one entry into the fit, resized if it is a table that can be."""
+    """Add one entry to the match, resized if it is a table that supports it."""
     if value.shape == target.shape:
         fit.tensors[name] = value
         return
@@ -150,13 +150,13 @@ def _fit_entry(
 
 
 def _frames(value: Tensor, shape: torch.Size, *, shrink: TemporalResize) -> Tensor:
-    """Frame positions (T, D) or (1, T, D) for another T."""
+    """Resize frame positions (T, D) or (1, T, D) to another T."""
     resized = resize_temporal_embedding(value.reshape(value.shape[-2:]), shape[-2], shrink=shrink)
     return resized if value.ndim == 2 else resized.unsqueeze(0)
 
 
 def _places(value: Tensor, shape: torch.Size, *, extra: int) -> Tensor | None:
-    """Place positions (extra + N, D) or (1, extra + N, D) for another square of places."""
+    """Resize place positions (extra + N, D) or (1, extra + N, D) to another square grid."""
     grid = math.isqrt(shape[-2] - extra)
     if grid * grid + extra != shape[-2]:
         return None
@@ -165,12 +165,12 @@ def _places(value: Tensor, shape: torch.Size, *, extra: int) -> Tensor | None:
 
 
 def _text_positions(value: Tensor, shape: torch.Size) -> Tensor:
-    """Text positions (L, D), cut or continued with zeros."""
+    """Cut text positions (L, D), or pad them with zeros."""
     return _padded(value[: shape[0]], shape[0])
 
 
 def _vocabulary(value: Tensor, shape: torch.Size) -> Tensor | None:
-    """Token vectors (V, D), continued with zeros; never cut."""
+    """Pad token vectors (V, D) with zeros; return None if they would have to be cut."""
     return _padded(value, shape[0]) if value.shape[0] <= shape[0] else None
 
 
@@ -181,7 +181,7 @@ def _padded(value: Tensor, rows: int) -> Tensor:
 def _why_fresh(
     name: str, source: Mapping[str, Tensor], facts: WeightFacts, layouts: Mapping[str, TowerLayout]
 ) -> str | None:
-    """Why a parameter may be missing in the weights; None when it may not."""
+    """Return why a parameter may be missing in the weights, or None if it must not be missing."""
     layout = layouts.get("visual.", TowerLayout())
     tower_part = name.removeprefix("visual.").split(".")[0]
     has_text = any(key.startswith("textual.") for key in source)
@@ -205,7 +205,7 @@ def _why_fresh(
 
 
 def _why_unused(name: str, own: Mapping[str, Tensor], layouts: Mapping[str, TowerLayout]) -> str | None:
-    """Why the model may have no use for an entry; None when it should have."""
+    """Return why the model may ignore an entry, or None if it must not."""
     if "fc_cls.weight" in own and name.startswith(_BETWEEN_TOWERS):
         return "for retrieval only"
     if "logit_scale" in own and name.startswith("fc_cls."):
@@ -220,11 +220,11 @@ def _is_frame_table(name: str, layouts: Mapping[str, TowerLayout]) -> bool:
 
 
 def _keep_space_whole(fit: Fit, facts: WeightFacts) -> None:
-    """Without both projections the temperature of open_clip's weights means nothing (as in LaViLa)."""
+    """Keep both projections and the temperature of open_clip's weights, or none of them (as in LaViLa)."""
     replaced = [name for name in PROJECTIONS if name in fit.fresh]
     if facts.family != "open_clip" or not replaced:
         return
     for name in (*PROJECTIONS, "logit_scale"):
         if name in fit.tensors:
             del fit.tensors[name]
-            fit.fresh[name] = "belongs to the weights' shared space, which is not taken over"
+            fit.fresh[name] = "belongs to the weights' shared space, which is not used"

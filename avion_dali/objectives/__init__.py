@@ -1,1 +1,1 @@
-"""Batch to (loss, report)."""
+"""Training objectives: each maps a batch to a loss and a report."""

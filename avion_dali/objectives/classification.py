@@ -17,12 +17,12 @@ from avion_dali.objectives.clips import repeat_for_views, training_frames
 
 
 class Classification:
-    """Mean cross-entropy of a step's views with their targets, which mixing and label smoothing make soft.
+    """Mean cross-entropy between the logits and the soft targets of a step's views.
 
-    A sample's loss needs no other sample, so micro-batches and ranks may each back-propagate their own: the
-    mean is that of one large batch, exactly without mixing. With mixing the weight and the box are the same
-    for the whole step, but a clip's partner lies in its own micro-batch, so the pairs (not their law) depend
-    on how the batch is cut.
+    Mixing and label smoothing make the targets soft. The loss of a sample does not depend on other samples, so
+    each micro-batch and rank back-propagates its own mean. Without mixing, the result equals that of one large
+    batch. With mixing, the weight and the box are the same for the whole step, but a clip's partner comes from
+    its own micro-batch, so the pairs depend on the division into micro-batches; their distribution does not.
     """
 
     couples_samples = False
@@ -39,9 +39,9 @@ class Classification:
 
         Args:
             config: mixing and label smoothing.
-            augment: what is done to the pixels before.
-            normalization: pixel statistics the model expects.
-            num_classes: K, as many as the model's head has.
+            augment: augmentation of the pixels before mixing.
+            normalization: pixel statistics that the model expects.
+            num_classes: K, the number of classes of the model's head.
         """
         self.config, self.augment, self.normalization = config, augment, normalization
         self.num_classes = num_classes
@@ -49,8 +49,8 @@ class Classification:
     def outputs(self, model: nn.Module, batch: ClipBatch, key: StepKey) -> tuple[Tensor, Tensor]:
         """Augment, mix and classify one micro-batch.
 
-        Nothing here waits for the device, but for RandAugment's geometric operations, whose small tables
-        torchvision copies one by one.
+        Nothing here waits for the device, except RandAugment's geometric operations, for which torchvision
+        copies small tables to the device one at a time.
 
         Args:
             model: maps frames (B*V, 3, T, H, W) to logits (B*V, K).
@@ -65,7 +65,7 @@ class Classification:
         """
         if batch.labels_B is None:
             raise UserError(
-                "classification needs labels, and this manifest has none; build it with a class for every row"
+                "classification needs labels, and this manifest has none; build it with a class in each row"
             )
         frames_BCTHW, targets_BK = mix_clips(
             training_frames(batch, self.normalization, augment=self.augment, key=key),
@@ -78,14 +78,14 @@ class Classification:
         return logits_BK.float(), targets_BK
 
     def loss(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy.
+        """Compute the mean cross-entropy.
 
         Args:
             outputs: logits and targets (B*V, K).
 
         Returns:
-            Float32 scalar, and `accuracy`: the share of views whose highest logit is the class with the
-            largest share of the target (with mixing an underestimate of what the model can do).
+            Float32 scalar, and `accuracy`: the fraction of views whose highest logit belongs to the class with
+            the largest target. With mixing it underestimates the accuracy on unmixed clips.
         """
         logits_BK, targets_BK = outputs
         with torch.autocast(logits_BK.device.type, enabled=False):

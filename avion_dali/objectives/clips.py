@@ -1,4 +1,4 @@
-"""From a batch's decoded frames to what a model is trained on.
+"""Turns the decoded frames of a batch into the input of a model during training.
 
 Axes: B clips, V views of a clip, T frames, H W pixels, C channels.
 """
@@ -18,7 +18,7 @@ from avion_dali.device_ops.step_key import StepKey
 
 
 def view_clip_ids(batch: ClipBatch) -> np.ndarray:
-    """Number every row of frames by sample and view, so that its random draws are its own wherever it lies.
+    """Number each clip of a batch by sample and view, so that its random draws do not depend on its position.
 
     Args:
         batch: B samples of V views each.
@@ -32,29 +32,29 @@ def view_clip_ids(batch: ClipBatch) -> np.ndarray:
 
 
 def repeat_for_views(batch: ClipBatch, values_B: Tensor) -> Tensor:
-    """Repeat what belongs to a sample for each of its views: (B, ...) -> (B*V, ...)."""
+    """Repeat the values of each sample for all its views: (B, ...) -> (B*V, ...)."""
     return values_B.repeat_interleave(len(batch.view_ids) // max(len(batch), 1), dim=0)
 
 
 def require_one_view(batch: ClipBatch, objective: str) -> None:
-    """Refuse repeated augmentation where every clip is compared with one text.
+    """Reject several views per clip for objectives that compare each clip with one text.
 
     Args:
         batch: the batch.
-        objective: its name, for the message.
+        objective: name of the objective, for the message.
 
     Raises:
-        UserError: clips have several views.
+        UserError: the clips have several views.
     """
     if len(batch.view_ids) != len(batch):
         raise UserError(
-            f"{objective} training takes one view a clip, got {len(batch.view_ids)} of {len(batch)}; "
-            "set data.repeats to 1"
+            f"{objective} training needs one view per clip, got {len(batch.view_ids)} views of {len(batch)} "
+            "clips; set data.repeats to 1"
         )
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """Return the precision the model's first layer will run in under the caller's autocast."""
+    """Return the dtype in which the model's first layer runs under the caller's autocast."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return torch.float32
@@ -63,16 +63,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def training_frames(
     batch: ClipBatch, normalization: Normalization, *, augment: AugmentConfig, key: StepKey
 ) -> Tensor:
-    """Augment, normalise and erase a batch's frames; random draws depend on (seed, step, sample, view) alone.
+    """Augment, normalize and erase a batch's frames; random draws depend only on (seed, step, sample, view).
 
     Args:
         batch: decoded clips.
-        normalization: pixel statistics the model expects.
-        augment: what is done to the pixels.
+        normalization: pixel statistics that the model expects.
+        augment: augmentation of the pixels.
         key: the optimizer step.
 
     Returns:
-        (B*V, 3, T, H, W) in the precision of the caller's autocast.
+        (B*V, 3, T, H, W) in the dtype of the caller's autocast.
     """
     clip_ids = view_clip_ids(batch)
     frames_BTHWC = augment_frames(batch.frames_BTHWC, augment, key, clip_ids)

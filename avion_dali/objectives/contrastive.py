@@ -1,4 +1,4 @@
-"""InfoNCE: a clip and its text must find each other among all clips and texts of the step.
+"""InfoNCE: identifies each clip's text, and each text's clip, among all clips and texts of a step.
 
 Axes: B clips of this rank, G clips of all ranks, D width of the shared space.
 """
@@ -19,7 +19,7 @@ from avion_dali.objectives.gather import EqualRows, gather_with_grad, rank
 def info_nce(
     video_GD: Tensor, text_GD: Tensor, scale: Tensor, *, rows: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
-    """Symmetric cross-entropy over all pairs; row i of both belongs together.
+    """Symmetric cross-entropy over all pairs of a clip and a text; row i of both inputs is a matching pair.
 
     Source: Radford et al. 2021, arXiv 2103.00020, section 2.3 and figure 3.
 
@@ -27,12 +27,12 @@ def info_nce(
         video_GD: unit video vectors, float (G, D).
         text_GD: unit text vectors, float (G, D).
         scale: factor on the cosines (the inverse temperature), float scalar.
-        rows: the pairs to score, each against all; all by default.
+        rows: the pairs to score, each against all others; all pairs by default.
 
     Returns:
-        The loss, a float32 scalar with gradient, and the share of scored clips whose own text is nearest.
+        The loss, a float32 scalar with gradient, and the fraction of scored clips whose own text is nearest.
     """
-    # Autocast would round the cosines to half precision, which at scale 100 moves logits by up to 0.4.
+    # Autocast would round the cosines to half precision, which changes logits by up to 0.4 at scale 100.
     with torch.autocast(video_GD.device.type, enabled=False):
         video_GD, text_GD = video_GD.float(), text_GD.float()
         to_text_BG = scale.float() * (video_GD[rows] @ text_GD.t())
@@ -46,21 +46,23 @@ def info_nce(
 class Contrastive:
     """The pre-training objective: one loss over the clips of all micro-batches and all ranks.
 
-    A training step is `outputs` for every micro-batch, then one `loss` of their concatenation. Every rank
-    computes the same global loss, or with `local_loss` the part of it that belongs to its own clips: logits
-    (B, G) instead of (G, G), and the mean over ranks, which data-parallel training takes of gradients and the
-    log of numbers, is the global loss and its gradient. Two ways to back-propagate, with equal results:
+    A training step calls `outputs` for every micro-batch and then `loss` once for their concatenation. Every
+    rank computes the same global loss. With `local_loss` a rank computes only the part of its own clips, with
+    logits (B, G) instead of (G, G); the mean over ranks, which data-parallel training takes of gradients and
+    the log takes of numbers, is then the global loss and its gradient. There are two equivalent ways to
+    back-propagate:
 
     * One micro-batch: `loss(outputs(...))[0].backward()`.
     * Several, without keeping their activations (GradCache: Gao et al. 2021, arXiv 2101.06983): compute all
-      outputs without gradient, concatenate them into leaves, back-propagate the loss into those leaves, then
+      outputs without gradient, concatenate them into leaves, and back-propagate the loss into the leaves. Then
       repeat each micro-batch's forward pass with the same random state and call
-      `torch.autograd.backward(outputs, grads)` with the leaves' matching rows, leaving out outputs that
-      require no gradient (a frozen scale). Data-parallel reduction happens in the last of these only.
+      `torch.autograd.backward(outputs, grads)` with the matching rows of the leaves' gradients, omitting
+      outputs that require no gradient (a frozen scale). Only the last of these passes reduces gradients over
+      ranks.
 
-    The scale travels as an output, one equal number per row, so nothing reaches into the model: its rows'
-    gradients add up to the scale's gradient in the micro-batches' own backward passes, and the mean over ranks
-    of the global gradient, which every rank holds, is the global gradient.
+    The scale is an output with one equal number per row, so the objective does not access the model's
+    parameters. The gradients of its rows add up to the scale's gradient in the backward passes of the
+    micro-batches. Every rank obtains the whole gradient, so the mean over ranks does not change it.
     """
 
     couples_samples = True  # the loss needs the outputs of the whole batch at once
@@ -75,9 +77,9 @@ class Contrastive:
         """Create the objective.
 
         Args:
-            normalization: pixel statistics the model expects, see `device_ops/normalize.py`.
-            augment: what is done to the pixels; nothing by default.
-            local_loss: see the class.
+            normalization: pixel statistics that the model expects, see `device_ops/normalize.py`.
+            augment: augmentation of the pixels; none by default.
+            local_loss: score only this rank's clips, see the class.
         """
         self.normalization = normalization
         self.augment = augment or AugmentConfig()
@@ -96,11 +98,12 @@ class Contrastive:
             Unit video vectors (B, D), unit text vectors (B, D) and the scale (B,), float32.
 
         Raises:
-            UserError: when the batch has no texts, or clips have several views.
+            UserError: when the batch has no texts, or the clips have several views.
         """
         if batch.tokens_BL is None:
             raise UserError(
-                "contrastive training needs texts, and this manifest has none; build it from captions"
+                "contrastive training needs texts, and this manifest has none; build it from annotations with "
+                "texts"
             )
         require_one_view(batch, "contrastive")
         frames_BCTHW = training_frames(batch, self.normalization, augment=self.augment, key=key)
@@ -108,7 +111,7 @@ class Contrastive:
         return video_BD, text_BD, scale_B
 
     def loss(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compare the clips of the step with every text, over all ranks.
+        """Compare every clip of the step with every text, over all ranks.
 
         Args:
             outputs: this rank's video vectors (B, D), text vectors (B, D) and scale (B,), micro-batches
@@ -116,14 +119,14 @@ class Contrastive:
 
         Returns:
             The loss (float32 scalar; without `local_loss` equal on every rank) and a report of detached
-            scalars: `accuracy` (share of the scored clips that find their text) and `logit_scale`.
+            scalars: `accuracy` (fraction of the scored clips whose own text is nearest) and `logit_scale`.
 
         Raises:
             UserError: when ranks hold different numbers of clips.
         """
         video_BD, text_BD, scale_B = outputs
         self._equal_rows.check(len(video_BD), video_BD.device)
-        # One collective for both: the vectors of a clip travel side by side.
+        # One collective sends the video and text vectors together.
         video_GD, text_GD = gather_with_grad(torch.cat([video_BD, text_BD], dim=1)).chunk(2, dim=1)
         scale, first = scale_B.mean(), rank() * len(video_BD)
         own = slice(first, first + len(video_BD)) if self.local_loss else slice(None)

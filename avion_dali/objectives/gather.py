@@ -1,4 +1,4 @@
-"""Rows of all ranks in one tensor, with gradients. Without a process group there is one rank.
+"""Gathers the rows of all ranks in one tensor, with or without gradients; no process group means one rank.
 
 Axes: B rows of this rank, G rows of all ranks, D width.
 """
@@ -15,15 +15,15 @@ from avion_dali.contracts import UserError
 
 
 def world_size() -> int:
-    """Number of ranks that train together; 1 without a process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class _Gather(torch.autograd.Function):
     """All-gather whose backward pass sums the gradient over ranks.
 
-    `torch.distributed.nn.functional.all_gather` does the same, but PyTorch deprecates it in favor of a private
-    module, and it gathers into a list of tensors that must be copied once more.
+    `torch.distributed.nn.functional.all_gather` does the same, but PyTorch has deprecated it in favor of a
+    private module, and it gathers into a list of tensors, which needs another copy.
     """
 
     @staticmethod
@@ -44,10 +44,10 @@ class _Gather(torch.autograd.Function):
 def gather_with_grad(x_BD: Tensor) -> Tensor:
     """Stack the rows of all ranks in rank order.
 
-    The gradient of a rank's rows is the sum over ranks of their gradients. When every rank computes the same
-    loss from the gathered rows, that is `world_size()` times the loss's gradient, and the mean over ranks which
-    data-parallel training takes makes it exact. Every rank must call it, forward and backward, with equally
-    many rows (see `check_equal_rows`).
+    The gradient of a rank's rows is summed over ranks. If every rank computes the same loss from the gathered
+    rows, the sum is `world_size()` times the gradient of the loss, and the mean over ranks in data-parallel
+    training makes it exact. Every rank must call it, forward and backward, with the same number of rows (see
+    `check_equal_rows`).
 
     Args:
         x_BD: this rank's rows, (B, ...).
@@ -62,7 +62,7 @@ def gather_with_grad(x_BD: Tensor) -> Tensor:
 
 
 def rank() -> int:
-    """Number of this process among those that train together; 0 without a process group."""
+    """Return the rank of this process; 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -70,7 +70,7 @@ def gather_rows(x_BD: Tensor) -> Tensor:
     """Stack the rows of all ranks in rank order, without gradient.
 
     Args:
-        x_BD: this rank's rows, (B, ...), equally many on every rank.
+        x_BD: this rank's rows, (B, ...), the same number on every rank.
 
     Returns:
         (world_size * B, ...), detached.
@@ -84,16 +84,16 @@ def gather_rows(x_BD: Tensor) -> Tensor:
 
 
 def check_equal_rows(rows: int, device: torch.device) -> None:
-    """Make sure that all ranks hold equally many rows; every rank must call it.
+    """Check that all ranks hold the same number of rows; every rank must call it.
 
-    It waits for the device, so call it once, not every step.
+    It waits for the device, so it should be called once and not in every step.
 
     Args:
         rows: rows of this rank.
-        device: where the process group moves tensors (CPU for gloo, the rank's GPU for NCCL).
+        device: device of the process group's tensors (CPU for gloo, the rank's GPU for NCCL).
 
     Raises:
-        UserError: when ranks differ, naming every rank's number.
+        UserError: when the ranks differ; lists the number of each rank.
     """
     if world_size() == 1:
         return
@@ -102,26 +102,27 @@ def check_equal_rows(rows: int, device: torch.device) -> None:
     counts: list[int] = rows_R.tolist()
     if len(set(counts)) > 1:
         raise UserError(
-            f"the ranks hold {counts} clips of one step; all must hold equally many: "
+            f"the ranks hold {counts} clips of one step, but all must hold the same number; "
             "make optim.global_batch a multiple of the number of ranks"
         )
 
 
 class EqualRows:
-    """Refuses steps in which ranks hold different numbers of rows, which the collectives cannot handle.
+    """Rejects steps in which ranks hold different numbers of rows, which the collectives cannot handle.
 
-    Ranks are compared in the first step only; later each compares with its own first, so that no step waits.
+    Ranks are compared only in the first step. Later each rank compares with its own first step, without
+    waiting.
     """
 
     def __init__(self) -> None:
         self._rows: int | None = None
 
     def check(self, rows: int, device: torch.device) -> None:
-        """Compare; every rank must call it in every step.
+        """Check the number of rows; every rank must call it in every step.
 
         Args:
             rows: rows of this rank.
-            device: where the process group moves tensors.
+            device: device of the process group's tensors.
 
         Raises:
             UserError: the numbers differ.
@@ -131,5 +132,6 @@ class EqualRows:
             self._rows = rows
         if world_size() > 1 and rows != self._rows:
             raise UserError(
-                f"this rank holds {rows} clips in this step and held {self._rows} before; keep it equal"
+                f"this rank holds {rows} clips in this step and held {self._rows} before; all steps must "
+                "hold the same number"
             )

@@ -1,6 +1,6 @@
-"""VideoMAE: predict the pixels of hidden tubes.
+"""VideoMAE: predicts the pixels of hidden tubes.
 
-Axes: B clips (views of a sample counted), N tokens, M hidden tokens, X pixels of a tube.
+Axes: B clips (each view counts), N tokens, M hidden tokens, X pixels of a tube.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from avion_dali.objectives.clips import compute_dtype, view_clip_ids
 class MaskedReconstruction:
     """Mean squared error over the pixels of hidden tubes.
 
-    Source: Tong et al. 2022, "VideoMAE", arXiv 2203.12602, section 3.1 and equation 1. Targets come from the
-    undistorted uint8 frames, less their tube's mean and divided by its deviation unless the configuration says
-    otherwise. A clip's mask depends on (seed, step, sample, view), so its loss does not depend on the other
-    clips: the mean over equal micro-batches and ranks is that of one large batch, exactly. Several views of a
-    decoded clip (`data.repeats`) get a mask each.
+    Source: Tong et al. 2022, "VideoMAE", arXiv 2203.12602, section 3.1 and equation 1. Targets are the uint8
+    frames as decoded; the mean of each tube is subtracted and the result divided by its standard deviation,
+    unless the configuration turns this off. A clip's mask depends on (seed, step, sample, view), so its loss
+    does not depend on other clips: the mean over micro-batches and ranks of equal size equals that of one large
+    batch. Each view of a decoded clip (`data.repeats`) has its own mask.
     """
 
     couples_samples = False
@@ -34,10 +34,10 @@ class MaskedReconstruction:
         """Create the objective.
 
         Args:
-            config: share of tubes to hide and form of the targets.
-            normalization: pixel statistics the model expects.
-            time_slots: tokens along time, as the model has.
-            places: tokens of one time slot, as the model has.
+            config: fraction of tubes to hide, and form of the targets.
+            normalization: pixel statistics that the model expects.
+            time_slots: number of tokens along time in the model.
+            places: number of tokens per time slot in the model.
         """
         self.config, self.normalization = config, normalization
         self.time_slots, self.places = time_slots, places
@@ -48,10 +48,10 @@ class MaskedReconstruction:
         Args:
             model: a `MaskedVideo`, or its data-parallel wrapper.
             batch: B samples of V views each.
-            key: the optimizer step, which decides the masks.
+            key: the optimizer step, which determines the masks.
 
         Returns:
-            Mean squared error of every clip, float32 (B*V,).
+            Mean squared error of each clip, float32 (B*V,).
         """
         is_masked_BN = tube_masks(
             view_clip_ids(batch),
@@ -64,17 +64,17 @@ class MaskedReconstruction:
         frames_BCTHW = normalize_frames(batch.frames_BTHWC, self.normalization, dtype=dtype)
         predictions_BMX = model(frames_BCTHW, is_masked_BN)
         targets_BMX = tube_targets(batch.frames_BTHWC, is_masked_BN, normalize=self.config.normalize_target)
-        # Half-precision predictions must not be squared.
+        # Squares are computed in float32, because half precision is too coarse.
         errors_BMX = (predictions_BMX.float() - targets_BMX) ** 2
         return (errors_BMX.mean(dim=(1, 2)),)
 
     def loss(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over clips.
+        """Average the errors over clips.
 
         Args:
             outputs: errors (B*V,).
 
         Returns:
-            Float32 scalar, and an empty report: the loss says all.
+            Float32 scalar, and an empty report.
         """
         return outputs[0].mean(), {}

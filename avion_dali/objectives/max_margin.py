@@ -1,4 +1,4 @@
-"""Retrieval fine-tuning: a clip must be nearer to its caption than to others, by a margin.
+"""Retrieval fine-tuning: each clip must be nearer to its own caption than to other captions, by a margin.
 
 Axes: B clips of this rank, G clips of all ranks (and their captions), D width of the shared space.
 """
@@ -19,26 +19,26 @@ from avion_dali.objectives.clips import require_one_view, training_frames
 from avion_dali.objectives.gather import EqualRows, gather_rows, gather_with_grad
 
 SAME_RELEVANCY: Final = 1.1 / 240
-"""Relevancies that differ by less count as equal; what the authors of SMS take in their released code."""
+"""Relevancies that differ by less count as equal. The value is that of the released code of SMS."""
 
 
 class CaptionRelevancy(Protocol):
-    """What this objective needs of a manifest's captions."""
+    """The captions of a manifest, as far as this objective needs them."""
 
     def relevancy(self, rows: np.ndarray, captions: np.ndarray | None = None) -> np.ndarray:
-        """Relevancy of manifest rows to captions, float32 (rows, captions) in [0, 1]."""
+        """Return the relevancy of manifest rows to captions, float32 (rows, captions) in [0, 1]."""
 
 
 def margins_to_others(text_GD: Tensor, video_GD: Tensor) -> Tensor:
-    """How much nearer each clip and caption is to its own partner than to every other.
+    """Difference between the cosine of each matching pair and the cosines with all other partners.
 
     Args:
-        text_GD: caption vectors, float (G, D); row i of both belongs together.
+        text_GD: caption vectors, float (G, D); row i of both inputs is a matching pair.
         video_GD: clip vectors, float (G, D).
 
     Returns:
-        Float32 (2, G, G) differences of cosines: [0, i, j] is pair i less (caption i, clip j), [1, i, j] is
-        pair i less (clip i, caption j). The diagonals are zero.
+        Float32 (2, G, G): the cosine of pair i minus that of (caption i, clip j) in [0, i, j], and minus that
+        of (clip i, caption j) in [1, i, j]. The diagonals are zero.
     """
     with torch.autocast(text_GD.device.type, enabled=False):
         text_GD, video_GD = (functional.normalize(x.float(), dim=1, eps=1e-8) for x in (text_GD, video_GD))
@@ -47,15 +47,15 @@ def margins_to_others(text_GD: Tensor, video_GD: Tensor) -> Tensor:
 
 
 def max_margin(margins_2GG: Tensor, *, margin: float) -> Tensor:
-    """Mean hinge over all pairs of a clip or caption with a caption or clip that is not its own.
+    """Mean hinge loss over all pairs of a clip and a caption that do not match, in both directions.
 
     Source: the multi-instance max-margin loss of EPIC-KITCHENS-100 retrieval (Wray et al. 2019, arXiv
-    1908.03477) as AVION and LaViLa train with it: no mining, captions equal to the anchor's count
-    as wrong, and the G diagonal terms, constants equal to the margin, are left out.
+    1908.03477) as AVION and LaViLa use it: there is no mining, other captions with the same text count as
+    negatives, and the G diagonal terms, which are constants equal to the margin, are omitted.
 
     Args:
-        margins_2GG: of `margins_to_others`, G >= 2.
-        margin: by how much the own partner must be nearer, in cosine.
+        margins_2GG: output of `margins_to_others`, G >= 2.
+        margin: required cosine difference between the own partner and the others.
 
     Returns:
         Float32 scalar: mean of max(0, margin - difference) over the 2 G (G - 1) pairs.
@@ -66,24 +66,25 @@ def max_margin(margins_2GG: Tensor, *, margin: float) -> Tensor:
 def symmetric_multi_similarity(
     margins_2GG: Tensor, relevancy_GG: Tensor, *, margin: float, relaxation: float
 ) -> Tensor:
-    """Hinges whose margin and direction follow from how much more relevant the own partner is.
+    """Mean hinge loss whose margin and direction depend on the difference of relevancies.
 
     Source: Wang et al. 2024, "Symmetric Multi-Similarity Loss for EPIC-KITCHENS-100 Multi-Instance Retrieval
     Challenge 2024", arXiv 2406.12256, and the same authors' arXiv 2506.14356, section IV-B, equation 15. With
-    d the difference of cosines of a pair and r of its relevancies (own less other), a term is
+    d the difference of cosines and r the difference of relevancies (own partner minus the other), a term is
 
-    * max(0, r margin - d) where r > 0: the own partner must be nearer,
-    * max(0, d - r margin) where r < 0: the other is the more relevant one and must be nearer,
-    * max(0, |d| - relaxation) where r = 0: both must be about as near.
+    * max(0, r margin - d) if r > 0: the own partner must be nearer,
+    * max(0, d - r margin) if r < 0: the other partner is more relevant and must be nearer,
+    * max(0, |d| - relaxation) if r = 0: both must be about equally near.
 
-    From their released code: the mean over the same 2 G (G - 1) pairs as `max_margin`, relevancies equal
-    up to `SAME_RELEVANCY`, and margin 0.6 with relaxation 0.1. Not taken: the second threshold of equation 16.
+    As in their released code, the mean is over the same 2 G (G - 1) pairs as in `max_margin`, and relevancies
+    that differ by less than `SAME_RELEVANCY` are equal; their recipe has margin 0.6 and relaxation 0.1. The
+    second threshold of equation 16 is not implemented.
 
     Args:
-        margins_2GG: of `margins_to_others`, G >= 2.
-        relevancy_GG: float32 (G, G) in [0, 1]; [i, j] is clip i to caption j.
-        margin: cosine difference asked for a relevancy difference of one.
-        relaxation: cosine difference allowed between equally relevant partners.
+        margins_2GG: output of `margins_to_others`, G >= 2.
+        relevancy_GG: float32 (G, G) in [0, 1]; [i, j] is the relevancy of caption j to clip i.
+        margin: required cosine difference for a relevancy difference of one.
+        relaxation: allowed cosine difference between equally relevant partners.
 
     Returns:
         Float32 scalar.
@@ -100,9 +101,9 @@ def symmetric_multi_similarity(
 class MaxMargin:
     """Fine-tuning for retrieval: one loss over the clips and captions of all micro-batches and all ranks.
 
-    Outputs and back-propagation are as `Contrastive` describes. Sample and caption ids travel as an output
-    too (float64, exact up to 2^53), so that they are gathered with the rows; for `symmetric-multi-similarity`
-    every step then waits once for the device, because relevancies are looked up on the CPU.
+    Outputs and back-propagation are as in `Contrastive`. Sample and caption ids are an output as well (float64,
+    exact up to 2^53), so that they are gathered with the vectors. With `symmetric-multi-similarity` every step
+    waits once for the device, because relevancies are looked up on the CPU.
     """
 
     couples_samples = True  # the loss needs the outputs of the whole batch at once
@@ -119,9 +120,9 @@ class MaxMargin:
 
         Args:
             config: which loss, and its margins.
-            normalization: pixel statistics the model expects.
-            captions: the training manifest's captions; only `symmetric-multi-similarity` needs them.
-            augment: what is done to the pixels; nothing by default.
+            normalization: pixel statistics that the model expects.
+            captions: captions of the training manifest; only `symmetric-multi-similarity` needs them.
+            augment: augmentation of the pixels; none by default.
         """
         self.config, self.normalization, self.captions = config, normalization, captions
         self.augment = augment or AugmentConfig()
@@ -133,7 +134,7 @@ class MaxMargin:
 
         Args:
             model: a `DualEncoder` with a frozen temperature, or its data-parallel wrapper.
-            batch: B clips of one view each, with tokens and, for graded relevancy, caption ids.
+            batch: B clips of one view each, with tokens and, for `symmetric-multi-similarity`, caption ids.
             key: the optimizer step, for augmentation.
 
         Returns:
@@ -141,12 +142,13 @@ class MaxMargin:
             caption.
 
         Raises:
-            UserError: texts or caption ids are missing, clips have several views, or the temperature would be
-                trained.
+            UserError: texts or caption ids are missing, the clips have several views, or the temperature is
+                trainable.
         """
         if batch.tokens_BL is None:
             raise UserError(
-                "max-margin training needs texts, and this manifest has none; build it from captions"
+                "max-margin training needs texts, and this manifest has none; build it from annotations with "
+                "texts"
             )
         require_one_view(batch, "max-margin")
         ids_B2 = torch.from_numpy(self._ids(batch)).to(batch.frames_BTHWC.device, non_blocking=True)
@@ -163,11 +165,11 @@ class MaxMargin:
             outputs: this rank's video vectors, text vectors and ids, micro-batches concatenated.
 
         Returns:
-            The global loss (float32 scalar, equal on every rank) and a report: `accuracy`, the share of
+            The global loss (float32 scalar, equal on every rank) and a report: `accuracy`, the fraction of
             clips that are nearest to their own caption.
 
         Raises:
-            UserError: ranks hold different numbers of clips, or a step has a single clip.
+            UserError: the ranks hold different numbers of clips, or a step has a single clip.
         """
         video_BD, text_BD, ids_B2 = outputs
         self._equal_rows.check(len(video_BD), video_BD.device)
@@ -183,21 +185,21 @@ class MaxMargin:
             loss = symmetric_multi_similarity(margins_2GG, relevancy_GG, margin=margin, relaxation=relaxation)
         else:
             loss = max_margin(margins_2GG, margin=self.config.margin)
-        # A clip finds its caption when no other caption is nearer, that is, when no difference is negative.
+        # A clip's own caption is nearest if no difference is negative.
         accuracy = (margins_2GG[1].detach() >= 0).all(dim=1).float().mean()
         return loss, {"accuracy": accuracy}
 
     def _ids(self, batch: ClipBatch) -> np.ndarray:
-        """Sample and caption ids, float64 (B, 2); caption -1 where the loss does not need it."""
+        """Return sample and caption ids, float64 (B, 2); the caption id is -1 if the batch has none."""
         captions = np.full(len(batch), -1) if batch.caption_ids is None else batch.caption_ids
         if self.is_graded and (captions < 0).any():
             raise UserError(
-                "symmetric-multi-similarity must know which caption each text is; set data.text to `relevant`"
+                "symmetric-multi-similarity needs the caption that each text is; set data.text to `relevant`"
             )
         return np.stack([batch.sample_ids, captions], axis=1).astype(np.float64)
 
     def _relevancy(self, ids_G2: Tensor) -> Tensor:
-        """Relevancy of the step's clips to its captions, float32 (G, G), on the ids' device."""
+        """Return the relevancy of the step's captions to its clips, float32 (G, G), on the ids' device."""
         if self.captions is None:
             raise UserError("symmetric-multi-similarity needs a training manifest with captions")
         sample_ids, caption_ids = ids_G2.cpu().numpy().astype(np.int64).T
@@ -206,7 +208,7 @@ class MaxMargin:
 
 
 def _mean_off_diagonal(terms_2GG: Tensor) -> Tensor:
-    """Mean over all pairs but the G own ones of each direction."""
+    """Average over all pairs except the G matching ones of each direction."""
     clips = terms_2GG.shape[-1]
     is_other_GG = ~torch.eye(clips, dtype=torch.bool, device=terms_2GG.device)
     return (terms_2GG * is_other_GG).sum() / (2 * clips * (clips - 1))

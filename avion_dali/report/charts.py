@@ -1,6 +1,6 @@
-"""Curves of a run over its optimizer steps, drawn as SVG for the page of a report.
+"""Draws curves of a run over its optimizer steps as SVG for the report.
 
-matplotlib is imported when a chart is drawn, not before.
+matplotlib is imported only when a chart is drawn.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_INK = "#123457"  # stands for the page's text color while matplotlib draws
+_INK = "#123457"  # placeholder for the text color of the page, replaced after drawing
 _LINES = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b")
 _CURVES_PER_CHART = len(_LINES)
-_COUNTS = ("clips", "unreadable")  # of an evaluation: their scale would flatten its measures
+_COUNTS = ("clips", "unreadable")  # counts of an evaluation, excluded because their scale would flatten metrics
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Curve:
     """One number over the steps.
 
     Args:
-        name: of the number in the log.
-        steps: optimizer steps done, in order.
-        values: the number after each of them.
+        name: name of the number in the log.
+        steps: optimizer steps, in order.
+        values: the number after each of these steps.
     """
 
     name: str
@@ -36,8 +36,8 @@ def curve_of(rows: Sequence[Mapping[str, Any]], kind: str, name: str) -> Curve:
 
     Args:
         rows: rows of `log.jsonl`.
-        kind: the rows that are meant: `train` or `evaluation`.
-        name: the number.
+        kind: kind of the rows: `train` or `evaluation`.
+        name: name of the number.
     """
     points = [(row["step"], row[name]) for row in rows if row["kind"] == kind and _is_number(row.get(name))]
     return Curve(name, [int(step) for step, _ in points], [float(value) for _, value in points])
@@ -48,7 +48,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _metric_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """Return the numbers of the evaluations, as many as one chart can show."""
+    """Return the curves of the evaluation metrics, at most as many as one chart can show."""
     names = {
         name: None
         for row in rows
@@ -65,8 +65,8 @@ def _draw(curves: Sequence[Curve], title: str, *, from_zero: bool) -> str:
     from matplotlib.figure import Figure
 
     style: dict[Any, Any] = {
-        "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
-        "svg.hashsalt": title,  # equal runs give equal files, and two charts never share an id
+        "svg.fonttype": "none",  # keep text as text, which is small, searchable and in the page's font
+        "svg.hashsalt": title,  # make files reproducible, with different element ids per chart
         "font.family": "sans-serif",
         **dict.fromkeys(
             ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
@@ -101,12 +101,12 @@ def draw_charts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         rows: rows of `log.jsonl`.
 
     Returns:
-        Title to SVG element; an empty text where the log has no such number.
+        Title to SVG element; an empty string if the log lacks the number.
     """
     speed = [curve_of(rows, "train", "clips_per_s")]
     waiting = [curve_of(rows, "train", "data_wait_share")]
     charts = {}
-    # Shares and rates start at zero, or noise would look like a trend.
+    # Axes of fractions and rates start at zero, because noise would look like a trend otherwise.
     for title, curves, from_zero in (
         ("Loss", [curve_of(rows, "train", "loss")], False),
         ("Evaluation", _metric_curves(rows), False),

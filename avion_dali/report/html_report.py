@@ -1,8 +1,7 @@
-"""One HTML file that shows how a run went: curves, numbers, and the clips that the model finds for a text.
+"""Writes the report of a run as one HTML file: curves, numbers, and the clips that the model finds for a text.
 
-The file contains everything that it shows (inline SVG and JPEG), so it can be mailed, archived and opened
-offline; it follows the reader's choice of a light or dark page. matplotlib and PIL are imported only when a
-report is written.
+The file is self-contained (inline SVG and JPEG), so it can be mailed, archived and opened offline. It follows
+the light or dark mode of the browser. matplotlib and PIL are imported only when a report is written.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ class ReportMatch:
     Args:
         frames_THWC: uint8 thumbnails (T, H, W, 3), RGB, shown side by side.
         score: similarity to the text.
-        label: what is written below it.
-        is_right: whether it belongs to the text.
+        label: caption of the picture.
+        is_right: whether the video matches the text.
     """
 
     frames_THWC: np.ndarray
@@ -62,18 +61,18 @@ class ReportQuery:
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a report shows.
+    """The content of a report.
 
     Args:
         title: heading.
         rows: rows of `log.jsonl`, see `run_log.read_rows`.
         metrics: final numbers.
         gallery: texts with the videos found for them; may be empty.
-        command: the command that repeats the run.
+        command: the command that reproduces the run.
         versions: software and device, see `checkpoint.software_versions`.
-        resources: what the run has used, name to number or text.
-        unreadable: clips that could not be read, kind to count.
-        unreadable_rows: some of them, one line of text each.
+        resources: resources that the run has used, name to number or string.
+        unreadable: number of clips that could not be read, by kind of failure.
+        unreadable_rows: descriptions of some of these clips, one line each.
     """
 
     title: str
@@ -106,12 +105,12 @@ def _run_numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Name the evaluation that the best checkpoint belongs to; empty without one."""
+    """Describe the evaluation of the best checkpoint; empty if there is none."""
     name = _last_header(rows).get("best_metric")
     curve = curve_of(rows, "evaluation", name) if name else None
     if curve is None or not curve.values:
         return ""
-    # As in the training, a later evaluation replaces an earlier one only if it is better.
+    # As in the training, a later evaluation replaces an earlier one only if its value is higher.
     value, step = max(zip(curve.values, curve.steps, strict=True), key=lambda point: (point[0], -point[1]))
     return f", best {name} {_show(value)} after step {step:,}"
 
@@ -142,12 +141,12 @@ def _shown(values: Mapping[str, float | str]) -> dict[str, str]:
 
 
 def _settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the settings as they are written in a configuration: no thousands separators, nothing rounded."""
+    """Return the settings as written in a configuration, without thousands separators or rounding."""
     return {name: str(value) for name, value in _flat(_last_header(rows).get("config", {})).items()}
 
 
 def _picture(match: ReportMatch) -> dict[str, Any]:
-    """Return what the page shows of a match; its frames become one JPEG, side by side."""
+    """Return the template values of a match; its frames are joined side by side in one JPEG."""
     from PIL import Image
 
     strip_HWC = np.concatenate(list(match.frames_THWC), axis=1)
@@ -187,11 +186,11 @@ def _page(data: ReportData) -> str:
 
 
 def write_report(path: Path, data: ReportData) -> None:
-    """Write the report as one HTML file, which is whole or absent.
+    """Write the report as one HTML file, atomically.
 
     Args:
         path: the file to write.
-        data: what it shows.
+        data: content of the report.
 
     Raises:
         UserError: the file could not be written.

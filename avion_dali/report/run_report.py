@@ -1,4 +1,4 @@
-"""The report of a run, made from the files in its folder."""
+"""Writes the report of a run from the files in its folder."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def write_run_report(
 
     Args:
         output_dir: folder of the run, with its `log.jsonl`.
-        title: heading; by default the folder's name.
-        metrics: final numbers; by default the last evaluation's.
+        title: heading; by default the name of the folder.
+        metrics: final numbers; by default those of the last evaluation.
         gallery: texts with the videos found for them.
 
     Returns:
-        The file.
+        Path of the report.
 
     Raises:
         UserError: the file could not be written.
@@ -82,7 +82,7 @@ def report_run(output_dir: Path) -> None:
 
 
 def last_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the numbers of the last evaluation in a log; empty without one."""
+    """Return the numbers of the last evaluation in a log; empty if there is none."""
     for row in reversed(rows):
         if row["kind"] == "evaluation":
             return {
@@ -92,9 +92,9 @@ def last_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def resources(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
-    """Add up time and energy over all starts of a run, with the steps that were repeated.
+    """Add up time and energy over all starts of a run, including steps that were repeated.
 
-    Energy is what the hardware counted; the carbon emissions are energy x PUE x carbon intensity (Touvron et
+    Energy is measured by hardware counters; carbon emissions are energy x PUE x carbon intensity (Touvron et
     al. 2023, arXiv 2302.13971, section 6).
 
     Args:

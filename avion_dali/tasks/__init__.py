@@ -1,1 +1,1 @@
-"""What each objective means: its model, its loss, its evaluation. One table names them, see `table.py`."""
+"""Tasks: the model, objective and evaluation of each `objective.name`; `table.py` lists them."""

@@ -1,4 +1,4 @@
-"""The one evaluation loop: every clip is scored, and a sample's scores are averaged over its clips and views.
+"""The evaluation loop: scores every clip and averages the scores of a sample over its clips and views.
 
 Axes: B clips, V views of a clip, T frames, H W pixels, C channels, X numbers per sample.
 """
@@ -24,14 +24,14 @@ class EvaluationResult(Protocol):
     """Outcome of an evaluation, the same on every rank."""
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers to log, the task's best metric among them."""
+        """Return the numbers to log, including the task's best metric."""
 
 
 ResultT_co = TypeVar("ResultT_co", covariant=True)
 
 
 class Scorer(Protocol[ResultT_co]):
-    """What one kind of evaluation does with a model's outputs."""
+    """Computes one kind of evaluation from a model's outputs."""
 
     def scores(self, model: nn.Module, batch: ClipBatch) -> Tensor:
         """Score one batch.
@@ -41,16 +41,16 @@ class Scorer(Protocol[ResultT_co]):
             batch: B samples of V views each.
 
         Returns:
-            Float (B*V, X), one row of numbers per view; their mean over a sample's views must make sense.
+            Float (B*V, X), one row of numbers per view; they must be meaningful when averaged over views.
         """
 
     def result(self, model: nn.Module, samples: PerSample, device: torch.device) -> ResultT_co:
-        """Turn the means of all samples into the outcome.
+        """Compute the result from the means of all samples.
 
         Args:
             model: the bare model, in evaluation mode.
             samples: means over each sample's clips and views, the same on every rank; at least one sample.
-            device: where the model computes.
+            device: device of the model.
         """
 
 
@@ -67,23 +67,23 @@ def evaluate(
 
     Args:
         model: the bare model, in evaluation mode.
-        batches: this rank's share of the manifest's clips, any number of clips per row and views per clip.
-        scorer: what is computed of a batch, and what is made of the means.
-        precision: of the forward passes.
-        distributed: this rank among all.
-        transform: changes frames uint8 (B*V, T, H, W, C) before the model, for controls such as
+        batches: this rank's part of the manifest's clips, with any number of clips per row and views per clip.
+        scorer: computes the scores of a batch and the result.
+        precision: precision of the forward passes.
+        distributed: this process among all processes of the run.
+        transform: changes frames, uint8 (B*V, T, H, W, C), before the model, for controls such as
             `freeze_first_frame`.
 
     Returns:
-        What the scorer makes of the means, the same on every rank.
+        The result of the scorer, the same on every rank.
 
     Raises:
-        UserError: when not one clip could be read.
+        UserError: when no clip could be read.
     """
     device, sums = distributed.device, SampleSums()
     with torch.inference_mode():
         for batch in batches:
-            if not len(batch):  # the last share of a rank may be empty
+            if not len(batch):  # the last batch of a rank may be empty
                 continue
             if transform is not None:
                 batch = replace(batch, frames_BTHWC=transform(batch.frames_BTHWC))
@@ -93,14 +93,14 @@ def evaluate(
         samples = sums.gather(device)
         if not len(samples.sample_ids):
             raise UserError(
-                f"not one of {samples.unreadable} evaluation clips could be read; see quarantine.jsonl"
+                f"none of the {samples.unreadable} evaluation clips could be read; see quarantine.jsonl"
             )
         with autocast(precision, device):
             return scorer.result(model, samples, device)
 
 
 def freeze_first_frame(frames_BTHWC: Tensor) -> Tensor:
-    """Repeat each clip's first frame: a control that takes the motion away and leaves the picture.
+    """Repeat each clip's first frame, as a control that removes the motion of a clip but keeps its appearance.
 
     Args:
         frames_BTHWC: uint8 (B, T, H, W, C).

@@ -1,4 +1,4 @@
-"""Pre-training of VideoMAE, and its held-out loss with the same masks every time."""
+"""VideoMAE pre-training, evaluated by the held-out loss with fixed masks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ FIXED_MASKS: Final = StepKey(seed=0, step=0)
 
 @dataclass(frozen=True)
 class MaskedResult:
-    """Outcome of an evaluation of masked-video pre-training, the same on every rank.
+    """Result of an evaluation of masked-video pre-training, the same on every rank.
 
     Args:
         loss: mean squared error.
-        clips: samples in the mean.
-        unreadable: clips that could not be read and are in no mean.
+        clips: number of samples in the mean.
+        unreadable: number of clips that could not be read; the mean excludes them.
     """
 
     loss: float
@@ -35,7 +35,7 @@ class MaskedResult:
     unreadable: int
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers to log; `reconstruction` is the error with its sign turned: larger is better."""
+        """Return the numbers to log; `reconstruction` is the negative error, so that larger is better."""
         return {
             "reconstruction": -self.loss,
             "loss": self.loss,
@@ -45,20 +45,20 @@ class MaskedResult:
 
 
 class ReconstructionScorer:
-    """Mean reconstruction error of each sample.
+    """Scores samples by their mean reconstruction error.
 
-    A sample's mask depends on its manifest row and view alone: the same in every evaluation, run and number of
-    ranks, so that numbers compare.
+    A sample's mask depends only on its manifest row and view. It is the same in every evaluation and run and
+    for any number of ranks, so results are comparable.
 
     Args:
-        objective: as trained with.
+        objective: the objective of the training.
     """
 
     def __init__(self, objective: MaskedReconstruction) -> None:
         self.objective = objective
 
     def scores(self, model: nn.Module, batch: ClipBatch) -> torch.Tensor:
-        """Return the mean squared error of every view, float32 (B*V, 1).
+        """Return the mean squared error of each view, float32 (B*V, 1).
 
         Args:
             model: a `MaskedVideo`.
@@ -83,7 +83,7 @@ class ReconstructionScorer:
 def _build_model(config: TrainConfig, _num_classes: int) -> nn.Module:
     if config.model.encoder != "videomae":
         raise UserError(
-            f"objective.name = masked-video trains model.encoder videomae, not {config.model.encoder}; set it"
+            f"objective.name = masked-video needs model.encoder = videomae, got {config.model.encoder}"
         )
     return build_masked_video(
         config.model,

@@ -1,4 +1,4 @@
-"""Recognition: a classifier trained on labelled clips, and the accuracy of its mean scores."""
+"""Recognition: a classifier trained on labeled clips, evaluated by the accuracy of its averaged scores."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from avion_dali.tasks.task import Task
 
 @dataclass(frozen=True)
 class ClassResult:
-    """Outcome of a recognition evaluation, the same on every rank.
+    """Result of a recognition evaluation, the same on every rank.
 
     Args:
-        scores: accuracies, see `class_scores`, of the mean probabilities over a sample's clips and views, as
-            VideoMAE averages.
-        logit_scores: those of the mean logits, which AVION reports too; equal where a sample has one view.
+        scores: accuracies of the mean probabilities over a sample's clips and views, which is VideoMAE's way of
+            averaging; see `class_scores`.
+        logit_scores: accuracies of the mean logits, which AVION also reports. They are equal to `scores` if
+            each sample has one view.
         probabilities_NK: float32 mean probabilities of each scored sample.
-        labels: int64 (N,), their classes.
-        sample_ids: int64 (N,), their manifest rows.
+        labels: int64 (N,), classes of these samples.
+        sample_ids: int64 (N,), manifest rows of these samples.
         names: class names.
-        unreadable: clips that could not be read and are in no mean.
+        unreadable: number of clips that could not be read; the means exclude them.
     """
 
     scores: dict[str, float]
@@ -47,7 +48,7 @@ class ClassResult:
     unreadable: int
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers to log; accuracies are fractions, verbs and nouns only where classes have them."""
+        """Return the numbers to log; accuracies are fractions, for verbs and nouns if classes have them."""
         return {
             **self.scores,
             "top1_of_mean_logits": self.logit_scores["top1"],
@@ -58,14 +59,14 @@ class ClassResult:
 
 
 class ClassScorer:
-    """Classifies clips; both probabilities and logits are averaged over a sample's clips and views.
+    """Classifies clips and averages both probabilities and logits over a sample's clips and views.
 
-    Memory on every rank is about 30 bytes per sample and class: for EPIC-KITCHENS-100's 9,668 clips and 3,806
-    actions 1.1 GB at the end, however many clips and views.
+    Every rank needs about 30 bytes of memory per sample and class, for any number of clips and views: 1.1 GB
+    for the 9,668 clips and 3,806 actions of EPIC-KITCHENS-100.
 
     Args:
-        classes: those that the manifest's labels count.
-        normalization: pixel mean and deviation.
+        classes: classes of the manifest.
+        normalization: pixel statistics that the model expects.
     """
 
     def __init__(self, classes: ClassTable, *, normalization: Normalization) -> None:
@@ -82,13 +83,13 @@ class ClassScorer:
             Float32 (B*V, 2 K).
 
         Raises:
-            UserError: when the model has another number of classes.
+            UserError: when the model and the manifest have different numbers of classes.
         """
         logits_BK = model(normalize_frames(batch.frames_BTHWC, self.normalization)).float()
         if logits_BK.shape[1] != len(self.classes):
             raise UserError(
-                f"the model scores {logits_BK.shape[1]} classes, the manifest has {len(self.classes)}; build "
-                "it with the classes of the training's (--classes-from)"
+                f"the model has {logits_BK.shape[1]} classes, the manifest has {len(self.classes)}; build the "
+                "manifest with the classes of the training manifest (--classes-from)"
             )
         return torch.cat([logits_BK.softmax(dim=1), logits_BK], dim=1)
 
@@ -96,9 +97,9 @@ class ClassScorer:
         """Compare the means with the labels.
 
         Args:
-            model: not used: the means say all.
+            model: not used, because the means are sufficient.
             samples: mean probabilities and logits.
-            device: not used: scores are computed in numpy.
+            device: not used, because accuracies are computed in numpy.
 
         Raises:
             UserError: when a row has no class.
@@ -118,15 +119,15 @@ class ClassScorer:
 
 
 def _check(config: TrainConfig, manifest: Manifest) -> None:
-    """Refuse rows without a class, and mixing where a micro-batch holds one clip."""
+    """Reject rows without a class, and mixing if a micro-batch holds one clip."""
     class_table(manifest)
     require_in_every_row(manifest, "label", config.objective.name)
     mixing = config.objective.classification
     mixes = (mixing.mixup or mixing.cutmix) and mixing.mix_probability
     if mixes and config.optim.micro_batch * config.data.repeats < 2:
         raise UserError(
-            "objective.classification.mixup and cutmix mix clips of a micro-batch, and with one clip they "
-            "would silently do nothing: set optim.micro_batch to 2 or more, or both of them to 0"
+            "objective.classification.mixup and cutmix mix the clips of a micro-batch and have no effect with "
+            "one clip; set optim.micro_batch to 2 or more, or set both of them to 0"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a task may require of a manifest, checked before a training starts."""
+"""Requirements of tasks on a manifest, checked before a training starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from avion_dali.data.manifest import Manifest
 
 
 def class_table(manifest: Manifest) -> ClassTable:
-    """Return the classes that a manifest's labels count.
+    """Return the classes of a manifest.
 
     Args:
         manifest: a manifest for recognition.
@@ -30,17 +30,17 @@ def class_table(manifest: Manifest) -> ClassTable:
 
 
 def require_in_every_row(manifest: Manifest, what: Literal["label", "text"], objective: str) -> None:
-    """Refuse a manifest with rows that lack a label or a text.
+    """Reject a manifest with rows that lack a label or a text.
 
-    A missing label would stop the training at some step, and a missing text would spoil it silently.
+    A missing label would stop the training at some step, and a missing text would silently degrade it.
 
     Args:
         manifest: the training manifest.
-        what: the column.
-        objective: name of the objective that needs it, for the message.
+        what: the required column.
+        objective: name of the objective that requires it, for the message.
 
     Raises:
-        UserError: naming how many rows lack it.
+        UserError: when rows lack it; the message gives their number.
     """
     with pa.memory_map(str(manifest.folder / "samples.arrow")) as file:
         reader = pa.ipc.open_file(file)
@@ -53,5 +53,5 @@ def require_in_every_row(manifest: Manifest, what: Literal["label", "text"], obj
     if missing:
         raise UserError(
             f"{manifest.folder}: {missing} of {manifest.num_samples} rows have no {what}, and "
-            f"objective.name = {objective} needs one in each; leave them out of the annotations"
+            f"objective.name = {objective} needs one in each row; remove these rows from the annotations"
         )

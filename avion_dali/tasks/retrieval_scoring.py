@@ -1,4 +1,4 @@
-"""Retrieval between the clips and the captions of a manifest: EPIC-KITCHENS-100's protocol for any data."""
+"""Retrieval between the clips and the captions of a manifest, with the protocol of EPIC-KITCHENS-100."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _CLIPS_PER_BLOCK = 2048
 
 @dataclass(frozen=True)
 class Gallery:
-    """The unique captions of a manifest and how relevant each is to each clip.
+    """The unique captions of a manifest and their relevancy to each clip.
 
     Args:
         texts: unique captions, in order of first appearance.
-        tokens: their token ids.
+        tokens: token ids of each caption.
         relevancy_VT: float32 (clips, captions) in [0, 1].
     """
 
@@ -41,15 +41,15 @@ class Gallery:
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """Outcome of a retrieval evaluation, the same on every rank.
+    """Result of a retrieval evaluation, the same on every rank.
 
     Args:
-        scores: all measures.
+        scores: all metrics.
         similarity_VT: float32 cosine of each scored clip with each caption.
         relevancy_VT: float32 relevancy of the same pairs.
-        sample_ids: int64 (V,), the manifest rows of the clips.
+        sample_ids: int64 (V,), manifest rows of the clips.
         texts: the captions.
-        unreadable: clips that could not be read and are not scored.
+        unreadable: number of clips that could not be read; they are not scored.
     """
 
     scores: RetrievalScores
@@ -88,9 +88,9 @@ class RetrievalResult:
 
 
 def build_gallery(manifest: Manifest) -> Gallery:
-    """Collect a manifest's unique captions and grade them against its clips.
+    """Collect a manifest's unique captions and their relevancy to its clips.
 
-    See `avion_dali.data.relevancy.open_captions` for what is relevant to what.
+    See `avion_dali.data.relevancy.open_captions` for the definition of relevancy.
 
     Args:
         manifest: the evaluation manifest.
@@ -102,13 +102,13 @@ def build_gallery(manifest: Manifest) -> Gallery:
 class RetrievalScorer:
     """Embeds clips and captions and scores the retrieval in both directions.
 
-    The vectors of a row's clips and views are averaged and made unit vectors again. Similarity and relevancy
-    are float32 (clips, captions): for EPIC-KITCHENS-100's 9,668 clips and 3,842 captions 149 MB each, on the
-    CPU of every rank; the device holds a block of similarities at a time.
+    The vectors of a row's clips and views are averaged and normalized to unit length. Similarity and relevancy
+    are float32 (clips, captions) on the CPU of every rank: 149 MB each for the 9,668 clips and 3,842 captions
+    of EPIC-KITCHENS-100. The device holds one block of similarities at a time.
 
     Args:
         gallery: the captions.
-        normalization: pixel mean and deviation.
+        normalization: pixel statistics that the model expects.
     """
 
     def __init__(self, gallery: Gallery, *, normalization: Normalization) -> None:
@@ -133,7 +133,7 @@ class RetrievalScorer:
         Args:
             model: a dual encoder.
             samples: mean vectors of the clips.
-            device: where the model computes.
+            device: device of the model.
         """
         gallery, rows = self.gallery, samples.sample_ids
         text_TD = _embed_texts(cast(DualEncoder, model), gallery, device)
@@ -146,7 +146,7 @@ class RetrievalScorer:
 
 
 def _similarity(video_VD: torch.Tensor, text_TD: torch.Tensor) -> np.ndarray:
-    """Cosines of clips (any length) and captions (unit length), float32 (V, T) on the CPU."""
+    """Return the cosines of clips (of any length) and captions (unit vectors), float32 (V, T), on the CPU."""
     blocks = functional.normalize(video_VD, dim=1).split(_CLIPS_PER_BLOCK)
     return torch.cat([(block @ text_TD.T).cpu() for block in blocks]).numpy()
 

@@ -1,4 +1,4 @@
-"""Means over the clips and views of each sample, over all batches and ranks.
+"""Averages numbers over the clips and views of each sample, across batches and ranks.
 
 Axes: B samples of a batch, V views of a clip, S samples of the evaluation, X numbers per sample.
 """
@@ -17,13 +17,13 @@ from avion_dali.engine.distributed import all_gather_rows
 
 @dataclass(frozen=True)
 class PerSample:
-    """What all ranks gathered, the same on every rank.
+    """Means per sample, gathered from all ranks; the same on every rank.
 
     Args:
-        sample_ids: int64 (S,), rising; samples of which at least one clip was read.
-        means_SX: float32 (S, X), the mean over a sample's clips and views.
+        sample_ids: int64 (S,), increasing; samples with at least one readable clip.
+        means_SX: float32 (S, X), mean over a sample's clips and views.
         labels: int64 (S,), class of each sample, -1 for none.
-        unreadable: clips that could not be read and are in no mean.
+        unreadable: number of clips that could not be read; the means exclude them.
     """
 
     sample_ids: np.ndarray
@@ -33,7 +33,7 @@ class PerSample:
 
 
 class SampleSums:
-    """Adds up rows of numbers by sample, so that memory grows with samples and not with clips or views."""
+    """Adds up rows of numbers per sample, so that memory grows with samples and not with clips or views."""
 
     def __init__(self) -> None:
         self._sums: dict[int, np.ndarray] = {}
@@ -42,10 +42,10 @@ class SampleSums:
         self._unreadable = 0
 
     def add(self, batch: ClipBatch, values_BX: Tensor) -> None:
-        """Add a batch's numbers; rows that hold no clip are counted and left out.
+        """Add a batch's numbers; invalid rows are counted and otherwise ignored.
 
         Args:
-            batch: B samples of V views each; a sample may come again with another clip.
+            batch: B samples of V views each; a sample may occur in several batches with different clips.
             values_BX: float (B*V, X), row b*V + v.
         """
         views = len(batch.view_ids) // max(len(batch), 1)
@@ -62,26 +62,26 @@ class SampleSums:
             self._labels[sample] = int(labels[row])
 
     def gather(self, device: torch.device) -> PerSample:
-        """Average over all ranks, and forget this rank's sums; every rank must call it, once.
+        """Average over all ranks and clear this rank's sums; every rank must call it once.
 
         Args:
-            device: where the process group moves tensors.
+            device: device of the process group's tensors.
 
         Returns:
-            The same on every rank; without rows where no rank has read a clip.
+            The means, the same on every rank; empty if no rank has read a clip.
         """
         facts = np.array(
             [(sample, count, self._labels[sample]) for sample, count in self._counts.items()], dtype=np.int64
         ).reshape(-1, 3)
         width = next((len(values) for values in self._sums.values()), 0)
-        # A rank whose share is empty does not know how many numbers the others have.
+        # A rank without samples does not know how many numbers the others have per sample.
         width = int(all_gather_rows(torch.tensor([width], device=device)).max())
         own = np.stack(list(self._sums.values())) if self._sums else np.zeros((0, width), np.float32)
         self._sums.clear()
         facts_S3 = all_gather_rows(torch.from_numpy(facts).to(device)).cpu().numpy()
         sums_SX = all_gather_rows(torch.from_numpy(own).to(device)).cpu().numpy()
         unreadable = int(all_gather_rows(torch.tensor([self._unreadable], device=device)).sum())
-        # A sample's clips may lie on several ranks, so sums with equal ids are added.
+        # A sample's clips may be on several ranks, so sums with equal ids are added.
         ids, first, place = np.unique(facts_S3[:, 0], return_index=True, return_inverse=True)
         means_SX = np.zeros((len(ids), width), dtype=np.float32)
         np.add.at(means_SX, place, sums_SX)

@@ -1,4 +1,4 @@
-"""The table of tasks, by `objective.name`."""
+"""The table of tasks, keyed by `objective.name`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def find_task(name: str) -> Task:
         name: the configuration's `objective.name`.
 
     Raises:
-        UserError: when there is no such objective; lists those there are.
+        UserError: when there is no such objective; lists all objectives.
     """
     if name not in TASKS:
         raise UserError(f"objective.name = {name!r} is not an objective; choose one of {', '.join(TASKS)}")

@@ -1,4 +1,4 @@
-"""What a task is: everything that one value of `objective.name` means, in one place."""
+"""Defines a task: everything that belongs to one value of `objective.name`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def no_requirement(config: TrainConfig, manifest: Manifest) -> None:
 
 
 def no_classes(manifest: Manifest) -> tuple[str, ...]:
-    """Say that a task has no classes, whatever its manifest.
+    """Return no class names, for tasks without classes.
 
     Args:
         manifest: the training manifest.
@@ -36,7 +36,7 @@ def no_classes(manifest: Manifest) -> tuple[str, ...]:
 
 
 def no_constraint(model: nn.Module) -> None:
-    """Leave the weights as the optimizer made them.
+    """Do not constrain the weights after an optimizer step.
 
     Args:
         model: the bare model.
@@ -45,21 +45,21 @@ def no_constraint(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """Model, objective and evaluation that belong together.
+    """The model, objective and evaluation of a training.
 
     Args:
         command: the subcommand that trains it.
-        best_metric: the number of an evaluation that the best checkpoint is chosen by; larger is better.
-        build_model: (configuration, number of classes) to a fresh model on the CPU, with weights drawn from
-            torch's default generator; raises `UserError` where options do not go together.
-        build_objective: (configuration, model, training manifest) to the objective.
-        build_scorer: (configuration, model, evaluation manifest) to what scores the model on it.
-        check: (configuration, training manifest); raises `UserError` when the manifest lacks what the objective
-            needs.
-        class_names: training manifest to the names of the classes that the model distinguishes, in label order.
-        after_step: called with the model after every change of its weights, for constraints.
-        reads_texts: whether batches carry token ids.
-        has_frozen_control: whether an evaluation with frozen frames means something.
+        best_metric: name of the evaluation metric that selects the best checkpoint; larger is better.
+        build_model: maps (configuration, number of classes) to a new model on the CPU, with weights drawn from
+            torch's default generator; raises `UserError` when options contradict each other.
+        build_objective: maps (configuration, model, training manifest) to the objective.
+        build_scorer: maps (configuration, model, evaluation manifest) to the scorer of an evaluation.
+        check: takes (configuration, training manifest); raises `UserError` when the manifest lacks what the
+            objective needs.
+        class_names: maps the training manifest to the names of the model's classes, in label order.
+        after_step: called with the model after every change of its weights, to apply constraints.
+        reads_texts: whether batches contain token ids.
+        has_frozen_control: whether an evaluation with frozen frames is meaningful.
     """
 
     command: Command

@@ -1,4 +1,4 @@
-"""Tasks of a dual encoder: contrastive pre-training and retrieval fine-tuning, both judged by retrieval."""
+"""Tasks of a dual encoder: contrastive pre-training and retrieval fine-tuning, both evaluated by retrieval."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ CONTRASTIVE: Final = Task(
     after_step=_clamp_logit_scale,
 )
 
-# The published recipe of the margin losses has no temperature, so there is nothing to keep in range.
+# Margin losses have no temperature, so there is nothing to clamp after a step.
 MAX_MARGIN: Final = replace(
     CONTRASTIVE, command="finetune", build_objective=_build_max_margin, after_step=no_constraint
 )
