@@ -1,4 +1,4 @@
-"""From a batch's decoded frames to what a model is trained on.
+"""What the objectives ask a batch before a model is trained on it.
 
 Axes: B clips, V views of a clip, T frames, H W pixels, C channels.
 """
@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avion_dali.config import AugmentConfig, Normalization
+from avion_dali.config import AugmentConfig
 from avion_dali.contracts import ClipBatch, UserError
-from avion_dali.device_ops.augment import augment_frames
-from avion_dali.device_ops.erasing import erase_boxes
-from avion_dali.device_ops.normalize import normalize_frames
+from avion_dali.device_ops.augment import Augmentation
 from avion_dali.device_ops.randomness import StepKey
 
 
@@ -60,21 +58,17 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def training_frames(
-    batch: ClipBatch, normalization: Normalization, *, augment: AugmentConfig, key: StepKey
-) -> Tensor:
-    """Augment, normalise and erase a batch's frames; random draws depend on (seed, step, sample, view) alone.
+def batch_augmentation(batch: ClipBatch, config: AugmentConfig, key: StepKey) -> Augmentation | None:
+    """Say how a batch is augmented; its random draws depend on (seed, step, sample, view) alone.
 
     Args:
         batch: decoded clips.
-        normalization: pixel statistics the model expects.
-        augment: what is done to the pixels.
+        config: what is done to the pixels.
         key: the optimizer step.
 
     Returns:
-        (B*V, 3, T, H, W) in the precision of the caller's autocast.
+        What `normalize_frames` takes; None when nothing is to be done.
     """
-    clip_ids = view_clip_ids(batch)
-    frames_BTHWC = augment_frames(batch.frames_BTHWC, augment, key, clip_ids)
-    frames_BCTHW = normalize_frames(frames_BTHWC, normalization, dtype=compute_dtype(batch.frames_BTHWC.device))
-    return erase_boxes(frames_BCTHW, augment.erasing_probability, key, clip_ids)
+    if not (config.color_jitter or config.rand_augment_ops or config.erasing_probability):
+        return None
+    return Augmentation(config, key, view_clip_ids(batch))
