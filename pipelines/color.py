@@ -24,6 +24,15 @@ _LUMA_SHARES = {
 }
 
 
+def need_correction(colorspaces: Sequence[int]) -> bool:
+    """Tell whether DALI gives any of some clips other colors than its stream means.
+
+    Args:
+        colorspaces: AVColorSpace number of each clip's stream.
+    """
+    return not _LUMA_SHARES.keys().isdisjoint(colorspaces)
+
+
 def correct_colors(frames: torch.Tensor, colorspaces: Sequence[int]) -> None:
     """Turn colors that were converted as BT.601 into those the streams mean, in place.
 

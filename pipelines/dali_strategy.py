@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 
@@ -14,13 +16,24 @@ from avion_dali.loading.ring import SharedRing
 from avion_dali.loading.strategy import PendingBatch, RefusedRowsError
 
 from .codecs import Device
-from .color import correct_colors
+from .color import correct_colors, need_correction
 from .graph import GraphSettings, failure_cause, graph_inputs
 from .graph_runner import GraphRunner
 from .mini_clip import MiniClip
 from .mini_clip_worker import CollectedClip, collect_into
 
 _log = logging.getLogger(__name__)
+
+
+class _Sent(NamedTuple):
+    """What of a batch was given to the graph: its rows, their samples and the color spaces of their streams."""
+
+    rows: list[int]
+    sample_ids: list[int]
+    colorspaces: list[int]
+
+
+_NOTHING = _Sent([], [], [])
 
 
 class DaliStrategy:
@@ -36,7 +49,7 @@ class DaliStrategy:
 
     def __init__(self, *, num_threads: int) -> None:
         self._num_threads = num_threads
-        self._graph_rows: dict[int, list[int]] = {}  # by slot: the rows of a batch that the graph decodes
+        self._sent: dict[int, _Sent] = {}  # by slot: what of a batch the graph decodes
         self._reasons: set[str] = set()
 
     def open(self, ring: SharedRing, device: torch.device, stats: LoaderStats) -> None:
@@ -77,9 +90,11 @@ class DaliStrategy:
             batch: the batch.
         """
         rows = _rows_for_graph(batch)
-        self._graph_rows[batch.slot] = rows
+        clips = [(batch.requests[row], self._mini_clip(batch, row)) for row in rows]
+        sample_ids, colorspaces = [r.sample_id for r, _ in clips], [mini.colorspace for _, mini in clips]
+        self._sent[batch.slot] = _Sent(rows, sample_ids, colorspaces)
         if rows:
-            self._graph.put(graph_inputs([(batch.requests[row], self._mini_clip(batch, row)) for row in rows]))
+            self._graph.put(graph_inputs(clips))
 
     def frames(self, batch: PendingBatch[CollectedClip]) -> torch.Tensor:
         """Return a batch as the graph decoded it, with the rows that workers decoded.
@@ -94,11 +109,21 @@ class DaliStrategy:
             RefusedRowsError: when DALI cannot decode some rows.
             RuntimeError: when DALI delivers other clips than it was given.
         """
-        rows = self._graph_rows.pop(batch.slot, [])  # empty in a second call, after the graph had failed
-        frames = self._take(batch, rows)
+        sent = self._sent.pop(batch.slot, _NOTHING)  # nothing in a second call, after the graph had failed
+        rows, frames = sent.rows, None
+        if rows:
+            with contextlib.suppress(RuntimeError):  # it failed on a clip; which one is found out below
+                frames, sample_ids = self._graph.take()
         if frames is None:
             rows = []
             self._decode_one_by_one(batch)
+        else:
+            if sample_ids.tolist() != sent.sample_ids:
+                raise RuntimeError(
+                    f"DALI delivered samples {sample_ids.tolist()} in place of {sent.sample_ids}"
+                )
+            if need_correction(sent.colorspaces):
+                correct_colors(frames, sent.colorspaces)
         clips = [clip for clip in batch.results if clip is not None]
         self._stats.decode_s += sum(clip.seconds for clip in clips)
         self._count_unfit([clip.unfit for clip in clips if clip.unfit])
@@ -108,7 +133,7 @@ class DaliStrategy:
 
     def discard(self) -> None:
         """Forget the batches that were started; waits for those that the graph works on."""
-        self._graph_rows.clear()
+        self._sent.clear()
         self._graph.discard()
 
     def close(self) -> None:
@@ -119,20 +144,6 @@ class DaliStrategy:
     def _one_clip_graph(self) -> GraphRunner:
         """The graph again, for finding the clip that a batch failed on; made when that first happens."""
         return GraphRunner(replace(self._settings, batch_size=1, num_threads=1, prefetch_depth=1))
-
-    def _take(self, batch: PendingBatch[CollectedClip], rows: list[int]) -> torch.Tensor | None:
-        """Return uint8 (rows, V, T, H, W, C) from the graph; None for no rows, or when it failed on one."""
-        if not rows:
-            return None
-        try:
-            frames, sample_ids = self._graph.take()
-        except RuntimeError:
-            return None
-        expected = [batch.requests[row].sample_id for row in rows]
-        if sample_ids.tolist() != expected:
-            raise RuntimeError(f"DALI delivered samples {sample_ids.tolist()} in place of {expected}")
-        correct_colors(frames, [self._mini_clip(batch, row).colorspace for row in rows])
-        return frames
 
     def _decode_one_by_one(self, batch: PendingBatch[CollectedClip]) -> None:
         """Decode a batch's mini clips, put frames where workers put theirs, and report those that fail."""
@@ -147,7 +158,9 @@ class DaliStrategy:
                 continue
             correct_colors(frames, [mini_clip.colorspace])
             torch.from_numpy(self._ring.frames(batch.slot)[row]).copy_(frames[0])
-            batch.results[row] = replace(_collected(batch, row), mini_clip=None)
+            clip = batch.results[row]
+            assert clip is not None
+            batch.results[row] = replace(clip, mini_clip=None)
         if refused:
             raise RefusedRowsError(refused)
 
@@ -166,8 +179,9 @@ class DaliStrategy:
         return everything
 
     def _mini_clip(self, batch: PendingBatch[CollectedClip], row: int) -> MiniClip:
-        clip = _collected(batch, row)
-        assert clip.mini_clip is not None
+        """Return a row's mini clip, whose data may lie in the ring."""
+        clip = batch.results[row]
+        assert clip is not None and clip.mini_clip is not None
         if not clip.num_bytes:
             return clip.mini_clip
         return replace(clip.mini_clip, data=self._ring.frames(batch.slot)[row].reshape(-1)[: clip.num_bytes])
@@ -182,12 +196,6 @@ class DaliStrategy:
 
 def _rows_for_graph(batch: PendingBatch[CollectedClip]) -> list[int]:
     return [row for row, clip in enumerate(batch.results) if clip is not None and clip.mini_clip is not None]
-
-
-def _collected(batch: PendingBatch[CollectedClip], row: int) -> CollectedClip:
-    clip = batch.results[row]
-    assert clip is not None
-    return clip
 
 
 def _device_index(device: torch.device) -> int:

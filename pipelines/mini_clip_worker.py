@@ -57,7 +57,9 @@ def collect_into(request: ClipRequest, place: Place, device: Device) -> Collecte
     memory = attached_memory(place)
     with failures_as_decode_errors(request, decoder="dali"):
         try:
-            mini_clip = collect_mini_clip(request, device)
+            parts = [gather_packets(part, decoder="dali") for part in request.parts]
+            require_decodable(parts, device=device)
+            mini_clip = build_mini_clip(parts)
         except (UnfitForMiniClipError, UnorderedStreamError) as unfit:
             shape = request.frames_shape
             cpu_fused.decode_clip(request, memory[: int(np.prod(shape))].reshape(shape))
@@ -67,20 +69,3 @@ def collect_into(request: ClipRequest, place: Place, device: Device) -> Collecte
         return CollectedClip(mini_clip, 0, time.perf_counter() - start)
     memory[:num_bytes] = np.frombuffer(mini_clip.data, np.uint8)
     return CollectedClip(replace(mini_clip, data=b""), num_bytes, time.perf_counter() - start)
-
-
-def collect_mini_clip(request: ClipRequest, device: Device) -> MiniClip:
-    """Read a clip's packets and write them as a mini clip.
-
-    Args:
-        request: the clip.
-        device: where DALI will decode.
-
-    Raises:
-        DecodeError: when a chunk cannot be read.
-        UnfitForMiniClipError: when DALI would not give the clip's frames from it.
-        UnorderedStreamError: when a container without index tells no order.
-    """
-    parts = [gather_packets(part, decoder="dali") for part in request.parts]
-    require_decodable(parts, device=device)
-    return build_mini_clip(parts)

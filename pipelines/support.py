@@ -289,13 +289,16 @@ def _decode_with_dali(request: ClipRequest, backend: Backend, device_index: int)
     """Return frames (V, T, H, W, C), uint8, or what DALI cannot do."""
     import numpy as np
 
-    from .codecs import Device
-    from .mini_clip import UnfitForMiniClipError
-    from .mini_clip_worker import collect_mini_clip
+    from avion_dali.decode.source import gather_packets
+
+    from .codecs import Device, require_decodable
+    from .mini_clip import UnfitForMiniClipError, build_mini_clip
 
     device: Device = "mixed" if backend == "nvdec" else "cpu"
     try:
-        mini_clip = collect_mini_clip(request, device)
+        parts = [gather_packets(part, decoder="dali") for part in request.parts]
+        require_decodable(parts, device=device)
+        mini_clip = build_mini_clip(parts)
     except UnfitForMiniClipError as error:
         return str(error)
     try:

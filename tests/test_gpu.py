@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from avion_dali.config import AttentionBackend, AugmentConfig, ClassificationConfig, ModelConfig, OptimConfig
-from avion_dali.contracts import ClipBatch, UserError
+from avion_dali.contracts import ChunkRef, ClipBatch, ClipPart, ClipRequest, CropWindow, UserError
+from avion_dali.decode import cpu_fused
 from avion_dali.device_ops.augment import augment_frames
 from avion_dali.device_ops.erasing import erase_boxes
 from avion_dali.device_ops.masks import tube_masks
@@ -23,8 +24,10 @@ from avion_dali.engine.checkpoint import load_checkpoint, save_checkpoint
 from avion_dali.engine.optimizers import build_optimizer, parameter_groups
 from avion_dali.engine.precision import autocast, gradient_scaler, resolve_precision
 from avion_dali.engine.train_state import TrainState
+from avion_dali.loading.faults import LoaderStats
+from avion_dali.loading.frames_strategy import FramesStrategy
 from avion_dali.loading.ring import SharedRing
-from avion_dali.loading.transfer import DeviceCopier
+from avion_dali.loading.strategy import PendingBatch
 from avion_dali.models.attention import attend, resolve_attention
 from avion_dali.models.dual_encoder import build_dual_encoder
 from avion_dali.models.masked_video import tube_targets
@@ -53,20 +56,26 @@ def differentiate(
     return float(loss.detach()), parameters_to_vector(grads).cpu()
 
 
-@pytest.mark.gpu
-def test_copies_from_the_ring_are_whole_and_slots_can_be_reused() -> None:
-    ring = SharedRing(2, (4, 1, 2, 64, 64, 3))
-    copier = DeviceCopier(ring, CUDA)
+@on_each_device
+def test_copies_from_the_ring_are_whole_and_slots_can_be_reused(device: torch.device) -> None:
+    ring, part = SharedRing(2, (4, 1, 2, 64, 64, 3)), ClipPart(ChunkRef("none", 1, 2, 64, 64), (0, 1))
+    requests = [ClipRequest(i, 0, (part,), (0, 1), (CropWindow(0, 0, 64, 64),), (False,), 64) for i in range(3)]
+    strategy, stats = FramesStrategy(cpu_fused.decode_clip), LoaderStats()
+    strategy.open(ring, device, stats)
     kept = []
     for turn in range(20):
         slot = turn % 2
-        copier.wait_until_free(slot)
-        ring.frames(slot)[:] = turn
-        kept.append(copier.copy(slot, 4))
+        strategy.wait_until_free(slot)
+        ring.frames(slot)[:] = turn + 1
+        batch = PendingBatch[float](turn, 0, slot, requests, np.array([True, False, True]))
+        batch.results = [0.5, None, 0.25]
+        kept.append(strategy.frames(batch))
     for turn, frames in enumerate(kept):
-        assert frames.device.type == "cuda"
-        assert (frames == turn).all()
-    copier.close()
+        assert frames.device.type == device.type and frames.shape == (3, 2, 64, 64, 3)
+        assert (frames[[0, 2]] == turn + 1).all() and not frames[1].any()
+    assert stats.decode_s == 20 * 0.75
+    strategy.close()
+    strategy.close()  # twice is allowed
     ring.close()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from avion_dali.contracts import ClipRequest
 from avion_dali.decode import cpu_fused
-from pipelines import support, worker
+from pipelines import codecs, support
 
 ROOT = Path(__file__).parents[1]
 needs_dali = pytest.mark.skipif(support.dali_package() is None, reason="needs DALI")
@@ -144,7 +144,7 @@ def test_dali_decodes_on_the_cpu(codec: str) -> None:
 def test_what_dali_cannot_decode_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert support.decode_problem("h264", "dali-cpu") == "DALI does not decode h264 without a GPU"
     assert support.decode_problem("mjpeg", "nvdec") == "DALI does not decode mjpeg on a GPU"
-    monkeypatch.setattr(worker, "require_decodable", lambda parts, device: None)
+    monkeypatch.setattr(codecs, "require_decodable", lambda parts, device: None)
     assert "Failed to create video decoder" in str(support.decode_problem("h264", "dali-cpu"))
 
 

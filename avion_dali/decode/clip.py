@@ -1,8 +1,10 @@
-"""Fill a clip's array from its request: the part all CPU decoders share."""
+"""Decode a clip into an array from its request: the part that all CPU decoders share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
 from typing import Protocol
 
 import numpy as np
@@ -27,31 +29,51 @@ class MakeView(Protocol):
         """Return the view."""
 
 
-def fill_clip(
-    request: ClipRequest,
-    frames_VTHWC: np.ndarray,
-    *,
-    read_frames: ReadFrames,
-    make_view: MakeView,
-) -> None:
-    """Decode a clip into an array.
+def keep_everything() -> None:
+    """Do nothing: for decoders that keep nothing from one clip to the next."""
+
+
+@dataclass(frozen=True)
+class ClipDecoder:
+    """A decoder that runs on a CPU core: how it reads the wanted frames, and how it renders them.
+
+    Called with a request and an array, it decodes the clip into the array. Workers are sent it by the names of
+    its functions.
 
     Args:
-        request: the clip.
-        frames_VTHWC: uint8 array of `request.frames_shape`, written in place.
+        name: what errors call it.
         read_frames: decodes the wanted frames of one part.
         make_view: makes what renders frames through one crop window.
-
-    Raises:
-        DecodeError: when a chunk cannot give its frames.
+        forget: drops what is kept for the next clip; called when a clip fails, since a decoder or filter that
+            stopped half-way may still hold a picture of it.
     """
-    available = sum(len(part.frame_ids) for part in request.parts)
-    slots = [np.flatnonzero(np.equal(request.gather, i)) for i in range(available)]
-    done = 0
-    for part in request.parts:
-        frames = read_frames(part)
-        for v, (window, flip) in enumerate(zip(request.windows, request.flips, strict=True)):
-            rendered = make_view(frames[0], window, flip=flip, frame_size=request.frame_size)
-            for i, frame in enumerate(frames, start=done):
-                frames_VTHWC[v, slots[i]] = rendered.render(frame)
-        done += len(frames)
+
+    name: str
+    read_frames: ReadFrames
+    make_view: MakeView
+    forget: Callable[[], None] = keep_everything
+
+    def __call__(self, request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
+        """Decode a clip into an array.
+
+        Args:
+            request: the clip.
+            frames_VTHWC: uint8 array of `request.frames_shape`, written in place.
+
+        Raises:
+            DecodeError: when a chunk cannot give its frames.
+        """
+        gather = np.array(request.gather)
+        views = enumerate(zip(request.windows, request.flips, strict=True))
+        try:
+            parts, total = [], 0
+            for part in request.parts:
+                parts.append((total, self.read_frames(part)))
+                total += len(part.frame_ids)
+            for (first, frames), (v, (window, flip)) in product(parts, views):
+                view = self.make_view(frames[0], window, flip=flip, frame_size=request.frame_size)
+                for i, frame in enumerate(frames, start=first):
+                    frames_VTHWC[v, gather == i] = view.render(frame)
+        except BaseException:
+            self.forget()
+            raise

@@ -10,8 +10,8 @@ from avion_dali.contracts import ClipRequest
 from avion_dali.decode import cpu_fused, paper_fused, reference
 
 DecodeClip = Callable[[ClipRequest, np.ndarray], None]
-"""Fills an array uint8 of `request.frames_shape` or raises `DecodeError`; it must be importable by name, since
-decode workers are given it."""
+"""Fills an array uint8 of `request.frames_shape` or raises `DecodeError`: a `ClipDecoder`, or any function that
+can be imported by name, since decode workers are sent it."""
 
 CPU_DECODERS: dict[str, DecodeClip] = {
     "cpu-fused": cpu_fused.decode_clip,

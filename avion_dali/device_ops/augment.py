@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -28,6 +28,20 @@ _MAX_ROTATION: Final = 30.0  # degrees
 _MAX_SHEAR: Final = 0.3
 _MAX_SHIFT: Final = 0.45  # fraction of the side length
 _MAX_ENHANCEMENT: Final = 0.9
+
+
+class Augmentation(NamedTuple):
+    """What is done to the pixels of one batch in training.
+
+    Args:
+        config: what to do.
+        key: seed and step.
+        clip_ids: int64 array (B,), sample id times views plus view: names each clip's random numbers.
+    """
+
+    config: AugmentConfig
+    key: StepKey
+    clip_ids: np.ndarray
 
 
 def augment_frames(frames_BTHWC: Tensor, config: AugmentConfig, key: StepKey, clip_ids: np.ndarray) -> Tensor:

@@ -1,4 +1,4 @@
-"""Converts decoded uint8 frames to normalized floating-point frames, on the device of the batch.
+"""Converts decoded uint8 frames to normalized floating-point frames on the device, with augmentation.
 
 Frames stay uint8 until here, which quarters the bytes in every queue and over PCIe.
 Axes: B clips, T frames, H W pixels, C channels.
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from avion_dali.config import Normalization
+from avion_dali.device_ops.augment import Augmentation, augment_frames
+from avion_dali.device_ops.erasing import erase_boxes
 
 
 class PixelStatistics(NamedTuple):
@@ -33,9 +35,13 @@ PIXEL_STATISTICS: Final[dict[Normalization, PixelStatistics]] = {
 
 
 def normalize_frames(
-    frames_BTHWC: Tensor, normalization: Normalization, *, dtype: torch.dtype = torch.float32
+    frames_BTHWC: Tensor,
+    normalization: Normalization,
+    *,
+    dtype: torch.dtype = torch.float32,
+    augmentation: Augmentation | None = None,
 ) -> Tensor:
-    """Subtract the mean of each channel and divide by its standard deviation.
+    """Augment the colors, subtract the mean of each channel, divide by its deviation, and erase boxes.
 
     The arithmetic is float32 for every `dtype`, because half precision loses accuracy near the mean.
 
@@ -43,15 +49,18 @@ def normalize_frames(
         frames_BTHWC: decoded frames, uint8 (B, T, H, W, 3), RGB.
         normalization: a key of `PIXEL_STATISTICS`.
         dtype: floating type of the result.
+        augmentation: what is done before and after in training; nothing by default.
 
     Returns:
         (B, 3, T, H, W) of `dtype` on the same device, a view of channels-last memory.
 
     Raises:
-        ValueError: when the frames are not uint8 RGB.
+        ValueError: when the frames are not uint8 RGB, or not as many as the augmentation has ids.
     """
     if frames_BTHWC.dtype != torch.uint8 or frames_BTHWC.ndim != 5 or frames_BTHWC.shape[-1] != 3:
         raise ValueError(f"frames must be uint8 (B, T, H, W, 3), got {frames_BTHWC.dtype} {frames_BTHWC.shape}")
+    if augmentation is not None:
+        frames_BTHWC = augment_frames(frames_BTHWC, *augmentation)
     statistics = PIXEL_STATISTICS[normalization]
     std_C = torch.tensor(statistics.std, dtype=torch.float64)
     mean_C = torch.tensor(statistics.mean, dtype=torch.float64)
@@ -62,4 +71,8 @@ def normalize_frames(
     shift_X = (-mean_C / std_C).float().repeat(columns).to(frames_BTHWC.device, non_blocking=True)
     pixels_BTHX = frames_BTHWC.flatten(-2).float()
     torch.addcmul(shift_X, pixels_BTHX, scale_X, out=pixels_BTHX)
-    return pixels_BTHX.to(dtype).view(frames_BTHWC.shape).permute(0, 4, 1, 2, 3)
+    frames_BCTHW = pixels_BTHX.to(dtype).view(frames_BTHWC.shape).permute(0, 4, 1, 2, 3)
+    if augmentation is not None:
+        config, key, clip_ids = augmentation
+        frames_BCTHW = erase_boxes(frames_BCTHW, config.erasing_probability, key, clip_ids)
+    return frames_BCTHW

@@ -152,8 +152,10 @@ class TrainLoop:
         Returns:
             The loss, a detached () tensor, and the numbers that the objective reports.
         """
-        with self._context(micro):
-            loss, report = self._loss_of(self._forward(batch, micro))
+        with averages_gradients(self.parallel, last=micro == self.loader.accum_steps - 1):
+            with self._computing(micro):
+                outputs = self.objective.outputs(self.parallel, batch, self._key)
+                loss, report = self.objective.loss(outputs)
             # Micro-batches have equal sizes, so the mean of their losses is the loss of one large batch.
             self.scaler.scale(loss / self.loader.accum_steps).backward()
         return loss.detach(), report
@@ -310,29 +312,33 @@ class TrainLoop:
             header = {"config": self.settings.config, "classes": self.settings.classes}
             export_safetensors(self.model, path, header)
 
-    def _forward(self, batch: ClipBatch, micro: int) -> tuple[torch.Tensor, ...]:
-        """Compute the objective's outputs, with random draws that depend only on (seed, step, rank, micro)."""
-        seed = self.settings.run.seed
-        torch.manual_seed(micro_seed(seed, self.step, rank=self.distributed.rank, micro=micro))
-        with autocast(self.precision, self.distributed.device):
-            return self.objective.outputs(self.parallel, batch, StepKey(seed, self.step))
+    @property
+    def _key(self) -> StepKey:
+        return StepKey(self.settings.run.seed, self.step)
 
-    def _loss_of(self, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Report]:
-        with autocast(self.precision, self.distributed.device):
-            return self.objective.loss(outputs)
+    def _computing(self, micro: int) -> AbstractContextManager[None]:
+        """The context of a forward pass: draws that depend on (seed, step, rank, micro) alone, and autocast."""
+        torch.manual_seed(micro_seed(*self._key, rank=self.distributed.rank, micro=micro))
+        return autocast(self.precision, self.distributed.device)
 
     def _coupled_step(self, batches: list[ClipBatch]) -> tuple[torch.Tensor, Report]:
-        """Run the forward and backward passes of micro-batches whose samples share one loss."""
-        return coupled_backward(
-            lambda micro: self._forward(batches[micro], micro),
-            micro_batches=len(batches),
-            loss_of=self._loss_of,
-            backward=lambda loss: self.scaler.scale(loss).backward(),
-            context=self._context,
-        )
+        """`micro_step` for micro-batches whose samples share one loss."""
 
-    def _context(self, micro: int) -> AbstractContextManager[None]:
-        return averages_gradients(self.parallel, last=micro == self.loader.accum_steps - 1)
+        def forward(micro: int) -> tuple[torch.Tensor, ...]:
+            with self._computing(micro):
+                return self.objective.outputs(self.parallel, batches[micro], self._key)
+
+        def loss_of(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Report]:
+            with autocast(self.precision, self.distributed.device):
+                return self.objective.loss(outputs)
+
+        return coupled_backward(
+            forward,
+            micro_batches=len(batches),
+            loss_of=loss_of,
+            backward=lambda loss: self.scaler.scale(loss).backward(),
+            context=lambda micro: averages_gradients(self.parallel, last=micro == len(batches) - 1),
+        )
 
     def _change_weights(self, grad_norm: torch.Tensor) -> None:
         if self.settings.optim.clip_grad_norm > 0:

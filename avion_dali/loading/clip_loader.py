@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
@@ -12,7 +12,7 @@ from typing import Generic
 import numpy as np
 import torch
 
-from avion_dali.contracts import ClipBatch, ClipError, ClipRequest
+from avion_dali.contracts import ClipBatch, ClipError
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import Planner
 from avion_dali.data.tokens import pad_tokens
@@ -198,9 +198,9 @@ class ClipLoader(Generic[Result]):
                 begun.append(self._begin(number))
             if begun and (len(begun) > prefetch or number >= last):
                 started.append(begun.popleft())
-                for row in range(len(started[-1].requests)):
-                    self._settle(started[-1], row)
-                self._strategy.start(started[-1])
+                self._settle(started[-1], range(len(started[-1].requests)))
+                if depth:
+                    self._strategy.start(started[-1])
             if started and (len(started) > depth or (number >= last and not begun)):
                 yield self._finish(started.popleft())
 
@@ -228,16 +228,17 @@ class ClipLoader(Generic[Result]):
             batch.tickets.append(self._pool.schedule(self._strategy.task, request, place))
         return batch
 
-    def _settle(self, batch: PendingBatch[Result], row: int) -> None:
-        """Wait for one row's clip; one that fails is replaced, or the row becomes invalid."""
-        while batch.valid[row]:
-            try:
-                batch.results[row] = self._pool.wait(batch.tickets[row])
-                return
-            except PoolBrokenError:
-                self._schedule_again(batch, row)
-            except Exception as error:  # the process boundary; `failure_of` raises what is not a clip's failure
-                self._replace(batch, row, failure_of(error, batch.requests[row]))
+    def _settle(self, batch: PendingBatch[Result], rows: Iterable[int]) -> None:
+        """Wait for the clips of some rows; one that fails is replaced, or its row becomes invalid."""
+        for row in rows:
+            while batch.valid[row]:
+                try:
+                    batch.results[row] = self._pool.wait(batch.tickets[row])
+                    break
+                except PoolBrokenError:
+                    self._schedule_again(batch, row)
+                except Exception as error:  # the process boundary; other errors than a clip's are raised again
+                    self._replace(batch, row, failure_of(error, batch.requests[row]))
 
     def _schedule_again(self, batch: PendingBatch[Result], row: int) -> None:
         request, place = batch.requests[row], self._ring.place(batch.slot, row)
@@ -272,15 +273,15 @@ class ClipLoader(Generic[Result]):
             except RefusedRowsError as refused:
                 for row, failure in refused.failures.items():
                     self._replace(batch, row, failure)
-                    self._settle(batch, row)
-        requests, rows = batch.requests, len(batch.requests)
+                self._settle(batch, refused.failures)
+        requests, rows, length = batch.requests, len(batch.requests), self.settings.context_length
         self.stats.delivered += rows
         self._next = batch.number + 1
         if self._next == self._start + len(self):
             self._start = self._next
         return ClipBatch(
             frames_BTHWC=frames_BTHWC,
-            tokens_BL=self._tokens(requests),
+            tokens_BL=self._on_device(pad_tokens([r.tokens for r in requests], length) if length else None),
             labels_B=self._on_device(_ids_or_none([request.label for request in requests])),
             sample_ids=np.array([request.sample_id for request in requests], dtype=np.int64),
             view_ids=np.tile(np.arange(self._ring.slot_shape[1]), rows),
@@ -289,10 +290,6 @@ class ClipLoader(Generic[Result]):
             errors=tuple(batch.errors),
             caption_ids=_ids_or_none([request.caption_id for request in requests]),
         )
-
-    def _tokens(self, requests: list[ClipRequest]) -> torch.Tensor | None:
-        length = self.settings.context_length
-        return self._on_device(pad_tokens([request.tokens for request in requests], length) if length else None)
 
     def _on_device(self, values: np.ndarray | None) -> torch.Tensor | None:
         """Return the numbers on the device; from pinned memory, so that a GPU's stream is not waited for."""

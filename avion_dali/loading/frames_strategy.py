@@ -9,12 +9,15 @@ import torch
 from avion_dali.loading.faults import LoaderStats
 from avion_dali.loading.ring import SharedRing
 from avion_dali.loading.strategy import PendingBatch
-from avion_dali.loading.transfer import DeviceCopier
 from avion_dali.loading.worker import DecodeClip, decode_into
 
 
 class FramesStrategy:
     """A `LoaderStrategy` whose tasks decode clips and return the seconds spent.
+
+    On CUDA the ring is registered as pinned memory and copies have a stream of their own, so they run beside
+    the model's kernels; an event per slot tells when the slot may be written again. On CPU a copy is a plain
+    memory copy.
 
     Args:
         decode_clip: a decoder's function, which workers import by name.
@@ -32,16 +35,28 @@ class FramesStrategy:
             ring: where tasks write.
             device: where frames are delivered.
             stats: where the time of decoding is counted.
+
+        Raises:
+            RuntimeError: when the ring's memory cannot be pinned.
         """
-        self._ring, self._copier, self._stats = ring, DeviceCopier(ring, device), stats
+        self._ring, self._device, self._stats = ring, device, stats
+        self._copied: list[torch.cuda.Event | None] = [None] * ring.slots
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pinned: torch.Tensor | None = None
+        if device.type == "cuda":
+            self._pinned = torch.from_numpy(ring.everything())
+            check = torch.cuda.cudart().cudaHostRegister(self._pinned.data_ptr(), self._pinned.numel(), 0)
+            if int(check):
+                raise RuntimeError(f"cudaHostRegister failed with code {int(check)}")
 
     def wait_until_free(self, slot: int) -> None:
-        """Return when a slot's copy to the device has finished.
+        """Return when a slot's last copy to the device has finished.
 
         Args:
             slot: which slot of the ring.
         """
-        self._copier.wait_until_free(slot)
+        if (event := self._copied[slot]) is not None:
+            event.synchronize()
 
     def start(self, batch: PendingBatch[float]) -> None:
         """Do nothing: the frames are in the ring already.
@@ -57,16 +72,31 @@ class FramesStrategy:
             batch: the batch.
 
         Returns:
-            uint8 (B*V, T, H, W, C) on the device; zeros for invalid rows.
+            uint8 (B*V, T, H, W, C) on the device, the caller's to keep; zeros for invalid rows.
         """
-        rows = len(batch.requests)
         self._stats.decode_s += sum(seconds for seconds in batch.results if seconds)
-        self._ring.frames(batch.slot)[:rows][~batch.valid] = 0
-        return self._copier.copy(batch.slot, rows)
+        in_ring = self._ring.frames(batch.slot)[: len(batch.requests)]
+        in_ring[~batch.valid] = 0
+        frames_BTHWC = torch.from_numpy(in_ring).flatten(0, 1)
+        if self._stream is None:
+            return frames_BTHWC.clone()
+        event, model_stream = torch.cuda.Event(), torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            on_device_BTHWC = frames_BTHWC.to(self._device, non_blocking=True)
+            event.record()
+        model_stream.wait_event(event)
+        # The memory was allocated on the copy stream: it may be reused only after the model's kernels.
+        on_device_BTHWC.record_stream(model_stream)
+        self._copied[batch.slot] = event
+        return on_device_BTHWC
 
     def discard(self) -> None:
         """Do nothing: no batch is kept here."""
 
     def close(self) -> None:
-        """Finish all copies."""
-        self._copier.close()
+        """Finish all copies and unpin the memory; may be called twice."""
+        for slot in range(self._ring.slots):
+            self.wait_until_free(slot)
+        if self._pinned is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.data_ptr())
+            self._pinned = None

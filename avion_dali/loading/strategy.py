@@ -91,7 +91,7 @@ class LoaderStrategy(Protocol[Result]):
         """
 
     def start(self, batch: PendingBatch[Result]) -> None:
-        """Begin to decode a batch whose tasks have all ended.
+        """Begin to decode a batch whose tasks have all ended; called only where `depth` is not 0.
 
         Args:
             batch: the batch.

@@ -53,7 +53,8 @@ def decode_into(decode_clip: DecodeClip, request: ClipRequest, place: Place) -> 
     start = time.perf_counter()
     shape = request.frames_shape
     frames = attached_memory(place)[: int(np.prod(shape))].reshape(shape)
-    with failures_as_decode_errors(request, decoder=decode_clip.__module__.rsplit(".", 1)[-1]):
+    name = getattr(decode_clip, "name", decode_clip.__module__.rsplit(".", 1)[-1])
+    with failures_as_decode_errors(request, decoder=name):
         decode_clip(request, frames)
     return time.perf_counter() - start
 

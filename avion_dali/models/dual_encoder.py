@@ -78,7 +78,8 @@ class DualEncoder(nn.Module):
             number in every row; all float32. The scale is an output of the forward pass, so that its gradient
             is reduced over ranks like any other.
         """
-        video_BD = self.encode_video(frames_BCTHW)
+        # As `encode_video` and in float32 too: the similarities feed a softmax at scale 14 and more.
+        video_BD = functional.normalize(self.visual(frames_BCTHW).float(), dim=-1)
         text_BD = self.encode_text(tokens_BL)
         scale_B = self.logit_scale.exp().float().expand(video_BD.shape[0])
         return video_BD, text_BD, scale_B

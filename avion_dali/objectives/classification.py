@@ -12,8 +12,9 @@ from torch.nn import functional
 from avion_dali.config import AugmentConfig, ClassificationConfig, Normalization
 from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.device_ops.mixing import mix_clips
+from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.device_ops.step_key import StepKey
-from avion_dali.objectives.clips import repeat_for_views, training_frames
+from avion_dali.objectives.clips import batch_augmentation, compute_dtype, repeat_for_views
 
 
 class Classification:
@@ -67,8 +68,14 @@ class Classification:
             raise UserError(
                 "classification needs labels, and this manifest has none; build it with a class in each row"
             )
+        frames_BCTHW = normalize_frames(
+            batch.frames_BTHWC,
+            self.normalization,
+            dtype=compute_dtype(batch.frames_BTHWC.device),
+            augmentation=batch_augmentation(batch, self.augment, key),
+        )
         frames_BCTHW, targets_BK = mix_clips(
-            training_frames(batch, self.normalization, augment=self.augment, key=key),
+            frames_BCTHW,
             repeat_for_views(batch, batch.labels_B),
             num_classes=self.num_classes,
             config=self.config,

@@ -1,4 +1,4 @@
-"""Turns the decoded frames of a batch into the input of a model during training.
+"""What the objectives need of a batch before a model is trained on it.
 
 Axes: B clips, V views of a clip, T frames, H W pixels, C channels.
 """
@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avion_dali.config import AugmentConfig, Normalization
+from avion_dali.config import AugmentConfig
 from avion_dali.contracts import ClipBatch, UserError
-from avion_dali.device_ops.augment import augment_frames
-from avion_dali.device_ops.erasing import erase_boxes
-from avion_dali.device_ops.normalize import normalize_frames
+from avion_dali.device_ops.augment import Augmentation
 from avion_dali.device_ops.step_key import StepKey
 
 
@@ -60,21 +58,17 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def training_frames(
-    batch: ClipBatch, normalization: Normalization, *, augment: AugmentConfig, key: StepKey
-) -> Tensor:
-    """Augment, normalize and erase a batch's frames; random draws depend only on (seed, step, sample, view).
+def batch_augmentation(batch: ClipBatch, config: AugmentConfig, key: StepKey) -> Augmentation | None:
+    """Return how a batch is augmented; its random draws depend only on (seed, step, sample, view).
 
     Args:
         batch: decoded clips.
-        normalization: pixel statistics that the model expects.
-        augment: augmentation of the pixels.
+        config: augmentation of the pixels.
         key: the optimizer step.
 
     Returns:
-        (B*V, 3, T, H, W) in the dtype of the caller's autocast.
+        What `normalize_frames` takes; None when nothing is augmented.
     """
-    clip_ids = view_clip_ids(batch)
-    frames_BTHWC = augment_frames(batch.frames_BTHWC, augment, key, clip_ids)
-    frames_BCTHW = normalize_frames(frames_BTHWC, normalization, dtype=compute_dtype(batch.frames_BTHWC.device))
-    return erase_boxes(frames_BCTHW, augment.erasing_probability, key, clip_ids)
+    if not (config.color_jitter or config.rand_augment_ops or config.erasing_probability):
+        return None
+    return Augmentation(config, key, view_clip_ids(batch))

@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from avion_dali.config import AugmentConfig, Normalization
 from avion_dali.contracts import ClipBatch, UserError
+from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.device_ops.step_key import StepKey
-from avion_dali.objectives.clips import require_one_view, training_frames
-from avion_dali.objectives.gather import EqualRows, gather_with_grad, rank
+from avion_dali.objectives.clips import batch_augmentation, compute_dtype, require_one_view
+from avion_dali.objectives.gather import EqualRows, gather_with_grad, rank, world_size
 
 
 def info_nce(
@@ -106,7 +107,12 @@ class Contrastive:
                 "texts"
             )
         require_one_view(batch, "contrastive")
-        frames_BCTHW = training_frames(batch, self.normalization, augment=self.augment, key=key)
+        frames_BCTHW = normalize_frames(
+            batch.frames_BTHWC,
+            self.normalization,
+            dtype=compute_dtype(batch.frames_BTHWC.device),
+            augmentation=batch_augmentation(batch, self.augment, key),
+        )
         video_BD, text_BD, scale_B = model(frames_BCTHW, batch.tokens_BL)
         return video_BD, text_BD, scale_B
 
@@ -125,9 +131,12 @@ class Contrastive:
             UserError: when ranks hold different numbers of clips.
         """
         video_BD, text_BD, scale_B = outputs
-        self._equal_rows.check(len(video_BD), video_BD.device)
         # One collective sends the video and text vectors together.
-        video_GD, text_GD = gather_with_grad(torch.cat([video_BD, text_BD], dim=1)).chunk(2, dim=1)
+        pairs_GX = torch.cat([video_BD, text_BD], dim=1)
+        if world_size() > 1:
+            self._equal_rows.check(len(pairs_GX), pairs_GX.device)
+            pairs_GX = gather_with_grad(pairs_GX)
+        video_GD, text_GD = pairs_GX.chunk(2, dim=1)
         scale, first = scale_B.mean(), rank() * len(video_BD)
         own = slice(first, first + len(video_BD)) if self.local_loss else slice(None)
         loss, accuracy = info_nce(video_GD, text_GD, scale, rows=own)

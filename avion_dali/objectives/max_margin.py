@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from avion_dali.config import AugmentConfig, MaxMarginConfig, Normalization
 from avion_dali.contracts import ClipBatch, UserError
+from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.device_ops.step_key import StepKey
-from avion_dali.objectives.clips import require_one_view, training_frames
+from avion_dali.objectives.clips import batch_augmentation, compute_dtype, require_one_view
 from avion_dali.objectives.gather import EqualRows, gather_rows, gather_with_grad
 
 SAME_RELEVANCY: Final = 1.1 / 240
@@ -152,7 +153,12 @@ class MaxMargin:
             )
         require_one_view(batch, "max-margin")
         ids_B2 = torch.from_numpy(self._ids(batch)).to(batch.frames_BTHWC.device, non_blocking=True)
-        frames_BCTHW = training_frames(batch, self.normalization, augment=self.augment, key=key)
+        frames_BCTHW = normalize_frames(
+            batch.frames_BTHWC,
+            self.normalization,
+            dtype=compute_dtype(batch.frames_BTHWC.device),
+            augmentation=batch_augmentation(batch, self.augment, key),
+        )
         video_BD, text_BD, scale_B = model(frames_BCTHW, batch.tokens_BL)
         if scale_B.requires_grad:
             raise UserError("max-margin losses have no temperature; set model.train_logit_scale to false")
