@@ -60,7 +60,8 @@ class DaliStrategy:
             device: where frames are delivered.
             stats: where the time and the clips of `cpu-fused` are counted.
         """
-        self._ring, self._device, self._stats = ring, device, stats
+        self._device, self._stats = device, stats
+        self._slots = [ring.frames(slot) for slot in range(ring.slots)]
         on_gpu = device.type == "cuda"
         backend: Device = "mixed" if on_gpu else "cpu"
         rows, views, _, frame_size, *_ = ring.slot_shape
@@ -139,6 +140,7 @@ class DaliStrategy:
     def close(self) -> None:
         """Forget the batches that were started."""
         self._graph.clear()
+        self._slots = []
 
     @cached_property
     def _one_clip_graph(self) -> GraphRunner:
@@ -157,7 +159,7 @@ class DaliStrategy:
                 refused[row] = _refusal(request, error)
                 continue
             correct_colors(frames, [mini_clip.colorspace])
-            torch.from_numpy(self._ring.frames(batch.slot)[row]).copy_(frames[0])
+            torch.from_numpy(self._slots[batch.slot][row]).copy_(frames[0])
             clip = batch.results[row]
             assert clip is not None
             batch.results[row] = replace(clip, mini_clip=None)
@@ -168,11 +170,11 @@ class DaliStrategy:
         self, batch: PendingBatch[CollectedClip], rows: list[int], frames: torch.Tensor | None
     ) -> torch.Tensor:
         """Return all rows: those of the graph, those whose frames are in the ring, zeros for invalid ones."""
-        shape = (len(batch.requests), *self._ring.slot_shape[1:])
+        shape = (len(batch.requests), *self._slots[batch.slot].shape[1:])
         everything = torch.zeros(shape, dtype=torch.uint8, device=self._device)
         if frames is not None:
             everything[rows] = frames
-        in_place = self._ring.frames(batch.slot)
+        in_place = self._slots[batch.slot]
         for row, clip in enumerate(batch.results):
             if clip is not None and clip.mini_clip is None:
                 everything[row] = torch.from_numpy(in_place[row]).to(self._device)
@@ -184,7 +186,7 @@ class DaliStrategy:
         assert clip is not None and clip.mini_clip is not None
         if not clip.num_bytes:
             return clip.mini_clip
-        return replace(clip.mini_clip, data=self._ring.frames(batch.slot)[row].reshape(-1)[: clip.num_bytes])
+        return replace(clip.mini_clip, data=self._slots[batch.slot][row].reshape(-1)[: clip.num_bytes])
 
     def _count_unfit(self, reasons: list[str]) -> None:
         self._stats.decoded_on_cpu += len(reasons)

@@ -39,13 +39,13 @@ class FramesStrategy:
         Raises:
             RuntimeError: when the ring's memory cannot be pinned.
         """
-        self._ring, self._device, self._stats = ring, device, stats
+        self._device, self._stats = device, stats
+        self._slots = [torch.from_numpy(ring.frames(slot)) for slot in range(ring.slots)]
         self._copied: list[torch.cuda.Event | None] = [None] * ring.slots
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pinned: torch.Tensor | None = None
         if device.type == "cuda":
-            self._pinned = torch.from_numpy(ring.everything())
-            check = torch.cuda.cudart().cudaHostRegister(self._pinned.data_ptr(), self._pinned.numel(), 0)
+            memory = torch.from_numpy(ring.everything())
+            check = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
             if int(check):
                 raise RuntimeError(f"cudaHostRegister failed with code {int(check)}")
 
@@ -75,9 +75,9 @@ class FramesStrategy:
             uint8 (B*V, T, H, W, C) on the device, the caller's to keep; zeros for invalid rows.
         """
         self._stats.decode_s += sum(seconds for seconds in batch.results if seconds)
-        in_ring = self._ring.frames(batch.slot)[: len(batch.requests)]
-        in_ring[~batch.valid] = 0
-        frames_BTHWC = torch.from_numpy(in_ring).flatten(0, 1)
+        in_ring_BVTHWC = self._slots[batch.slot][: len(batch.requests)]
+        in_ring_BVTHWC[torch.from_numpy(~batch.valid)] = 0
+        frames_BTHWC = in_ring_BVTHWC.flatten(0, 1)
         if self._stream is None:
             return frames_BTHWC.clone()
         event, model_stream = torch.cuda.Event(), torch.cuda.current_stream(self._device)
@@ -95,8 +95,8 @@ class FramesStrategy:
 
     def close(self) -> None:
         """Finish all copies and unpin the memory; may be called twice."""
-        for slot in range(self._ring.slots):
+        for slot in range(len(self._slots)):
             self.wait_until_free(slot)
-        if self._pinned is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned.data_ptr())
-            self._pinned = None
+        if self._stream is not None and self._slots:
+            torch.cuda.cudart().cudaHostUnregister(self._slots[0].data_ptr())
+        self._slots = []
