@@ -36,7 +36,7 @@ from avion_dali.loading.strategy import PendingBatch
 from avion_dali.models.blocks import VideoEncoder
 from avion_dali.models.presets import PRESETS
 from pipelines.mini_clip import MiniClip
-from pipelines.worker import CollectedClip
+from pipelines.mini_clip_worker import CollectedClip
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "architecture.md").read_text()
@@ -53,7 +53,7 @@ NOT_COUNTED = {
     ("avion_dali/objectives/clips.py", "require_one_view"),
     ("avion_dali/objectives/clips.py", "batch_augmentation"),
     ("pipelines/codecs.py", "require_decodable"),
-    ("pipelines/strategy.py", "_rows_for_graph"),
+    ("pipelines/dali_strategy.py", "_rows_for_graph"),
     # The way of the text.
     ("avion_dali/models/dual_encoder.py", "encode_text"),
 }

@@ -36,6 +36,7 @@ from avion_dali.data.crops import CROPS
 from avion_dali.datasets.building import AnnotationRow, manifest_build
 from avion_dali.decode import cpu_fused
 from avion_dali.decode.decoders import CPU_DECODERS
+from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.device_ops.step_key import StepKey
 from avion_dali.engine.distributed import Distributed
 from avion_dali.metrics.accuracy import CLASS_METRICS
@@ -44,7 +45,7 @@ from avion_dali.models.layout import TowerLayout
 from avion_dali.models.starting_weights import open_start
 from avion_dali.models.towers import ENCODERS
 from avion_dali.models.videomae import build_blocks
-from avion_dali.objectives.clips import training_frames
+from avion_dali.objectives.clips import batch_augmentation, compute_dtype
 from avion_dali.tasks.recognition import CLASSIFICATION
 from avion_dali.tasks.table import TASKS
 
@@ -93,8 +94,13 @@ class Hinge:
     def outputs(self, model: nn.Module, batch: ClipBatch, key: StepKey) -> tuple[Tensor, Tensor]:
         assert batch.labels_B is not None
         config = self.config
-        frames = training_frames(batch, config.data.normalization, augment=config.augment, key=key)
-        return model(frames), batch.labels_B
+        frames_BCTHW = normalize_frames(
+            batch.frames_BTHWC,
+            config.data.normalization,
+            dtype=compute_dtype(batch.frames_BTHWC.device),
+            augmentation=batch_augmentation(batch, config.augment, key),
+        )
+        return model(frames_BCTHW), batch.labels_B
 
     def loss(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         return nn.functional.multi_margin_loss(outputs[0].float(), outputs[1]), {}

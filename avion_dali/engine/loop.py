@@ -183,8 +183,7 @@ class TrainLoop:
         watched = self.overflows.watched_norm(grad_norm) if self.scaler.is_enabled() else grad_norm
         excess = self.state.spikes.excess(loss) if self.state.spikes else None
         self.guard.watch(self.step, loss=loss, grad_norm=watched, sample_ids=sample_ids, excess=excess)
-        # Only `skip` needs the number on the host immediately, so only then does every step wait for the
-        # device.
+        # Only `skip` needs the number on the host at once, and makes every step wait for the device.
         if excess is None or self.settings.run.on_spike != "skip" or not excess > 1:
             self._change_weights(grad_norm)
         self.scaler.update()
@@ -212,8 +211,7 @@ class TrainLoop:
         results: list[tuple[torch.Tensor, Report]] = []
         sample_ids: list[np.ndarray] = []
         if accum_steps > 1 and self.objective.couples_samples:
-            held = list(batches)
-            sample_ids.extend(batch.sample_ids for batch in held)
+            sample_ids.extend(batch.sample_ids for batch in (held := list(batches)))
             if len(held) == accum_steps:
                 results.append(self._coupled_step(held))
         else:

@@ -17,11 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from avion_dali.contracts import ClipRequest
 from avion_dali.cores import available_cores
-from avion_dali.decode.clip import fill_clip
+from avion_dali.decode.clip import ClipDecoder
 from avion_dali.decode.reading import read_spanned
 from avion_dali.decode.rendering import ReferenceView
 from avion_dali.loading.worker import DecodeClip
@@ -42,9 +39,8 @@ WARM_STEPS = 2
 SAMPLES = 4_000
 
 
-def crop_afterwards(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
-    """Decode from the keyframe on, convert full frames, then crop and resize: before the paper's third idea."""
-    fill_clip(request, frames_VTHWC, read_frames=read_spanned, make_view=ReferenceView)
+crop_afterwards = ClipDecoder("crop-afterwards", read_spanned, ReferenceView)
+"""Decodes from the keyframe on, converts full frames, then crops and resizes: before the paper's third idea."""
 
 
 # A decoder's name, or a function that stands in for one.
