@@ -129,7 +129,7 @@ class DaliStrategy:
         self._stats.decode_s += sum(clip.seconds for clip in clips)
         self._count_unfit([clip.unfit for clip in clips if clip.unfit])
         if frames is None or len(rows) < len(batch.requests):
-            frames = self._with_rows_in_place(batch, rows, frames)
+            frames = self._with_rows_in_place(batch, rows, frames=frames)
         return frames.flatten(0, 1)
 
     def discard(self) -> None:
@@ -167,7 +167,7 @@ class DaliStrategy:
             raise RefusedRowsError(refused)
 
     def _with_rows_in_place(
-        self, batch: PendingBatch[CollectedClip], rows: list[int], frames: torch.Tensor | None
+        self, batch: PendingBatch[CollectedClip], rows: list[int], *, frames: torch.Tensor | None
     ) -> torch.Tensor:
         """Return all rows: those of the graph, those whose frames are in the ring, zeros for invalid ones."""
         shape = (len(batch.requests), *self._slots[batch.slot].shape[1:])

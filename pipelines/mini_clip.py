@@ -76,7 +76,7 @@ def build_mini_clip(parts: Sequence[PartPackets]) -> MiniClip:
             f"pictures are decoded up to {timeline.delay} places late, DALI can sort {MAX_REORDER_FRAMES}"
         )
     payloads = [payload for run in runs for payload in run.payloads]
-    return MiniClip(_mp4(stream, payloads, timeline), tuple(timeline.wanted), stream.colorspace)
+    return MiniClip(_mp4(stream, payloads, timeline=timeline), tuple(timeline.wanted), stream.colorspace)
 
 
 def _check(stream: StreamFacts, parts: Sequence[PartPackets], runs: Sequence[RunPackets]) -> None:
@@ -143,15 +143,15 @@ def _table(kind: bytes, *numbers: int) -> bytes:
     return _full_box(kind, struct.pack(f">{len(numbers)}I", *numbers))
 
 
-def _mp4(stream: StreamFacts, payloads: Sequence[bytes], timeline: _Timeline) -> bytes:
-    moov = _moov(stream, [len(payload) for payload in payloads], timeline)
+def _mp4(stream: StreamFacts, payloads: Sequence[bytes], *, timeline: _Timeline) -> bytes:
+    moov = _moov(stream, [len(payload) for payload in payloads], timeline=timeline)
     # The last number of the last table says where the packets begin: known only now.
     start = len(_FILE_TYPE) + len(moov) + 8
     mdat = struct.pack(">I4s", 8 + sum(map(len, payloads)), b"mdat")
     return b"".join([_FILE_TYPE, moov[:-4], struct.pack(">I", start), mdat, *payloads])
 
 
-def _moov(stream: StreamFacts, sizes: Sequence[int], timeline: _Timeline) -> bytes:
+def _moov(stream: StreamFacts, sizes: Sequence[int], *, timeline: _Timeline) -> bytes:
     duration = len(sizes) + timeline.delay
     size = struct.pack(">II", stream.width << 16, stream.height << 16)
     movie_header = struct.pack(">6IQ", 0, 0, _TIMESCALE, duration, 1 << 16, 1 << 24, 0)

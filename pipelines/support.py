@@ -74,7 +74,7 @@ def nvdec_problem(device_index: int) -> str | None:
     Returns:
         None when it does, else one line that says why not and what to do.
     """
-    return nvdec_obstacle(device_index) or _decode_in_subprocess("h264", "nvdec", device_index)
+    return nvdec_obstacle(device_index) or _decode_in_subprocess("h264", "nvdec", device_index=device_index)
 
 
 def codec_support(device_index: int) -> dict[str, str]:
@@ -241,11 +241,13 @@ def nvcuvid_problem() -> str | None:
 def _try_all(backend: Backend, device_index: int = 0) -> dict[str, str]:
     """Decode a clip of each codec, each in a process of its own: one that fails may leave the GPU unusable."""
     with ThreadPoolExecutor(min(available_cores(), len(CODECS))) as pool:
-        problems = pool.map(lambda codec: _decode_in_subprocess(codec, backend, device_index), CODECS)
+        problems = pool.map(
+            lambda codec: _decode_in_subprocess(codec, backend, device_index=device_index), CODECS
+        )
         return {codec: problem or WORKS for codec, problem in zip(CODECS, problems, strict=True)}
 
 
-def _decode_in_subprocess(codec: str, backend: Backend, device_index: int = 0) -> str | None:
+def _decode_in_subprocess(codec: str, backend: Backend, *, device_index: int = 0) -> str | None:
     failure = call_in_subprocess(decode_problem, codec, backend, device_index)
     return failure and f"a tiny {codec} clip: {failure}"
 
@@ -276,7 +278,7 @@ def decode_problem(codec: str, backend: Backend, device_index: int = 0) -> str |
         expected_VTHWC = np.stack([[_paint(number) for number in _WANTED]])
         if backend != "cpu-fused":
             expected_VTHWC = frames_VTHWC
-            found = _decode_with_dali(request, backend, device_index)
+            found = _decode_with_dali(request, backend, device_index=device_index)
             if isinstance(found, str):
                 return found
             frames_VTHWC = found
@@ -285,7 +287,7 @@ def decode_problem(codec: str, backend: Backend, device_index: int = 0) -> str |
     return None if difference <= MAX_DIFFERENCE_LEVELS else wrong
 
 
-def _decode_with_dali(request: ClipRequest, backend: Backend, device_index: int) -> np.ndarray | str:
+def _decode_with_dali(request: ClipRequest, backend: Backend, *, device_index: int) -> np.ndarray | str:
     """Return frames (V, T, H, W, C), uint8, or what DALI cannot do."""
     import numpy as np
 

@@ -146,7 +146,7 @@ def clip_numbers(chunk: Chunk, seconds: Iterable[float], decoder: str) -> list[i
     """Numbers that one-frame clips at these times show."""
     numbers = []
     for second in seconds:
-        parts, gather = locate_frames(second, second, [chunk], choose=lambda _: np.zeros(1, np.int64))
+        parts, gather = locate_frames(second, second, chunks=[chunk], choose=lambda _: np.zeros(1, np.int64))
         numbers += _rendered(parts, gather, decoder)
     return numbers
 

@@ -94,7 +94,7 @@ def make_training(
     )
     run = RunConfig(seed=1, log_every=1, sharding=sharding, precision=precision, max_steps=max_steps)
     model = fresh_model()
-    shard_model(model, run, distributed)
+    shard_model(model, run, distributed=distributed)
     return TrainLoop(
         model,
         build_optimizer(parameter_groups(model, optim_config.weight_decay), optim_config),

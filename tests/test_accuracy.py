@@ -33,9 +33,9 @@ def test_verb_and_noun_vectors():
 
 def test_verb_and_noun_accuracy_follow_sums_not_the_best_action():
     # The first sample's best action has verb 0 and noun 0; the second's noun by sums is 1, by best action 2.
-    assert part_accuracy(PROBABILITIES, np.array([1, 4]), VERBS) == 0.5
-    assert part_accuracy(PROBABILITIES, np.array([3, 1]), NOUNS) == 1.0
-    assert part_accuracy(PROBABILITIES, np.array([3, 2]), NOUNS) == 0.5
+    assert part_accuracy(PROBABILITIES, np.array([1, 4]), part_K=VERBS) == 0.5
+    assert part_accuracy(PROBABILITIES, np.array([3, 1]), part_K=NOUNS) == 1.0
+    assert part_accuracy(PROBABILITIES, np.array([3, 2]), part_K=NOUNS) == 0.5
 
 
 def test_confusion_vector():

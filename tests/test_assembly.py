@@ -67,10 +67,10 @@ def test_an_evaluation_changes_what_it_says_and_nothing_else() -> None:
 
 def test_what_may_not_change_in_a_resumed_run_is_plain_and_complete(tmp_path: Path) -> None:
     one, other = manifest_of(tmp_path / "a"), manifest_of(tmp_path / "b", ("x", "y"))
-    facts = resume_facts(TRAINED, one, None)
+    facts = resume_facts(TRAINED, one, eval_manifest=None)
     assert json.loads(json.dumps(facts)) == facts
-    assert resume_facts(TRAINED, one, other) != facts
-    assert resume_facts(TRAINED, other, None)["classes"] != facts["classes"]
+    assert resume_facts(TRAINED, one, eval_manifest=other) != facts
+    assert resume_facts(TRAINED, other, eval_manifest=None)["classes"] != facts["classes"]
     for changed in (
         replace(TRAINED, data=replace(TRAINED.data, stride=2)),
         replace(TRAINED, data=replace(TRAINED.data, repeats=2)),
@@ -78,9 +78,9 @@ def test_what_may_not_change_in_a_resumed_run_is_plain_and_complete(tmp_path: Pa
         replace(TRAINED, model=replace(TRAINED.model, norm_eps=1e-5)),
         replace(TRAINED, objective=ObjectiveConfig(name="max-margin")),
     ):
-        assert resume_facts(changed, one, None) != facts
+        assert resume_facts(changed, one, eval_manifest=None) != facts
     same = replace(TRAINED, data=replace(TRAINED.data, workers=1), optim=OptimConfig(epochs=9))
-    assert resume_facts(same, one, None) == facts
+    assert resume_facts(same, one, eval_manifest=None) == facts
 
 
 def test_classes_are_compared_by_name_and_order(tmp_path: Path) -> None:

@@ -69,11 +69,11 @@ def test_half_precision_stays_near_the_formula_and_keeps_its_matrix_in_half():
 
 
 def test_pytorchs_kernels_are_called_and_compared(monkeypatch):
-    assert sdpa_problem(SDPBackend.MATH, CPU, torch.float32) is None
-    assert sdpa_problem(SDPBackend.FLASH_ATTENTION, CPU, torch.bfloat16) is None
-    assert "No viable backend" in sdpa_problem(SDPBackend.CUDNN_ATTENTION, CPU, torch.float32)
+    assert sdpa_problem(SDPBackend.MATH, CPU, dtype=torch.float32) is None
+    assert sdpa_problem(SDPBackend.FLASH_ATTENTION, CPU, dtype=torch.bfloat16) is None
+    assert "No viable backend" in sdpa_problem(SDPBackend.CUDNN_ATTENTION, CPU, dtype=torch.float32)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: v + 0)
-    assert "wrong by up to" in sdpa_problem(SDPBackend.MATH, CPU, torch.float32)
+    assert "wrong by up to" in sdpa_problem(SDPBackend.MATH, CPU, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("backend", PACKAGES)
@@ -81,7 +81,7 @@ def test_backends_of_other_packages_say_why_they_cannot_run_here(backend):
     if importlib.util.find_spec(PACKAGES[backend]) and torch.cuda.is_available():
         pytest.skip(f"{backend} can run here")
     with pytest.raises(UserError, match=rf"{backend}.* cannot run here: .*(imported|GPU).*auto or sdpa"):
-        resolve_attention(backend, CPU, torch.bfloat16)
+        resolve_attention(backend, CPU, dtype=torch.bfloat16)
     with pytest.raises(UserError, match="cannot run here"):
         attend(*make_qkv(torch.float32), backend)
 
@@ -117,25 +117,25 @@ def install(monkeypatch: pytest.MonkeyPatch, package: FakePackage) -> None:
 
 def test_a_package_that_works_is_taken_on_a_gpu_in_half_precision_only(monkeypatch):
     install(monkeypatch, FakePackage())
-    assert resolve_attention("auto", CUDA, torch.bfloat16) == "flash-attn"
-    assert resolve_attention("auto", CUDA, torch.float32) == "sdpa"
-    assert resolve_attention("auto", CPU, torch.bfloat16) == "sdpa"
-    assert resolve_attention("flash-attn", CUDA, torch.float16) == "flash-attn"
+    assert resolve_attention("auto", CUDA, dtype=torch.bfloat16) == "flash-attn"
+    assert resolve_attention("auto", CUDA, dtype=torch.float32) == "sdpa"
+    assert resolve_attention("auto", CPU, dtype=torch.bfloat16) == "sdpa"
+    assert resolve_attention("flash-attn", CUDA, dtype=torch.float16) == "flash-attn"
     with pytest.raises(UserError, match="float16 and bfloat16, not torch.float32"):
-        resolve_attention("flash-attn", CUDA, torch.float32)
+        resolve_attention("flash-attn", CUDA, dtype=torch.float32)
 
 
 def test_a_package_whose_kernel_fails_is_not_taken(monkeypatch):
     install(monkeypatch, FakePackage("only supports Ampere GPUs or newer.\nmore"))
-    assert resolve_attention("auto", CUDA, torch.bfloat16) == "sdpa"
+    assert resolve_attention("auto", CUDA, dtype=torch.bfloat16) == "sdpa"
     with pytest.raises(UserError, match="here: only supports Ampere GPUs or newer.; set it"):
-        resolve_attention("flash-attn", CUDA, torch.bfloat16)
+        resolve_attention("flash-attn", CUDA, dtype=torch.bfloat16)
 
 
 def test_a_package_gets_heads_behind_tokens(monkeypatch):
     package = FakePackage()
     install(monkeypatch, package)
-    kernel = resolve_attention("flash-attn", CUDA, torch.bfloat16)
+    kernel = resolve_attention("flash-attn", CUDA, dtype=torch.bfloat16)
     monkeypatch.setattr(attention, "resolve_attention", never_again)
     q, k, v = make_qkv(queries=3)
     mixed = attend(q, k, v, kernel)
@@ -149,7 +149,7 @@ def never_again(*where: object) -> None:
 
 @pytest.mark.parametrize("kind", [SelfAttention, FusedAttention])
 def test_a_forward_pass_does_not_resolve_a_kernel_that_has_a_name(monkeypatch, kind):
-    module, x = kind(24, 3, backend=resolve_attention("auto", CPU, torch.float32)), torch.randn(2, 9, 24)
+    module, x = kind(24, 3, backend=resolve_attention("auto", CPU, dtype=torch.float32)), torch.randn(2, 9, 24)
     monkeypatch.setattr(attention, "resolve_attention", never_again)
     assert module.backend == "sdpa" and module(x).shape == x.shape
 
@@ -173,7 +173,7 @@ def test_compiled_code_does_not_look_for_packages(monkeypatch):
     install(monkeypatch, FakePackage())
 
     def mix(q, k, v):
-        kernel = resolve_attention("auto", CUDA, torch.bfloat16)
+        kernel = resolve_attention("auto", CUDA, dtype=torch.bfloat16)
         return attend(q, k, v) if kernel == "flash-attn" else q
 
     q, k, v = make_qkv()
@@ -183,7 +183,7 @@ def test_compiled_code_does_not_look_for_packages(monkeypatch):
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(UserError, match="none of auto, sdpa"):
-        resolve_attention("paged", CPU, torch.float32)
+        resolve_attention("paged", CPU, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "math"])

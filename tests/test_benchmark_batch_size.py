@@ -107,7 +107,7 @@ def manifest(tmp_path: Path) -> Path:
     make_videos.write_video(folder / "0.mp4", frames=90, size=(96, 96))
     lines = [f"a,{i / 16:.2f},{i / 16 + 0.6:.2f},cut {i},cut{i % 2},a" for i in range(32)]
     (tmp_path / "captions.csv").write_text("\n".join(["video,start,end,text,verb,noun", *lines]) + "\n")
-    build_captions_manifest(tmp_path / "chunks", tmp_path / "captions.csv", tmp_path / "m", jobs=1)
+    build_captions_manifest(tmp_path / "chunks", tmp_path / "captions.csv", output=tmp_path / "m", jobs=1)
     return tmp_path / "m"
 
 

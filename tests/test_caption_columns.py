@@ -32,7 +32,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def build(chunk_root: Path, annotations: Path) -> BuildReport:
-    return build_captions_manifest(chunk_root, annotations, annotations.parent / "out", jobs=1)
+    return build_captions_manifest(chunk_root, annotations, output=annotations.parent / "out", jobs=1)
 
 
 def test_columns_that_are_not_read_are_named(tmp_path: Path, chunks: Path) -> None:

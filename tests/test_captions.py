@@ -79,7 +79,9 @@ WRITERS = {"csv": write_csv, "jsonl": write_jsonl}
 
 
 def build(chunk_root: Path, annotations: Path, **options: Any) -> BuildReport:
-    return build_captions_manifest(chunk_root, annotations, annotations.parent / "out", jobs=1, **options)
+    return build_captions_manifest(
+        chunk_root, annotations, output=annotations.parent / "out", jobs=1, **options
+    )
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -264,7 +264,7 @@ class Tied(nn.Module):
 
 def test_safetensors_describe_themselves_and_load_back(tmp_path):
     path, model = tmp_path / "w.safetensors", Tied()
-    export_safetensors(model, path, {"config": {"model": {"size": "tiny"}}, "step": 3})
+    export_safetensors(model, path, header={"config": {"model": {"size": "tiny"}}, "step": 3})
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["avion_dali"])
     assert header["config"]["model"]["size"] == "tiny" and header["versions"]["torch"]

@@ -201,7 +201,10 @@ def test_training_clips_run_over_all_chunks_of_the_span(sampling: str) -> None:
     for seed in range(300):
         rng = np.random.default_rng(seed)
         parts, gather = locate_frames(
-            13.0, 17.0, chunks, choose=lambda total, rng=rng: choose_frames(total, rules, clip=0, rng=rng)
+            13.0,
+            17.0,
+            chunks=chunks,
+            choose=lambda total, rng=rng: choose_frames(total, rules, clip=0, rng=rng),
         )
         first = {chunks[0].ref.path: 0, chunks[1].ref.path: 450}
         ids = [first[part.chunk.path] + frame for part in parts for frame in part.frame_ids]

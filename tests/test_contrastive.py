@@ -160,19 +160,19 @@ def assert_same_step(result, expected) -> None:
 
 @pytest.mark.parametrize(("scale", "loss"), [(1 / 0.07, 8.909475), (1.0, 1.355642)])
 def test_loss_vectors(scale, loss):
-    value, accuracy = info_nce(VIDEO, TEXT, torch.tensor(scale))
+    value, accuracy = info_nce(VIDEO, TEXT, scale=torch.tensor(scale))
     assert float(value) == pytest.approx(loss, abs=1e-5)
     assert float(accuracy) == pytest.approx(1 / 3)
 
 
 def test_loss_of_indistinguishable_pairs_is_the_log_of_their_number():
     same = torch.ones(5, 1)
-    assert float(info_nce(same, same, torch.tensor(50.0))[0]) == pytest.approx(math.log(5), abs=1e-5)
+    assert float(info_nce(same, same, scale=torch.tensor(50.0))[0]) == pytest.approx(math.log(5), abs=1e-5)
 
 
 def test_loss_is_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value, _ = info_nce(VIDEO, TEXT, torch.tensor(1 / 0.07))
+        value, _ = info_nce(VIDEO, TEXT, scale=torch.tensor(1 / 0.07))
     assert value.dtype == torch.float32 and float(value) == pytest.approx(8.909475, abs=1e-5)
 
 

@@ -185,7 +185,7 @@ def test_a_training_that_started_so_goes_on_so(egovlp: str, tmp_path: Path) -> N
     resolved = resolve_model(model_config(egovlp), start.facts)
     model = build_classifier(resolved, num_classes=5, dropout=0.0, **CLIPS)
     plain = asdict(replace(trained_config(start), model=resolved))
-    export_safetensors(model, tmp_path / "own.safetensors", {"config": plain})
+    export_safetensors(model, tmp_path / "own.safetensors", header={"config": plain})
     assert (
         resolve_model(model_config(""), open_start(str(tmp_path / "own.safetensors")).facts).pre_norm is False
     )

@@ -185,7 +185,7 @@ def test_weights_are_exported_evaluated_and_written_again(tmp_path: Path):
     model = build(config)
     train(model, optimizer_of(model, config), 0, 3)
     first, second = tmp_path / "weights.safetensors", tmp_path / "again.safetensors"
-    export_safetensors(model, first, {"config": asdict(config), "classes": CLASSES.names})
+    export_safetensors(model, first, header={"config": asdict(config), "classes": CLASSES.names})
     write_weights(open_start(str(first)), second, layout=None)
     expected = probabilities(model)
     assert len(np.unique(expected)) > 3
@@ -229,7 +229,7 @@ def test_declared_positions_fit_other_frames_and_sizes(tmp_path: Path):
     with torch.no_grad():
         model.visual.when.fill_(0.25)
         model.visual.where.fill_(0.5)
-    export_safetensors(model, path, {"config": asdict(config)})
+    export_safetensors(model, path, header={"config": asdict(config)})
     larger = build(replace(config, data=DataConfig(num_frames=8, frame_size=48)), seed=1)
     report = apply_start(larger, open_start(str(path)), temporal_resize="interpolate")
     assert report.resized == (
@@ -243,7 +243,7 @@ def test_declared_positions_fit_other_frames_and_sizes(tmp_path: Path):
 def test_a_classifier_starts_from_the_dual_encoder_of_the_same_encoder(tmp_path: Path):
     config = replace(pooled_config(), objective=ObjectiveConfig(name="contrastive"))
     model = build_dual_encoder(config.model, num_frames=4, frame_size=32)
-    export_safetensors(model, tmp_path / "dual.safetensors", {"config": asdict(config)})
+    export_safetensors(model, tmp_path / "dual.safetensors", header={"config": asdict(config)})
     start, classifier = open_start(str(tmp_path / "dual.safetensors")), build(config)
     assert (start.facts.role, start.facts.embed_dim, start.facts.context_length) == ("dual-encoder", 256, 77)
     report = apply_start(classifier, start, temporal_resize="interpolate")
@@ -256,7 +256,7 @@ def test_a_classifier_starts_from_the_dual_encoder_of_the_same_encoder(tmp_path:
 def test_a_file_of_an_encoder_that_is_not_known_is_refused_by_its_name(tmp_path, monkeypatch):
     """Its names look like VideoMAE's, and its header decides."""
     config, path = pooled_config(), tmp_path / "weights.safetensors"
-    export_safetensors(build(config), path, {"config": asdict(config)})
+    export_safetensors(build(config), path, header={"config": asdict(config)})
     monkeypatch.delitem(ENCODERS, "pooled")
     with pytest.raises(
         UserError, match=r"weights\.safetensors.*'pooled' is none of vit, timesformer, videomae"

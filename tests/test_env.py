@@ -196,7 +196,7 @@ def test_too_little_space_is_a_problem(tmp_path: Path, monkeypatch: pytest.Monke
     assert found["disk"].value.endswith("0.1 of 64.0 GiB free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(2**36, 0, 2**35))
     assert by_name(env.machine_findings())["disk"].problem is None
-    assert env._space_finding("x", tmp_path / "absent", 1, "").problem is None
+    assert env._space_finding("x", tmp_path / "absent", enough_gib=1, advice="").problem is None
 
 
 def test_attention_kernels_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_attention_kernels_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     found = by_name(env.attention_findings())
     assert (found["sdpa math"].value, found["sdpa math"].problem) == ("works (fp32 on cpu)", None)
     assert found["sdpa efficient"].value == "for GPUs only"
-    monkeypatch.setattr(attention, "sdpa_problem", lambda *kernel: "broken")
+    monkeypatch.setattr(attention, "sdpa_problem", lambda *_, dtype: "broken")
     found = by_name(env.attention_findings())
     assert (found["sdpa math"].problem, found["sdpa math"].essential) == ("broken", True)
     assert (found["sdpa flash"].problem, found["sdpa flash"].essential) == ("broken", False)

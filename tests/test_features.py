@@ -50,7 +50,7 @@ def model_of(config: TrainConfig, num_classes: int = 0) -> torch.nn.Module:
 def exported(folder: Path, config: TrainConfig, **more: int) -> Path:
     """Weights of a model as a training leaves them."""
     path = folder / "weights.safetensors"
-    export_safetensors(model_of(config, **more), path, {"config": asdict(config)})
+    export_safetensors(model_of(config, **more), path, header={"config": asdict(config)})
     return path
 
 
@@ -113,7 +113,7 @@ def test_numbers_are_those_of_the_model_itself(videos: Path, tmp_path: Path):
     for name in "ab":
         (chunks / f"{name}.mp4").mkdir(parents=True)
         (chunks / f"{name}.mp4" / "0.mp4").write_bytes((videos / f"{name}.mp4").read_bytes())
-    build_captions_manifest(chunks, tmp_path / "captions.csv", tmp_path / "m", jobs=1)
+    build_captions_manifest(chunks, tmp_path / "captions.csv", output=tmp_path / "m", jobs=1)
     weights, output = exported(tmp_path, CONFIG), tmp_path / "f.npy"
     assert (
         run("--checkpoint", weights, "--manifest", tmp_path / "m", "--output", output, "--micro-batch", 3) == 0

@@ -138,23 +138,23 @@ def test_dense_ids_stay_in_the_video_and_in_order(num_source: int) -> None:
 
 
 def test_view_starts_equal_the_recorded_vectors() -> None:
-    assert view_start_frames(300, 16, 4, 5) == [0, 59, 118, 177, 236]
-    assert view_start_frames(70, 16, 4, 5) == [0, 1, 3, 4, 6]
-    assert view_start_frames(64, 16, 4, 5) == [0] * 5
-    assert view_start_frames(10, 16, 4, 5) == [0] * 5
+    assert view_start_frames(300, 16, stride=4, num_views=5) == [0, 59, 118, 177, 236]
+    assert view_start_frames(70, 16, stride=4, num_views=5) == [0, 1, 3, 4, 6]
+    assert view_start_frames(64, 16, stride=4, num_views=5) == [0] * 5
+    assert view_start_frames(10, 16, stride=4, num_views=5) == [0] * 5
 
 
 def test_views_read_the_plain_stride_and_repeat_the_last_frame() -> None:
-    assert view_frame_ids(300, 16, 4, 236).tolist() == list(range(236, 297, 4))
-    assert view_frame_ids(70, 16, 4, 6).tolist() == list(range(6, 67, 4))
-    assert view_frame_ids(40, 16, 4, 0).tolist() == [*range(0, 37, 4), *[39] * 6]
-    assert view_frame_ids(1, 3, 4, 0).tolist() == [0, 0, 0]
+    assert view_frame_ids(300, 16, stride=4, start=236).tolist() == list(range(236, 297, 4))
+    assert view_frame_ids(70, 16, stride=4, start=6).tolist() == list(range(6, 67, 4))
+    assert view_frame_ids(40, 16, stride=4, start=0).tolist() == [*range(0, 37, 4), *[39] * 6]
+    assert view_frame_ids(1, 3, stride=4, start=0).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("num_source", [1, 2, 3, 5, 10, 301])
 @pytest.mark.parametrize("num_parts", [1, 2, 5])
 def test_equal_parts_cover_everything_and_are_never_empty(num_source: int, num_parts: int) -> None:
-    parts = [segment_of(num_source, k, num_parts) for k in range(num_parts)]
+    parts = [segment_of(num_source, k, num_parts=num_parts) for k in range(num_parts)]
     assert all(0 <= first < stop <= num_source for first, stop in parts)
     assert set().union(*(range(*part) for part in parts)) == set(range(num_source))
     if num_source >= num_parts:

@@ -115,7 +115,7 @@ def test_attention_and_its_gradient_equal_the_formula(
     backend: AttentionBackend, queries: int, device: torch.device
 ) -> None:
     try:
-        resolve_attention(backend, device, torch.bfloat16)
+        resolve_attention(backend, device, dtype=torch.bfloat16)
     except UserError as error:
         pytest.skip(str(error))
     generator = torch.Generator().manual_seed(0)
@@ -169,9 +169,9 @@ def test_mixing_is_that_of_the_cpu(kind: str, device: torch.device) -> None:
 @on_each_device
 def test_the_same_boxes_are_erased_as_on_the_cpu(device: torch.device) -> None:
     frames = normalize_frames(clips(), "openai")
-    expected = erase_boxes(frames, 0.6, KEY, np.arange(6)) != frames
+    expected = erase_boxes(frames, 0.6, key=KEY, clip_ids=np.arange(6)) != frames
     moved = frames.to(device)
-    found = erase_boxes(moved, 0.6, KEY, np.arange(6))
+    found = erase_boxes(moved, 0.6, key=KEY, clip_ids=np.arange(6))
     assert torch.equal((found != moved).cpu(), expected)
     assert 0 < int(expected.flatten(1).any(dim=1).sum()) < 6
     noise = found[found != moved]  # drawn by the device itself

@@ -25,7 +25,9 @@ def chunks(tmp_path_factory: pytest.TempPathFactory, chunk_file: Path) -> Path:
 
 
 def build(chunk_root: Path, annotations: Path, **options: Any) -> BuildReport:
-    return build_captions_manifest(chunk_root, annotations, annotations.parent / "out", jobs=1, **options)
+    return build_captions_manifest(
+        chunk_root, annotations, output=annotations.parent / "out", jobs=1, **options
+    )
 
 
 LABELLED = "video,start,end,label\ngarden,0,1,10:2\ngarden,0,1,2:1\ngarden,0,1,0:9\ngarden,0,1,0:10\n"

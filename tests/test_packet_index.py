@@ -46,7 +46,7 @@ def made_up(gops: int, *, gop: int = 30) -> tuple[PacketTable, PacketPlaces]:
 @pytest.mark.parametrize("gops", [1, 9, 40])
 def test_columns_survive_packing(gops: int) -> None:
     table, places = made_up(gops)
-    index = opened(pack_index(STREAM, table, places))
+    index = opened(pack_index(STREAM, table, places=places))
     assert index.stream == STREAM
     starts = range(0, len(table.pts))
     numbers = sorted({index.block_of(frame_id) for frame_id in starts})
@@ -76,7 +76,7 @@ def test_blocks_never_part_an_open_gop() -> None:
     keys = np.flatnonzero(table.entry)[1:]
     pts[keys], pts[keys + 1] = table.pts[keys + 1], table.pts[keys]
     opened_gops = PacketTable(pts, table.entry, table.is_reference, table.layer, np.argsort(pts))
-    index = opened(pack_index(STREAM, opened_gops, places))
+    index = opened(pack_index(STREAM, opened_gops, places=places))
     assert index.block_of(len(pts) - 1) == 0
 
 
@@ -114,7 +114,7 @@ def test_transport_streams_have_no_index(tmp_path: Path) -> None:
 
 def test_damage_to_a_record_is_noticed() -> None:
     table, places = made_up(9)
-    record = pack_index(STREAM, table, places)
+    record = pack_index(STREAM, table, places=places)
     head = 24 + len("h264extra") + 24  # numbers, names, a directory of one block
     for at in range(head):
         damaged = bytearray(record)

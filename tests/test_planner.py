@@ -59,7 +59,7 @@ def plan_span(
 ) -> ClipRequest:
     """The request of a span over all given chunks, without a manifest."""
     parts, gather = locate_frames(
-        start_s, end_s, chunks, choose=lambda total: segment_frame_ids(0, total, num_frames, rng)
+        start_s, end_s, chunks=chunks, choose=lambda total: segment_frame_ids(0, total, num_frames, rng)
     )
     window = center_square_window(chunks[0].ref.width, chunks[0].ref.height)
     return ClipRequest(0, 0, parts, gather, (window,), (False,), 224)

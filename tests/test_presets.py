@@ -115,7 +115,7 @@ def test_videomaes_large_weights_find_their_size():
     assert resolve_model(config, facts).activation == "gelu"
     with torch.device("meta"):
         tuned = build_classifier(config, num_classes=400, num_frames=16, frame_size=224, dropout=0.0)
-    fit = fit_weights(tuned, state, facts, temporal_resize="interpolate")
+    fit = fit_weights(tuned, state, facts=facts, temporal_resize="interpolate")
     assert not fit.problems and {name.split(".")[-2] for name in fit.fresh} == {"fc_cls", "fc_norm"}
 
 

@@ -133,7 +133,7 @@ def test_row_of_a_single_process():
         steps=2, step_s=0.5, data_wait_s=0.1, data_wait_share=0.2, clips_per_s=64.0, memory_mb=9.0
     )
     numbers = {"loss": torch.tensor(2.0), "accuracy": torch.tensor(0.5)}
-    row = row_over_ranks(numbers, timing, {"delivered": 8, "replaced": 1})
+    row = row_over_ranks(numbers, timing, counts={"delivered": 8, "replaced": 1})
     assert row == {
         "loss": 2.0,
         "accuracy": 0.5,

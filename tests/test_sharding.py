@@ -111,7 +111,7 @@ def test_half_precision_is_that_of_one_process(results, tmp_path):
 
 def test_one_process_is_left_alone():
     model = nn.Linear(2, 2)
-    shard_model(model, RunConfig(sharding="shard"), Distributed())
+    shard_model(model, RunConfig(sharding="shard"), distributed=Distributed())
     assert not is_sharded(model)
     with unsharded(model):
         assert model(torch.ones(1, 2)).shape == (1, 2)
@@ -126,4 +126,4 @@ def test_one_process_is_left_alone():
 def test_fp16_is_refused(monkeypatch):
     here = Distributed(world_size=2, device=torch.device("cuda", 0))
     with pytest.raises(UserError, match="run.sharding = shard needs run.precision = bf16 or fp32"):
-        shard_model(nn.Linear(2, 2), RunConfig(sharding="shard", precision="fp16"), here)
+        shard_model(nn.Linear(2, 2), RunConfig(sharding="shard", precision="fp16"), distributed=here)

@@ -132,7 +132,7 @@ def test_our_own_files(tmp_path, form, averaged):
     config = own_config(activation="quick_gelu", norm_eps=1e-5)
     expected = model.state_dict()
     if form == "safetensors":
-        export_safetensors(model, tmp_path / "w.safetensors", {"config": config})
+        export_safetensors(model, tmp_path / "w.safetensors", header={"config": config})
     else:
         average = {name: 0.5 * p.detach() for name, p in model.named_parameters()} if averaged else {}
         expected = {**expected, **average}
@@ -151,7 +151,7 @@ def test_our_files_with_options_left_open_mean_the_defaults(tmp_path):
     export_safetensors(
         small_dual_encoder("timesformer"),
         tmp_path / "w.safetensors",
-        {"config": own_config(encoder="timesformer")},
+        header={"config": own_config(encoder="timesformer")},
     )
     facts = open_start(str(tmp_path / "w.safetensors")).facts
     assert (facts.activation, facts.norm_eps) == ("quick_gelu", 1e-6)
@@ -170,7 +170,7 @@ def test_files_of_older_versions_and_of_other_objectives_are_known_by_their_head
         ({"name": "classification"}, classifier, "classifier"),
     ):
         header = {"config": {**config, "objective": objective}}
-        export_safetensors(weights, tmp_path / "w.safetensors", header)
+        export_safetensors(weights, tmp_path / "w.safetensors", header=header)
         facts = open_start(str(tmp_path / "w.safetensors")).facts
         # The header decides, whatever the names of the parameters look like.
         assert (facts.encoder, facts.size, facts.role, facts.pre_norm) == ("timesformer", "tiny", role, True)
@@ -188,7 +188,7 @@ def test_files_of_older_versions_and_of_other_objectives_are_known_by_their_head
     ],
 )
 def test_our_files_that_do_not_say_what_they_are_are_refused(tmp_path, header, message):
-    export_safetensors(small_dual_encoder(), tmp_path / "w.safetensors", header)
+    export_safetensors(small_dual_encoder(), tmp_path / "w.safetensors", header=header)
     with pytest.raises(UserError, match=rf"w\.safetensors.*{message}"):
         open_start(str(tmp_path / "w.safetensors"))
 

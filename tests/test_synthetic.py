@@ -32,7 +32,7 @@ def dataset(tmp_path_factory):
 
 
 def scenes_of(settings, split="train", videos=12):
-    return [scene for index in range(videos) for scene in plan_video(settings, split, index)]
+    return [scene for index in range(videos) for scene in plan_video(settings, split, index=index)]
 
 
 def test_videos_and_annotations(dataset):
@@ -62,11 +62,11 @@ def test_narrations_follow_each_other_and_fill_the_video(dataset):
 
 
 def test_pictures_in_the_file_show_the_planned_scene(dataset):
-    scenes = plan_video(SMALL, "train", 1)
+    scenes = plan_video(SMALL, "train", index=1)
     frames = mv.decode_all(dataset.videos[1])
     at = 0
     for scene in scenes:
-        drawn = draw_scene_frame(scene, 1.0, draw_backdrop(scene.backdrop, 64))
+        drawn = draw_scene_frame(scene, 1.0, backdrop_HWC=draw_backdrop(scene.backdrop, 64))
         found = frames[at + scene.frames - 1]
         assert np.abs(found.astype(float) - drawn).mean() < 6  # half-resolution colour, compression
         at += scene.frames
@@ -86,7 +86,7 @@ def test_same_seed_same_bytes_other_seed_other_videos(dataset, tmp_path):
     for one, two in zip(dataset.videos, again.videos, strict=True):
         assert one.read_bytes() == two.read_bytes()
     assert dataset.train_csv.read_bytes() == again.train_csv.read_bytes()
-    assert plan_video(SMALL, "train", 0) != plan_video(replace(SMALL, seed=8), "train", 0)
+    assert plan_video(SMALL, "train", index=0) != plan_video(replace(SMALL, seed=8), "train", index=0)
 
 
 def test_no_two_videos_share_a_scene():
@@ -112,8 +112,8 @@ def test_first_picture_does_not_depend_on_the_action():
     for scene in scenes_of(SMALL, videos=2):
         backdrop = draw_backdrop(scene.backdrop, 64)
         others = [replace(scene, verb=verb) for verb in ACTIONS]
-        first = [draw_scene_frame(other, 0.0, backdrop) for other in others]
-        last = [draw_scene_frame(other, 1.0, backdrop) for other in others]
+        first = [draw_scene_frame(other, 0.0, backdrop_HWC=backdrop) for other in others]
+        last = [draw_scene_frame(other, 1.0, backdrop_HWC=backdrop) for other in others]
         assert all((picture == first[0]).all() for picture in first)
         for i, one in enumerate(last):
             assert all((one != two).any() for two in last[i + 1 :])
@@ -132,7 +132,7 @@ def test_start_is_spread_alike_for_every_action():
 
 def _object_pixels(scene, progress, side=128):
     backdrop = draw_backdrop(scene.backdrop, side)
-    return (draw_scene_frame(scene, progress, backdrop) != backdrop).any(axis=-1)
+    return (draw_scene_frame(scene, progress, backdrop_HWC=backdrop) != backdrop).any(axis=-1)
 
 
 def _circular_centre(mask):
@@ -163,7 +163,9 @@ def test_growing_and_shrinking():
 def test_shapes_differ():
     scene = replace(scenes_of(SMALL, videos=1)[0], place=(0.5, 0.5), radius=0.3)
     backdrop = np.zeros((64, 64, 3), np.uint8)
-    masks = [draw_scene_frame(replace(scene, shape=shape), 0, backdrop).any(axis=-1) for shape in SHAPES]
+    masks = [
+        draw_scene_frame(replace(scene, shape=shape), 0, backdrop_HWC=backdrop).any(axis=-1) for shape in SHAPES
+    ]
     radius = 0.3 * 64
     areas = [np.pi * radius**2, (2 * 0.88 * radius) ** 2, np.pi * radius**2 * (1 - 0.25)]
     assert [mask.sum() for mask in masks] == pytest.approx(areas, rel=0.12)

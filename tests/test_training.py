@@ -51,10 +51,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"{name},{i / 3:.2f},{i / 3 + 0.6:.2f},cut the {name} {i},cut{i % 2},{name}" for i in range(8)
         ]
     (folder / "captions.csv").write_text("\n".join(lines) + "\n")
-    build_captions_manifest(folder / "chunks", folder / "captions.csv", folder / "m", jobs=1)
+    build_captions_manifest(folder / "chunks", folder / "captions.csv", output=folder / "m", jobs=1)
     # Ten clips: two ranks with four a batch leave one rank without any in the last batch.
     (folder / "ten.csv").write_text("\n".join(lines[:11]) + "\n")
-    build_captions_manifest(folder / "chunks", folder / "ten.csv", folder / "ten", jobs=1)
+    build_captions_manifest(folder / "chunks", folder / "ten.csv", output=folder / "ten", jobs=1)
     return folder
 
 
@@ -221,7 +221,10 @@ def test_evaluating_again_and_again_takes_no_more_shared_memory(dataset: Path, t
     config = parse_options(TrainConfig, options(dataset, tmp_path / "run"), prog="p", description="d")
     run = resolve(config, Distributed())
     model, manifest = build_model(run, num_classes=0).eval(), Manifest(dataset / "m")
-    with open_pool(config.data) as pool, open_evaluator(run, model, manifest, pool=pool) as evaluate_now:
+    with (
+        open_pool(config.data) as pool,
+        open_evaluator(run, model, manifest=manifest, pool=pool) as evaluate_now,
+    ):
         first = evaluate_now(None).metrics()
         before = held()
         for _ in range(4):
@@ -256,7 +259,7 @@ def test_a_checkpoint_of_another_model_is_refused(dataset: Path, tmp_path: Path)
 
 def test_chunks_that_change_or_vanish_are_replaced_and_listed(dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(dataset / "chunks", tmp_path / "chunks")
-    build_captions_manifest(tmp_path / "chunks", dataset / "captions.csv", tmp_path / "m", jobs=1)
+    build_captions_manifest(tmp_path / "chunks", dataset / "captions.csv", output=tmp_path / "m", jobs=1)
     (tmp_path / "chunks" / "a.mp4" / "0.mp4").unlink()
     settings = ["--data.train_manifest", str(tmp_path / "m"), "--data.max_bad_fraction", "0.5"]
     pretrain.main(options(dataset, tmp_path / "run", *settings, "--optim.epochs", "1"))

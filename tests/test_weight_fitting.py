@@ -261,7 +261,7 @@ def test_real_sizes_of_open_clip_fit_ours(name, size, encoder):
     state, _ = to_ours(theirs, "open_clip")
     facts = guessed_facts(state, "open_clip")
     assert facts.size == size
-    fit = fit_weights(model, state, facts, temporal_resize="interpolate")
+    fit = fit_weights(model, state, facts=facts, temporal_resize="interpolate")
     assert not fit.problems and not fit.resized and not fit.unused
     fresh = {name for name in fit.fresh if ".timeattn." not in name and ".norm3." not in name}
     time = "visual.temporal_embedding" if encoder == "vit" else "visual.temporal_embed"

@@ -98,7 +98,7 @@ class Hinge:
             batch.frames_BTHWC,
             config.data.normalization,
             dtype=compute_dtype(batch.frames_BTHWC.device),
-            augmentation=batch_augmentation(batch, config.augment, key),
+            augmentation=batch_augmentation(batch, config.augment, key=key),
         )
         return model(frames_BCTHW), batch.labels_B
 

@@ -42,7 +42,7 @@ def require_same_classes(train_manifest: Manifest, eval_manifest: Manifest) -> N
         )
 
 
-def require_classes_of_weights(config: TrainConfig, manifest: Manifest, start: StartWeights) -> None:
+def require_classes_of_weights(config: TrainConfig, manifest: Manifest, *, start: StartWeights) -> None:
     """Reject a manifest whose classes are not those of the weights' head, as far as the weights name them.
 
     Args:

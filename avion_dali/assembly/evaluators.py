@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def open_evaluator(
-    run: ResolvedRun, model: nn.Module, manifest: Manifest, *, pool: WorkerPool
+    run: ResolvedRun, model: nn.Module, *, manifest: Manifest, pool: WorkerPool
 ) -> Iterator[Evaluator]:
     """Open an evaluator, which scores the current weights of a model each time it is called.
 
@@ -88,11 +88,11 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Ev
     if options.frozen_frames and not run.task.has_frozen_control:
         raise UserError("frozen_frames applies only to recognition and retrieval models; remove this option")
     if start.facts.num_classes:
-        require_classes_of_weights(config, manifest, start)
+        require_classes_of_weights(config, manifest, start=start)
     model = load_model(run, start)
     if distributed.is_main:
         _log.info("%s", "\n".join(run.lines()))
-    with open_pool(run.config.data) as pool, open_evaluator(run, model, manifest, pool=pool) as score:
+    with open_pool(run.config.data) as pool, open_evaluator(run, model, manifest=manifest, pool=pool) as score:
         return score(freeze_first_frame if options.frozen_frames else None)
 
 

@@ -125,23 +125,23 @@ def open_clips(  # noqa: PLR0913 - the front door: its keywords are what a user 
     opened = manifest if isinstance(manifest, Manifest) else Manifest(manifest)
     ranks = _place_among_ranks(rank, world_size)
     sizes = batch_size, more.pop("accum_steps", 1)
-    schedule = _schedule(opened, chosen, sizes, ranks=ranks, seed=seed, training=training)
+    schedule = _schedule(opened, chosen, sizes=sizes, ranks=ranks, seed=seed, training=training)
     return _open(opened, chosen, schedule, decoder=decoder, device=default_device(device), **more)
 
 
 def _schedule(
     manifest: Manifest,
     options: LoaderOptions,
-    sizes: tuple[int, int],
     *,
+    sizes: tuple[int, int],
     ranks: tuple[int, int],
     seed: int,
     training: bool,
 ) -> BatchSchedule:
     """Return the schedule that assigns clips to batches; `sizes` are clips per batch and batches per step."""
     batch_size, accum_steps = sizes
-    require(batch_size >= 1, "`batch_size`", batch_size, ">= 1")
-    require(accum_steps >= 1, "`accum_steps`", accum_steps, ">= 1")
+    require(batch_size >= 1, "`batch_size`", value=batch_size, allowed=">= 1")
+    require(accum_steps >= 1, "`accum_steps`", value=accum_steps, allowed=">= 1")
     rank, world_size = ranks
     per_step = batch_size * accum_steps * world_size
     if training and manifest.num_samples < per_step:
@@ -181,7 +181,7 @@ def _open(
     )
     rules = ClipRules.from_options(options, training=schedule.training)
     planner = Planner(manifest, rules, seed=schedule.seed)
-    strategy = _open_strategy(choose_decoder(decoder, device).name, manifest, device)
+    strategy = _open_strategy(choose_decoder(decoder, device).name, manifest, device=device)
     owns_pool = pool is None
     pool = pool or open_pool(options)
     try:
@@ -241,7 +241,7 @@ def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, i
     return rank, world_size
 
 
-def _open_strategy(decoder: str, manifest: Manifest, device: torch.device) -> LoaderStrategy[Any]:
+def _open_strategy(decoder: str, manifest: Manifest, *, device: torch.device) -> LoaderStrategy[Any]:
     """Create the loading strategy of a decoder."""
     if decoder in CPU_DECODERS:
         return FramesStrategy(CPU_DECODERS[decoder])

@@ -71,7 +71,7 @@ def resolve(config: TrainConfig, distributed: Distributed, start: StartWeights |
     device = distributed.device
     precision = resolve_precision(config.run.precision, device)
     model = resolve_model(config.model, start.facts if start else None)
-    attention = resolve_attention(model.attention, device, AUTOCAST_DTYPES[precision])
+    attention = resolve_attention(model.attention, device, dtype=AUTOCAST_DTYPES[precision])
     per_pass = config.optim.micro_batch * distributed.world_size
     return ResolvedRun(
         config=replace(config, model=replace(model, attention=attention)),

@@ -63,15 +63,15 @@ def training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLoo
         report = fill_model(model, start, run.config)
         if distributed.is_main:
             _log.info("%s", "\n".join(report.lines()))
-    shard_model(model, run.config.run, distributed)
+    shard_model(model, run.config.run, distributed=distributed)
     with ExitStack() as stack:
         pool = stack.enter_context(open_pool(run.config.data))
         loader = stack.enter_context(open_run_clips(run, manifest, training=True, pool=pool))
         evaluate: Evaluator | None = None
         if eval_manifest:
-            evaluate = stack.enter_context(open_evaluator(run, model, eval_manifest, pool=pool))
-        facts = resume_facts(run.config, manifest, eval_manifest)
-        loop = _build_loop(run, model, loader, evaluate, manifest=manifest, facts=facts)
+            evaluate = stack.enter_context(open_evaluator(run, model, manifest=eval_manifest, pool=pool))
+        facts = resume_facts(run.config, manifest, eval_manifest=eval_manifest)
+        loop = _build_loop(run, model, loader=loader, evaluate=evaluate, manifest=manifest, facts=facts)
         if latest is not None:
             loop.restore(latest)
         require_agreement({"step": loop.step, "sum of all weights": weight_sum(model), **loop.order})
@@ -114,9 +114,9 @@ def _require_whole_steps(run: ResolvedRun, manifest: Manifest) -> None:
 def _build_loop(
     run: ResolvedRun,
     model: nn.Module,
+    *,
     loader: ClipLoader[Any],
     evaluate: Evaluator | None,
-    *,
     manifest: Manifest,
     facts: dict[str, int | float | str],
 ) -> TrainLoop:
@@ -143,7 +143,7 @@ def _build_loop(
 
 
 def resume_facts(
-    config: TrainConfig, train_manifest: Manifest, eval_manifest: Manifest | None
+    config: TrainConfig, train_manifest: Manifest, *, eval_manifest: Manifest | None
 ) -> dict[str, int | float | str]:
     """Return the facts that must not change when a run is resumed: its data and the meaning of its weights.
 

@@ -40,14 +40,14 @@ def parse_options(
     parser.add_class_arguments(options)
     try:
         with parameters_as_keys(options):
-            return _filled(parser, options, argv)
+            return _filled(parser, options, argv=argv)
     except ArgumentError as error:
         raise UserError(f"{_explain(str(error), options)}\n{prog} --help lists every option") from None
     except (TypeError, UnicodeDecodeError) as error:  # jsonargparse lets these escape from a malformed file
         raise UserError(f"the configuration file is malformed, perhaps an empty section: {error}") from None
 
 
-def _filled(parser: Any, options: type[Options], argv: Sequence[str] | None) -> Options:
+def _filled(parser: Any, options: type[Options], *, argv: Sequence[str] | None) -> Options:
     values = vars(parser.instantiate(parser.parse_args(_with_recipes(_underscored(argv)))))
     values.pop("config", None)
     return options(**values)

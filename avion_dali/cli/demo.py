@@ -134,8 +134,8 @@ def make_data(folder: Path, profile: ProfileName) -> tuple[Path, Path]:
     report = chunk_videos(list(dataset.videos), chunks, settings=ChunkSettings(profile, short_side=128))
     if report.failed:
         raise UserError(f"chunking failed: {report.failed[0].video}: {report.failed[0].failed}")
-    build_captions_manifest(chunks, dataset.train_csv, manifests[0])
-    build_captions_manifest(chunks, dataset.heldout_csv, manifests[1], classes_from=manifests[0])
+    build_captions_manifest(chunks, dataset.train_csv, output=manifests[0])
+    build_captions_manifest(chunks, dataset.heldout_csv, output=manifests[1], classes_from=manifests[0])
     return manifests
 
 
@@ -206,7 +206,7 @@ def train_and_report(config: TrainConfig) -> DemoNumbers:
             title="Demo: text to video retrieval on procedural videos",
             rows=read_rows(output / LOG_NAME),
             metrics=shown,
-            gallery=make_gallery(moving, Manifest(config.data.eval_manifest), config),
+            gallery=make_gallery(moving, Manifest(config.data.eval_manifest), config=config),
             command=command_line(),
             versions=software_versions(),
         ),
@@ -215,7 +215,7 @@ def train_and_report(config: TrainConfig) -> DemoNumbers:
     return numbers
 
 
-def make_gallery(result: RetrievalResult, manifest: Manifest, config: TrainConfig) -> list[ReportQuery]:
+def make_gallery(result: RetrievalResult, manifest: Manifest, *, config: TrainConfig) -> list[ReportQuery]:
     """Return the best clips of a few captions, with their frames.
 
     Args:

@@ -167,12 +167,19 @@ def machine_findings() -> list[EnvironmentRow]:
         EnvironmentRow("Python", platform.python_version()),
         EnvironmentRow("cores", f"{available_cores()} usable of {os.cpu_count()}"),
         EnvironmentRow("memory", _memory()),
-        _space_finding("shared memory", Path("/dev/shm"), 1, f"{ring}; start containers with --shm-size=16g"),
-        _space_finding("disk", Path.cwd(), 5, "a checkpoint of ViT-B takes 2; set output_dir elsewhere"),
+        _space_finding(
+            "shared memory",
+            Path("/dev/shm"),
+            enough_gib=1,
+            advice=f"{ring}; start containers with --shm-size=16g",
+        ),
+        _space_finding(
+            "disk", Path.cwd(), enough_gib=5, advice="a checkpoint of ViT-B takes 2; set output_dir elsewhere"
+        ),
     ]
 
 
-def _space_finding(name: str, place: Path, enough_gib: float, advice: str) -> EnvironmentRow:
+def _space_finding(name: str, place: Path, *, enough_gib: float, advice: str) -> EnvironmentRow:
     """Look at the free space of a file system."""
     if not place.exists():  # /dev/shm, where the system is not Linux
         return EnvironmentRow(name, f"no {place} on this system")
@@ -251,7 +258,7 @@ def attention_findings() -> list[EnvironmentRow]:
         if device.type == "cpu" and name in ("efficient", "cudnn"):
             found.append(EnvironmentRow(f"sdpa {name}", "for GPUs only"))
             continue
-        problem = sdpa_problem(backend, device, AUTOCAST_DTYPES[precision])
+        problem = sdpa_problem(backend, device, dtype=AUTOCAST_DTYPES[precision])
         value = "does not work" if problem else f"{support.WORKS} ({precision} on {device})"
         found.append(EnvironmentRow(f"sdpa {name}", value, problem, essential=name == "math"))
     return found
@@ -279,7 +286,7 @@ def _library_finding(imported: EnvironmentRow) -> EnvironmentRow:
     device = torch.device("cuda")
     precision = resolve_precision("auto", device)
     try:
-        resolve_attention(imported.name, device, AUTOCAST_DTYPES[precision])  # type: ignore[arg-type]
+        resolve_attention(imported.name, device, dtype=AUTOCAST_DTYPES[precision])  # type: ignore[arg-type]
     except UserError as error:
         return replace(imported, value="does not work", problem=str(error))
     return replace(imported, value=f"{support.WORKS} ({precision} on {device})")

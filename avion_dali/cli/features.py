@@ -65,9 +65,9 @@ def run(options: argparse.Namespace) -> int:
 
         manifest = Manifest(options.manifest or folder / "manifest")
         left_out = left_out_files(folder)
-        features = embed_manifest(options, manifest, distributed, folder)
+        features = embed_manifest(options, manifest, distributed=distributed, folder=folder)
         if distributed.is_main:
-            write_features(options.output, features, manifest)
+            write_features(options.output, features, manifest=manifest)
             print(f"{options.output}: {len(features.sample_ids)} embeddings, {features.means_SX.shape[1]} wide")
     if (features.unreadable or left_out) and distributed.is_main:
         lost = [f"{len(left_out)} files"] if left_out else []
@@ -163,7 +163,7 @@ def _build_manifest(options: argparse.Namespace, folder: Path) -> None:
 
 
 def embed_manifest(
-    options: argparse.Namespace, manifest: Manifest, distributed: Distributed, folder: Path
+    options: argparse.Namespace, manifest: Manifest, *, distributed: Distributed, folder: Path
 ) -> PerSample:
     """Load the weights, decode and embed all clips."""
     from avion_dali.assembly.evaluators import evaluation_config, trained_config
@@ -193,7 +193,7 @@ def embed_manifest(
         return evaluate(model, loader, scorer, precision=run.precision, distributed=distributed)
 
 
-def write_features(path: Path, features: PerSample, manifest: Manifest) -> None:
+def write_features(path: Path, features: PerSample, *, manifest: Manifest) -> None:
     """Write embeddings and what each belongs to: inside the safetensors file, or beside the npy file."""
     import numpy as np
     from safetensors.numpy import save_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from avion_dali.contracts import UserError
 
 
-def require(condition: bool, key: str, value: object, allowed: str) -> None:
+def require(condition: bool, key: str, *, value: object, allowed: str) -> None:
     """Raise an error unless a value is allowed.
 
     Args:

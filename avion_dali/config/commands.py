@@ -93,10 +93,10 @@ class EvaluateConfig:
     output_dir: str = ""
 
     def __post_init__(self) -> None:
-        require(self.workers >= 0, "workers", self.workers, ">= 0 (0: one per core)")
-        require(self.micro_batch >= 1, "micro_batch", self.micro_batch, ">= 1")
-        require(self.num_frames >= 0, "num_frames", self.num_frames, ">= 0 (0: as trained)")
-        require(self.eval_clips >= 0, "eval_clips", self.eval_clips, ">= 0 (0: as trained)")
+        require(self.workers >= 0, "workers", value=self.workers, allowed=">= 0 (0: one per core)")
+        require(self.micro_batch >= 1, "micro_batch", value=self.micro_batch, allowed=">= 1")
+        require(self.num_frames >= 0, "num_frames", value=self.num_frames, allowed=">= 0 (0: as trained)")
+        require(self.eval_clips >= 0, "eval_clips", value=self.eval_clips, allowed=">= 0 (0: as trained)")
 
 
 def _from_plain(kind: Any, values: dict[str, Any]) -> Any:

@@ -58,22 +58,32 @@ class ClipOptions:
     relevancy_threshold: float = 0.1
 
     def __post_init__(self) -> None:
-        require(self.num_frames >= 1, "`num_frames`", self.num_frames, ">= 1")
-        require(self.frame_size >= 16, "`frame_size`", self.frame_size, ">= 16 pixels")
+        require(self.num_frames >= 1, "`num_frames`", value=self.num_frames, allowed=">= 1")
+        require(self.frame_size >= 16, "`frame_size`", value=self.frame_size, allowed=">= 16 pixels")
         names = get_args(Sampling)
-        require(self.sampling in names, "`sampling`", self.sampling, f"one of {', '.join(names)}")
-        require(self.stride >= 1, "`stride`", self.stride, ">= 1")
+        require(self.sampling in names, "`sampling`", value=self.sampling, allowed=f"one of {', '.join(names)}")
+        require(self.stride >= 1, "`stride`", value=self.stride, allowed=">= 1")
         low, high = self.crop_scale
-        require(0 < low <= high <= 1, "`crop_scale`", self.crop_scale, "two shares 0 < low <= high <= 1")
+        require(
+            0 < low <= high <= 1,
+            "`crop_scale`",
+            value=self.crop_scale,
+            allowed="two shares 0 < low <= high <= 1",
+        )
         low, high = self.crop_ratio
-        require(0 < low <= high, "`crop_ratio`", self.crop_ratio, "two ratios 0 < low <= high")
-        require(0 <= self.flip_probability <= 1, "`flip_probability`", self.flip_probability, "in [0, 1]")
-        require(self.repeats >= 1, "`repeats`", self.repeats, ">= 1")
-        require(self.eval_clips >= 1, "`eval_clips`", self.eval_clips, ">= 1")
-        require(self.eval_crops in (1, 3), "`eval_crops`", self.eval_crops, "1 or 3")
-        require(self.text in get_args(TextSource), "`text`", self.text, "own or relevant")
+        require(0 < low <= high, "`crop_ratio`", value=self.crop_ratio, allowed="two ratios 0 < low <= high")
+        require(
+            0 <= self.flip_probability <= 1,
+            "`flip_probability`",
+            value=self.flip_probability,
+            allowed="in [0, 1]",
+        )
+        require(self.repeats >= 1, "`repeats`", value=self.repeats, allowed=">= 1")
+        require(self.eval_clips >= 1, "`eval_clips`", value=self.eval_clips, allowed=">= 1")
+        require(self.eval_crops in (1, 3), "`eval_crops`", value=self.eval_crops, allowed="1 or 3")
+        require(self.text in get_args(TextSource), "`text`", value=self.text, allowed="own or relevant")
         threshold = self.relevancy_threshold
-        require(0 <= threshold < 1, "`relevancy_threshold`", threshold, "in [0, 1)")
+        require(0 <= threshold < 1, "`relevancy_threshold`", value=threshold, allowed="in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -97,10 +107,15 @@ class LoaderOptions(ClipOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.workers >= 0, "`workers`", self.workers, ">= 0 (0: one per core)")
-        require(self.prefetch_batches >= 1, "`prefetch_batches`", self.prefetch_batches, ">= 1")
-        require(self.clip_timeout_s > 0, "`clip_timeout_s`", self.clip_timeout_s, "> 0 seconds")
-        require(0 <= self.max_bad_fraction <= 1, "`max_bad_fraction`", self.max_bad_fraction, "in [0, 1]")
+        require(self.workers >= 0, "`workers`", value=self.workers, allowed=">= 0 (0: one per core)")
+        require(self.prefetch_batches >= 1, "`prefetch_batches`", value=self.prefetch_batches, allowed=">= 1")
+        require(self.clip_timeout_s > 0, "`clip_timeout_s`", value=self.clip_timeout_s, allowed="> 0 seconds")
+        require(
+            0 <= self.max_bad_fraction <= 1,
+            "`max_bad_fraction`",
+            value=self.max_bad_fraction,
+            allowed="in [0, 1]",
+        )
 
 
 @dataclass(frozen=True)
@@ -135,9 +150,16 @@ class AugmentConfig:
     erasing_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        require(0 <= self.color_jitter <= 1, "augment.color_jitter", self.color_jitter, "in [0, 1]")
-        require(self.rand_augment_ops >= 0, "augment.rand_augment_ops", self.rand_augment_ops, ">= 0 (0: none)")
+        require(
+            0 <= self.color_jitter <= 1, "augment.color_jitter", value=self.color_jitter, allowed="in [0, 1]"
+        )
+        require(
+            self.rand_augment_ops >= 0,
+            "augment.rand_augment_ops",
+            value=self.rand_augment_ops,
+            allowed=">= 0 (0: none)",
+        )
         magnitude = self.rand_augment_magnitude
-        require(0 <= magnitude <= 10, "augment.rand_augment_magnitude", magnitude, "in [0, 10]")
+        require(0 <= magnitude <= 10, "augment.rand_augment_magnitude", value=magnitude, allowed="in [0, 10]")
         chance = self.erasing_probability
-        require(0 <= chance <= 1, "augment.erasing_probability", chance, "in [0, 1]")
+        require(0 <= chance <= 1, "augment.erasing_probability", value=chance, allowed="in [0, 1]")

@@ -66,10 +66,22 @@ class ModelConfig:
     train_logit_scale: bool = False
 
     def __post_init__(self) -> None:
-        require(self.embed_dim >= 1, "model.embed_dim", self.embed_dim, ">= 1")
-        require(self.norm_eps >= 0, "model.norm_eps", self.norm_eps, ">= 0 (0: that of the weights, else 1e-6)")
-        require(2 <= self.context_length <= 77, "model.context_length", self.context_length, "in [2, 77]")
-        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "in [0, 1)")
-        require(0 <= self.patch_dropout < 1, "model.patch_dropout", self.patch_dropout, "in [0, 1)")
+        require(self.embed_dim >= 1, "model.embed_dim", value=self.embed_dim, allowed=">= 1")
+        require(
+            self.norm_eps >= 0,
+            "model.norm_eps",
+            value=self.norm_eps,
+            allowed=">= 0 (0: that of the weights, else 1e-6)",
+        )
+        require(
+            2 <= self.context_length <= 77,
+            "model.context_length",
+            value=self.context_length,
+            allowed="in [2, 77]",
+        )
+        require(0 <= self.drop_path < 1, "model.drop_path", value=self.drop_path, allowed="in [0, 1)")
+        require(
+            0 <= self.patch_dropout < 1, "model.patch_dropout", value=self.patch_dropout, allowed="in [0, 1)"
+        )
         every = self.checkpoint_every
-        require(every >= 0, "model.checkpoint_every", every, ">= 0 (0: none, 1: all blocks)")
+        require(every >= 0, "model.checkpoint_every", value=every, allowed=">= 0 (0: none, 1: all blocks)")

@@ -37,8 +37,8 @@ class MaxMarginConfig:
     relaxation: float = 0.1
 
     def __post_init__(self) -> None:
-        require(self.margin > 0, "objective.max_margin.margin", self.margin, "> 0")
-        require(self.relaxation >= 0, "objective.max_margin.relaxation", self.relaxation, ">= 0")
+        require(self.margin > 0, "objective.max_margin.margin", value=self.margin, allowed="> 0")
+        require(self.relaxation >= 0, "objective.max_margin.relaxation", value=self.relaxation, allowed=">= 0")
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,15 @@ class ClassificationConfig:
     def __post_init__(self) -> None:
         prefix = "objective.classification."
         for name in ("dropout", "label_smoothing"):
-            require(0 <= getattr(self, name) < 1, prefix + name, getattr(self, name), "in [0, 1)")
+            require(0 <= getattr(self, name) < 1, prefix + name, value=getattr(self, name), allowed="in [0, 1)")
         for name in ("mixup", "cutmix"):
-            require(getattr(self, name) >= 0, prefix + name, getattr(self, name), ">= 0 (0: none)")
+            require(
+                getattr(self, name) >= 0, prefix + name, value=getattr(self, name), allowed=">= 0 (0: none)"
+            )
         for name in ("mix_probability", "switch_probability"):
-            require(0 <= getattr(self, name) <= 1, prefix + name, getattr(self, name), "in [0, 1]")
+            require(
+                0 <= getattr(self, name) <= 1, prefix + name, value=getattr(self, name), allowed="in [0, 1]"
+            )
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ class MaskedVideoConfig:
 
     def __post_init__(self) -> None:
         prefix = "objective.masked_video."
-        require(0 < self.mask_ratio < 1, prefix + "mask_ratio", self.mask_ratio, "in (0, 1)")
-        require(self.decoder_depth >= 1, prefix + "decoder_depth", self.decoder_depth, ">= 1")
+        require(0 < self.mask_ratio < 1, prefix + "mask_ratio", value=self.mask_ratio, allowed="in (0, 1)")
+        require(self.decoder_depth >= 1, prefix + "decoder_depth", value=self.decoder_depth, allowed=">= 1")
 
 
 @dataclass(frozen=True)

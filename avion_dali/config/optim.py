@@ -53,21 +53,38 @@ class OptimConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.micro_batch >= 1, "optim.micro_batch", self.micro_batch, ">= 1")
-        require(self.global_batch >= 1, "optim.global_batch", self.global_batch, ">= 1")
-        require(self.epochs >= 1, "optim.epochs", self.epochs, ">= 1")
-        require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "> 0")
-        require(self.rate_batch >= 0, "optim.rate_batch", self.rate_batch, ">= 0 (0: rates as they stand)")
+        require(self.micro_batch >= 1, "optim.micro_batch", value=self.micro_batch, allowed=">= 1")
+        require(self.global_batch >= 1, "optim.global_batch", value=self.global_batch, allowed=">= 1")
+        require(self.epochs >= 1, "optim.epochs", value=self.epochs, allowed=">= 1")
+        require(self.learning_rate > 0, "optim.learning_rate", value=self.learning_rate, allowed="> 0")
+        require(
+            self.rate_batch >= 0,
+            "optim.rate_batch",
+            value=self.rate_batch,
+            allowed=">= 0 (0: rates as they stand)",
+        )
         fits = 0 <= self.warmup_epochs <= self.epochs
         allowed = f"in [0, optim.epochs], and optim.epochs is {self.epochs}"
-        require(fits, "optim.warmup_epochs", self.warmup_epochs, allowed)
+        require(fits, "optim.warmup_epochs", value=self.warmup_epochs, allowed=allowed)
         for name in ("warmup_learning_rate", "final_learning_rate", "eps"):
-            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), ">= 0")
-        require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "in (0, 1] (1: none)")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
+            require(getattr(self, name) >= 0, f"optim.{name}", value=getattr(self, name), allowed=">= 0")
+        require(
+            0 < self.layer_decay <= 1,
+            "optim.layer_decay",
+            value=self.layer_decay,
+            allowed="in (0, 1] (1: none)",
+        )
+        require(self.weight_decay >= 0, "optim.weight_decay", value=self.weight_decay, allowed=">= 0")
         for name in ("beta1", "beta2", "ema_decay"):
-            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
-        require(self.clip_grad_norm >= 0, "optim.clip_grad_norm", self.clip_grad_norm, ">= 0 (0: none)")
+            require(
+                0 <= getattr(self, name) < 1, f"optim.{name}", value=getattr(self, name), allowed="in [0, 1)"
+            )
+        require(
+            self.clip_grad_norm >= 0,
+            "optim.clip_grad_norm",
+            value=self.clip_grad_norm,
+            allowed=">= 0 (0: none)",
+        )
 
     @property
     def rate_factor(self) -> float:
@@ -109,12 +126,24 @@ class RunConfig:
     max_steps: int = 0
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "run.seed", self.seed, "in [0, 2^63)")
-        require(self.log_every >= 1, "run.log_every", self.log_every, ">= 1")
-        require(self.eval_every >= 1, "run.eval_every", self.eval_every, ">= 1")
-        require(self.save_every >= 0, "run.save_every", self.save_every, ">= 0 (0: at epoch ends only)")
-        require(self.save_minutes >= 0, "run.save_minutes", self.save_minutes, ">= 0 (0: at epoch ends only)")
-        require(self.keep_last >= 0, "run.keep_last", self.keep_last, ">= 0 (0: none)")
+        require(0 <= self.seed < 2**63, "run.seed", value=self.seed, allowed="in [0, 2^63)")
+        require(self.log_every >= 1, "run.log_every", value=self.log_every, allowed=">= 1")
+        require(self.eval_every >= 1, "run.eval_every", value=self.eval_every, allowed=">= 1")
+        require(
+            self.save_every >= 0,
+            "run.save_every",
+            value=self.save_every,
+            allowed=">= 0 (0: at epoch ends only)",
+        )
+        require(
+            self.save_minutes >= 0,
+            "run.save_minutes",
+            value=self.save_minutes,
+            allowed=">= 0 (0: at epoch ends only)",
+        )
+        require(self.keep_last >= 0, "run.keep_last", value=self.keep_last, allowed=">= 0 (0: none)")
         factor = self.spike_factor
-        require(factor == 0 or factor > 1, "run.spike_factor", factor, "> 1, or 0 to look for none")
-        require(self.max_steps >= 0, "run.max_steps", self.max_steps, ">= 0 (0: all epochs)")
+        require(
+            factor == 0 or factor > 1, "run.spike_factor", value=factor, allowed="> 1, or 0 to look for none"
+        )
+        require(self.max_steps >= 0, "run.max_steps", value=self.max_steps, allowed=">= 0 (0: all epochs)")

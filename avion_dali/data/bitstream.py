@@ -106,8 +106,8 @@ def picture_traits(
     except ValueError:
         return _UNKNOWN
     if codec == "hevc":
-        return _hevc_traits(data[unit], data[unit + 1], bool(needed), is_keyframe)
-    return _traits(_h264_entry(data, ahead, length_size, is_keyframe), bool(needed), 0)
+        return _hevc_traits(data[unit], data[unit + 1], is_reference=bool(needed), is_keyframe=is_keyframe)
+    return _traits(_h264_entry(data, ahead, length_size=length_size, is_keyframe=is_keyframe), bool(needed), 0)
 
 
 def brings_parameter_sets(data: bytes | memoryview, *, codec: str, length_size: int, known: bytes) -> bool:
@@ -233,7 +233,7 @@ _ROLES = {
 }
 
 
-def _hevc_traits(first: int, second: int, is_reference: bool, is_keyframe: bool) -> PictureTraits:
+def _hevc_traits(first: int, second: int, *, is_reference: bool, is_keyframe: bool) -> PictureTraits:
     """Read the two bytes of a slice's NAL header (ITU-T H.265, section 7.3.1.2)."""
     kind, layer = first >> 1, (second & 7) - 1
     if layer < 0:  # nuh_temporal_id_plus1 is never 0
@@ -244,7 +244,9 @@ def _hevc_traits(first: int, second: int, is_reference: bool, is_keyframe: bool)
     return _traits(entry, is_reference, layer)
 
 
-def _h264_entry(data: bytes | memoryview, units: Sequence[int], length_size: int, is_keyframe: bool) -> Entry:
+def _h264_entry(
+    data: bytes | memoryview, units: Sequence[int], *, length_size: int, is_keyframe: bool
+) -> Entry:
     """Tell how decoding can start at a picture whose NAL units up to its first slice are given."""
     if data[units[-1]] & 0x1F == 5:
         return Entry.CLEAN

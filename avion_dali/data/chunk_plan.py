@@ -74,14 +74,14 @@ def plan_chunks(facts: ChunkFacts, *, chunk_seconds: int, max_fps: int = 0) -> C
     Returns:
         The plan.
     """
-    fps = _grid_rate(facts, chunk_seconds, max_fps)
+    fps = _grid_rate(facts, chunk_seconds, max_fps=max_fps)
     if fps == facts.fps and facts.is_cfr and not facts.lingers:
         return ChunkPlan(fps, round(facts.start_s * fps) + facts.num_frames, chunk_seconds)
     end_s = facts.end_s()
     return ChunkPlan(fps, max(round(end_s * fps), round((end_s - facts.last_s) * fps) + 1), chunk_seconds)
 
 
-def _grid_rate(facts: ChunkFacts, chunk_seconds: int, max_fps: int) -> Fraction:
+def _grid_rate(facts: ChunkFacts, chunk_seconds: int, *, max_fps: int) -> Fraction:
     fps = facts.densest_fps or facts.fps
     if not facts.is_cfr:
         fps = min(max(fps, Fraction(SLOW_FPS)), Fraction(max(_MAX_VARYING_FPS, round(facts.fps))))

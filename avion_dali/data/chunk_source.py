@@ -73,23 +73,23 @@ class SourceReader:
             lost_from = begin
             # A stream that begins inside a group of pictures is not damaged: it only starts late.
             if delivered.after_loss and not (previous is None and self._reader.begins_inside):
-                lost_from = self._note_loss(intact_until, seconds, filled)
+                lost_from = self._note_loss(intact_until, seconds, filled=filled)
             shown = previous if previous is not None or lost_from < begin else delivered.frame
             for index in range(filled, max(begin, filled)):
                 yield Slot(index, None if index >= lost_from else shown, due)
             filled = max(filled, begin)
             previous, due, shown_at = delivered.frame, begin, seconds
             intact_until = seconds + 1 / self._densest
-        yield from self._tail(filled, previous, due, intact_until)
+        yield from self._tail(filled, previous, due=due, intact_until=intact_until)
 
-    def _note_loss(self, intact_until: Fraction, whole_from: Fraction, filled: int) -> int:
+    def _note_loss(self, intact_until: Fraction, whole_from: Fraction, *, filled: int) -> int:
         """Write down a loss between two whole pictures; return the first place of the grid that is lost."""
         start = min(intact_until, whole_from)
         self.lost.append((float(start), float(whole_from)))
         return max(round(start * self._plan.fps), filled)
 
     def _tail(
-        self, filled: int, previous: VideoFrame | None, due: int, intact_until: Fraction
+        self, filled: int, previous: VideoFrame | None, *, due: int, intact_until: Fraction
     ) -> Iterator[Slot]:
         plan = self._plan
         missing = float((plan.total - filled - 1) / plan.fps)
@@ -100,7 +100,7 @@ class SourceReader:
             length = float(plan.total / plan.fps)
             self.cut_short = f"decoding ends {missing:.1f} s before the {length:.1f} s it should have"
         if self._reader.ends_broken or self.cut_short:
-            lost_from = self._note_loss(intact_until, max(plan.total / plan.fps, intact_until), filled)
+            lost_from = self._note_loss(intact_until, max(plan.total / plan.fps, intact_until), filled=filled)
         for index in range(filled, plan.total):
             yield Slot(index, None if index >= lost_from else previous, due)
 

@@ -132,7 +132,7 @@ def chunk_video(video: Path, folder: Path, settings: ChunkSettings) -> VideoRepo
     try:
         if not stat.S_ISREG(os.stat(video).st_mode):
             return job.report("is not a regular file")
-        if not job.is_done(planned_frames(video, folder, settings)):
+        if not job.is_done(planned_frames(video, folder, settings=settings)):
             job.cut(probe_chunk(video, tolerant=True))
         return job.report(_shortfall(video, job.losses))
     except (DecodeError, OSError, ValueError) as error:
@@ -182,7 +182,7 @@ class _Job:
         settings = self.settings
         plan = plan_chunks(facts, chunk_seconds=settings.chunk_seconds, max_fps=settings.max_fps)
         self.notes += describe_plan(facts, plan)
-        _check_rate(self.folder, plan, self.kept)
+        _check_rate(self.folder, plan, kept=self.kept)
         _prepare_folder(self.folder)
         size = self.video.stat().st_size
         sidecar = Sidecar(_recorded(settings), self.video.name, size, plan.fps, plan.frames)
@@ -193,7 +193,9 @@ class _Job:
             source = SourceReader(container, stream, facts=facts, plan=plan)
             picture_of = PictureFilter(facts.pixel_aspect, short_side=settings.short_side)
             for start, own_slots in _by_chunk(source, plan):
-                if start in missing and _write_chunk(self, start, own_slots, plan, picture_of, stream):
+                if start in missing and _write_chunk(
+                    self, start, slots=own_slots, plan=plan, picture_of=picture_of, stream=stream
+                ):
                     self.made += 1
                 elif start in missing:
                     lost.append(start)
@@ -206,7 +208,7 @@ class _Job:
                 raise ValueError(f"{source.cut_short}; {self.losses}")
 
 
-def _check_rate(folder: Path, plan: ChunkPlan, kept: set[int]) -> None:
+def _check_rate(folder: Path, plan: ChunkPlan, *, kept: set[int]) -> None:
     """Refuse to go on with chunks that were planned otherwise, by an earlier version."""
     planned = read_sidecar(folder) if kept else None
     if planned is not None and (planned.fps, planned.chunks) != (plan.fps, plan.frames):
@@ -226,6 +228,7 @@ def _by_chunk(source: SourceReader, plan: ChunkPlan) -> Iterator[tuple[int, Iter
 def _write_chunk(
     job: _Job,
     start: int,
+    *,
     slots: Iterator[Slot],
     plan: ChunkPlan,
     picture_of: PictureFilter,
@@ -252,7 +255,7 @@ def _write_chunk(
     return True
 
 
-def planned_frames(video: Path, folder: Path, settings: ChunkSettings) -> Sidecar | None:
+def planned_frames(video: Path, folder: Path, *, settings: ChunkSettings) -> Sidecar | None:
     """Return what an earlier run planned, if it cut the same file in the same way.
 
     Args:
@@ -366,7 +369,7 @@ def chunk_videos(
     folders = chunk_folders(videos, output, root=root)
     for video, folder in zip(videos, folders, strict=True):
         if video.is_file():
-            planned_frames(video, folder, settings)
+            planned_frames(video, folder, settings=settings)
     workers = max(1, min(jobs or available_cores(), len(videos)))
     with ProcessPool(max_workers=workers, context=get_context("spawn")) as pool:
         try:

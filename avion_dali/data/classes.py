@@ -118,8 +118,8 @@ def write_captions(folder: Path, captions: CaptionTable, *, num_rows: int) -> di
     write_table(
         folder / CAPTIONS_FILE,
         _CAPTION_SCHEMA,
-        rows,
-        lambda block: {"text": [text for text, _ in block], "tokens": [ids for _, ids in block]},
+        rows=rows,
+        columns=lambda block: {"text": [text for text, _ in block], "tokens": [ids for _, ids in block]},
         rows_per_batch=ROWS_PER_BATCH,
     )
     source = captions.relevancy

@@ -70,7 +70,9 @@ def random_resized_window(
             y = 2 * int(rng.integers(0, (height - h) // 2 + 1))
             return CropWindow(x, y, w, h)
     aspect = min(max(width / height, ratio[0]), ratio[1])
-    return _centred(width, height, min(width, height * aspect), min(height, width / aspect))
+    return _centred(
+        width, height, window_width=min(width, height * aspect), window_height=min(height, width / aspect)
+    )
 
 
 def simple_random_window(width: int, height: int, *, rng: np.random.Generator) -> CropWindow:
@@ -106,12 +108,12 @@ def multi_scale_window(width: int, height: int, *, frame_size: int, rng: np.rand
     """
     base = min(width, height)
     shares = _SCALE_PAIRS[int(rng.integers(len(_SCALE_PAIRS)))]
-    w, h = (_even(_snapped(int(base * share), frame_size, base)) for share in shares)
+    w, h = (_even(_snapped(int(base * share), frame_size, limit=base)) for share in shares)
     column, row = _PLACES[int(rng.integers(len(_PLACES)))]
     return CropWindow(_even(column * ((width - w) // 4)), _even(row * ((height - h) // 4)), w, h)
 
 
-def _snapped(length: int, target: int, limit: int) -> int:
+def _snapped(length: int, target: int, *, limit: int) -> int:
     return target if abs(length - target) <= _SNAP_PIXELS and target <= limit else length
 
 
@@ -139,10 +141,10 @@ def center_square_window(width: int, height: int) -> CropWindow:
         height: source height in pixels, >= 2.
     """
     side = min(width, height)
-    return _centred(width, height, side, side)
+    return _centred(width, height, window_width=side, window_height=side)
 
 
-def _centred(width: int, height: int, window_width: float, window_height: float) -> CropWindow:
+def _centred(width: int, height: int, *, window_width: float, window_height: float) -> CropWindow:
     w, h = max(_even(window_width), 2), max(_even(window_height), 2)
     return CropWindow(_even((width - w) / 2), _even((height - h) / 2), w, h)
 

@@ -374,11 +374,11 @@ def verify_chunk(
     if len(times) != frames or abs(times[-1] - times[0] - (frames - 1) / fps) > _MAX_OFF_FRAMES / fps:
         raise _unfit(path, f"{len(times)} of its {frames} frames can be decoded")
     if looks:
-        _compare(path, looks, shown, fps=fps)
+        _compare(path, looks, shown=shown, fps=fps)
 
 
 def _compare(
-    path: Path, looks: Mapping[int, np.ndarray], shown: Mapping[int, np.ndarray], *, fps: Fraction
+    path: Path, looks: Mapping[int, np.ndarray], *, shown: Mapping[int, np.ndarray], fps: Fraction
 ) -> None:
     """Make sure that each picture is the one of its time, rather than one of the others."""
     for number, look in looks.items():

@@ -44,7 +44,7 @@ def _segment_middles(start: int, stop: int, num_frames: int) -> np.ndarray:
     return (edges[:-1] + edges[1:]) / 2
 
 
-def segment_of(num_source: int, part: int, num_parts: int) -> tuple[int, int]:
+def segment_of(num_source: int, part: int, *, num_parts: int) -> tuple[int, int]:
     """Return the frames [first, stop) of one of `num_parts` equal parts; parts of few frames share some.
 
     Args:
@@ -106,7 +106,7 @@ def dense_frame_ids(
     return np.clip(np.linspace(stop - span, stop, num_frames), stop - span, stop - 1).astype(np.int64)
 
 
-def view_start_frames(num_source: int, num_frames: int, stride: int, num_views: int) -> list[int]:
+def view_start_frames(num_source: int, num_frames: int, *, stride: int, num_views: int) -> list[int]:
     """Return the start frames of `num_views` temporal views spread evenly over a video.
 
     Args:
@@ -119,7 +119,7 @@ def view_start_frames(num_source: int, num_frames: int, stride: int, num_views: 
     return [int(k * step) for k in range(num_views)]
 
 
-def view_frame_ids(num_source: int, num_frames: int, stride: int, start: int) -> np.ndarray:
+def view_frame_ids(num_source: int, num_frames: int, *, stride: int, start: int) -> np.ndarray:
     """Return every `stride`-th frame from `start`; past the end the last one repeats.
 
     This is a clip of VideoMAE's multi-view test (arXiv 2203.12602, appendix A).

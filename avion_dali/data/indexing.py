@@ -245,12 +245,12 @@ class PacketCollector:
             pts = self._ranks_by_decoding()
         if not pts:
             return b""
-        table = table_of(pts, self._traits, self._shown)
+        table = table_of(pts, self._traits, shown=self._shown)
         times = table.pts[table.order]
         if len(times) != len(shown) or (by_time and not np.array_equal(times, shown)):
             return b""
         offset, size, crc = (np.array(column) for column in zip(*self._places, strict=True))
-        return pack_index(self._stream, table, PacketPlaces(offset, size, crc))
+        return pack_index(self._stream, table, places=PacketPlaces(offset, size, crc))
 
     def _find(self, position: int | None, data: bytes) -> int | None:
         """Return where a packet's bytes begin in the file, or None when they do not lie there as they are."""

@@ -300,11 +300,11 @@ def write_manifest(
     folder, root = Path(folder), str(Path(chunk_root).resolve())
     with _staging(folder) as new:
         num_chunks = _write_rows(
-            new / _CHUNKS_FILE, CHUNK_SCHEMA, chunks, lambda rows: chunk_values(rows, root)
+            new / _CHUNKS_FILE, CHUNK_SCHEMA, rows=chunks, columns=lambda rows: chunk_values(rows, root)
         )
         limit = len(classes) if classes else 0
         num_samples = _write_rows(
-            new / _SAMPLES_FILE, SAMPLE_SCHEMA, samples, lambda rows: sample_values(rows, limit)
+            new / _SAMPLES_FILE, SAMPLE_SCHEMA, rows=samples, columns=lambda rows: sample_values(rows, limit)
         )
         facts = {
             **(info or {}),
@@ -321,7 +321,7 @@ def write_manifest(
         if captions is not None:
             facts |= write_captions(new, captions, num_rows=num_samples)
         (new / _INFO_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-        _take_over(folder, new, index)
+        _take_over(folder, new, index=index)
 
 
 @contextmanager
@@ -336,7 +336,7 @@ def _staging(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _take_over(folder: Path, new: Path, index: IndexWriter | None) -> None:
+def _take_over(folder: Path, new: Path, *, index: IndexWriter | None) -> None:
     """Put a whole build in the old one's place; while its parts are of two builds there is no manifest."""
     (folder / _INFO_FILE).unlink(missing_ok=True)
     if index is not None:
@@ -349,9 +349,9 @@ def _take_over(folder: Path, new: Path, index: IndexWriter | None) -> None:
 
 
 def _write_rows(
-    path: Path, schema: pa.Schema, rows: Iterable[Row], columns: Callable[[list[Row]], dict[str, Any]]
+    path: Path, schema: pa.Schema, *, rows: Iterable[Row], columns: Callable[[list[Row]], dict[str, Any]]
 ) -> int:
-    return write_table(path, schema, rows, columns, rows_per_batch=ROWS_PER_BATCH)
+    return write_table(path, schema, rows=rows, columns=columns, rows_per_batch=ROWS_PER_BATCH)
 
 
 def tables_fingerprint(chunks: Path, samples: Path) -> int:

@@ -107,7 +107,7 @@ class IndexBlock:
     places: PacketPlaces
 
 
-def table_of(pts: Sequence[int], traits: Sequence[PictureTraits], shown: Sequence[bool]) -> PacketTable:
+def table_of(pts: Sequence[int], traits: Sequence[PictureTraits], *, shown: Sequence[bool]) -> PacketTable:
     """Make a table of packets met in decode order.
 
     Args:
@@ -132,7 +132,7 @@ def table_of(pts: Sequence[int], traits: Sequence[PictureTraits], shown: Sequenc
     )
 
 
-def pack_index(stream: StreamFacts, table: PacketTable, places: PacketPlaces) -> bytes:
+def pack_index(stream: StreamFacts, table: PacketTable, *, places: PacketPlaces) -> bytes:
     """Make the record of a file.
 
     Args:

@@ -98,9 +98,12 @@ class Planner:
         first_chunk, num_chunks, start_s, end_s = manifest.span(sample_id)
         chunks = [manifest.chunk(first_chunk + i) for i in range(num_chunks)]
         parts, gather = locate_frames(
-            start_s, end_s, chunks, choose=lambda total: choose_frames(total, rules, clip=clip_of_row, rng=rng)
+            start_s,
+            end_s,
+            chunks=chunks,
+            choose=lambda total: choose_frames(total, rules, clip=clip_of_row, rng=rng),
         )
-        windows, flips = _draw_views_of(chunks[0], rules, rng)
+        windows, flips = _draw_views_of(chunks[0], rules, rng=rng)
         tokens, caption_id = self._text(sample_id, rng)
         return ClipRequest(
             sample_id=sample_id,
@@ -138,7 +141,7 @@ class Planner:
 
 
 def locate_frames(
-    start_s: float, end_s: float, chunks: Sequence[Chunk], *, choose: Callable[[int], np.ndarray]
+    start_s: float, end_s: float, *, chunks: Sequence[Chunk], choose: Callable[[int], np.ndarray]
 ) -> tuple[tuple[ClipPart, ...], tuple[int, ...]]:
     """Choose a clip's frames from the chunks its time span touches.
 
@@ -154,7 +157,7 @@ def locate_frames(
     Returns:
         The parts with unique sorted ids, and the gather order (length T).
     """
-    ranges = [_frames_inside(start_s, end_s, chunk) for chunk in chunks]
+    ranges = [_frames_inside(start_s, end_s, chunk=chunk) for chunk in chunks]
     total = sum(stop - first for first, stop in ranges)
     if not total:
         # A span shorter than a frame: the one on show when it starts.
@@ -195,16 +198,16 @@ def choose_frames(total: int, rules: ClipRules, *, clip: int, rng: np.random.Gen
     """
     length, stride, count = rules.num_frames, rules.stride, rules.clips_per_row
     if rules.sampling == "segments":
-        return segment_frame_ids(*segment_of(total, clip, count), length, rng)
+        return segment_frame_ids(*segment_of(total, clip, num_parts=count), length, rng)
     if count > 1:
-        start = view_start_frames(total, length, stride, count)[clip]
-        return view_frame_ids(total, length, stride, start)
+        start = view_start_frames(total, length, stride=stride, num_views=count)[clip]
+        return view_frame_ids(total, length, stride=stride, start=start)
     sample = strided_frame_ids if rules.sampling == "strided" else dense_frame_ids
     return sample(total, length, stride, rng)
 
 
 def _draw_views_of(
-    chunk: Chunk, rules: ClipRules, rng: np.random.Generator | None
+    chunk: Chunk, rules: ClipRules, *, rng: np.random.Generator | None
 ) -> tuple[tuple[CropWindow, ...], tuple[bool, ...]]:
     """Draw views over the picture as it is displayed; windows count the pixels as they are stored."""
     width, height, aspect = chunk.ref.width, chunk.ref.height, chunk.pixel_aspect
@@ -238,7 +241,7 @@ def draw_views(
     return tuple(window for window, _ in views), tuple(flip for _, flip in views)
 
 
-def _frames_inside(start_s: float, end_s: float, chunk: Chunk) -> tuple[int, int]:
+def _frames_inside(start_s: float, end_s: float, *, chunk: Chunk) -> tuple[int, int]:
     return frame_range_in_seconds(
         start_s - chunk.start_s,
         end_s - chunk.start_s,

@@ -186,24 +186,22 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
     """
     name = os.fspath(path)
     with open_video(path) as (container, stream), open(path, "rb") if index else nullcontext() as file:
-        _check_index(name, stream, os.stat(path).st_size)
+        _check_index(name, stream, size_bytes=os.stat(path).st_size)
         declared = (stream.codec_context.width, stream.codec_context.height)
         collector = PacketCollector(file.fileno(), container, stream) if file else None
-        survey = survey_packets(container, stream, collector, name=name, tolerant=tolerant)
+        survey = survey_packets(container, stream, collector=collector, name=name, tolerant=tolerant)
         stated = (stream.average_rate, stream.guessed_rate)
         shown, first = survey.shown, survey.first_picture
         if not survey.tells:
-            shown, first = _count_pictures(name, survey, stated, tolerant=tolerant)
-        if not len(shown):
-            raise corrupt(name, "holds no decodable frame")
-        if len(shown) > 1 and shown[0] == shown[-1]:
-            raise corrupt(name, "shows all its frames at one time")
+            shown, first = _count_pictures(name, survey, stated=stated, tolerant=tolerant)
+        _check_times(name, shown)
         tick = stream.time_base or Fraction(1, 1000)
-        last_duration = _last_duration(container, stream, survey, shown)
+        last_duration = _last_duration(container, stream, survey=survey, shown=shown)
         if not tolerant:
-            _check_end(name, container, stream, int(shown[-1]) + last_duration - min(int(shown[0]), 0))
-            _check_size(name, declared, first)
-        fps, is_cfr = measure_rate(shown, tick, stated)
+            extent = int(shown[-1]) + last_duration - min(int(shown[0]), 0)
+            _check_end(name, container, stream=stream, extent=extent)
+            _check_size(name, declared, first=first)
+        fps, is_cfr = measure_rate(shown, tick, stated=stated)
         context = stream.codec_context
         return ChunkFacts(
             path=name,
@@ -218,7 +216,7 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
             colorspace=colorspace_name(context.colorspace),
             rotation=rotation_of(first),
             is_cfr=is_cfr,
-            start_s=_start_seconds(container, int(shown[0]) * tick, fps),
+            start_s=_start_seconds(container, int(shown[0]) * tick, fps=fps),
             first_s=int(shown[0]) * tick,
             frame_times=None if is_cfr else (shown - shown[0]) * float(tick),
             packet_index=collector.record(shown) if collector else b"",
@@ -230,6 +228,13 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
             transfer=int(context.color_trc),
             primaries=int(context.color_primaries),
         )
+
+
+def _check_times(name: str, shown: np.ndarray) -> None:
+    if not len(shown):
+        raise corrupt(name, "holds no decodable frame")
+    if len(shown) > 1 and shown[0] == shown[-1]:
+        raise corrupt(name, "shows all its frames at one time")
 
 
 def is_turned(path: str | os.PathLike[str]) -> bool:
@@ -246,7 +251,7 @@ def is_turned(path: str | os.PathLike[str]) -> bool:
         return bool(rotation_of(first.frame if first else None))
 
 
-def _start_seconds(container: InputContainer, first_frame: Fraction, fps: Fraction) -> float:
+def _start_seconds(container: InputContainer, first_frame: Fraction, *, fps: Fraction) -> float:
     """Seconds on a player's clock before the first frame, as where sound begins before the picture.
 
     Less than half a frame is no delay: it comes from the priming of an audio encoder.
@@ -299,7 +304,7 @@ def corrupt(name: str, cause: str) -> DecodeError:
     return DecodeError(name, (), decoder="probe", kind="corrupt", cause=cause)
 
 
-def _check_index(name: str, stream: VideoStream, size_bytes: int) -> None:
+def _check_index(name: str, stream: VideoStream, *, size_bytes: int) -> None:
     """Refuse a file whose own packet index points behind its end (an mp4 cut short keeps its index)."""
     end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
     if end > size_bytes:
@@ -307,7 +312,7 @@ def _check_index(name: str, stream: VideoStream, size_bytes: int) -> None:
 
 
 def _last_duration(
-    container: InputContainer, stream: VideoStream, survey: PacketSurvey, shown: np.ndarray
+    container: InputContainer, stream: VideoStream, *, survey: PacketSurvey, shown: np.ndarray
 ) -> int:
     """Return how many ticks the last picture is shown; 0 where the container does not say.
 
@@ -320,7 +325,7 @@ def _last_duration(
     return max(survey.last_duration, min(by_table, survey.last_decoded_duration))
 
 
-def _check_end(name: str, container: InputContainer, stream: VideoStream, extent: int) -> None:
+def _check_end(name: str, container: InputContainer, *, stream: VideoStream, extent: int) -> None:
     """Refuse a file that ends well before its header says; `extent` is where it ends, in ticks."""
     expected = expected_seconds(container, stream)
     if expected is None:
@@ -331,7 +336,7 @@ def _check_end(name: str, container: InputContainer, stream: VideoStream, extent
         raise corrupt(name, f"ends after {seconds:.1f} s of {expected:.1f} s")
 
 
-def _check_size(name: str, declared: tuple[int, int], first: VideoFrame | None) -> None:
+def _check_size(name: str, declared: tuple[int, int], *, first: VideoFrame | None) -> None:
     """Refuse a file whose header says another picture size than its pictures have: one of both is damaged."""
     if first is not None and (first.width, first.height) != declared:
         says = "x".join(map(str, declared))
@@ -339,7 +344,7 @@ def _check_size(name: str, declared: tuple[int, int], first: VideoFrame | None) 
 
 
 def _count_pictures(
-    name: str, survey: PacketSurvey, stated: tuple[Fraction | None, ...], *, tolerant: bool
+    name: str, survey: PacketSurvey, *, stated: tuple[Fraction | None, ...], tolerant: bool
 ) -> tuple[np.ndarray, VideoFrame | None]:
     """Decode a file whose packets do not tell its pictures; return the times of those, and the first one."""
     times: list[int | None] = []

@@ -144,7 +144,7 @@ def find_chunk_files(
     return sorted(found)
 
 
-def check_names(files: Iterable[ChunkFile], chunks: Iterable[Chunk], names: ChunkNames) -> None:
+def check_names(files: Iterable[ChunkFile], chunks: Iterable[Chunk], *, names: ChunkNames) -> None:
     """Make sure that the names of chunks can be what they are taken for.
 
     Args:
@@ -207,7 +207,7 @@ def probe_files(
     chunks: list[Chunk] = []
     unusable: list[UnusableChunk] = []
     probe = partial(_probe, index=index is not None)
-    for done, (result, record) in enumerate(_probe_all(files, jobs, probe), start=1):
+    for done, (result, record) in enumerate(_probe_all(files, jobs, probe=probe), start=1):
         if isinstance(result, UnusableChunk):
             unusable.append(result)
         elif chunks and (result.video, result.start_s) == (chunks[-1].video, chunks[-1].start_s):
@@ -239,7 +239,7 @@ def _indexed(chunk: Chunk, index: PacketIndexRef | None) -> Chunk:
     return replace(chunk, ref=replace(chunk.ref, index=index))
 
 
-def _probe_all(files: list[ChunkFile], jobs: int, probe: Callable[[ChunkFile], Probed]) -> Iterator[Probed]:
+def _probe_all(files: list[ChunkFile], jobs: int, *, probe: Callable[[ChunkFile], Probed]) -> Iterator[Probed]:
     if jobs <= 1 or len(files) < _SERIAL_LIMIT:
         yield from map(probe, files)
         return

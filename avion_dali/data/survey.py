@@ -60,8 +60,8 @@ class _Row(NamedTuple):
 def survey_packets(
     container: InputContainer,
     stream: VideoStream,
-    collector: PacketCollector | None,
     *,
+    collector: PacketCollector | None,
     name: str,
     tolerant: bool,
 ) -> PacketSurvey:
@@ -96,7 +96,7 @@ def survey_packets(
         shows = shows_picture(memoryview(packet), codec=codec)
         tells = tells and shows
         rows.append(_Row(packet.pts, packet.dts, packet.duration or 0, shows and not packet.is_discard))
-    tells = tells and first is not None and _settled(stream, first, rows)
+    tells = tells and first is not None and _settled(stream, first, rows=rows)
     return _summary(rows, picture, tells=tells)
 
 
@@ -113,7 +113,7 @@ def _packets(container: InputContainer, stream: VideoStream, *, name: str, toler
             raise
 
 
-def _settled(stream: VideoStream, first: Packet, rows: list[_Row]) -> bool:
+def _settled(stream: VideoStream, first: Packet, *, rows: list[_Row]) -> bool:
     traits = TraitsReader(stream_facts(stream)).read(first)
     pts = [row.pts for row in rows]
     dts = [row.dts for row in rows if row.dts is not None]

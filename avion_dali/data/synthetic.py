@@ -192,7 +192,7 @@ def make_videos(folder: Path, *, settings: SyntheticSettings | None = None, jobs
     return SyntheticDataset(paths, train_csv, heldout_csv, train, heldout)
 
 
-def plan_video(settings: SyntheticSettings, split: Split, index: int) -> list[Scene]:
+def plan_video(settings: SyntheticSettings, split: Split, *, index: int) -> list[Scene]:
     """Choose the motions of one video, in order; a pure function of its arguments.
 
     Args:
@@ -218,7 +218,7 @@ def plan_video(settings: SyntheticSettings, split: Split, index: int) -> list[Sc
     return scenes
 
 
-def draw_scene_frame(scene: Scene, progress: float, backdrop_HWC: np.ndarray) -> np.ndarray:
+def draw_scene_frame(scene: Scene, progress: float, *, backdrop_HWC: np.ndarray) -> np.ndarray:
     """Draw one picture of a motion.
 
     Args:
@@ -316,7 +316,7 @@ def _video_name(split: Split, index: int) -> str:
 def _write_video_task(task: tuple[Path, SyntheticSettings, Split, int]) -> list[Annotation]:
     """Write one video under a temporary name, then its own; runs in a worker."""
     folder, settings, split, index = task
-    scenes = plan_video(settings, split, index)
+    scenes = plan_video(settings, split, index=index)
     name = _video_name(split, index)
     with (
         whole_or_absent(folder / name) as partial,
@@ -331,17 +331,17 @@ def _write_video_task(task: tuple[Path, SyntheticSettings, Split, int]) -> list[
         for picture_HWC in _pictures(scenes, settings.side):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")))
         container.mux(stream.encode(None))
-    return _annotate(name, scenes, settings.fps)
+    return _annotate(name, scenes, fps=settings.fps)
 
 
 def _pictures(scenes: Sequence[Scene], side: int) -> Iterator[np.ndarray]:
     for scene in scenes:
         backdrop_HWC = draw_backdrop(scene.backdrop, side)
         for number in range(scene.frames):
-            yield draw_scene_frame(scene, number / (scene.frames - 1), backdrop_HWC)
+            yield draw_scene_frame(scene, number / (scene.frames - 1), backdrop_HWC=backdrop_HWC)
 
 
-def _annotate(name: str, scenes: Sequence[Scene], fps: int) -> list[Annotation]:
+def _annotate(name: str, scenes: Sequence[Scene], *, fps: int) -> list[Annotation]:
     rows, first = [], 0
     for scene in scenes:
         end = first + scene.frames

@@ -125,9 +125,9 @@ def lists(column: pa.Array, values: Callable[[pa.Array], Values]) -> Lists[Value
 def write_table(
     path: Path,
     schema: pa.Schema,
+    *,
     rows: Iterable[Row],
     columns: Callable[[list[Row]], dict[str, Any]],
-    *,
     rows_per_batch: int,
 ) -> int:
     """Write rows as they come; only one batch of them is held.

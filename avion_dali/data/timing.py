@@ -48,7 +48,9 @@ def complete_times(times: Sequence[int | None], step: Fraction) -> np.ndarray:
     return np.round(full).astype(np.int64)
 
 
-def measure_rate(ticks: np.ndarray, tick: Fraction, stated: Sequence[Fraction | None]) -> tuple[Fraction, bool]:
+def measure_rate(
+    ticks: np.ndarray, tick: Fraction, *, stated: Sequence[Fraction | None]
+) -> tuple[Fraction, bool]:
     """Return the frame rate and whether it is constant: the plainest rate that fits, else the average.
 
     Args:

@@ -356,7 +356,7 @@ def manifest_build(settings: BuildSettings, files: list[ChunkFile] | None = None
         with IndexWriter(folder) as index:
             jobs = settings.jobs or available_cores()
             chunks, unusable = probe_files(found, jobs=jobs, index=index, on_progress=settings.on_chunk)
-            check_names(found, chunks, settings.names)
+            check_names(found, chunks, names=settings.names)
             _write_unusable(folder / UNUSABLE_FILE, unusable)
             rejections = Rejections(folder / REJECTED_FILE)
             try:

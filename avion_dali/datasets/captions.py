@@ -37,8 +37,8 @@ Default = TypeVar("Default", float, None)
 def build_captions_manifest(
     chunk_root: str | Path,
     annotations: str | Path,
-    output: str | Path,
     *,
+    output: str | Path,
     skip_bad_rows: bool = False,
     jobs: int = 0,
     classes_from: str | Path | None = None,

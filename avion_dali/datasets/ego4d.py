@@ -51,11 +51,11 @@ class Narrations:
                 )
             file = path.name if len(self._paths) > 1 else ""
             for number, row in enumerate(rows, start=1):
-                yield self._row(row, number, file)
+                yield self._row(row, number, file=file)
             # Two corpora do not fit in memory where one does.
             del rows
 
-    def _row(self, row: Any, number: int, file: str) -> AnnotationRow | RejectedRow:
+    def _row(self, row: Any, number: int, *, file: str) -> AnnotationRow | RejectedRow:
         if not isinstance(row, tuple | list) or len(row) < _FIELDS:
             reason = f"{_short(row)} is no (video, start second, end second, narration)"
             return RejectedRow(number, "", reason, file=file)

@@ -111,7 +111,7 @@ def build_retrieval_manifest(
             return build.finish(placed, source=source)
     ids, texts = read_sentences(retrieval.sentences)
     grades_RC = load_relevancy(retrieval.relevancy, shape=(len(found.rows), len(texts)))
-    _check_alignment(found, ids, grades_RC, retrieval)
+    _check_alignment(found, ids, grades_RC=grades_RC, retrieval=retrieval)
     with manifest_build(settings) as build:
         numbered = list(build.place_numbered(_on_videos(found.rows, build.lookup), source=source))
         kept = np.array([number for number, _ in numbered], dtype=np.int64)
@@ -149,7 +149,7 @@ def _picked_rows(grades_RC: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def _check_alignment(
-    found: Annotations, ids: Sequence[str], grades_RC: np.ndarray, retrieval: Retrieval
+    found: Annotations, ids: Sequence[str], *, grades_RC: np.ndarray, retrieval: Retrieval
 ) -> None:
     """Refuse a matrix whose rows or columns are in another order.
 

@@ -170,7 +170,7 @@ def _csv_rows(path: Path, *, min_columns: int) -> Iterator[tuple[int, list[str]]
     try:
         with opened_text(path) as file:
             reader = csv.reader(file, strict=True)
-            _check_header(path, next(reader, []), min_columns)
+            _check_header(path, next(reader, []), min_columns=min_columns)
             for fields in filter(None, reader):
                 has_rows = True
                 yield reader.line_num, fields
@@ -180,7 +180,7 @@ def _csv_rows(path: Path, *, min_columns: int) -> Iterator[tuple[int, list[str]]
         raise UserError(f"{path} has no row after its header")
 
 
-def _check_header(path: Path, header: Sequence[str], min_columns: int) -> None:
+def _check_header(path: Path, header: Sequence[str], *, min_columns: int) -> None:
     if len(header) < min_columns:
         raise UserError(
             f"{path} has {len(header)} columns in its first line, the published file {min_columns} or more, "

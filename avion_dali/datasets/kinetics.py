@@ -73,7 +73,7 @@ def build_kinetics_manifest(
     found = {row.line: _find_file(root, row.path) for row in rows if isinstance(row, ListedVideo)}
     files = sorted({_chunk_file(root, path) for path in found.values() if path is not None})
     with manifest_build(settings, files) as build:
-        filed = (_whole_file(row, found.get(row.line), root, build) for row in rows)
+        filed = (_whole_file(row, found.get(row.line), root=root, build=build) for row in rows)
         placed = build.place(filed, source=source)
         return build.finish(placed, source=source, classes=classes)
 
@@ -185,7 +185,7 @@ def _video_name(root: Path, path: Path) -> str:
 
 
 def _whole_file(
-    row: ListedVideo | RejectedRow, path: Path | None, root: Path, build: ManifestBuild
+    row: ListedVideo | RejectedRow, path: Path | None, *, root: Path, build: ManifestBuild
 ) -> AnnotationRow | RejectedRow:
     if isinstance(row, RejectedRow):
         return row

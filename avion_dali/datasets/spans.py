@@ -90,7 +90,8 @@ class ChunkLookup:
         for video, start_s in lost:
             lost_starts.setdefault(video, []).append(start_s)
         self._videos = {
-            video: _video_chunks(chunks, members, lost_starts.get(video, ())) for video, members in rows.items()
+            video: _video_chunks(chunks, members, lost_starts=lost_starts.get(video, ()))
+            for video, members in rows.items()
         }
         self._names: dict[str, list[str]] = {}
         for video in dict.fromkeys([*self._videos, *lost_starts]):
@@ -115,7 +116,7 @@ class ChunkLookup:
         if end_s < start_s:
             raise SpanError(f"ends at {end_s:g} s, before its start at {start_s:g} s", "bad times")
         known = self._find(video)
-        self._check_damage(known, start_s, end_s)
+        self._check_damage(known, start_s, end_s=end_s)
         video_end = float(known.ends[-1])
         if end_s > max(known.lost_s, video_end) or start_s >= known.lost_s:
             raise _lost_chunk(known.lost_s)
@@ -139,7 +140,7 @@ class ChunkLookup:
             SpanError: when the video is unknown or a chunk of it is missing.
         """
         known = self._find(video)
-        self._check_damage(known, start_s, math.inf)
+        self._check_damage(known, start_s, end_s=math.inf)
         if math.isfinite(known.lost_s):
             raise _lost_chunk(known.lost_s)
         return self.locate(video, start_s, max(float(known.ends[-1]), start_s))
@@ -176,7 +177,7 @@ class ChunkLookup:
             raise SpanError(f"video {video!r} has no chunks that can be used", "missing chunk")
         return self._videos[names[0]]
 
-    def _check_damage(self, known: _VideoChunks, start_s: float, end_s: float) -> None:
+    def _check_damage(self, known: _VideoChunks, start_s: float, *, end_s: float) -> None:
         for part in self._damage.get(self._chunks[known.first_row].video, ()):
             if start_s < part.end_s and max(end_s, np.nextafter(start_s, np.inf)) > part.start_s:
                 raise SpanError(f"lies in a lost part of the video, which is {part.reason}", "in a lost part")
@@ -197,7 +198,7 @@ def _lost_chunk(start_s: float) -> SpanError:
     return SpanError(f"the chunk that begins at {start_s:g} s cannot be used", "missing chunk")
 
 
-def _video_chunks(chunks: Sequence[Chunk], rows: list[int], lost_starts: Iterable[float]) -> _VideoChunks:
+def _video_chunks(chunks: Sequence[Chunk], rows: list[int], *, lost_starts: Iterable[float]) -> _VideoChunks:
     starts = np.array([chunks[r].start_s for r in rows])
     ends = np.array([chunks[r].end_s for r in rows])
     if (np.diff(starts) <= 0).any():

@@ -178,7 +178,7 @@ class _Array(np.ndarray):
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         """Take (version, shape, dtype, column-major, bytes)."""
         shape, dtype, by_columns, data = state[-4:]
-        raw, real, sizes = _checked(data, dtype, shape)
+        raw, real, sizes = _checked(data, dtype, shape=shape)
         checked: Any = (1, sizes, real, bool(by_columns), raw)  # numpy's stub asks for another type
         super().__setstate__(checked)
 
@@ -198,7 +198,7 @@ def _new_dtype(code: Any, *_: object) -> _Dtype:
     return _Dtype(name)
 
 
-def _checked(data: Any, dtype: Any, shape: Any) -> tuple[Any, np.dtype[Any], tuple[int, ...]]:
+def _checked(data: Any, dtype: Any, *, shape: Any) -> tuple[Any, np.dtype[Any], tuple[int, ...]]:
     """Return an array's bytes, dtype and shape when they fit each other."""
     if not isinstance(dtype, _Dtype):
         raise pickle.UnpicklingError("an array without a dtype")
@@ -211,7 +211,7 @@ def _checked(data: Any, dtype: Any, shape: Any) -> tuple[Any, np.dtype[Any], tup
 
 def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray:
     """Return an array over bytes, read-only."""
-    raw, real, sizes = _checked(data, dtype, shape)
+    raw, real, sizes = _checked(data, dtype, shape=shape)
     return np.ndarray(sizes, real, raw, order="F" if _as_text(order) == "F" else "C")
 
 

@@ -56,10 +56,10 @@ def plan_runs(table: PacketTable, frame_ids: Sequence[int]) -> list[PacketRun]:
             groups[-1][1].append(position)  # the run before passes this entry anyway
         else:
             groups.append((start, [position]))
-    return [_run(table, start, sorted(members)) for start, members in groups]
+    return [_run(table, start, wanted=sorted(members)) for start, members in groups]
 
 
-def _run(table: PacketTable, start: int, wanted: Sequence[int]) -> PacketRun:
+def _run(table: PacketTable, start: int, *, wanted: Sequence[int]) -> PacketRun:
     positions = np.arange(start, wanted[-1] + 1)
     # Frames shown before the run's keyframe lean on the GOP before it; nothing after leans on them.
     positions = positions[table.pts[positions] >= table.pts[start]]

@@ -81,7 +81,7 @@ def read_spanned(part: ClipPart) -> list[VideoFrame]:
 def _read_span(part: ClipPart, decoder: str) -> list[VideoFrame]:
     """Decode everything between the wanted frames with the decoder that the container sets up."""
     with opened(part, decoder=decoder) as (container, stream):
-        table, packets = read_table(part, container, stream)
+        table, packets = read_table(part, container, stream=stream)
         run = spanning_run(table, part.frame_ids)
         if table.entry[run.positions[0]] == Entry.CLEAN:
             stream.codec_context.options = STRICT

@@ -95,7 +95,7 @@ class SizedView:
         return _rgb_view(self._graph.vpull())
 
 
-def sized_view(like: VideoFrame, region: tuple[int, int, int, int], size: tuple[int, int]) -> SizedView:
+def sized_view(like: VideoFrame, region: tuple[int, int, int, int], *, size: tuple[int, int]) -> SizedView:
     """Make a view that need be neither even nor square.
 
     Args:
@@ -111,7 +111,7 @@ def sized_view(like: VideoFrame, region: tuple[int, int, int, int], size: tuple[
         ("scale", f"{size[0]}:{size[1]}"),
         ("format", "rgb24"),
     ]
-    graph, _ = _linear_graph(like.width, like.height, like.format.name, steps)
+    graph, _ = _linear_graph(like.width, like.height, pixel_format=like.format.name, steps=steps)
     return SizedView(graph)
 
 
@@ -139,7 +139,7 @@ class ReferenceView:
 
     def __init__(self, like: VideoFrame, window: CropWindow, *, flip: bool, frame_size: int) -> None:
         steps = [("scale", f"{like.width}:{like.height}:flags={_FULL_FRAME_FLAGS}"), ("format", "rgb24")]
-        self._graph, _ = _linear_graph(like.width, like.height, like.format.name, steps)
+        self._graph, _ = _linear_graph(like.width, like.height, pixel_format=like.format.name, steps=steps)
         self._window, self._flip, self._size = window, flip, (frame_size, frame_size)
 
     def render(self, frame: VideoFrame) -> np.ndarray:
@@ -179,7 +179,7 @@ def _fused_graph(picture: _Picture) -> tuple[Graph, FilterContext]:
     ]
     if picture.flip:
         steps.insert(3, ("hflip", ""))  # at its final size: this filter does not notice a moved crop window
-    graph, nodes = _linear_graph(picture.width, picture.height, picture.pixel_format, steps)
+    graph, nodes = _linear_graph(picture.width, picture.height, pixel_format=picture.pixel_format, steps=steps)
     return graph, nodes[0]
 
 
@@ -187,7 +187,7 @@ _kept_graph = lru_cache(maxsize=16)(_fused_graph)
 
 
 def _linear_graph(
-    width: int, height: int, pixel_format: str, steps: list[tuple[str, str]]
+    width: int, height: int, *, pixel_format: str, steps: list[tuple[str, str]]
 ) -> tuple[Graph, list[FilterContext]]:
     graph = Graph()
     graph.threads = 1

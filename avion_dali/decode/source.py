@@ -88,10 +88,10 @@ def gather_packets(part: ClipPart, *, decoder: str) -> PartPackets:
         return _gather_indexed(part, decoder)
     with opened(part, decoder=decoder) as (container, stream):
         facts = stream_facts(stream)
-        table, packets = read_table(part, container, stream)
+        table, packets = read_table(part, container, stream=stream)
         runs = plan_runs(table, part.frame_ids)
-        runs = drop_unneeded(runs, _with_references(table, runs, packets, facts))
-        return PartPackets(facts, tuple(run_packets(run, table, packets) for run in runs))
+        runs = drop_unneeded(runs, _with_references(table, runs, packets=packets, stream=facts))
+        return PartPackets(facts, tuple(run_packets(run, table, packets=packets) for run in runs))
 
 
 def _gather_indexed(part: ClipPart, decoder: str) -> PartPackets:
@@ -114,7 +114,7 @@ def _read_run(file: int, planned: RunReads) -> RunPackets:
             end += size
     positions = planned.run.positions
     _check(payloads, planned.block.places, positions)
-    return run_packets(planned.run, planned.block.table, dict(zip(positions, payloads, strict=True)))
+    return run_packets(planned.run, planned.block.table, packets=dict(zip(positions, payloads, strict=True)))
 
 
 def _check(payloads: Sequence[bytes], places: PacketPlaces, positions: Sequence[int]) -> None:
@@ -124,7 +124,7 @@ def _check(payloads: Sequence[bytes], places: PacketPlaces, positions: Sequence[
             raise ChunkDamagedError(f"its bytes from {offset} on are not those the manifest was built from")
 
 
-def run_packets(run: PacketRun, table: PacketTable, packets: Packets) -> RunPackets:
+def run_packets(run: PacketRun, table: PacketTable, *, packets: Packets) -> RunPackets:
     """Put the packets of a run together.
 
     Args:
@@ -194,7 +194,7 @@ def damage_as_decode_error(part: ClipPart, *, decoder: str) -> Iterator[None]:
 
 
 def read_table(
-    part: ClipPart, container: InputContainer, stream: VideoStream
+    part: ClipPart, container: InputContainer, *, stream: VideoStream
 ) -> tuple[PacketTable, Sequence[Packet]]:
     """Demux the beginning of a file, until all frames up to the last wanted one are known.
 
@@ -224,7 +224,7 @@ def read_table(
     traits = [reader.read(packet) if packet.is_keyframe else _INNER for packet in packets]
     if not packets_tell(packets[0], traits[0], pts=pts, pix_fmt=stream.codec_context.pix_fmt or ""):
         raise UnorderedStreamError("its packets do not tell its frames")
-    table = table_of(pts, traits, [not packet.is_discard for packet in packets])
+    table = table_of(pts, traits, shown=[not packet.is_discard for packet in packets])
     # Cut in the middle of a reordered group, a file has frames, but lacks some that are shown before them.
     if ended and len(table.order) != part.chunk.num_frames:
         raise ChunkDamagedError(f"ends after {len(table.order)} frames of {part.chunk.num_frames}")
@@ -279,7 +279,7 @@ def _sound_packets(demuxed: Iterable[Packet]) -> Iterator[Packet]:
 
 
 def _with_references(
-    table: PacketTable, runs: Sequence[PacketRun], packets: Sequence[Packet], stream: StreamFacts
+    table: PacketTable, runs: Sequence[PacketRun], *, packets: Sequence[Packet], stream: StreamFacts
 ) -> PacketTable:
     """Look into the packets of some runs for what may be dropped of them."""
     is_reference, layer = table.is_reference.copy(), table.layer.copy()

@@ -59,11 +59,11 @@ def decode_clip(
         raise UserError(
             f"`frame_ids` = {wanted} must be numbers of frames of {facts.path}: 0 to {facts.num_frames - 1}"
         )
-    region, size = _region(facts, window, frame_size)
+    region, size = _region(facts, window, frame_size=frame_size)
     unique = sorted(set(wanted))
     chunk = ChunkRef(facts.path, facts.size_bytes, facts.num_frames, facts.width, facts.height)
     frames = read_planned(ClipPart(chunk, tuple(unique)))
-    view = sized_view(frames[0], region, size)
+    view = sized_view(frames[0], region, size=size)
     pictures = {
         number: _upright(view.render(frame), facts) for number, frame in zip(unique, frames, strict=True)
     }
@@ -98,7 +98,7 @@ def _at(facts: ChunkFacts, seconds: Sequence[Seconds]) -> list[int]:
 
 
 def _region(
-    facts: ChunkFacts, window: CropWindow | tuple[int, int, int, int] | None, frame_size: int | None
+    facts: ChunkFacts, window: CropWindow | tuple[int, int, int, int] | None, *, frame_size: int | None
 ) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
     """Return what to cut out of the coded picture, (x, y, width, height), and its size before turning."""
     turned = facts.rotation % 180 != 0

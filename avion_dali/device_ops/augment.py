@@ -77,13 +77,13 @@ def augment_frames(frames_BTHWC: Tensor, config: AugmentConfig, key: StepKey, cl
     for row, clip_id in enumerate(clip_ids):
         generator = step_generator("augment", key, index=int(clip_id))
         frames_TCHW = frames_BTHWC[row].permute(0, 3, 1, 2)
-        frames_TCHW = _rand_augment(frames_TCHW, config, generator)
-        frames_TCHW = _jitter_color(frames_TCHW, config.color_jitter, generator)
+        frames_TCHW = _rand_augment(frames_TCHW, config, generator=generator)
+        frames_TCHW = _jitter_color(frames_TCHW, config.color_jitter, generator=generator)
         augmented_BTHWC[row] = frames_TCHW.permute(0, 2, 3, 1)
     return augmented_BTHWC
 
 
-def _rand_augment(frames_TCHW: Tensor, config: AugmentConfig, generator: np.random.Generator) -> Tensor:
+def _rand_augment(frames_TCHW: Tensor, config: AugmentConfig, *, generator: np.random.Generator) -> Tensor:
     operations = tuple(OPERATIONS.values())
     for _ in range(config.rand_augment_ops):
         operation = operations[generator.integers(len(operations))]
@@ -95,7 +95,7 @@ def _rand_augment(frames_TCHW: Tensor, config: AugmentConfig, generator: np.rand
     return frames_TCHW
 
 
-def _jitter_color(frames_TCHW: Tensor, strength: float, generator: np.random.Generator) -> Tensor:
+def _jitter_color(frames_TCHW: Tensor, strength: float, *, generator: np.random.Generator) -> Tensor:
     if strength == 0:
         return frames_TCHW
     adjustments = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)

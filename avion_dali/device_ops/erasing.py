@@ -16,7 +16,7 @@ ASPECT: Final = (0.3, 1 / 0.3)  # height / width
 _ATTEMPTS: Final = 100
 
 
-def erase_boxes(frames_BCTHW: Tensor, probability: float, key: StepKey, clip_ids: np.ndarray) -> Tensor:
+def erase_boxes(frames_BCTHW: Tensor, probability: float, *, key: StepKey, clip_ids: np.ndarray) -> Tensor:
     """Fill a box of randomly chosen clips with normal noise; the box is the same in all frames of a clip.
 
     Source: Zhong et al. 2017, arXiv 1708.04896, algorithm 1, as VideoMAE uses it: separate noise per pixel
@@ -48,7 +48,7 @@ def erase_boxes(frames_BCTHW: Tensor, probability: float, key: StepKey, clip_ids
     noise = torch.Generator(frames_BCTHW.device)
     for row, clip_id in enumerate(clip_ids):
         generator = step_generator("erase", key, index=int(clip_id))
-        box = _draw_box(generator, probability, frames_BCTHW.shape[-2], frames_BCTHW.shape[-1])
+        box = _draw_box(generator, probability, height=frames_BCTHW.shape[-2], width=frames_BCTHW.shape[-1])
         if box is None:
             continue
         if erased_BCTHW is frames_BCTHW:
@@ -59,7 +59,7 @@ def erase_boxes(frames_BCTHW: Tensor, probability: float, key: StepKey, clip_ids
 
 
 def _draw_box(
-    generator: np.random.Generator, probability: float, height: int, width: int
+    generator: np.random.Generator, probability: float, *, height: int, width: int
 ) -> tuple[slice, slice] | None:
     """Draw the rows and columns of a clip's box; None if nothing is erased."""
     if generator.random() >= probability:

@@ -52,7 +52,7 @@ def mix_clips(
     alpha = config.cutmix if is_cutmix else config.mixup
     own_share = float(generator.beta(alpha, alpha))
     if is_cutmix:
-        frames_BCTHW, own_share = _paste_box(frames_BCTHW, own_share, generator)
+        frames_BCTHW, own_share = _paste_box(frames_BCTHW, own_share, generator=generator)
     else:
         frames_BCTHW = torch.lerp(frames_BCTHW.flip(0), frames_BCTHW, own_share)
     return frames_BCTHW, torch.lerp(targets_BK.flip(0), targets_BK, own_share)
@@ -75,18 +75,20 @@ def smooth_targets(labels_B: Tensor, *, num_classes: int, smoothing: float) -> T
     return one_hot_BK * (1.0 - smoothing) + smoothing / num_classes
 
 
-def _paste_box(frames_BCTHW: Tensor, own_share: float, generator: np.random.Generator) -> tuple[Tensor, float]:
+def _paste_box(
+    frames_BCTHW: Tensor, own_share: float, *, generator: np.random.Generator
+) -> tuple[Tensor, float]:
     """Paste one box of the partner's pixels; also return the fraction of a clip's own pixels that remain."""
     height, width = frames_BCTHW.shape[-2:]
     side = math.sqrt(1.0 - own_share)
-    top, bottom = _draw_span(height, int(height * side), generator)
-    left, right = _draw_span(width, int(width * side), generator)
+    top, bottom = _draw_span(height, int(height * side), generator=generator)
+    left, right = _draw_span(width, int(width * side), generator=generator)
     mixed_BCTHW = frames_BCTHW.clone()
     mixed_BCTHW[..., top:bottom, left:right] = frames_BCTHW[..., top:bottom, left:right].flip(0)
     return mixed_BCTHW, 1.0 - (bottom - top) * (right - left) / (height * width)
 
 
-def _draw_span(size: int, length: int, generator: np.random.Generator) -> tuple[int, int]:
+def _draw_span(size: int, length: int, *, generator: np.random.Generator) -> tuple[int, int]:
     """Draw a span around a random center; return its ends, clipped to the frame."""
     start = int(generator.integers(size)) - length // 2
     return max(0, start), min(size, start + length)

@@ -74,5 +74,5 @@ def normalize_frames(
     frames_BCTHW = pixels_BTHX.to(dtype).view(frames_BTHWC.shape).permute(0, 4, 1, 2, 3)
     if augmentation is not None:
         config, key, clip_ids = augmentation
-        frames_BCTHW = erase_boxes(frames_BCTHW, config.erasing_probability, key, clip_ids)
+        frames_BCTHW = erase_boxes(frames_BCTHW, config.erasing_probability, key=key, clip_ids=clip_ids)
     return frames_BCTHW

@@ -281,7 +281,7 @@ def check_order(saved: Mapping[str, Any], current: Mapping[str, Any], *, source:
         )
 
 
-def export_safetensors(model: nn.Module, path: Path, header: Mapping[str, Any]) -> None:
+def export_safetensors(model: nn.Module, path: Path, *, header: Mapping[str, Any]) -> None:
     """Write the weights as safetensors on rank 0; every rank must call it if they are sharded.
 
     Args:

@@ -2,9 +2,8 @@
 
 A run consists of four methods: `next_batch` takes a micro-batch from the loader, `micro_step` runs its forward
 and backward pass, `optimizer_step` updates the weights, and `run` repeats them until the last step, writes the
-log, and lets the `Checkpointer` save and evaluate between steps. Two more methods combine them for benchmarks
-and callers with their own batches: `train_step` (all micro-batches of one step, and the update) and `steps` (a
-range of steps from the loader). Steps are counted from 0 over all epochs.
+log, and lets the `Checkpointer` save and evaluate between steps. `train_step` (all micro-batches of one step,
+and the update) and `steps` (a range of steps from the loader) serve other callers. Steps are counted from 0.
 """
 
 from __future__ import annotations
@@ -183,7 +182,7 @@ class TrainLoop:
         watched = self.overflows.watched_norm(grad_norm) if self.scaler.is_enabled() else grad_norm
         excess = self.state.spikes.excess(loss) if self.state.spikes else None
         self.guard.watch(self.step, loss=loss, grad_norm=watched, sample_ids=sample_ids, excess=excess)
-        # Only `skip` needs the number on the host at once, and makes every step wait for the device.
+        # Only `skip` needs the number on the host at once, which makes every step wait for the device.
         if excess is None or self.settings.run.on_spike != "skip" or not excess > 1:
             self._change_weights(grad_norm)
         self.scaler.update()
@@ -211,7 +210,8 @@ class TrainLoop:
         results: list[tuple[torch.Tensor, Report]] = []
         sample_ids: list[np.ndarray] = []
         if accum_steps > 1 and self.objective.couples_samples:
-            sample_ids.extend(batch.sample_ids for batch in (held := list(batches)))
+            held = list(batches)
+            sample_ids += [batch.sample_ids for batch in held]
             if len(held) == accum_steps:
                 results.append(self._coupled_step(held))
         else:
@@ -308,7 +308,7 @@ class TrainLoop:
         average = self.state.average
         with average.applied() if average else nullcontext():
             header = {"config": self.settings.config, "classes": self.settings.classes}
-            export_safetensors(self.model, path, header)
+            export_safetensors(self.model, path, header=header)
 
     @property
     def _key(self) -> StepKey:
@@ -380,7 +380,7 @@ class TrainLoop:
         counts["energy_j"] = round(self.energy.joules())
         row = {
             "epoch": (self.step - 1) // self.loader.steps_per_epoch,
-            **row_over_ranks(numbers, self.timer.window(), counts),
+            **row_over_ranks(numbers, self.timer.window(), counts=counts),
             "elapsed_s": time.monotonic() - self._start,
             "learning_rate": float(self.learning_rates[self.step - 1]),
             "decoder": self.settings.decoder,

@@ -93,7 +93,7 @@ def _short(value: Any) -> str:
 
 
 def row_over_ranks(
-    numbers: Mapping[str, torch.Tensor], timing: WindowTiming, counts: Mapping[str, int]
+    numbers: Mapping[str, torch.Tensor], timing: WindowTiming, *, counts: Mapping[str, int]
 ) -> dict[str, Any]:
     """Combine a log step over ranks; every rank must call it.
 

@@ -31,7 +31,7 @@ from avion_dali.engine.distributed import Distributed, require_agreement
 from avion_dali.engine.precision import resolve_precision
 
 
-def shard_model(model: nn.Module, run: RunConfig, distributed: Distributed) -> None:
+def shard_model(model: nn.Module, run: RunConfig, *, distributed: Distributed) -> None:
     """Shard a model over all ranks in place, if the run requests it; call it before creating the optimizer.
 
     Each block is one unit, and the remaining parameters form another. Parameters are sent as float32, and

@@ -135,7 +135,7 @@ def _header_facts(target: Target, ref: ChunkRef) -> ChunkFacts:
         decoder = stream.codec_context
         if _starts_clean(blocks):
             decoder.options = STRICT
-        _, keyframe = next(_checked_packets(file.fileno(), blocks[:1], _frame_ids(blocks[:1])))
+        _, keyframe = next(_checked_packets(file.fileno(), blocks[:1], frame_of=_frame_ids(blocks[:1])))
         pictures = [*decoder.decode(keyframe), *decoder.decode(None)]
     if not pictures:
         raise _FaultError("undecodable", "its first keyframe does not decode")
@@ -255,7 +255,7 @@ def _decode_indexed(facts: ChunkFacts, blocks: list[IndexBlock]) -> set[int]:
     delivered: set[int] = set()
     latest = -1
     with open(facts.path, "rb", buffering=0) as file:
-        for rank, packet in chain(_checked_packets(file.fileno(), blocks, frame_of), [(-1, None)]):
+        for rank, packet in chain(_checked_packets(file.fileno(), blocks, frame_of=frame_of), [(-1, None)]):
             try:
                 frames = decoder.decode(packet)
             except av.FFmpegError as error:
@@ -287,7 +287,7 @@ def _starts_clean(blocks: list[IndexBlock]) -> bool:
 
 
 def _checked_packets(
-    file: int, blocks: list[IndexBlock], frame_of: dict[int, int]
+    file: int, blocks: list[IndexBlock], *, frame_of: dict[int, int]
 ) -> Iterator[tuple[int, Packet]]:
     """Yield all packets in decode order, each with its rank in the order of presentation."""
     for block in blocks:

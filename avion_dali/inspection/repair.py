@@ -79,7 +79,7 @@ def repair_manifest(folder: str | Path, bad_chunks: Mapping[str, Sequence[str]])
         )
     removed = manifest.num_samples + manifest.info.get(_REMOVED, 0) - kept
     if touched:
-        _write_bad_chunks(folder / BAD_CHUNKS_FILE, bad_rows, bad_chunks)
+        _write_bad_chunks(folder / BAD_CHUNKS_FILE, bad_rows, bad_chunks=bad_chunks)
         partial = partial_path(folder / _SAMPLES)
         _write_samples(partial, _sorted_out(source, bad_before_N))
         fingerprint = tables_fingerprint(folder / _CHUNKS, partial)
@@ -87,11 +87,11 @@ def repair_manifest(folder: str | Path, bad_chunks: Mapping[str, Sequence[str]])
         partials = {_SAMPLES: partial}
         if _is_graded(manifest):
             partials[RELEVANCY_FILE] = folder / "relevancy.good.npy"
-            _write_grades(partials[RELEVANCY_FILE], folder, is_good_N, is_repaired=is_repaired)
+            _write_grades(partials[RELEVANCY_FILE], folder, is_good_N=is_good_N, is_repaired=is_repaired)
             info["relevancy_sha256"] = sha256_of(partials[RELEVANCY_FILE])
         _swap(folder, partials, info=info, keep=() if is_repaired else kept_files)
     elif is_repaired:
-        _restore(folder, kept_files, manifest.info)
+        _restore(folder, kept_files, info=manifest.info)
     return RepairReport(kept, removed, _undo_command(folder, kept_files) if touched else "")
 
 
@@ -99,7 +99,7 @@ def _is_graded(manifest: Manifest) -> bool:
     return bool(manifest.info.get("num_captions"))
 
 
-def _write_grades(path: Path, folder: Path, is_good_N: np.ndarray, *, is_repaired: bool) -> None:
+def _write_grades(path: Path, folder: Path, *, is_good_N: np.ndarray, is_repaired: bool) -> None:
     """Write the relevancies of the good rows."""
     source = folder / (_RELEVANCY_BEFORE if is_repaired else RELEVANCY_FILE)
     write_relevancy(path, np.load(source, mmap_mode="r"), np.flatnonzero(is_good_N))
@@ -163,7 +163,7 @@ def _swap(folder: Path, partials: Mapping[str, Path], *, info: dict[str, Any], k
     _write_info(folder, info)
 
 
-def _restore(folder: Path, kept: Mapping[str, str], info: dict[str, Any]) -> None:
+def _restore(folder: Path, kept: Mapping[str, str], *, info: dict[str, Any]) -> None:
     """Put the files of before any repair back."""
     before = json.loads((folder / _INFO_BEFORE).read_text())
     (folder / _INFO).unlink()
@@ -180,7 +180,7 @@ def _write_info(folder: Path, info: dict[str, Any]) -> None:
         partial.write_text(json.dumps(info, indent=2) + "\n")
 
 
-def _write_bad_chunks(path: Path, rows: Mapping[int, str], bad_chunks: Mapping[str, Sequence[str]]) -> None:
+def _write_bad_chunks(path: Path, rows: Mapping[int, str], *, bad_chunks: Mapping[str, Sequence[str]]) -> None:
     lines = [{"row": row, "path": chunk, "kinds": list(bad_chunks[chunk])} for row, chunk in rows.items()]
     with whole_or_absent(path) as partial:
         partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -183,9 +183,9 @@ class ClipLoader(Generic[Result]):
 
     def _begin_iteration(self, first: int, last: int) -> Iterator[ClipBatch]:
         self._iteration += 1
-        return self._deliver(self._iteration, first, last)
+        return self._deliver(self._iteration, first, last=last)
 
-    def _deliver(self, iteration: int, first: int, last: int) -> Iterator[ClipBatch]:
+    def _deliver(self, iteration: int, first: int, *, last: int) -> Iterator[ClipBatch]:
         """Yield micro-batches [first, last), counted over all epochs, as the given iteration of this loader."""
         prefetch, depth = self.settings.prefetch_batches, self._strategy.depth
         begun: deque[PendingBatch[Result]] = deque()
@@ -238,13 +238,13 @@ class ClipLoader(Generic[Result]):
                 except PoolBrokenError:
                     self._schedule_again(batch, row)
                 except Exception as error:  # the process boundary; other errors than a clip's are raised again
-                    self._replace(batch, row, failure_of(error, batch.requests[row]))
+                    self._replace(batch, row, failure=failure_of(error, batch.requests[row]))
 
     def _schedule_again(self, batch: PendingBatch[Result], row: int) -> None:
         request, place = batch.requests[row], self._ring.place(batch.slot, row)
         batch.tickets[row] = self._pool.schedule(self._strategy.task, request, place)
 
-    def _replace(self, batch: PendingBatch[Result], row: int, failure: ClipError) -> None:
+    def _replace(self, batch: PendingBatch[Result], row: int, *, failure: ClipError) -> None:
         """Schedule another sample in a failed clip's place; in evaluation make the row invalid."""
         self.stats.failures[failure.kind] += 1
         if not self.schedule.training:
@@ -272,7 +272,7 @@ class ClipLoader(Generic[Result]):
                 break
             except RefusedRowsError as refused:
                 for row, failure in refused.failures.items():
-                    self._replace(batch, row, failure)
+                    self._replace(batch, row, failure=failure)
                 self._settle(batch, refused.failures)
         requests, rows, length = batch.requests, len(batch.requests), self.settings.context_length
         self.stats.delivered += rows

@@ -84,7 +84,9 @@ def class_scores(
     _check(scores_NK, label_N)
     scores = {name: metric(scores_NK, label_N) for name, metric in CLASS_METRICS.items()}
     parts = {"verb_top1": verbs, "noun_top1": nouns}
-    return scores | {name: part_accuracy(scores_NK, label_N, part) for name, part in parts.items() if len(part)}
+    return scores | {
+        name: part_accuracy(scores_NK, label_N, part_K=part) for name, part in parts.items() if len(part)
+    }
 
 
 def marginalize(probabilities_NK: Floats, part_K: Sequence[int] | Integers) -> Floats:
@@ -104,7 +106,7 @@ def marginalize(probabilities_NK: Floats, part_K: Sequence[int] | Integers) -> F
     return summed_NP
 
 
-def part_accuracy(probabilities_NK: Floats, label_N: Integers, part_K: Sequence[int]) -> float:
+def part_accuracy(probabilities_NK: Floats, label_N: Integers, *, part_K: Sequence[int]) -> float:
     """Share of samples whose most probable verb (or noun) is that of their class.
 
     Args:

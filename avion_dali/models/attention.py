@@ -39,7 +39,7 @@ SDPA_TOLERANCE: Final = 0.02
 """Largest allowed error of a kernel in half precision, on values with standard deviation 1."""
 
 
-def resolve_attention(name: AttentionBackend, device: torch.device, dtype: torch.dtype) -> Kernel:
+def resolve_attention(name: AttentionBackend, device: torch.device, *, dtype: torch.dtype) -> Kernel:
     """Choose the kernel for a model, before it is built.
 
     Args:
@@ -109,7 +109,7 @@ def _automatic_kernel(device: str, dtype: torch.dtype) -> Kernel:
 
 @functools.cache
 def _find_automatic_kernel(device: str, dtype: torch.dtype) -> Kernel:
-    return resolve_attention("auto", torch.device(device), dtype)
+    return resolve_attention("auto", torch.device(device), dtype=dtype)
 
 
 def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, backend: AttentionBackend = "auto") -> Tensor:
@@ -136,14 +136,14 @@ def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, backend: AttentionBac
     if kernel == "sdpa":
         return functional.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK)
     if kernel == "math":
-        return _attend_plainly(q_BHNK, k_BHMK, v_BHMK)
+        return _attend_plainly(q_BHNK, k_BHMK, v_BHMK=v_BHMK)
     if kernel not in _PACKAGE_KERNELS:
-        kernel = resolve_attention(kernel, q_BHNK.device, q_BHNK.dtype)
+        kernel = resolve_attention(kernel, q_BHNK.device, dtype=q_BHNK.dtype)
     q_BNHK, k_BMHK, v_BMHK = (t.transpose(1, 2) for t in (q_BHNK, k_BHMK, v_BHMK))
     return _PACKAGE_KERNELS[kernel](q_BNHK, k_BMHK, v_BMHK).transpose(1, 2)
 
 
-def _attend_plainly(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor) -> Tensor:
+def _attend_plainly(q_BHNK: Tensor, k_BHMK: Tensor, *, v_BHMK: Tensor) -> Tensor:
     """Compute the formula directly; this stores the N x M matrix for the backward pass."""
     scores_BHNM = (q_BHNK / math.sqrt(q_BHNK.shape[-1])) @ k_BHMK.transpose(-1, -2)
     # With an explicit dtype, autocast keeps the matrix in half precision; softmax itself computes in float32.
@@ -151,7 +151,7 @@ def _attend_plainly(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor) -> Tensor:
     return weights_BHNM @ v_BHMK
 
 
-def sdpa_problem(backend: SDPBackend, device: torch.device, dtype: torch.dtype) -> str | None:
+def sdpa_problem(backend: SDPBackend, device: torch.device, *, dtype: torch.dtype) -> str | None:
     """Check whether one of the kernels of PyTorch's attention works, forward and backward.
 
     Args:
@@ -174,7 +174,7 @@ def sdpa_problem(backend: SDPBackend, device: torch.device, dtype: torch.dtype) 
             mixed_BHNK = mixed.detach().float().cpu()
         except RuntimeError as error:
             return f"{_sdpa_reason(error, caught)}; PyTorch selects another kernel automatically"
-    exact_BHNK = _attend_plainly(exact[0], exact[1], exact[2])
+    exact_BHNK = _attend_plainly(exact[0], exact[1], v_BHMK=exact[2])
     difference = float((mixed_BHNK - exact_BHNK).abs().max())
     if difference <= SDPA_TOLERANCE:
         return None

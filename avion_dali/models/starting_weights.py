@@ -250,7 +250,7 @@ def apply_start(
         UserError: when an entry is missing, unexpected or of another shape and no rule allows it; names it.
     """
     try:
-        fit = fit_weights(model, start.state, start.facts, temporal_resize=temporal_resize)
+        fit = fit_weights(model, start.state, facts=start.facts, temporal_resize=temporal_resize)
     except UserError as error:
         raise UserError(f"{start.source}: {error}") from error
     if fit.problems:

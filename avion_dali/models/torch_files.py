@@ -233,7 +233,7 @@ def _read_zip(path: Path) -> Any:
 
         def read_storage(key: str, dtype: torch.dtype, numel: int) -> _Storage:
             if key not in known:
-                content_bytes = _entry(archive, content, folder + "data/" + key)
+                content_bytes = _entry(archive, content, name=folder + "data/" + key)
                 if content_bytes.numel() < numel * dtype.itemsize:
                     raise ValueError(f"storage {key} is too short")
                 known[key] = _Storage(dtype, content_bytes[: numel * dtype.itemsize])
@@ -243,7 +243,7 @@ def _read_zip(path: Path) -> Any:
             return _InertUnpickler(stream, read_storage).load()  # type: ignore[arg-type]
 
 
-def _entry(archive: zipfile.ZipFile, content: mmap.mmap, name: str) -> Tensor:
+def _entry(archive: zipfile.ZipFile, content: mmap.mmap, *, name: str) -> Tensor:
     """Return the bytes of a zip entry, uint8; they are mapped if the entry is not compressed."""
     info = archive.getinfo(name)
     if info.file_size == 0:

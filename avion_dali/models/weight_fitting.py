@@ -48,7 +48,7 @@ class Fit:
 
 
 def fit_weights(
-    model: nn.Module, state: Mapping[str, Tensor], facts: WeightFacts, *, temporal_resize: TemporalResize
+    model: nn.Module, state: Mapping[str, Tensor], *, facts: WeightFacts, temporal_resize: TemporalResize
 ) -> Fit:
     """Find the value of each parameter of a model in the weights.
 
@@ -65,20 +65,20 @@ def fit_weights(
         UserError: when the weights belong to another kind of model.
     """
     own, layouts, fit = model.state_dict(), declared_layouts(model), Fit()
-    source = _in_role(model, state, facts, fit)
+    source = _in_role(model, state, facts=facts, fit=fit)
     resizes = _resizes(layouts, temporal_resize)
     for name, target in own.items():
         if name in source:
-            _fit_entry(name, source[name], target, fit, facts=facts, resize=resizes.get(name))
+            _fit_entry(name, source[name], target=target, fit=fit, facts=facts, resize=resizes.get(name))
             continue
-        reason = _why_fresh(name, source, facts, layouts)
+        reason = _why_fresh(name, source, facts=facts, layouts=layouts)
         if reason:
             fit.fresh[name] = reason
         else:
             fit.problems.append(f"{name} is missing")
     for name in source:
         if name not in own:
-            reason = _why_unused(name, own, layouts)
+            reason = _why_unused(name, own, layouts=layouts)
             if reason:
                 fit.unused[name] = reason
             else:
@@ -88,7 +88,7 @@ def fit_weights(
 
 
 def _in_role(
-    model: nn.Module, state: Mapping[str, Tensor], facts: WeightFacts, fit: Fit
+    model: nn.Module, state: Mapping[str, Tensor], *, facts: WeightFacts, fit: Fit
 ) -> Mapping[str, Tensor]:
     """Return the weights renamed for the kind of the model."""
     if isinstance(model, MaskedVideo):
@@ -131,7 +131,7 @@ def _resizes(layouts: Mapping[str, TowerLayout], temporal_resize: TemporalResize
 
 
 def _fit_entry(
-    name: str, value: Tensor, target: Tensor, fit: Fit, *, facts: WeightFacts, resize: _Resize | None
+    name: str, value: Tensor, *, target: Tensor, fit: Fit, facts: WeightFacts, resize: _Resize | None
 ) -> None:
     """Add one entry to the match, resized if it is a table that supports it."""
     if value.shape == target.shape:
@@ -179,7 +179,7 @@ def _padded(value: Tensor, rows: int) -> Tensor:
 
 
 def _why_fresh(
-    name: str, source: Mapping[str, Tensor], facts: WeightFacts, layouts: Mapping[str, TowerLayout]
+    name: str, source: Mapping[str, Tensor], *, facts: WeightFacts, layouts: Mapping[str, TowerLayout]
 ) -> str | None:
     """Return why a parameter may be missing in the weights, or None if it must not be missing."""
     layout = layouts.get("visual.", TowerLayout())
@@ -204,7 +204,7 @@ def _why_fresh(
     return next((reason for applies, reason in rules if applies), None)
 
 
-def _why_unused(name: str, own: Mapping[str, Tensor], layouts: Mapping[str, TowerLayout]) -> str | None:
+def _why_unused(name: str, own: Mapping[str, Tensor], *, layouts: Mapping[str, TowerLayout]) -> str | None:
     """Return why the model may ignore an entry, or None if it must not."""
     if "fc_cls.weight" in own and name.startswith(_BETWEEN_TOWERS):
         return "for retrieval only"

@@ -72,7 +72,7 @@ class Classification:
             batch.frames_BTHWC,
             self.normalization,
             dtype=compute_dtype(batch.frames_BTHWC.device),
-            augmentation=batch_augmentation(batch, self.augment, key),
+            augmentation=batch_augmentation(batch, self.augment, key=key),
         )
         frames_BCTHW, targets_BK = mix_clips(
             frames_BCTHW,

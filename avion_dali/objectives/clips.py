@@ -58,7 +58,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def batch_augmentation(batch: ClipBatch, config: AugmentConfig, key: StepKey) -> Augmentation | None:
+def batch_augmentation(batch: ClipBatch, config: AugmentConfig, *, key: StepKey) -> Augmentation | None:
     """Return how a batch is augmented; its random draws depend only on (seed, step, sample, view).
 
     Args:

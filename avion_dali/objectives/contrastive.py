@@ -18,7 +18,7 @@ from avion_dali.objectives.gather import EqualRows, gather_with_grad, rank, worl
 
 
 def info_nce(
-    video_GD: Tensor, text_GD: Tensor, scale: Tensor, *, rows: slice = slice(None)
+    video_GD: Tensor, text_GD: Tensor, *, scale: Tensor, rows: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
     """Symmetric cross-entropy over all pairs of a clip and a text; row i of both inputs is a matching pair.
 
@@ -111,7 +111,7 @@ class Contrastive:
             batch.frames_BTHWC,
             self.normalization,
             dtype=compute_dtype(batch.frames_BTHWC.device),
-            augmentation=batch_augmentation(batch, self.augment, key),
+            augmentation=batch_augmentation(batch, self.augment, key=key),
         )
         video_BD, text_BD, scale_B = model(frames_BCTHW, batch.tokens_BL)
         return video_BD, text_BD, scale_B
@@ -139,5 +139,5 @@ class Contrastive:
         video_GD, text_GD = pairs_GX.chunk(2, dim=1)
         scale, first = scale_B.mean(), rank() * len(video_BD)
         own = slice(first, first + len(video_BD)) if self.local_loss else slice(None)
-        loss, accuracy = info_nce(video_GD, text_GD, scale, rows=own)
+        loss, accuracy = info_nce(video_GD, text_GD, scale=scale, rows=own)
         return loss, {"accuracy": accuracy, "logit_scale": scale.detach()}

@@ -157,7 +157,7 @@ class MaxMargin:
             batch.frames_BTHWC,
             self.normalization,
             dtype=compute_dtype(batch.frames_BTHWC.device),
-            augmentation=batch_augmentation(batch, self.augment, key),
+            augmentation=batch_augmentation(batch, self.augment, key=key),
         )
         video_BD, text_BD, scale_B = model(frames_BCTHW, batch.tokens_BL)
         if scale_B.requires_grad:

@@ -31,7 +31,7 @@ class Curve:
     values: list[float]
 
 
-def curve_of(rows: Sequence[Mapping[str, Any]], kind: str, name: str) -> Curve:
+def curve_of(rows: Sequence[Mapping[str, Any]], kind: str, *, name: str) -> Curve:
     """Collect a number over the steps; rows without it, or with null for it, are left out.
 
     Args:
@@ -56,7 +56,7 @@ def _metric_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
         for name in row
         if name not in ("kind", "step", *_COUNTS) and _is_number(row[name])
     }
-    return [curve_of(rows, "evaluation", name) for name in list(names)[:_CURVES_PER_CHART]]
+    return [curve_of(rows, "evaluation", name=name) for name in list(names)[:_CURVES_PER_CHART]]
 
 
 def _draw(curves: Sequence[Curve], title: str, *, from_zero: bool) -> str:
@@ -103,12 +103,12 @@ def draw_charts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     Returns:
         Title to SVG element; an empty string if the log lacks the number.
     """
-    speed = [curve_of(rows, "train", "clips_per_s")]
-    waiting = [curve_of(rows, "train", "data_wait_share")]
+    speed = [curve_of(rows, "train", name="clips_per_s")]
+    waiting = [curve_of(rows, "train", name="data_wait_share")]
     charts = {}
     # Axes of fractions and rates start at zero, because noise would look like a trend otherwise.
     for title, curves, from_zero in (
-        ("Loss", [curve_of(rows, "train", "loss")], False),
+        ("Loss", [curve_of(rows, "train", name="loss")], False),
         ("Evaluation", _metric_curves(rows), False),
         ("Share of the step spent waiting for data", waiting, True),
         ("Clips per second, all ranks", speed, True),

@@ -98,7 +98,7 @@ def _run_numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         ("memory_mb", "peak memory, MiB", max),
         ("replaced", "replaced clips", lambda values: values[-1]),
     ):
-        values = curve_of(rows, "train", name).values
+        values = curve_of(rows, "train", name=name).values
         if values:
             numbers[label] = pick(values)
     return numbers
@@ -107,7 +107,7 @@ def _run_numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _best(rows: Sequence[Mapping[str, Any]]) -> str:
     """Describe the evaluation of the best checkpoint; empty if there is none."""
     name = _last_header(rows).get("best_metric")
-    curve = curve_of(rows, "evaluation", name) if name else None
+    curve = curve_of(rows, "evaluation", name=name) if name else None
     if curve is None or not curve.values:
         return ""
     # As in the training, a later evaluation replaces an earlier one only if its value is higher.

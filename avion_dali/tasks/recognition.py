@@ -121,7 +121,7 @@ class ClassScorer:
 def _check(config: TrainConfig, manifest: Manifest) -> None:
     """Reject rows without a class, and mixing if a micro-batch holds one clip."""
     class_table(manifest)
-    require_in_every_row(manifest, "label", config.objective.name)
+    require_in_every_row(manifest, "label", objective=config.objective.name)
     mixing = config.objective.classification
     mixes = (mixing.mixup or mixing.cutmix) and mixing.mix_probability
     if mixes and config.optim.micro_batch * config.data.repeats < 2:

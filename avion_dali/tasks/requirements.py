@@ -29,7 +29,7 @@ def class_table(manifest: Manifest) -> ClassTable:
     return manifest.classes
 
 
-def require_in_every_row(manifest: Manifest, what: Literal["label", "text"], objective: str) -> None:
+def require_in_every_row(manifest: Manifest, what: Literal["label", "text"], *, objective: str) -> None:
     """Reject a manifest with rows that lack a label or a text.
 
     A missing label would stop the training at some step, and a missing text would silently degrade it.

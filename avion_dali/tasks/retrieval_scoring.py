@@ -136,7 +136,7 @@ class RetrievalScorer:
             device: device of the model.
         """
         gallery, rows = self.gallery, samples.sample_ids
-        text_TD = _embed_texts(cast(DualEncoder, model), gallery, device)
+        text_TD = _embed_texts(cast(DualEncoder, model), gallery, device=device)
         with torch.autocast(device.type, enabled=False):
             similarity = _similarity(torch.from_numpy(samples.means_SX).to(device), text_TD)
         everything = len(rows) == len(gallery.relevancy_VT)
@@ -151,6 +151,6 @@ def _similarity(video_VD: torch.Tensor, text_TD: torch.Tensor) -> np.ndarray:
     return torch.cat([(block @ text_TD.T).cpu() for block in blocks]).numpy()
 
 
-def _embed_texts(model: DualEncoder, gallery: Gallery, device: torch.device) -> torch.Tensor:
+def _embed_texts(model: DualEncoder, gallery: Gallery, *, device: torch.device) -> torch.Tensor:
     tokens_TL = torch.from_numpy(pad_tokens(gallery.tokens, cast(int, model.textual.context_length))).to(device)
     return torch.cat([model.encode_text(part).float() for part in tokens_TL.split(_TEXTS_PER_PASS)])

@@ -21,7 +21,7 @@ from avion_dali.tasks.task import Task, no_constraint
 
 def _check(config: TrainConfig, manifest: Manifest) -> None:
     if config.data.text == "own":
-        require_in_every_row(manifest, "text", config.objective.name)
+        require_in_every_row(manifest, "text", objective=config.objective.name)
 
 
 def _build_model(config: TrainConfig, _num_classes: int) -> nn.Module:

@@ -89,7 +89,7 @@ def count_planned(part: ClipPart) -> int:
 def count_spanned(part: ClipPart) -> int:
     """Frames from the keyframe before the first wanted frame to the last wanted frame."""
     with opened(part, decoder="paper-fused") as (container, stream):
-        table, _ = read_table(part, container, stream)
+        table, _ = read_table(part, container, stream=stream)
         return len(spanning_run(table, part.frame_ids).positions)
 
 

@@ -40,9 +40,11 @@ RIGHT_FROM_DB, RIGHT_TO_BIAS = 45.0, 0.6
 def everything_kept(part: ClipPart) -> PartPackets:
     """Packets of a part from each keyframe on, with those that no wanted frame needs."""
     with opened(part, decoder="dali") as (container, stream):
-        table, packets = read_table(part, container, stream)
+        table, packets = read_table(part, container, stream=stream)
         runs = plan_runs(table, part.frame_ids)
-        return PartPackets(stream_facts(stream), tuple(run_packets(run, table, packets) for run in runs))
+        return PartPackets(
+            stream_facts(stream), tuple(run_packets(run, table, packets=packets) for run in runs)
+        )
 
 
 def planned(part: ClipPart) -> PartPackets:

@@ -117,7 +117,7 @@ class Step:
         with half:
             outputs = self.outputs()
         if len(outputs) == 3:
-            return info_nce(outputs[0], outputs[1], outputs[2].mean())[0]
+            return info_nce(outputs[0], outputs[1], scale=outputs[2].mean())[0]
         targets_BMX = tube_targets(self.frames_BTHWC, self._is_masked_BN, normalize=True)
         return functional.mse_loss(outputs[0].float(), targets_BMX)
 
@@ -191,7 +191,7 @@ def measure_case(case: Case, device: str, *, warm: int = WARM_STEPS, steps: int 
     on_gpu = torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     try:
-        kernel = resolve_attention(case.attention, torch.device(device), dtype)
+        kernel = resolve_attention(case.attention, torch.device(device), dtype=dtype)
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
