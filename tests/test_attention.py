@@ -182,7 +182,7 @@ def test_compiled_code_does_not_look_for_packages(monkeypatch):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(UserError, match="none of auto, sdpa"):
+    with pytest.raises(UserError, match="choose one of auto, sdpa"):
         resolve_attention("paged", CPU, dtype=torch.float32)
 
 

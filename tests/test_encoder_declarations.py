@@ -249,7 +249,7 @@ def test_a_classifier_starts_from_the_dual_encoder_of_the_same_encoder(tmp_path:
     report = apply_start(classifier, start, temporal_resize="interpolate")
     assert set(report.fresh) == {"fc_cls.weight", "fc_cls.bias"}
     assert torch.equal(classifier.visual.where, model.visual.where)
-    with pytest.raises(UserError, match="are of a pooled encoder, the model has vit"):
+    with pytest.raises(UserError, match="are those of a pooled encoder, the model has vit"):
         apply_start(build(CONFIG), start, temporal_resize="interpolate")
 
 
@@ -259,6 +259,7 @@ def test_a_file_of_an_encoder_that_is_not_known_is_refused_by_its_name(tmp_path,
     export_safetensors(build(config), path, header={"config": asdict(config)})
     monkeypatch.delitem(ENCODERS, "pooled")
     with pytest.raises(
-        UserError, match=r"weights\.safetensors.*'pooled' is none of vit, timesformer, videomae"
+        UserError,
+        match=r"weights\.safetensors.*'pooled' is not an encoder; choose one of vit, timesformer, videomae",
     ):
         open_start(str(path))

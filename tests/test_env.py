@@ -141,7 +141,7 @@ def test_the_kernel_of_an_optional_library_is_run(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(support, "cuda_problem", lambda device: None)
     monkeypatch.setattr(precision, "resolve_precision", lambda name, device: "bf16")
     asked = []
-    monkeypatch.setattr(attention, "resolve_attention", lambda *args: asked.append(args))
+    monkeypatch.setattr(attention, "resolve_attention", lambda *args, dtype: asked.append((*args, dtype)))
     found = env._optional_finding("flash-attn", "flash_attn")
     assert (found.value, found.problem) == ("works (bf16 on cuda)", None)
     assert asked == [("flash-attn", torch.device("cuda"), torch.bfloat16)]

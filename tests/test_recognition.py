@@ -114,7 +114,7 @@ def test_unreadable_clips_are_left_out_and_counted():
 
 
 def test_classes_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="scores 2 classes, the manifest has 3"):
+    with pytest.raises(UserError, match="the model has 2 classes, the manifest has 3"):
         evaluate([batch_of([0], [[1.0, 0.0, 0.0]], [0])], PixelLogits(classes=2))
     with pytest.raises(UserError, match="class of the training manifest"):
         evaluate([batch_of([0], [[1.0, 0.0, 0.0]], [-1])])

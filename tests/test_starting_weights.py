@@ -184,7 +184,10 @@ def test_files_of_older_versions_and_of_other_objectives_are_known_by_their_head
     [
         ({"step": 1}, "does not describe its model"),
         ({"weights": {"encoder": "vit"}}, "its header belongs to another version"),
-        ({"config": {"model": {"encoder": "vim"}}}, "'vim' is none of vit, timesformer, videomae"),
+        (
+            {"config": {"model": {"encoder": "vim"}}},
+            "'vim' is not an encoder; choose one of vit, timesformer, videomae",
+        ),
     ],
 )
 def test_our_files_that_do_not_say_what_they_are_are_refused(tmp_path, header, message):
@@ -215,4 +218,4 @@ def test_contradictions_are_listed():
     found = contradictions(facts, normalization="openai", activation="quick_gelu")
     assert "data.normalization openai-avion, this run uses openai" in found[0]
     assert "model.activation gelu, this run uses quick_gelu" in found[1]
-    assert "does not tell" in contradictions(real_facts(family="open_clip"), activation="gelu")[0]
+    assert "does not specify" in contradictions(real_facts(family="open_clip"), activation="gelu")[0]

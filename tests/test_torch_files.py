@@ -184,7 +184,7 @@ def test_the_state_dict_is_the_first_of_its_names():
         assert list(find_state_dict({"args": {}, name: tensor}, source="w")) == ["x"]
     assert list(find_state_dict({"state_dict": {"y": torch.zeros(1)}, "model": tensor}, source="w")) == ["x"]
     for content in ([1], {}, {"model": {}}, 3, {"epoch": 3}):
-        with pytest.raises(UserError, match="holds no weights"):
+        with pytest.raises(UserError, match="contains no weights"):
             find_state_dict(content, source="w")
 
 

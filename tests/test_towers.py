@@ -17,7 +17,9 @@ def test_encoders_are_known_by_name_and_an_unknown_one_is_refused():
             ModelConfig(encoder=name, size="tiny"), num_frames=2, frame_size=32, embed_dim=8
         )
         assert encoder_name(tower) == name
-    with pytest.raises(UserError, match=r"model\.encoder = 'vim' is none of vit, timesformer, videomae"):
+    with pytest.raises(
+        UserError, match=r"model\.encoder = 'vim' is not an encoder; choose one of vit, timesformer, videomae"
+    ):
         build_video_tower(ModelConfig(encoder="vim"), num_frames=2, frame_size=32, embed_dim=8)
     with pytest.raises(UserError, match="Linear is not a known encoder"):
         encoder_name(nn.Linear(2, 2))

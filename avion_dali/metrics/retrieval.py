@@ -235,7 +235,7 @@ def _check(similarity_VT: Floats, relevancy_VT: Floats) -> None:
     if similarity_VT.ndim != 2 or similarity_VT.shape != relevancy_VT.shape or similarity_VT.size == 0:
         raise UserError(
             f"retrieval: similarity {similarity_VT.shape} and relevancy {relevancy_VT.shape} must have one "
-            "shape, two dimensions, and must not be empty"
+            "shape, be two-dimensional and not empty"
         )
     if not np.isfinite(similarity_VT).all():
         raise UserError("retrieval: a similarity is not finite; the model's weights or features are broken")
