@@ -19,7 +19,7 @@ ALLOWED = {
     "contracts": set(),
     "config": {"contracts"},
     "cores": set(),
-    "child_process": set(),
+    "child_process": {"contracts"},
     "subprocess_call": {"child_process"},
     "files": {"contracts"},
     "wording": set(),
