@@ -11,8 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
-from pebble import ProcessExpired, ProcessPool
-
 from avion_dali.child_process import SafeSpawn, die_with_parent
 from avion_dali.contracts import UserError
 
@@ -46,6 +44,9 @@ def map_in_processes(
     Raises:
         UserError: when a process was killed from outside.
     """
+    # For the parent only: the processes import the modules of their tasks, which import this one.
+    from pebble import ProcessPool
+
     remaining = iter(items)
     with ProcessPool(
         max_workers=jobs, initializer=die_with_parent, initargs=(os.getpid(),), context=SafeSpawn()
@@ -69,6 +70,8 @@ def map_in_processes(
 def _outcome(
     item: Item, future: futures.Future[Result], *, lost: Callable[[Item, str], Result], timeout_s: float
 ) -> Result:
+    from pebble import ProcessExpired
+
     try:
         return future.result()
     except futures.TimeoutError:
