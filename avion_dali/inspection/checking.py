@@ -18,7 +18,7 @@ from pebble import ProcessExpired
 from avion_dali import __version__
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
-from avion_dali.data.manifest import INDEX_FILE, Manifest
+from avion_dali.data.manifest import CHUNKS_FILE, INDEX_FILE, Manifest
 from avion_dali.data.scanning import find_chunk_files
 from avion_dali.files import partial_path, put_in_place
 from avion_dali.inspection.chunk_file import file_stamp, inspect_file
@@ -225,8 +225,10 @@ def _identity(source: Path) -> dict[str, object]:
     identity: dict[str, object] = {"source": str(source.resolve()), "version": __version__}
     if is_manifest(source):
         # Not its sample table: whether a chunk is sound does not depend on its clips.
-        identity["chunk_root"] = Manifest(source).chunk_root
-        identity["tables"] = [list(file_stamp(str(source / name))) for name in ("chunks.arrow", INDEX_FILE)]
+        manifest = Manifest(source)
+        identity["chunk_root"] = manifest.chunk_root
+        tables = (manifest.files.path(name) for name in (CHUNKS_FILE, INDEX_FILE))
+        identity["tables"] = [list(file_stamp(str(path))) for path in tables]
     return identity
 
 
