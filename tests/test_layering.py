@@ -22,6 +22,7 @@ ALLOWED = {
     "child_process": {"contracts"},
     "subprocess_call": {"child_process"},
     "files": {"contracts"},
+    "locks": {"contracts"},
     "wording": set(),
     "data": set(),
     "datasets": {"data"},
@@ -44,7 +45,7 @@ ALLOWED = {
         *("objectives", "engine", "tasks", "inference", "report", "assembly", "pipelines"),
     },
 }
-FOR_ALL = {"", "contracts", "config", "cores", "files", "wording", "child_process", "subprocess_call"}
+FOR_ALL = {"", "contracts", "config", "cores", "files", "locks", "wording", "child_process", "subprocess_call"}
 TOO_HEAVY = ("torch", "open_clip", "pyarrow", "jsonargparse")
 
 

@@ -65,8 +65,10 @@ def summary(report: CheckReport, path: Path) -> list[str]:
 def repair(manifest: Path, report: CheckReport) -> None:
     """Leave the clips of bad chunks out of a manifest, and say how to undo it."""
     from avion_dali.inspection.repair import BAD_CHUNKS_FILE, repair_manifest
+    from avion_dali.locks import folder_lock
 
-    done = repair_manifest(manifest, report.bad_chunks)
+    with folder_lock(manifest, "repairing a manifest"):
+        done = repair_manifest(manifest, report.bad_chunks)
     print(f"{manifest}: {done.removed} clips left out, {done.num_samples} left")
     if done.undo:
         print(f"bad chunks: {manifest / BAD_CHUNKS_FILE}\nto undo: {done.undo}")

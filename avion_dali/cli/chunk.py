@@ -8,6 +8,7 @@ from pathlib import Path
 
 from avion_dali.contracts import UserError
 from avion_dali.data.profiles import PROFILES
+from avion_dali.locks import folder_lock
 
 VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
 
@@ -37,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
 
     settings = ChunkSettings(options.profile, options.chunk_seconds, options.short_side)
     videos = list_videos(options.videos, but_not=options.output)
-    report = chunk_videos(videos, options.output, settings=settings, root=options.root, jobs=options.jobs)
+    with folder_lock(options.output, "cutting videos"):
+        report = chunk_videos(videos, options.output, settings=settings, root=options.root, jobs=options.jobs)
     for video in report.failed:
         print(f"failed: {video.video}: {video.failed}", file=sys.stderr)
     done = len(report.videos) - len(report.failed)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from avion_dali.cli.arguments import parameters_as_keys
 from avion_dali.config import EvaluateConfig
 from avion_dali.contracts import UserError
+from avion_dali.files import atomic_write, atomic_write_text
 from avion_dali.wording import few_lines
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _keep_failures(folder: Path, listed: Path) -> None:
         row = {"path": file["path"], "kind": "unusable file", "cause": file["reason"], "sample_id": None}
         text += json.dumps(row) + "\n"
     if text:
-        listed.write_text(text, encoding="utf-8")
+        atomic_write_text(listed, text)
 
 
 def left_out_files(folder: Path) -> list[dict[str, Any]]:
@@ -193,16 +194,15 @@ def embed_manifest(
 def write_features(path: Path, features: PerSample, manifest: Manifest) -> None:
     """Write embeddings and what each belongs to: inside the safetensors file, or beside the npy file."""
     import numpy as np
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     rows = [_origin(manifest, int(sample)) for sample in features.sample_ids]
     if path.suffix == ".safetensors":
         arrays = {"features": features.means_SX, "sample_ids": features.sample_ids}
-        save_file(arrays, path, metadata={"clips": json.dumps(rows)})
+        atomic_write(path, lambda file: file.write(save(arrays, metadata={"clips": json.dumps(rows)})))
         return
-    np.save(path, features.means_SX)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    path.with_suffix(".clips.jsonl").write_text(lines, encoding="utf-8")
+    atomic_write(path, lambda file: np.save(file, features.means_SX))
+    atomic_write_text(path.with_suffix(".clips.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _origin(manifest: Manifest, sample_id: int) -> dict[str, Any]:

@@ -148,6 +148,9 @@ def new_build(folder: Path, kind: str = "build") -> Iterator[Path]:
 
     Yields:
         The empty folder.
+
+    Raises:
+        UserError: when the disk is full, or permission is missing.
     """
     _delete_unnamed(folder)  # of a build that was killed
     numbers = [int(found[2]) for path in folder.glob("*-*") if (found := _BUILD.fullmatch(path.name))]
@@ -155,6 +158,10 @@ def new_build(folder: Path, kind: str = "build") -> Iterator[Path]:
     build.mkdir(parents=True)
     try:
         yield build
+    except OSError as error:
+        raise UserError(
+            f"{folder} could not be written: {error.strerror or error}; a manifest that was there is intact"
+        ) from error
     finally:
         _delete_unnamed(folder)
 

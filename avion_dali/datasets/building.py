@@ -18,6 +18,7 @@ from avion_dali.data.manifest import Chunk, IndexWriter, Sample, write_manifest
 from avion_dali.data.scanning import ChunkFile, UnusableChunk, find_chunk_files, probe_files
 from avion_dali.data.text import clip_tokenizer
 from avion_dali.datasets.spans import ChunkLookup, SpanError
+from avion_dali.locks import folder_lock
 
 REJECTED_FILE = "rejected.jsonl"
 UNUSABLE_FILE = "unusable_chunks.jsonl"
@@ -325,7 +326,7 @@ def manifest_build(settings: BuildSettings, files: list[ChunkFile] | None = None
         raise UserError(f"{folder} is a file; --output names the manifest's folder")
     found = find_chunk_files(settings.chunk_root) if files is None else files
     try:
-        with IndexWriter(folder) as index:
+        with folder_lock(folder, "building a manifest"), IndexWriter(folder) as index:
             jobs = settings.jobs or available_cores()
             chunks, unusable = probe_files(found, jobs=jobs, index=index, on_progress=settings.on_chunk)
             _write_unusable(folder / UNUSABLE_FILE, unusable)
