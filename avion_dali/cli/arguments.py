@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from avion_dali.config.recipes import find_recipe
@@ -157,6 +160,17 @@ def _show_messages() -> None:
     logger.setLevel(logging.INFO)
 
 
+def _tell_torchrun(message: str) -> None:
+    """Leave the message where torchrun looks for it, which ends with a long traceback that then shows it.
+
+    See PyTorch's documentation, "Error Propagation" of torch.distributed.elastic.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": f"error: {message}", "timestamp": int(time.time())}))
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run an entry point; errors a user can act on become one message and exit status 2.
 
@@ -171,6 +185,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         status = main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        _tell_torchrun(str(error))
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
