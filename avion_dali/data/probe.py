@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,6 +20,7 @@ from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, FailureKind
 from avion_dali.data.bitstream import shows_picture
+from avion_dali.data.container_limits import OPEN_OPTIONS, ExcessiveClaimError, require_modest_header
 from avion_dali.data.indexing import PacketCollector, make_packet
 
 AUDIO_PRIMING_SECONDS = 0.1  # sound may begin this much early without meaning anything (AAC priming)
@@ -108,7 +109,8 @@ def open_video(
     try:
         if stat.S_ISDIR(os.stat(name).st_mode):
             raise failure("corrupt", "is a directory, not a video file")
-        opened = av.open(name, "r")
+        _require_modest_header(name, failure)
+        opened = av.open(name, "r", options=OPEN_OPTIONS)
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         raise failure("missing", error.strerror or type(error).__name__) from error
     except av.FFmpegError as error:
@@ -124,6 +126,14 @@ def open_video(
             yield container, stream
         except av.FFmpegError as error:
             raise failure("corrupt", error.strerror or type(error).__name__) from error
+
+
+def _require_modest_header(name: str, failure: Callable[[FailureKind, str], DecodeError]) -> None:
+    try:
+        with open(name, "rb", buffering=0) as file:
+            require_modest_header(file.fileno())
+    except ExcessiveClaimError as error:
+        raise failure("corrupt", str(error)) from error
 
 
 def probe_chunk(path: str | os.PathLike[str], *, index: bool = False) -> ChunkFacts:
