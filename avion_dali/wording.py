@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection, Sequence
 from itertools import islice
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong = 3, 60, 60
 
 
 def few(names: Collection[object], limit: int = 5) -> str:
@@ -36,3 +40,17 @@ def first_line(error: BaseException, limit: int = 160) -> str:
         limit: characters at most.
     """
     return str(error).strip().partition("\n")[0][:limit]
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Return how a value of a file is written in a message, whatever it is: short, and in little time.
+
+    Args:
+        value: anything; lists in lists are cut.
+        limit: characters at most.
+    """
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python refuses to write whole numbers of thousands of digits
+        text = f"a number of {type(value).__name__} with thousands of digits"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -23,6 +23,7 @@ ALLOWED = {
     "subprocess_call": {"child_process"},
     "files": {"contracts"},
     "locks": {"contracts"},
+    "time_limit": set(),
     "wording": set(),
     "data": set(),
     "datasets": {"data"},
@@ -45,7 +46,18 @@ ALLOWED = {
         *("objectives", "engine", "tasks", "inference", "report", "assembly", "pipelines"),
     },
 }
-FOR_ALL = {"", "contracts", "config", "cores", "files", "locks", "wording", "child_process", "subprocess_call"}
+FOR_ALL = {
+    "",
+    "contracts",
+    "config",
+    "cores",
+    "files",
+    "locks",
+    "time_limit",
+    "wording",
+    "child_process",
+    "subprocess_call",
+}
 TOO_HEAVY = ("torch", "open_clip", "pyarrow", "jsonargparse")
 
 
