@@ -17,7 +17,7 @@ PACKAGES = ("avion_dali", "pipelines", "train")
 ALLOWED = {
     "": set(),
     "contracts": set(),
-    "config": {"contracts"},
+    "config": {"contracts", "wording"},
     "cores": set(),
     "child_process": {"contracts"},
     "subprocess_call": {"child_process"},
