@@ -84,3 +84,26 @@ def test_title_and_metrics_may_be_given(tmp_path):
     path = write_run_report(tmp_path, title="A & B", metrics={"m": 1.5})
     texts = Page(path.read_text()).texts
     assert "A & B" in texts and "1.5" in texts
+
+
+def test_odd_texts_and_damaged_rows_do_not_stop_the_report(tmp_path):
+    rows = [
+        header(config={"name": "a\x00b\ud800"}, best_metric=["x"], world_size="two"),
+        {"kind": "evaluation", "step": 1, "recall\x00\ud83d of \x1b[31mred": 0.5, "ma$p_{x": 0.1},
+        {"kind": "train", "step": 1, "loss": 1.0, "elapsed_s": "long"},
+    ]
+    write_lines(tmp_path / LOG_NAME, rows)
+    with (tmp_path / LOG_NAME).open("ab") as log:
+        log.write(
+            b'[1, 2]\n7\nnull\n{"kind": 3}\n{"step": "x", "kind": "train"}\n\xff\xfe\n' + b"[" * 100_000 + b"\n"
+        )
+        log.write(json.dumps({"kind": "train", "step": 2, "loss": 0.5}).encode() + b"\n" + b'{"kind": "tra')
+    write_lines(
+        tmp_path / "quarantine.jsonl", [{"kind": "corrupt", "path": "a\x1b]0;x\x07\udcff.mp4"}, [], {"kind": 1}]
+    )
+    write_run_report(tmp_path)
+    page = (tmp_path / REPORT_NAME).read_text(encoding="utf-8")
+    assert "8 damaged lines of the log are left out" in page
+    assert "2 optimizer steps" in page
+    assert r"a\x1b]0;x\x07\udcff.mp4" in page
+    assert not any(character in page for character in "\x00\x1b\x07")

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from avion_dali.config.recipes import find_recipe
 from avion_dali.contracts import UserError
+from avion_dali.wording import printable
 
 Options = TypeVar("Options")
 
@@ -152,10 +153,17 @@ def parameter_keys(options: Any) -> dict[str, str]:
     return {**keys, **own}
 
 
+class _PrintableLines(logging.Formatter):
+    """Messages alone; what a file says in them cannot act on the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(record.getMessage())
+
+
 def _show_messages() -> None:
     """Write what the library logs to the console, one plain line each."""
     logger, handler = logging.getLogger("avion_dali"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_PrintableLines())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
 
@@ -184,8 +192,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         status = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        _tell_torchrun(str(error))
+        message = printable(str(error))
+        print(f"error: {message}", file=sys.stderr)
+        _tell_torchrun(message)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

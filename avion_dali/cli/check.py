@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avion_dali.contracts import UserError
+from avion_dali.wording import printable
 
 if TYPE_CHECKING:
     from avion_dali.inspection.checking import CheckReport
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         report = check_chunks(options.path, output, settings=settings, on_progress=show)
-    print("\n".join(summary(report, options.path)))
+    print(printable("\n".join(summary(report, options.path))))
     print(f"all findings: {output / FINDINGS_FILE}")
     if options.repair_manifest:
         repair(options.path, report)

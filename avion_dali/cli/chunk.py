@@ -9,6 +9,7 @@ from pathlib import Path
 from avion_dali.contracts import UserError
 from avion_dali.data.profiles import PROFILES
 from avion_dali.locks import folder_lock
+from avion_dali.wording import printable
 
 VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
 
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     with folder_lock(options.output, "cutting videos"):
         report = chunk_videos(videos, options.output, settings=settings, root=options.root, jobs=options.jobs)
     for video in report.failed:
-        print(f"failed: {video.video}: {video.failed}", file=sys.stderr)
+        print(printable(f"failed: {video.video}: {video.failed}"), file=sys.stderr)
     done = len(report.videos) - len(report.failed)
     print(f"{done} of {len(report.videos)} videos done: {report.made} chunks made, {report.kept} kept")
     return 1 if report.failed else 0

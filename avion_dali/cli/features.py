@@ -21,7 +21,7 @@ from avion_dali.cli.arguments import parameters_as_keys
 from avion_dali.config import EvaluateConfig
 from avion_dali.contracts import UserError
 from avion_dali.files import atomic_write, atomic_write_text
-from avion_dali.wording import few_lines
+from avion_dali.wording import few_lines, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,7 +157,7 @@ def _build_manifest(options: argparse.Namespace, folder: Path) -> None:
             raise
         raise UserError("\n".join(["none of the videos can be read:", *few_lines(reasons)])) from error
     for file in report.unusable:
-        print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
+        print(printable(f"left out: {file.path}: {file.reason}"), file=sys.stderr)
 
 
 def embed_manifest(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from avion_dali.contracts import UserError
+from avion_dali.wording import printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     """Make the manifest and say what went in and what was left out."""
     with _progress() as (on_chunk, on_row):
         report = _build(options, on_chunk, on_row)
-    print("\n".join(summary(report, options.output)))
+    print(printable("\n".join(summary(report, options.output))))
     return 0
 
 

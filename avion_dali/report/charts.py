@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from avion_dali.wording import printable
+
 _INK = "#123457"  # stands for the page's text color while matplotlib draws
 _LINES = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b")
 _CURVES_PER_CHART = len(_LINES)
@@ -77,7 +79,8 @@ def _draw(curves: Sequence[Curve], title: str, *, from_zero: bool) -> str:
         axes = figure.add_subplot()
         for curve, color in zip(curves, _LINES, strict=False):
             marker = "o" if len(curve.steps) <= 30 else None
-            axes.plot(curve.steps, curve.values, color=color, marker=marker, markersize=3, label=curve.name)
+            name = printable(curve.name).replace("$", r"\$")  # no formula
+            axes.plot(curve.steps, curve.values, color=color, marker=marker, markersize=3, label=name)
         if from_zero:
             axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize=10, loc="left")

@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from avion_dali.files import atomic_write_text
 from avion_dali.report.charts import curve_of, draw_charts
+from avion_dali.wording import printable
 
 _JPEG_QUALITY = 82
 _TEMPLATE = "run_report.html.j2"
@@ -74,6 +75,7 @@ class ReportData:
         resources: what the run has used, name to number or text.
         unreadable: clips that could not be read, kind to count.
         unreadable_rows: some of them, one line of text each.
+        damaged_lines: lines of the log that are no rows and left out.
     """
 
     title: str
@@ -85,6 +87,7 @@ class ReportData:
     resources: Mapping[str, float | str] = field(default_factory=dict)
     unreadable: Mapping[str, int] = field(default_factory=dict)
     unreadable_rows: Sequence[str] = ()
+    damaged_lines: int = 0
 
 
 def _run_numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -108,7 +111,7 @@ def _run_numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _best(rows: Sequence[Mapping[str, Any]]) -> str:
     """Name the evaluation that the best checkpoint belongs to; empty without one."""
     name = _last_header(rows).get("best_metric")
-    curve = curve_of(rows, "evaluation", name) if name else None
+    curve = curve_of(rows, "evaluation", name) if name and isinstance(name, str) else None
     if curve is None or not curve.values:
         return ""
     # As in the training, a later evaluation replaces an earlier one only if it is better.
@@ -143,7 +146,8 @@ def _shown(values: Mapping[str, float | str]) -> dict[str, str]:
 
 def _settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the settings as they are written in a configuration: no thousands separators, nothing rounded."""
-    return {name: str(value) for name, value in _flat(_last_header(rows).get("config", {})).items()}
+    config = _last_header(rows).get("config", {})
+    return {name: str(value) for name, value in _flat(config if isinstance(config, dict) else {}).items()}
 
 
 def _picture(match: ReportMatch) -> dict[str, Any]:
@@ -163,12 +167,13 @@ def _page(data: ReportData) -> str:
     """Fill in the template, which escapes all texts except the drawn curves."""
     steps = max((int(row["step"]) for row in data.rows), default=0)
     evaluations = sum(row["kind"] == "evaluation" for row in data.rows)
+    damaged = f"; {data.damaged_lines} damaged lines of the log are left out" if data.damaged_lines else ""
     environment = Environment(
         loader=PackageLoader("avion_dali.report", ""), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template(_TEMPLATE).render(
         title=data.title,
-        subtitle=f"{steps:,} optimizer steps, {evaluations} evaluations{_best(data.rows)}",
+        subtitle=f"{steps:,} optimizer steps, {evaluations} evaluations{_best(data.rows)}{damaged}",
         charts=draw_charts(data.rows),
         numbers={
             "Final evaluation": _shown(data.metrics),
@@ -187,7 +192,7 @@ def _page(data: ReportData) -> str:
 
 
 def write_report(path: Path, data: ReportData) -> None:
-    """Write the report as one HTML file, which is whole or absent.
+    """Write the report as one HTML file, which is whole or absent; what cannot be printed is escaped.
 
     Args:
         path: the file to write.
@@ -196,4 +201,4 @@ def write_report(path: Path, data: ReportData) -> None:
     Raises:
         UserError: the file could not be written.
     """
-    atomic_write_text(path, _page(data))
+    atomic_write_text(path, printable(_page(data)))
