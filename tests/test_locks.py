@@ -97,6 +97,7 @@ def test_only_the_main_rank_holds_the_folder(tmp_path: Path) -> None:
         "chunk {0}/v.mp4 --output {0}/held",
         "manifest captions --chunks {0} --annotations {0}/rows.csv --output {0}/held",
         "check {0} --output {0}/held",
+        "features --checkpoint {0}/w.pt --manifest {0}/m --output {0}/e.npy",
         "pretrain --config pretrain_tiny --data.train_manifest {0}/m --output_dir {0}/held",
     ],
     ids=lambda line: line.split()[0],
@@ -108,7 +109,8 @@ def test_every_command_that_fills_a_folder_holds_it(tmp_path: Path, line: str) -
     (tmp_path / "rows.csv").write_text("video,start,end,text\nv,0,1,a\n")
     write_random_manifest(tmp_path / "m", num_samples=40)
     started = time.monotonic()
-    with folder_lock(tmp_path / "held", "something"), pytest.raises(UserError, match=r"in use.*\(something\)"):
+    held = tmp_path / ("e.npy.work" if line.startswith("features") else "held")
+    with folder_lock(held, "something"), pytest.raises(UserError, match=r"in use.*\(something\)"):
         main(line.format(tmp_path).split())
-    assert [path.name for path in (tmp_path / "held").iterdir()] == [LOCK_FILE]
+    assert [path.name for path in held.iterdir()] == [LOCK_FILE]
     assert time.monotonic() - started < 60

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from test_report import Page
@@ -107,3 +110,18 @@ def test_odd_texts_and_damaged_rows_do_not_stop_the_report(tmp_path):
     assert "2 optimizer steps" in page
     assert r"a\x1b]0;x\x07\udcff.mp4" in page
     assert not any(character in page for character in "\x00\x1b\x07")
+
+
+def test_a_matplotlibrc_in_the_working_directory_is_not_followed(tmp_path, monkeypatch):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from avion_dali.report.charts import draw_charts\n"
+        "rows = [{'kind': 'train', 'step': step, 'loss': 1.0} for step in (1, 2)]\n"
+        "assert draw_charts(rows)['Loss'].startswith('<svg')\n"
+        "import matplotlib; assert matplotlib.rcParams['text.usetex'] is True\n"
+    )
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\ntext.latex.preamble: \\input{/etc/passwd}\n")
+    root = str(Path(__file__).resolve().parents[1])
+    monkeypatch.delenv("MATPLOTLIBRC", raising=False)
+    done = subprocess.run([sys.executable, "-c", code, root], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -98,23 +98,30 @@ def _check(options: argparse.Namespace) -> None:
 @contextmanager
 def working_folder(options: argparse.Namespace, distributed: Distributed) -> Iterator[Path]:
     """Yield a folder beside the output, equal on all ranks; of it only the list of failures is kept."""
+    from avion_dali.engine.agreement import shared_folder_lock
     from avion_dali.engine.distributed import barrier
 
     folder = options.output.with_name(options.output.name + ".work")
     listed = options.output.with_suffix(".quarantine.jsonl")
-    try:
-        if distributed.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            listed.unlink(missing_ok=True)
-            folder.mkdir()
-            if options.videos:
-                _build_manifest(options, folder / "manifest")
-        barrier()
-        yield folder
-    finally:
-        if distributed.is_main:
-            _keep_failures(folder, listed)
-            shutil.rmtree(folder, ignore_errors=True)
+    with shared_folder_lock(folder, "embedding videos", distributed):
+        try:
+            if distributed.is_main:
+                _fill(folder, options, listed)
+            barrier()
+            yield folder
+        finally:
+            if distributed.is_main:
+                _keep_failures(folder, listed)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fill(folder: Path, options: argparse.Namespace, listed: Path) -> None:
+    """Remove what a run that was killed left, and make the manifest of videos."""
+    shutil.rmtree(folder / "manifest", ignore_errors=True)
+    for path in (folder / "quarantine.jsonl", listed):
+        path.unlink(missing_ok=True)
+    if options.videos:
+        _build_manifest(options, folder / "manifest")
 
 
 def _keep_failures(folder: Path, listed: Path) -> None:

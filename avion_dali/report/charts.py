@@ -74,7 +74,9 @@ def _draw(curves: Sequence[Curve], title: str, *, from_zero: bool) -> str:
             ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
         ),
     }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # not what a `matplotlibrc` in the working directory says
+        matplotlib.rcParams.update(style)
         figure = Figure(figsize=(5.2, 2.9), layout="constrained")
         axes = figure.add_subplot()
         for curve, color in zip(curves, _LINES, strict=False):
