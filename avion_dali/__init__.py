@@ -8,8 +8,9 @@ Importing this package imports neither PyTorch nor DALI; each name is imported w
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
+# Not from `typing`: until `__main__` has run, that name may lead to a file of the working directory.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from avion_dali.assembly.clip_dataset import ClipDataset
     from avion_dali.assembly.open_clips import open_clips

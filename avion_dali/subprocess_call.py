@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from avion_dali.child_process import die_with_parent
+from avion_dali.child_process import die_with_parent, safe_environment
 
 TIMEOUT_S = 120.0  # the first use of a driver, or of packages on a cold shared disk, may take a minute
 
@@ -40,13 +40,12 @@ def call_in_subprocess(
         The task's return value, or one line that says how its process failed.
     """
     call = json.dumps([task.__module__, task.__name__, os.getpid(), arguments])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     try:
         done = subprocess.run(
             [sys.executable, "-c", _CHILD, call],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            env=environment,
+            env=safe_environment(),
             timeout=timeout_s,
             check=False,
         )

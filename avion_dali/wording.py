@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Collection, Sequence
 from itertools import islice
+
+# Control characters, which terminals obey, marks that turn the direction of writing, and halves of characters.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong = 3, 60, 60
 
 
 def few(names: Collection[object], limit: int = 5) -> str:
@@ -36,3 +43,26 @@ def first_line(error: BaseException, limit: int = 160) -> str:
         limit: largest number of characters.
     """
     return str(error).strip().partition("\n")[0][:limit]
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Return how a value of a file is written in a message, whatever it is: short, and in little time.
+
+    Args:
+        value: anything; lists in lists are cut.
+        limit: characters at most.
+    """
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python refuses to write whole numbers of thousands of digits
+        text = f"a number of {type(value).__name__} with thousands of digits"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def printable(text: str) -> str:
+    """Return a text in which nothing but lines and tabs acts on a terminal or a page; the rest is escaped.
+
+    Args:
+        text: of any origin: captions and file names may hold terminal escapes, or be no valid Unicode.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -12,8 +13,21 @@ import numpy as np
 
 from avion_dali.contracts import ChunkRef
 from avion_dali.data.manifest import Chunk, Sample, write_manifest
+from avion_dali.data.manifest_files import ManifestFiles
 
 NTSC_30, NTSC_60 = Fraction(30_000, 1001), Fraction(60_000, 1001)
+
+
+def stored_file(manifest: Path, name: str) -> Path:
+    """Where a file of a manifest lies, such as `samples.arrow`."""
+    return ManifestFiles(manifest, json.loads((manifest / "manifest.json").read_text())).path(name)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def chunk_row(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from annotation_files import letters, rejected_rows, settings, use_light_tokenizer
-from chunk_folders import copy_chunks
+from chunk_folders import contents, copy_chunks
 
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
@@ -115,14 +115,14 @@ def test_a_failed_rebuild_leaves_the_manifest_that_was_there(
 
     with manifest_build(settings(chunks, tmp_path / "m")) as build:
         build.finish(build.place([row(1, "old")]), source="x")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
-    assert "packets.bin" in before
+    before = contents(tmp_path / "m")
+    assert "build-1/packets.bin" in before
     (chunks / "v" / "1.mp4").rename(chunks / "v" / "2.mp4")  # the new index would differ
     with pytest.raises((error, UserError)), manifest_build(settings(chunks, tmp_path / "m")) as build:
         build.finish(build.place(rows()), source="x")
     with pytest.raises(UserError), manifest_build(settings(chunks, tmp_path / "m")) as build:
         build.finish(build.place([row(1), row(2, " ")]), source="x")
-    after = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    after = contents(tmp_path / "m")
     assert after.pop("rejected.jsonl")
     assert after == before
     assert [sample.text for sample in Manifest(tmp_path / "m").samples()] == ["old"]

@@ -20,6 +20,7 @@ from checked_chunks import (
     target_of,
     write_over,
 )
+from chunk_folders import stored_file
 
 from avion_dali.contracts import ChunkRef, PacketIndexRef
 from avion_dali.data.probe import probe_chunk
@@ -173,7 +174,7 @@ def test_a_picture_that_changes_its_size(sound: Path, tmp_path: Path) -> None:
 
 def test_damaged_packet_indexes(sound: Path, tmp_path: Path) -> None:
     manifest = build(lay_out(sound, tmp_path / "c", 1), tmp_path / "m")
-    path, target = manifest / "packets.bin", target_of(manifest, deep=False)
+    path, target = stored_file(manifest, "packets.bin"), target_of(manifest, deep=False)
     whole = path.read_bytes()
     for at in (0, 20, len(whole) - 10):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])

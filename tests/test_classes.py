@@ -1,11 +1,11 @@
 """Classes, captions and grades: stored beside the rows, checked against them."""
 
-import hashlib
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from chunk_folders import chunk_row, sample_row
+from chunk_folders import chunk_row, sample_row, stored_file
 
 from avion_dali.contracts import UserError
 from avion_dali.data import classes as module
@@ -27,12 +27,12 @@ def test_classes_are_read_back_and_absent_where_there_are_none(tmp_path: Path) -
     assert Manifest(folder).classes == CLASSES
     write_manifest(folder, chunk_root="/chunks", chunks=CHUNKS, samples=SAMPLES[:1])
     assert Manifest(folder).classes is None
-    assert not (folder / "classes.json").exists()
+    assert not list(folder.rglob("classes.json"))
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"names": ["a", "a"], "verbs": [], "nouns": []}'])
 def test_damaged_classes_are_a_user_error(tmp_path: Path, text: str | None) -> None:
-    path = write(tmp_path) / "classes.json"
+    path = stored_file(write(tmp_path), "classes.json")
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(UserError, match=r"classes\.json.*again"):
         _ = Manifest(tmp_path).classes
@@ -69,16 +69,15 @@ def test_grades_are_stored_as_float32_with_their_checksum(tmp_path: Path, as_fil
         samples=SAMPLES[:3] + SAMPLES[:1],
         captions=captions,
     )
-    stored = np.load(tmp_path / "m" / "relevancy.npy")
+    stored = np.load(stored_file(tmp_path / "m", "relevancy.npy"))
     assert stored.dtype == np.float32
     np.testing.assert_array_equal(stored, grades.astype(np.float32))
-    info = Manifest(tmp_path / "m").info
-    assert info["num_captions"] == 2
-    assert (
-        info["relevancy_sha256"] == hashlib.sha256((tmp_path / "m" / "relevancy.npy").read_bytes()).hexdigest()
-    )
+    manifest = Manifest(tmp_path / "m")
+    assert manifest.info["num_captions"] == 2
+    data = stored_file(tmp_path / "m", "relevancy.npy").read_bytes()
+    assert manifest.files.checksums("relevancy.npy") == [(len(data), zlib.crc32(data))]
     write(tmp_path / "m")  # built again without captions
-    assert not {"captions.arrow", "relevancy.npy"} & {path.name for path in (tmp_path / "m").iterdir()}
+    assert not {"captions.arrow", "relevancy.npy"} & {path.name for path in (tmp_path / "m").rglob("*")}
 
 
 def test_grades_are_written_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +86,7 @@ def test_grades_are_written_in_blocks(tmp_path: Path, monkeypatch: pytest.Monkey
     write_manifest(
         tmp_path, chunk_root="/chunks", chunks=CHUNKS, samples=SAMPLES[:3], captions=captions_of(grades)
     )
-    np.testing.assert_array_equal(np.load(tmp_path / "relevancy.npy"), grades.astype(np.float32))
+    np.testing.assert_array_equal(np.load(stored_file(tmp_path, "relevancy.npy")), grades.astype(np.float32))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from avion_dali.decode import cpu_fused
 from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
 from avion_dali.loading.frames_strategy import FramesStrategy
 from avion_dali.loading.pool import Ticket, WorkerPool
-from avion_dali.loading.ring import Place
+from avion_dali.loading.ring import Place, SharedRing, is_open, open_memory
 
 SAMPLES = 60
 
@@ -297,7 +297,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal and /proc")
-def test_nothing_survives_a_killed_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_nothing_survives_a_killed_trainer(tmp_path: Path, whole_group: bool) -> None:
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
     tests = Path(__file__).resolve().parent
@@ -310,12 +311,48 @@ def test_nothing_survives_a_killed_trainer(tmp_path: Path) -> None:
         start_new_session=True,
     )
     assert trainer.stdout is not None
-    memory = Path("/dev/shm") / trainer.stdout.readline().strip()
-    assert memory.exists()
-    trainer.send_signal(signal.SIGKILL)
+    name = trainer.stdout.readline().strip()
+    assert is_open(name)
+    # Nameless: whoever is killed, the kernel frees it.
+    inode = name.rpartition(":")[2]
+    maps = Path(f"/proc/{trainer.pid}/maps").read_text().splitlines()
+    assert any(line.split()[4] == inode and line.endswith("(deleted)") for line in maps)
+    assert os.stat(name.partition("#")[0]).st_mode & 0o777 == 0o600
+    if whole_group:
+        os.killpg(trainer.pid, signal.SIGKILL)
+    else:
+        trainer.send_signal(signal.SIGKILL)
     trainer.wait()
     assert left_after(3, trainer.pid) == []
-    assert not memory.exists()
+    assert not is_open(name)
+
+
+def test_memory_is_found_by_its_owner_alone_and_not_after_it_is_closed() -> None:
+    first = SharedRing(2, (4, 1, 2, 16, 16, 3))
+    place = first.place(1, 2)
+    view = open_memory(place.memory_name)
+    view[place.offset] = 7
+    assert first.frames(1)[2].ravel()[0] == 7
+    kept = first.frames(1)
+    first.close()
+    first.close()
+    second = SharedRing(2, (4, 1, 2, 16, 16, 3))  # takes the number of the closed file
+    assert second.name != first.name and not is_open(first.name)
+    with pytest.raises(FileNotFoundError):
+        open_memory(first.name)
+    assert kept.ravel()[2 * first.clip_bytes] == 7 and not second.everything().any()
+    second.close()
+
+
+def test_memory_without_dev_shm_is_a_file_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "O_TMPFILE")
+    ring = SharedRing(1, (4, 1, 2, 16, 16, 3))
+    path = Path(ring.name.partition("#")[0])
+    assert path.stat().st_mode & 0o777 == 0o600
+    open_memory(ring.name)[3] = 9
+    assert ring.everything()[3] == 9
+    ring.close()
+    assert not path.exists()
 
 
 def requests_of(manifest: Manifest, workers: int, world_size: int, *, seed: int = 5) -> dict[int, ClipRequest]:

@@ -146,7 +146,7 @@ def test_the_kernel_of_an_optional_library_is_run(tmp_path: Path, monkeypatch: p
     assert (found.value, found.problem) == ("works (bf16 on cuda)", None)
     assert asked == [("flash-attn", torch.device("cuda"), torch.bfloat16)]
 
-    def refuse(*args: object) -> None:
+    def refuse(*_: object, dtype: object) -> None:
         raise UserError("built for another GPU; set it to auto or sdpa")
 
     monkeypatch.setattr(attention, "resolve_attention", refuse)

@@ -289,13 +289,23 @@ def test_manifests_from_before_these_columns_still_open(tmp_path: Path, garden: 
     import pyarrow as pa
 
     read_captions_into(BuildSettings(garden, tmp_path / "m", jobs=1), _rows(tmp_path))
+    _as_format_3(tmp_path / "m")
     path = tmp_path / "m" / "chunks.arrow"
-    table = pa.ipc.open_file(path).read_all().drop_columns(["last_s", "pixel_aspect"])
+    with pa.ipc.open_file(path) as reader:
+        table = reader.read_all().drop_columns(["last_s", "pixel_aspect"])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
     chunk = Manifest(tmp_path / "m").chunk(1)
     assert (chunk.start_s, chunk.end_s, chunk.pixel_aspect, chunk.last_s) == (1.0, 2.0, 1.0, 0.0)
     assert shown(tmp_path / "m", 0) == [15]
+
+
+def _as_format_3(folder: Path) -> None:
+    """Lay a manifest out as before its files had folders and checksums of their own."""
+    info = json.loads((folder / "manifest.json").read_text())
+    for name, facts in info.pop("files").items():
+        (folder / facts["path"]).rename(folder / name)
+    (folder / "manifest.json").write_text(json.dumps({**info, "format_version": 3}))
 
 
 def _rows(folder: Path) -> Path:

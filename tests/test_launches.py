@@ -59,7 +59,7 @@ def dual(data: LaunchData, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def retrieval_by_hand(model: DualEncoder, manifest: Manifest, frames: int, statistics: str) -> dict[str, float]:
     """The scores of a manifest with stored captions and relevancy, without loader and evaluation."""
     rules = ClipRules(num_frames=frames, frame_size=32, training=False)
-    relevancy = np.load(manifest.folder / "relevancy.npy")
+    relevancy = np.load(manifest.files.path("relevancy.npy"))
     tokens = torch.from_numpy(pad_tokens(open_captions(manifest).tokens, 8))
     with torch.no_grad():
         video = torch.cat(

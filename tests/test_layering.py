@@ -17,11 +17,13 @@ PACKAGES = ("avion_dali", "pipelines", "train")
 ALLOWED = {
     "": set(),
     "contracts": set(),
-    "config": {"contracts"},
+    "config": {"contracts", "wording"},
     "cores": set(),
-    "child_process": set(),
+    "child_process": {"contracts"},
     "subprocess_call": {"child_process"},
     "files": {"contracts"},
+    "locks": {"contracts"},
+    "time_limit": set(),
     "wording": set(),
     "data": set(),
     "datasets": {"data"},
@@ -44,7 +46,18 @@ ALLOWED = {
         *("objectives", "engine", "tasks", "inference", "report", "assembly", "pipelines"),
     },
 }
-FOR_ALL = {"", "contracts", "config", "cores", "files", "wording", "child_process", "subprocess_call"}
+FOR_ALL = {
+    "",
+    "contracts",
+    "config",
+    "cores",
+    "files",
+    "locks",
+    "time_limit",
+    "wording",
+    "child_process",
+    "subprocess_call",
+}
 TOO_HEAVY = ("torch", "open_clip", "pyarrow", "jsonargparse")
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from chunk_folders import NTSC_30, chunk_row, sample_row
+from chunk_folders import NTSC_30, chunk_row, contents, sample_row, stored_file
 
 from avion_dali.contracts import ChunkRef, PacketIndexRef, UserError
-from avion_dali.data import manifest as module
+from avion_dali.data import manifest
 from avion_dali.data.classes import CaptionTable, ClassTable
 from avion_dali.data.manifest import Chunk, IndexWriter, Manifest, Sample, write_manifest
 
@@ -95,7 +95,7 @@ def test_every_text_needs_its_tokens(texts: object, tokens: object) -> None:
 
 def test_rows_are_streamed_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than a batch of rows is alive at a time."""
-    monkeypatch.setattr(module, "ROWS_PER_BATCH", 10)
+    monkeypatch.setattr(manifest, "ROWS_PER_BATCH", 10)
     alive = weakref.WeakSet()
     most = 0
 
@@ -123,7 +123,7 @@ def test_rows_are_streamed_to_the_file(tmp_path: Path, monkeypatch: pytest.Monke
 def test_rows_are_found_across_record_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    monkeypatch.setattr(module, "ROWS_PER_BATCH", 7)
+    monkeypatch.setattr(manifest, "ROWS_PER_BATCH", 7)
     samples = [sample_row(i, i + 1, text="t" * (i % 5)) for i in range(count)]
     chunks = [chunk_row("v", i) for i in range(count)]
     opened = Manifest(write(tmp_path, samples=samples, chunks=chunks))
@@ -131,7 +131,7 @@ def test_rows_are_found_across_record_batches(
     for i in np.random.default_rng(0).permutation(count).tolist():
         assert opened.sample(i) == samples[i]
         assert opened.chunk(i).start_s == i
-    with pa.ipc.open_file(str(tmp_path / "samples.arrow")) as reader:
+    with pa.ipc.open_file(str(stored_file(tmp_path, "samples.arrow"))) as reader:
         assert reader.num_record_batches == -(-count // 7)
 
 
@@ -175,7 +175,7 @@ def test_end_of_a_chunk() -> None:
 def test_columns_are_mapped_and_not_copied(tmp_path: Path) -> None:
     samples = [sample_row(i, i + 1, text=f"{i:04d}" * 200) for i in range(5000)]
     folder = write(tmp_path, samples=samples)
-    assert (folder / "samples.arrow").stat().st_size > 4_000_000
+    assert stored_file(folder, "samples.arrow").stat().st_size > 4_000_000
     del samples
     before = pa.total_allocated_bytes()
     opened = Manifest(folder)
@@ -197,10 +197,6 @@ def test_an_open_manifest_keeps_its_rows_while_the_folder_is_rebuilt(tmp_path: P
     # As many rows, so that the file keeps its size: with fewer, reading ends the process with SIGBUS.
     write(tmp_path, samples=[sample_row(i + 1000, i + 1001) for i in range(100)])
     assert [opened.sample(i).start_s for i in range(100)] == list(range(100))
-
-
-def files_below(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def broken_samples() -> Iterator[Sample]:
@@ -229,55 +225,22 @@ def test_an_interrupted_rebuild_leaves_the_old_manifest_as_it_was(tmp_path: Path
             classes=CLASSES,
             index=index,
         )
-    before = files_below(tmp_path)
+    before = contents(tmp_path)
     assert len(before) == 7
     with pytest.raises(KeyboardInterrupt), IndexWriter(tmp_path) as index:
         index.add(b"newer")
         write_manifest(tmp_path, chunk_root="/c", chunks=CHUNKS[:1], samples=broken_samples(), index=index)
-    assert files_below(tmp_path) == before
+    assert contents(tmp_path) == before
     assert list(Manifest(tmp_path).samples()) == SAMPLES
 
 
 @pytest.mark.parametrize("grades", [np.ones((3, 1)), np.full((1, 1), 1.5)])
 def test_grades_that_are_refused_leave_the_old_manifest_as_it_was(tmp_path: Path, grades: np.ndarray) -> None:
-    before = files_below(write(tmp_path))
+    before = contents(write(tmp_path))
     captions = CaptionTable(("cut",), ((1,),), grades)
     with pytest.raises(UserError, match="relevancy"):
         write_manifest(tmp_path, chunk_root="/chunks", chunks=CHUNKS, samples=SAMPLES[:1], captions=captions)
-    assert files_below(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", ["packets.bin", "chunks.arrow", "samples.arrow"])
-def test_parts_of_two_builds_are_no_manifest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """A build that ends while it takes the old one's place leaves nothing that could be mistaken for either."""
-    write(tmp_path)
-    real = os.replace
-
-    def replace(source: Path, target: Path) -> None:
-        if target == tmp_path / name:
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(module.os, "replace", replace)
-    with pytest.raises(KeyboardInterrupt), IndexWriter(tmp_path) as index:
-        write_manifest(tmp_path, chunk_root="/chunks", chunks=CHUNKS, samples=SAMPLES[:1], index=index)
-    with pytest.raises(UserError, match=r"manifest\.json is missing"):
-        Manifest(tmp_path)
-    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
-
-
-def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / "new.partial").mkdir()
-    (tmp_path / "new.partial" / "captions.arrow").write_bytes(b"stale")
-    write(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "chunks.arrow",
-        "samples.arrow",
-        "classes.json",
-        "manifest.json",
-    }
+    assert contents(tmp_path) == before
 
 
 def test_a_folder_without_a_manifest_names_the_command(tmp_path: Path) -> None:
@@ -325,7 +288,7 @@ def cut(share: float) -> Callable[[Path], None]:
     ids=["missing", "empty", "cut-30", "cut-90", "cut-99.9", "text"],
 )
 def test_damaged_tables_are_refused_by_name(tmp_path: Path, table: str, harm: Callable[[Path], None]) -> None:
-    harm(write(tmp_path) / table)
+    harm(stored_file(write(tmp_path), table))
     with pytest.raises(UserError, match=rf"{table}.*build it again"):
         Manifest(tmp_path)
 
@@ -333,7 +296,8 @@ def test_damaged_tables_are_refused_by_name(tmp_path: Path, table: str, harm: Ca
 def test_tables_of_two_builds_are_noticed(tmp_path: Path) -> None:
     write(tmp_path / "a")
     write(tmp_path / "b", samples=SAMPLES[:2])
-    (tmp_path / "a" / "samples.arrow").write_bytes((tmp_path / "b" / "samples.arrow").read_bytes())
+    path = stored_file(tmp_path / "a", "samples.arrow")
+    path.write_bytes(stored_file(tmp_path / "b", "samples.arrow").read_bytes())
     with pytest.raises(UserError, match="build it again"):
         Manifest(tmp_path / "a")
 
@@ -341,9 +305,10 @@ def test_tables_of_two_builds_are_noticed(tmp_path: Path) -> None:
 def test_manifest_json_is_readable_and_cannot_be_overruled_by_info(tmp_path: Path) -> None:
     facts = json.loads((write(tmp_path, num_samples=99, note="é") / "manifest.json").read_text())
     assert isinstance(facts.pop("fingerprint"), int)
+    assert list(facts.pop("files")) == ["chunks.arrow", "classes.json", "samples.arrow"]
     assert facts == {
         "note": "é",
-        "format_version": 3,
+        "format_version": 4,
         "index_bytes": 0,
         "chunk_root": "/chunks",
         "num_chunks": 3,

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chunk_folders import chunk_row
+from chunk_folders import chunk_row, stored_file
 
 from avion_dali.contracts import UserError
-from avion_dali.data.classes import CaptionTable
+from avion_dali.data.classes import CaptionTable, read_captions
 from avion_dali.data.manifest import Manifest, Sample, write_manifest
 from avion_dali.data.relevancy import open_captions
 
@@ -119,10 +119,10 @@ def test_stored_grades_stay_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["captions.arrow", "relevancy.npy"])
 def test_damaged_captions_are_a_user_error(tmp_path: Path, name: str) -> None:
     manifest, _ = stored(tmp_path)
-    (tmp_path / name).write_bytes(b"damaged")
+    stored_file(tmp_path, name).write_bytes(b"damaged")
     with pytest.raises(UserError, match=rf"{name}.*again"):
         open_captions(manifest)
-    (tmp_path / name).unlink()
+    stored_file(tmp_path, name).unlink()
     with pytest.raises(UserError, match=rf"{name}.*again"):
         open_captions(manifest)
 
@@ -130,9 +130,11 @@ def test_damaged_captions_are_a_user_error(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("grades", [np.zeros((4, 3), np.float32), np.zeros((5, 3))])
 def test_grades_of_another_manifest_are_refused(tmp_path: Path, grades: np.ndarray) -> None:
     manifest, _ = stored(tmp_path)
-    np.save(tmp_path / "relevancy.npy", grades)
-    with pytest.raises(UserError, match=r"relevancy\.npy holds .*5 rows and 3 captions"):
+    np.save(stored_file(tmp_path, "relevancy.npy"), grades)
+    with pytest.raises(UserError, match=r"relevancy\.npy is damaged"):
         open_captions(manifest)
+    with pytest.raises(UserError, match=r"relevancy\.npy holds .*5 rows and 3 captions"):
+        read_captions(manifest.table("captions.arrow"), stored_file(tmp_path, "relevancy.npy"), num_rows=5)
 
 
 def test_captions_need_their_tokens() -> None:

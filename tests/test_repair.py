@@ -1,7 +1,8 @@
 """A repaired manifest holds exactly the clips that touch no bad chunk, and what was there can be had back."""
 
-import hashlib
 import json
+import os
+import shutil
 import subprocess
 import zlib
 from contextlib import suppress
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from chunk_folders import chunk_row, chunk_rows, sample_row, write_random_manifest
+from chunk_folders import chunk_row, chunk_rows, contents, sample_row, stored_file, write_random_manifest
 
 from avion_dali.contracts import UserError
 from avion_dali.data import manifest as manifest_module
@@ -23,7 +24,7 @@ from avion_dali.inspection.repair import BAD_CHUNKS_FILE, RepairReport, repair_m
 
 COUNT = 300
 BAD = {"/chunks/a/15.mp4": ["truncated"], "/chunks/c/0.mp4": ["undecodable"]}
-BACKUPS = ("samples.before-repair.arrow", "manifest.before-repair.json")
+BACKUP = "manifest.before-repair.json"
 
 
 @pytest.fixture
@@ -36,10 +37,6 @@ def rows(folder: Path) -> list[Sample]:
     return [opened.sample(i) for i in range(opened.num_samples)]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def good_rows(folder: Path, bad: object) -> list[Sample]:
     """Rows of a manifest that touch no bad chunk, one by one."""
     opened = Manifest(folder)
@@ -48,7 +45,7 @@ def good_rows(folder: Path, bad: object) -> list[Sample]:
 
 
 def test_only_the_clips_of_bad_chunks_go(folder: Path) -> None:
-    expected, chunks = good_rows(folder, BAD), (folder / "chunks.arrow").read_bytes()
+    expected, chunks = good_rows(folder, BAD), stored_file(folder, "chunks.arrow").read_bytes()
     before = Manifest(folder)
     done = repair_manifest(folder, BAD)
     assert 0 < len(expected) < COUNT - 20
@@ -59,10 +56,11 @@ def test_only_the_clips_of_bad_chunks_go(folder: Path) -> None:
         "num_samples": len(expected),
         "removed_samples": COUNT - len(expected),
         "fingerprint": after.fingerprint,
+        "files": before.info["files"] | {"samples.arrow": after.info["files"]["samples.arrow"]},
     }
-    assert (folder / "chunks.arrow").read_bytes() == chunks
+    assert stored_file(folder, "chunks.arrow").read_bytes() == chunks
     assert after.fingerprint != before.fingerprint
-    assert after.fingerprint == zlib.crc32(chunks + (folder / "samples.arrow").read_bytes())
+    assert after.fingerprint == zlib.crc32(chunks + stored_file(folder, "samples.arrow").read_bytes())
     lines = [json.loads(line) for line in (folder / BAD_CHUNKS_FILE).read_text().splitlines()]
     assert lines == [
         {"row": 1, "path": "/chunks/a/15.mp4", "kinds": ["truncated"]},
@@ -92,7 +90,7 @@ def test_rows_are_found_by_division_again(tmp_path: Path, monkeypatch: pytest.Mo
     expected = good_rows(folder, BAD)
     repair_manifest(folder, BAD)
     assert rows(folder) == expected
-    with pa.ipc.open_file(str(folder / "samples.arrow")) as reader:
+    with pa.ipc.open_file(str(stored_file(folder, "samples.arrow"))) as reader:
         sizes = [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)]
     assert sizes[:-1] == [batch] * (len(sizes) - 1)
     assert 0 < sizes[-1] <= batch
@@ -140,8 +138,7 @@ def test_a_manifest_built_anew_forgets_the_repair(folder: Path) -> None:
 def test_without_a_backup_the_rows_that_are_left_count(folder: Path) -> None:
     expected = good_rows(folder, {**BAD, "/chunks/b/30.mp4": ()})
     repair_manifest(folder, BAD)
-    for name in BACKUPS:
-        (folder / name).unlink()
+    (folder / BACKUP).unlink()
     done = repair_manifest(folder, {"/chunks/b/30.mp4": ["missing"]})
     assert rows(folder) == expected
     assert (done.num_samples, done.removed) == (len(expected), COUNT - len(expected))
@@ -178,36 +175,48 @@ def test_a_running_training_keeps_its_rows(folder: Path) -> None:
     assert [opened.sample(i) for i in range(COUNT)] == expected
 
 
-def test_an_interruption_leaves_no_mixed_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever the renames stop, the folder is the old manifest, the new one, or none."""
-    before = contents(folder)
-    repaired = repair_manifest(folder, BAD)
-    new_rows = rows(folder)
-    subprocess.run(repaired.undo, shell=True, check=True)
-    old_rows, replace, states = rows(folder), module.os.replace, []
+def test_an_interruption_leaves_the_old_manifest_or_the_new_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = rows(folder)
+    shutil.copytree(folder, tmp_path / "new")
+    repair_manifest(tmp_path / "new", BAD)
+    after, replace, states = rows(tmp_path / "new"), os.replace, []
     for stop_at in range(6):
-        calls = iter(range(stop_at))
+        copy, calls = tmp_path / f"copy{stop_at}", iter(range(stop_at))
+        shutil.copytree(folder, copy)
 
         def interrupted(a: Path, b: Path, calls: object = calls) -> None:
             if next(calls, None) is None:
                 raise KeyboardInterrupt
             replace(a, b)
 
-        monkeypatch.setattr(module.os, "replace", interrupted)
+        monkeypatch.setattr(os, "replace", interrupted)
         with suppress(KeyboardInterrupt):
-            repair_manifest(folder, BAD)
-        monkeypatch.setattr(module.os, "replace", replace)
-        try:
-            found = rows(folder)
-            assert found in (old_rows, new_rows)
-            states.append("old" if found == old_rows else "new")
-        except UserError:
-            states.append("none")
-        for path in folder.iterdir():
-            path.unlink()
-        for name, data in before.items():
-            (folder / name).write_bytes(data)
-    assert states == ["old", "old", "none", "none", "none", "new"]
+            repair_manifest(copy, BAD)
+        monkeypatch.setattr(os, "replace", replace)
+        found = rows(copy)
+        assert found in (before, after)
+        states.append("old" if found == before else "new")
+        repair_manifest(copy, {})
+        assert rows(copy) == before
+    assert set(states) == {"old", "new"} and states == sorted(states, reverse=True)
+
+
+def test_a_repair_of_format_3_is_undone(folder: Path) -> None:
+    """There, a repair kept the old sample table beside the new one."""
+    expected, before = rows(folder), json.loads((folder / "manifest.json").read_text())
+    samples = stored_file(folder, "samples.arrow").read_bytes()
+    repair_manifest(folder, BAD)
+    now = json.loads((folder / "manifest.json").read_text())
+    for name in ("chunks.arrow", "samples.arrow"):
+        (folder / name).write_bytes(stored_file(folder, name).read_bytes())
+    (folder / "samples.before-repair.arrow").write_bytes(samples)
+    for path, info in ((folder / "manifest.json", now), (folder / BACKUP, before)):
+        path.write_text(json.dumps({**info, "files": {}, "format_version": 3}))
+    assert len(rows(folder)) < len(expected)
+    repair_manifest(folder, {})
+    assert rows(folder) == expected
 
 
 def graded_manifest(folder: Path) -> np.ndarray:
@@ -226,8 +235,8 @@ def test_grades_lose_the_rows_that_samples_lose(tmp_path: Path) -> None:
     repaired = Manifest(tmp_path)
     assert [s.start_s for s in repaired.samples()] == [0, 7.5, 30, 37.5]
     np.testing.assert_array_equal(open_captions(repaired).relevancy(np.arange(4)), grades[[0, 1, 4, 5]])
-    digest = hashlib.sha256((tmp_path / "relevancy.npy").read_bytes()).hexdigest()
-    assert repaired.info["relevancy_sha256"] == digest
+    size, checksum = repaired.files.checksums("relevancy.npy")[0]
+    assert zlib.crc32(stored_file(tmp_path, "relevancy.npy").read_bytes()[:size]) == checksum
     # A later repair starts from what there was first.
     repair_manifest(tmp_path, {"/chunks/a/30.mp4": ["truncated"]})
     np.testing.assert_array_equal(open_captions(Manifest(tmp_path)).relevancy(np.arange(4)), grades[:4])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from test_report import Page
@@ -84,3 +87,41 @@ def test_title_and_metrics_may_be_given(tmp_path):
     path = write_run_report(tmp_path, title="A & B", metrics={"m": 1.5})
     texts = Page(path.read_text()).texts
     assert "A & B" in texts and "1.5" in texts
+
+
+def test_odd_texts_and_damaged_rows_do_not_stop_the_report(tmp_path):
+    rows = [
+        header(config={"name": "a\x00b\ud800"}, best_metric=["x"], world_size="two"),
+        {"kind": "evaluation", "step": 1, "recall\x00\ud83d of \x1b[31mred": 0.5, "ma$p_{x": 0.1},
+        {"kind": "train", "step": 1, "loss": 1.0, "elapsed_s": "long"},
+    ]
+    write_lines(tmp_path / LOG_NAME, rows)
+    with (tmp_path / LOG_NAME).open("ab") as log:
+        log.write(
+            b'[1, 2]\n7\nnull\n{"kind": 3}\n{"step": "x", "kind": "train"}\n\xff\xfe\n' + b"[" * 100_000 + b"\n"
+        )
+        log.write(json.dumps({"kind": "train", "step": 2, "loss": 0.5}).encode() + b"\n" + b'{"kind": "tra')
+    write_lines(
+        tmp_path / "quarantine.jsonl", [{"kind": "corrupt", "path": "a\x1b]0;x\x07\udcff.mp4"}, [], {"kind": 1}]
+    )
+    write_run_report(tmp_path)
+    page = (tmp_path / REPORT_NAME).read_text(encoding="utf-8")
+    assert "8 damaged lines of the log are left out" in page
+    assert "2 optimizer steps" in page
+    assert r"a\x1b]0;x\x07\udcff.mp4" in page
+    assert not any(character in page for character in "\x00\x1b\x07")
+
+
+def test_a_matplotlibrc_in_the_working_directory_is_not_followed(tmp_path, monkeypatch):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from avion_dali.report.charts import draw_charts\n"
+        "rows = [{'kind': 'train', 'step': step, 'loss': 1.0} for step in (1, 2)]\n"
+        "assert draw_charts(rows)['Loss'].startswith('<svg')\n"
+        "import matplotlib; assert matplotlib.rcParams['text.usetex'] is True\n"
+    )
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\ntext.latex.preamble: \\input{/etc/passwd}\n")
+    root = str(Path(__file__).resolve().parents[1])
+    monkeypatch.delenv("MATPLOTLIBRC", raising=False)
+    done = subprocess.run([sys.executable, "-c", code, root], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

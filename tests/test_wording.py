@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
-from avion_dali.wording import few, few_lines, first_line
+from avion_dali.cli.arguments import run_command
+from avion_dali.contracts import UserError
+from avion_dali.wording import few, few_lines, first_line, printable
 
 
 @pytest.mark.parametrize(
@@ -25,3 +29,19 @@ def test_first_line_of_an_error():
     assert first_line(ValueError("\n one\ntwo")) == "one"
     assert first_line(ValueError()) == ""
     assert first_line(ValueError("x" * 500)) == "x" * 160
+
+
+def test_what_acts_on_a_terminal_is_escaped():
+    assert printable("a\tb\nc é 日本") == "a\tb\nc é 日本"
+    assert printable("\x1b[2J\x00\r\x9b\u202ex\udcff") == r"\x1b[2J\x00\r\x9b\u202ex\udcff"
+
+
+def test_errors_and_messages_of_commands_are_escaped(capsys):
+    def fail():
+        logging.getLogger("avion_dali.test").warning("caption %s", "\x1b]0;title\x07")
+        raise UserError("row \x1b[31m\udcff")
+
+    with pytest.raises(SystemExit):
+        run_command(fail)
+    said = capsys.readouterr().err
+    assert r"caption \x1b]0;title\x07" in said and r"error: row \x1b[31m\udcff" in said

@@ -17,6 +17,7 @@ from avion_dali.assembly.run_model import load_model
 from avion_dali.config import EvaluateConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
+from avion_dali.engine.agreement import require_same_inputs
 from avion_dali.engine.distributed import Distributed
 from avion_dali.loading.pool import WorkerPool
 from avion_dali.models.implied_config import plain_config
@@ -84,6 +85,7 @@ def evaluate_checkpoint(options: EvaluateConfig, distributed: Distributed) -> Ev
     if not folder:
         raise UserError(f"{options.checkpoint} was trained without an evaluation manifest; give --manifest")
     manifest = Manifest(folder)
+    require_same_inputs(manifest)
     run = resolve(config, distributed, start)
     if options.frozen_frames and not run.task.has_frozen_control:
         raise UserError("frozen_frames applies only to recognition and retrieval models; remove this option")

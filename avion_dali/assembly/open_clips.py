@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-import pyarrow as pa
 import torch
 
 from avion_dali.assembly.dali_room import pipelines_module
@@ -17,7 +16,7 @@ from avion_dali.assembly.decoder_choice import INSTEAD, choose_decoder
 from avion_dali.config import LoaderOptions
 from avion_dali.config.checks import require
 from avion_dali.contracts import UserError
-from avion_dali.data.manifest import Manifest
+from avion_dali.data.manifest import CHUNKS_FILE, Manifest
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.decode.decoders import CPU_DECODERS
@@ -280,7 +279,5 @@ def chunk_codecs(manifest: Manifest) -> set[str]:
     Args:
         manifest: the manifest.
     """
-    with pa.memory_map(str(manifest.folder / "chunks.arrow")) as file:
-        reader = pa.ipc.open_file(file)
-        columns = (reader.get_batch(i).column("codec") for i in range(reader.num_record_batches))
-        return {codec for column in columns for codec in column.unique().to_pylist()}
+    columns = (batch.column("codec") for batch in manifest.table(CHUNKS_FILE).batches())
+    return {codec for column in columns for codec in column.unique().to_pylist()}

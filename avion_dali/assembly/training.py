@@ -19,6 +19,7 @@ from avion_dali.assembly.run_model import build_model, fill_model
 from avion_dali.config import TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
+from avion_dali.engine.agreement import require_same_inputs, shared_folder_lock
 from avion_dali.engine.checkpoint import find_checkpoint, load_checkpoint
 from avion_dali.engine.distributed import Distributed, require_agreement
 from avion_dali.engine.loop import TrainLoop
@@ -48,10 +49,21 @@ def training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLoo
     """
     if not config.data.train_manifest:
         raise UserError("config: data.train_manifest is not set; make one with `avion-dali manifest`")
+    with (
+        shared_folder_lock(config.output_dir, "training", distributed=distributed),
+        _training(config, distributed) as loop,
+    ):
+        yield loop
+
+
+@contextmanager
+def _training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLoop]:
+    """Build a training whose output folder is held."""
     output_dir = Path(config.output_dir)
     latest = find_checkpoint(output_dir, config.resume)
     manifest = Manifest(config.data.train_manifest)
     eval_manifest = Manifest(config.data.eval_manifest) if config.data.eval_manifest else None
+    require_same_inputs(manifest, eval_manifest)
     start = _open_start(config, latest)
     run = resolve(config, distributed, start)
     if eval_manifest and run.task.class_names(manifest):

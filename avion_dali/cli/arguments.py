@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from avion_dali.config.recipe_files import find_recipe
 from avion_dali.contracts import UserError
+from avion_dali.wording import printable
 
 Options = TypeVar("Options")
 
@@ -149,12 +153,30 @@ def parameter_keys(options: Any) -> dict[str, str]:
     return {**keys, **own}
 
 
+class _PrintableLines(logging.Formatter):
+    """Messages alone; what a file says in them cannot act on the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(record.getMessage())
+
+
 def _show_messages() -> None:
     """Write what the library logs to the console, one plain line each."""
     logger, handler = logging.getLogger("avion_dali"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_PrintableLines())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Leave the message where torchrun looks for it, which ends with a long traceback that then shows it.
+
+    See PyTorch's documentation, "Error Propagation" of torch.distributed.elastic.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": f"error: {message}", "timestamp": int(time.time())}))
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -170,7 +192,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         status = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = printable(str(error))
+        print(f"error: {message}", file=sys.stderr)
+        _tell_torchrun(message)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

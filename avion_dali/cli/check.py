@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avion_dali.contracts import UserError
+from avion_dali.wording import printable
 
 if TYPE_CHECKING:
     from avion_dali.inspection.checking import CheckReport
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         report = check_chunks(options.path, output, settings=settings, on_progress=show)
-    print("\n".join(summary(report, options.path)))
+    print(printable("\n".join(summary(report, options.path))))
     print(f"all findings: {output / FINDINGS_FILE}")
     if options.repair_manifest:
         repair(options.path, report)
@@ -65,8 +66,10 @@ def summary(report: CheckReport, path: Path) -> list[str]:
 def repair(manifest: Path, report: CheckReport) -> None:
     """Leave the clips of bad chunks out of a manifest, and say how to undo it."""
     from avion_dali.inspection.repair import BAD_CHUNKS_FILE, repair_manifest
+    from avion_dali.locks import folder_lock
 
-    done = repair_manifest(manifest, report.bad_chunks)
+    with folder_lock(manifest, "repairing a manifest"):
+        done = repair_manifest(manifest, report.bad_chunks)
     print(f"{manifest}: {done.removed} clips left out, {done.num_samples} left")
     if done.undo:
         print(f"bad chunks: {manifest / BAD_CHUNKS_FILE}\nto undo: {done.undo}")

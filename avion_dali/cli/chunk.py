@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 from avion_dali.data.profiles import PROFILES
+from avion_dali.locks import folder_lock
+from avion_dali.wording import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +40,13 @@ def run(options: argparse.Namespace) -> int:
     videos, passed_over = find_videos(options.videos, but_not=options.output)
     if passed_over:
         print(describe_passed_over(passed_over), file=sys.stderr)
-    report = chunk_videos(videos, options.output, settings=settings, root=options.root, jobs=options.jobs)
+    with folder_lock(options.output, "cutting videos"):
+        report = chunk_videos(videos, options.output, settings=settings, root=options.root, jobs=options.jobs)
     for video in report.videos:
         for note in video.notes:
             print(f"note: {video.video}: {note}", file=sys.stderr)
     for video in report.failed:
-        print(f"failed: {video.video}: {video.failed}", file=sys.stderr)
+        print(printable(f"failed: {video.video}: {video.failed}"), file=sys.stderr)
     done = len(report.videos) - len(report.failed)
     print(f"{done} of {len(report.videos)} videos done: {report.made} chunks made, {report.kept} kept")
     return 1 if report.failed else 0

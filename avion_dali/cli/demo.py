@@ -17,6 +17,7 @@ from avion_dali.cli.arguments import parse_options
 from avion_dali.config import TrainConfig
 from avion_dali.config.recipe_files import recipes_folder
 from avion_dali.data.profiles import ProfileName
+from avion_dali.files import atomic_write_text
 
 if TYPE_CHECKING:
     from avion_dali.data.manifest import Manifest
@@ -211,7 +212,7 @@ def train_and_report(config: TrainConfig) -> DemoNumbers:
             versions=software_versions(),
         ),
     )
-    (output / "numbers.json").write_text(json.dumps(shown, indent=2) + "\n")
+    atomic_write_text(output / "numbers.json", json.dumps(shown, indent=2) + "\n")
     return numbers
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from avion_dali.cli.arguments import parse_options
 from avion_dali.cli.demo import chunk_profile, demo_config, make_data, recipe_config, stage
 from avion_dali.config import TrainConfig
+from avion_dali.files import atomic_write_text
 
 if TYPE_CHECKING:
     from avion_dali.tasks.evaluation import EvaluationResult
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     if not dual_encoder.is_file():
         run_training("dual encoder", demo_config(demo, manifests, decoder=options.decoder))
     numbers = measure(runs, dual_encoder)
-    (output / "numbers.json").write_text(json.dumps(asdict(numbers), indent=2) + "\n")
+    atomic_write_text(output / "numbers.json", json.dumps(asdict(numbers), indent=2) + "\n")
     print(f"\n{table(margins(numbers))}\n\nreports: {output}/*/report.html")
     return 0 if all(margin.is_met for margin in margins(numbers)) else 1
 

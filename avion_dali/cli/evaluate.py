@@ -9,6 +9,7 @@ from pathlib import Path
 from avion_dali.cli.arguments import parameters_as_keys, parse_options
 from avion_dali.config import EvaluateConfig
 from avion_dali.contracts import UserError
+from avion_dali.files import atomic_write_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,5 +31,5 @@ def main(argv: list[str] | None = None) -> int:
             text = json.dumps(result.metrics(), indent=2)
             print(text)
             if config.output:
-                Path(config.output).write_text(text + "\n")
+                atomic_write_text(Path(config.output), text + "\n")
     return 0

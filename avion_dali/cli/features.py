@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from avion_dali.cli.arguments import parameters_as_keys
 from avion_dali.config import EvaluateConfig
 from avion_dali.contracts import UserError
-from avion_dali.wording import few_lines
+from avion_dali.files import atomic_write, atomic_write_text
+from avion_dali.wording import few_lines, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,23 +98,30 @@ def _check(options: argparse.Namespace) -> None:
 @contextmanager
 def working_folder(options: argparse.Namespace, distributed: Distributed) -> Iterator[Path]:
     """Yield a folder beside the output, equal on all ranks; of it only the list of failures is kept."""
+    from avion_dali.engine.agreement import shared_folder_lock
     from avion_dali.engine.distributed import barrier
 
     folder = options.output.with_name(options.output.name + ".work")
     listed = options.output.with_suffix(".quarantine.jsonl")
-    try:
-        if distributed.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            listed.unlink(missing_ok=True)
-            folder.mkdir()
-            if options.videos:
-                _build_manifest(options, folder / "manifest")
-        barrier()
-        yield folder
-    finally:
-        if distributed.is_main:
-            _keep_failures(folder, listed)
-            shutil.rmtree(folder, ignore_errors=True)
+    with shared_folder_lock(folder, "embedding videos", distributed=distributed):
+        try:
+            if distributed.is_main:
+                _fill(folder, options, listed=listed)
+            barrier()
+            yield folder
+        finally:
+            if distributed.is_main:
+                _keep_failures(folder, listed)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fill(folder: Path, options: argparse.Namespace, *, listed: Path) -> None:
+    """Remove what a run that was killed left, and make the manifest of videos."""
+    shutil.rmtree(folder / "manifest", ignore_errors=True)
+    for path in (folder / "quarantine.jsonl", listed):
+        path.unlink(missing_ok=True)
+    if options.videos:
+        _build_manifest(options, folder / "manifest")
 
 
 def _keep_failures(folder: Path, listed: Path) -> None:
@@ -124,7 +132,7 @@ def _keep_failures(folder: Path, listed: Path) -> None:
         row = {"path": file["path"], "kind": "unusable file", "cause": file["reason"], "sample_id": None}
         text += json.dumps(row) + "\n"
     if text:
-        listed.write_text(text, encoding="utf-8")
+        atomic_write_text(listed, text)
 
 
 def left_out_files(folder: Path) -> list[dict[str, Any]]:
@@ -159,7 +167,7 @@ def _build_manifest(options: argparse.Namespace, folder: Path) -> None:
             raise
         raise UserError("\n".join(["none of the videos can be read:", *few_lines(reasons)])) from error
     for file in report.unusable:
-        print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
+        print(printable(f"left out: {file.path}: {file.reason}"), file=sys.stderr)
 
 
 def embed_manifest(
@@ -196,16 +204,15 @@ def embed_manifest(
 def write_features(path: Path, features: PerSample, *, manifest: Manifest) -> None:
     """Write embeddings and what each belongs to: inside the safetensors file, or beside the npy file."""
     import numpy as np
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     rows = [_origin(manifest, int(sample)) for sample in features.sample_ids]
     if path.suffix == ".safetensors":
         arrays = {"features": features.means_SX, "sample_ids": features.sample_ids}
-        save_file(arrays, path, metadata={"clips": json.dumps(rows)})
+        atomic_write(path, lambda file: file.write(save(arrays, metadata={"clips": json.dumps(rows)})))
         return
-    np.save(path, features.means_SX)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    path.with_suffix(".clips.jsonl").write_text(lines, encoding="utf-8")
+    atomic_write(path, lambda file: np.save(file, features.means_SX))
+    atomic_write_text(path.with_suffix(".clips.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _origin(manifest: Manifest, sample_id: int) -> dict[str, Any]:

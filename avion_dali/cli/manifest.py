@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from avion_dali.contracts import UserError
+from avion_dali.wording import printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
             names=ChunkNames(options.chunk_names or "", options.chunk_seconds or 0.0),
         )
         report = DATASETS[options.kind].build(options, settings)
-    print("\n".join(summary(report, options.output)))
+    print(printable("\n".join(summary(report, options.output))))
     return 0
 
 

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from avion_dali.child_process import safe_environment
 from avion_dali.cli.arguments import parse_options
 from avion_dali.contracts import UserError
 
@@ -131,7 +132,8 @@ class RankTask:
         Returns:
             Its exit status.
         """
-        self._trainer = subprocess.Popen([sys.executable, "-m", *self.command], env=environment)
+        variables = safe_environment(environment)
+        self._trainer = subprocess.Popen([sys.executable, "-m", *self.command], env=variables)
         # Not `wait`: it holds a lock that the signal handler below, in the same thread, would need.
         while self._trainer.poll() is None:
             time.sleep(_POLL_S)
@@ -200,6 +202,8 @@ def parameters(options: SlurmOptions) -> dict[str, Any]:
             values[f"slurm_{name}"] = getattr(options, name)
     if options.cluster == "slurm":
         values["slurm_signal_delay_s"] = SIGNAL_AHEAD_S
+        # submitit starts `python -m` where the job was submitted, which may be a folder of data.
+        values["slurm_setup"] = ["export PYTHONSAFEPATH=1"]
     return values
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from avion_dali.contracts import UserError
 from avion_dali.models.weight_facts import LAYOUTS, Layout
+from avion_dali.wording import printable
 
 if TYPE_CHECKING:
     from avion_dali.models.starting_weights import StartWeights
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     from avion_dali.models.starting_weights import open_start
 
     start = open_start(options.weights)
-    print("\n".join(description(start)))
+    print(printable("\n".join(description(start))))
     if output is not None:
         write(start, output, layout=options.to)
         print(f"written: {output}{f', in the names of {options.to}' if options.to else ''}")

@@ -17,12 +17,12 @@ from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from itertools import groupby
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from av.video.stream import VideoStream
 
+from avion_dali.child_process import SafeSpawn, die_with_parent
 from avion_dali.contracts import DecodeError, UserError
 from avion_dali.cores import available_cores
 from avion_dali.data.chunk_plan import ChunkPlan, describe_plan, plan_chunks
@@ -371,7 +371,9 @@ def chunk_videos(
         if video.is_file():
             planned_frames(video, folder, settings=settings)
     workers = max(1, min(jobs or available_cores(), len(videos)))
-    with ProcessPool(max_workers=workers, context=get_context("spawn")) as pool:
+    with ProcessPool(
+        max_workers=workers, initializer=die_with_parent, initargs=(os.getpid(),), context=SafeSpawn()
+    ) as pool:
         try:
             futures = [
                 pool.schedule(chunk_video, args=(video, folder, settings))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from avion_dali.contracts import UserError
 from avion_dali.data.tables import ROWS_PER_BATCH, MappedTable, write_table
-from avion_dali.files import whole_or_absent
+from avion_dali.files import atomic_write_text, whole_or_absent
 
 CLASSES_FILE, CAPTIONS_FILE, RELEVANCY_FILE = "classes.json", "captions.arrow", "relevancy.npy"
 _CAPTION_SCHEMA = pa.schema([("text", pa.string()), ("tokens", pa.list_(pa.uint16()))])
@@ -71,28 +69,27 @@ class CaptionTable:
             raise ValueError(f"{len(self.texts)} captions need as many token lists, got {len(self.tokens)}")
 
 
-def write_classes(folder: Path, classes: ClassTable) -> None:
+def write_classes(path: Path, classes: ClassTable) -> None:
     """Store the classes of a manifest.
 
     Args:
-        folder: the manifest.
+        path: its `classes.json`.
         classes: what to store.
     """
     plain = {"names": classes.names, "verbs": classes.verbs, "nouns": classes.nouns}
     text = json.dumps(plain, ensure_ascii=False, indent=1) + "\n"
-    (folder / CLASSES_FILE).write_text(text, encoding="utf-8")
+    atomic_write_text(path, text)
 
 
-def read_classes(folder: Path) -> ClassTable:
+def read_classes(path: Path) -> ClassTable:
     """Read the classes of a manifest.
 
     Args:
-        folder: the manifest.
+        path: its `classes.json`.
 
     Raises:
         UserError: when they are missing or damaged.
     """
-    path = folder / CLASSES_FILE
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         return ClassTable(**{name: tuple(plain[name]) for name in ("names", "verbs", "nouns")})
@@ -100,22 +97,22 @@ def read_classes(folder: Path) -> ClassTable:
         raise UserError(f"{path} is not a readable class table ({error}); build the manifest again") from error
 
 
-def write_captions(folder: Path, captions: CaptionTable, *, num_rows: int) -> dict[str, Any]:
+def write_captions(folder: Path, captions: CaptionTable, *, num_rows: int) -> list[int]:
     """Store captions and the rows' grades.
 
     Args:
-        folder: the manifest.
+        folder: where the manifest's files are written.
         captions: what to store.
         num_rows: clips of the manifest.
 
     Returns:
-        Facts for `manifest.json`.
+        Where the batches of `captions.arrow` end, see `TableWriter`.
 
     Raises:
         UserError: when the grades do not fit the rows or leave [0, 1].
     """
     rows = list(zip(captions.texts, captions.tokens, strict=True))
-    write_table(
+    table = write_table(
         folder / CAPTIONS_FILE,
         _CAPTION_SCHEMA,
         rows=rows,
@@ -129,7 +126,7 @@ def write_captions(folder: Path, captions: CaptionTable, *, num_rows: int) -> di
             f"relevancy of shape {grades_RC.shape} does not fit {num_rows} rows and {len(rows)} captions"
         )
     write_relevancy(folder / RELEVANCY_FILE, grades_RC, np.arange(num_rows))
-    return {"num_captions": len(rows), "relevancy_sha256": sha256_of(folder / RELEVANCY_FILE)}
+    return table.ends
 
 
 def write_relevancy(path: Path, grades_RC: np.ndarray, rows: np.ndarray) -> None:
@@ -159,19 +156,18 @@ def write_relevancy(path: Path, grades_RC: np.ndarray, rows: np.ndarray) -> None
             file.write(np.ascontiguousarray(block_RC).data)
 
 
-def read_captions(folder: Path, *, num_rows: int) -> CaptionTable:
+def read_captions(table: MappedTable, path: Path, *, num_rows: int) -> CaptionTable:
     """Read stored captions; the grades stay on disk and are mapped.
 
     Args:
-        folder: the manifest.
+        table: the manifest's `captions.arrow`.
+        path: its `relevancy.npy`.
         num_rows: clips of the manifest.
 
     Raises:
         UserError: when a file is missing, damaged or of another manifest.
     """
-    path = folder / RELEVANCY_FILE
-    table = MappedTable(folder / CAPTIONS_FILE, rows_per_batch=ROWS_PER_BATCH)
-    batches = [table.batch(i) for i in range(table.num_batches)]
+    batches = list(table.batches())
     texts = tuple(text for batch in batches for text in batch["text"].to_pylist())
     tokens = tuple(tuple(ids) for batch in batches for ids in batch["tokens"].to_pylist())
     try:
@@ -184,12 +180,3 @@ def read_captions(folder: Path, *, num_rows: int) -> CaptionTable:
             f"{len(texts)} captions; build it again"
         )
     return CaptionTable(texts, tokens, grades_RC)
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,27 +1,22 @@
 """The manifest: what can be trained on, as memory-mapped Arrow tables.
 
-A manifest is a folder. `chunks.arrow` holds one row per chunk file with its probed facts, sorted by (video,
+A manifest is a folder; `manifest.json` says how it was made and which files it consists of (see
+`manifest_files.py`). `chunks.arrow` holds one row per chunk file with its probed facts, sorted by (video,
 start); `samples.arrow` holds one row per clip with its time span, its chunks (a run of rows of the other
 table), its texts with their token ids, and its label; `packets.bin` holds the chunks' packet indexes, which
-decode workers read for themselves; `manifest.json` says how it was made. Where rows have labels,
-`classes.json` names them; where they are graded against a set of captions, `captions.arrow` and
-`relevancy.npy` hold captions and grades.
+decode workers read for themselves. Where rows have labels, `classes.json` names them; where they are graded
+against a set of captions, `captions.arrow` and `relevancy.npy` hold captions and grades.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from avion_dali.contracts import ChunkRef, PacketIndexRef, UserError
 from avion_dali.data.classes import (
@@ -30,9 +25,20 @@ from avion_dali.data.classes import (
     RELEVANCY_FILE,
     CaptionTable,
     ClassTable,
+    read_captions,
     read_classes,
     write_captions,
     write_classes,
+)
+from avion_dali.data.manifest_files import (
+    INFO_BEFORE_REPAIR,
+    INFO_FILE,
+    ManifestFiles,
+    file_size,
+    files_of,
+    new_build,
+    replace_info,
+    tables_fingerprint,
 )
 from avion_dali.data.rows import (
     CHUNK_SCHEMA,
@@ -44,15 +50,14 @@ from avion_dali.data.rows import (
     chunk_values,
     sample_values,
 )
-from avion_dali.data.tables import ROWS_PER_BATCH, MappedTable, Row, write_table
+from avion_dali.data.tables import ROWS_PER_BATCH, MappedTable, TableWriter, write_table
 from avion_dali.files import partial_path, put_in_place
 
-FORMAT_VERSION = 3
-INDEX_FILE = "packets.bin"
-_INFO_FILE, _CHUNKS_FILE, _SAMPLES_FILE = "manifest.json", "chunks.arrow", "samples.arrow"
-# All that a build writes, in the order in which it takes the old files' places: what makes it a manifest last.
-_PARTS = (_CHUNKS_FILE, _SAMPLES_FILE, CLASSES_FILE, CAPTIONS_FILE, RELEVANCY_FILE, _INFO_FILE)
-_STAGING = "new.partial"
+FORMAT_VERSION = 4
+_READABLE_VERSIONS = (3, FORMAT_VERSION)
+INDEX_FILE, CHUNKS_FILE, SAMPLES_FILE = "packets.bin", "chunks.arrow", "samples.arrow"
+# Files of a manifest of format 3, which a new build replaces.
+_FLAT_FILES = (CHUNKS_FILE, SAMPLES_FILE, INDEX_FILE, CLASSES_FILE, CAPTIONS_FILE, RELEVANCY_FILE)
 _REQUIRED_FACTS = ("chunk_root", "num_chunks", "num_samples", "index_bytes", "fingerprint")
 
 
@@ -71,10 +76,10 @@ class Manifest:
         self.folder = Path(folder)
         self.info = _read_info(self.folder)
         self._place_chunks(chunk_root or self.info["chunk_root"])
-        self._index_path = os.path.abspath(self.folder / INDEX_FILE)
-        _check_index_file(self._index_path, self.info["index_bytes"])
-        self._chunks = MappedTable(self.folder / _CHUNKS_FILE, rows_per_batch=ROWS_PER_BATCH)
-        self._samples = MappedTable(self.folder / _SAMPLES_FILE, rows_per_batch=ROWS_PER_BATCH)
+        self.files = ManifestFiles(self.folder, self.info)
+        self._index_path = os.path.abspath(self.files.path(INDEX_FILE))
+        self.files.require_size(INDEX_FILE, self.info["index_bytes"])
+        self._chunks, self._samples = self.table(CHUNKS_FILE), self.table(SAMPLES_FILE)
         self._chunk_columns: dict[int, ChunkColumns] = {}
         self._sample_columns: dict[int, SampleColumns] = {}
         # Reading the timestamps of a variable-rate chunk costs milliseconds, and clips share chunks.
@@ -96,7 +101,28 @@ class Manifest:
     @cached_property
     def classes(self) -> ClassTable | None:
         """The classes that labels count, or None."""
-        return read_classes(self.folder) if self.info.get("num_classes") else None
+        return read_classes(self.files.intact(CLASSES_FILE)) if self.info.get("num_classes") else None
+
+    @cached_property
+    def captions(self) -> CaptionTable | None:
+        """The stored captions that rows are graded against, or None."""
+        if not self.info.get("num_captions"):
+            return None
+        table, relevancy = self.table(CAPTIONS_FILE), self.files.intact(RELEVANCY_FILE)
+        return read_captions(table, relevancy, num_rows=self.num_samples)
+
+    def table(self, name: str) -> MappedTable:
+        """Open one of the manifest's tables, whose batches are checked when they are read.
+
+        Args:
+            name: such as `samples.arrow`.
+
+        Raises:
+            UserError: when it is missing or damaged.
+        """
+        return MappedTable(
+            self.files.path(name), rows_per_batch=ROWS_PER_BATCH, checksums=self.files.checksums(name)
+        )
 
     @property
     def fingerprint(self) -> int:
@@ -255,10 +281,14 @@ class IndexWriter:
         """Bytes of all records so far."""
         return self._end
 
-    def finish(self) -> None:
-        """Give the file its name; runs that read the file before it keep doing so."""
+    def finish(self, path: Path | None = None) -> None:
+        """Give the file its name; runs that read the file before it keep doing so.
+
+        Args:
+            path: its name; by default `packets.bin` in the folder.
+        """
         self._file.close()
-        put_in_place(self._partial, self._path)
+        put_in_place(self._partial, path or self._path)
 
     def __enter__(self) -> IndexWriter:
         return self
@@ -298,89 +328,57 @@ def write_manifest(
         ValueError: when a label is no class.
     """
     folder, root = Path(folder), str(Path(chunk_root).resolve())
-    with _staging(folder) as new:
-        num_chunks = _write_rows(
-            new / _CHUNKS_FILE, CHUNK_SCHEMA, rows=chunks, columns=lambda rows: chunk_values(rows, root)
-        )
-        limit = len(classes) if classes else 0
-        num_samples = _write_rows(
-            new / _SAMPLES_FILE, SAMPLE_SCHEMA, rows=samples, columns=lambda rows: sample_values(rows, limit)
-        )
+    with new_build(folder) as build:
+        paths = {name: build / name for name in _FLAT_FILES}
+        chunk_table = _write_chunks(paths[CHUNKS_FILE], chunks, root=root)
+        sample_table = _write_samples(paths[SAMPLES_FILE], samples, num_classes=len(classes or ()))
         facts = {
             **(info or {}),
             "format_version": FORMAT_VERSION,
             "chunk_root": root,
-            "num_chunks": num_chunks,
-            "num_samples": num_samples,
-            "index_bytes": _file_size(folder / INDEX_FILE) if index is None else index.num_bytes,
-            "fingerprint": tables_fingerprint(new / _CHUNKS_FILE, new / _SAMPLES_FILE),
+            "num_chunks": chunk_table.num_rows,
+            "num_samples": sample_table.num_rows,
+            "index_bytes": file_size(folder / INDEX_FILE) if index is None else index.num_bytes,
+            "fingerprint": tables_fingerprint(paths[CHUNKS_FILE], paths[SAMPLES_FILE]),
         }
+        ends = {CHUNKS_FILE: chunk_table.ends, SAMPLES_FILE: sample_table.ends}
         if classes is not None:
-            write_classes(new, classes)
+            write_classes(paths[CLASSES_FILE], classes)
             facts["num_classes"] = len(classes)
         if captions is not None:
-            facts |= write_captions(new, captions, num_rows=num_samples)
-        (new / _INFO_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-        _take_over(folder, new, index=index)
+            facts["num_captions"] = len(captions.texts)
+            ends[CAPTIONS_FILE] = write_captions(build, captions, num_rows=sample_table.num_rows)
+        files = files_of(folder, build, ends=ends)
+        if index is not None:
+            index.finish(paths[INDEX_FILE])
+            files[INDEX_FILE] = {"path": paths[INDEX_FILE].relative_to(folder).as_posix()}
+        replace_info(folder, {**facts, "files": files})
+        _delete_replaced(folder, keep_index=index is None)
 
 
-@contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder in the manifest's, where a build lies until it is whole; it goes, come what may."""
-    new = folder / _STAGING
-    shutil.rmtree(new, ignore_errors=True)  # of a build that was killed
-    new.mkdir(parents=True)
-    try:
-        yield new
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+def _write_chunks(path: Path, chunks: Iterable[Chunk], *, root: str) -> TableWriter:
+    def columns(rows: list[Chunk]) -> dict[str, Any]:
+        return chunk_values(rows, root)
+
+    return write_table(path, CHUNK_SCHEMA, rows=chunks, columns=columns, rows_per_batch=ROWS_PER_BATCH)
 
 
-def _take_over(folder: Path, new: Path, *, index: IndexWriter | None) -> None:
-    """Put a whole build in the old one's place; while its parts are of two builds there is no manifest."""
-    (folder / _INFO_FILE).unlink(missing_ok=True)
-    if index is not None:
-        index.finish()
-    for name in _PARTS:
-        if (new / name).exists():
-            put_in_place(new / name, folder / name)
-        else:
+def _write_samples(path: Path, samples: Iterable[Sample], *, num_classes: int) -> TableWriter:
+    def columns(rows: list[Sample]) -> dict[str, Any]:
+        return sample_values(rows, num_classes)
+
+    return write_table(path, SAMPLE_SCHEMA, rows=samples, columns=columns, rows_per_batch=ROWS_PER_BATCH)
+
+
+def _delete_replaced(folder: Path, *, keep_index: bool) -> None:
+    """Delete what is left of a manifest of format 3, and of repairs of the manifest before."""
+    for name in (*_FLAT_FILES, INFO_BEFORE_REPAIR):
+        if name != INDEX_FILE or not keep_index:
             (folder / name).unlink(missing_ok=True)
 
 
-def _write_rows(
-    path: Path, schema: pa.Schema, *, rows: Iterable[Row], columns: Callable[[list[Row]], dict[str, Any]]
-) -> int:
-    return write_table(path, schema, rows=rows, columns=columns, rows_per_batch=ROWS_PER_BATCH)
-
-
-def tables_fingerprint(chunks: Path, samples: Path) -> int:
-    """Return the fingerprint of a manifest with these tables: the CRC-32 of their bytes one after another.
-
-    Args:
-        chunks: its `chunks.arrow`.
-        samples: its `samples.arrow`.
-    """
-    checksum = 0
-    for path in (chunks, samples):
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def _check_index_file(path: str, num_bytes: int) -> None:
-    found = _file_size(Path(path))
-    if found != num_bytes:
-        raise UserError(f"{path} has {found} bytes, manifest.json says {num_bytes}; build the manifest again")
-
-
-def _file_size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
 def _read_info(folder: Path) -> dict[str, Any]:
-    path = folder / _INFO_FILE
+    path = folder / INFO_FILE
     try:
         info = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -389,8 +387,9 @@ def _read_info(folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); build the manifest again") from error
-    if not isinstance(info, dict) or info.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path}: this version reads manifests of format {FORMAT_VERSION}; build it again")
+    if not isinstance(info, dict) or info.get("format_version") not in _READABLE_VERSIONS:
+        versions = " and ".join(map(str, _READABLE_VERSIONS))
+        raise UserError(f"{path}: this version reads manifests of format {versions}; build it again")
     absent = [key for key in _REQUIRED_FACTS if key not in info]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}; build the manifest again")

@@ -23,12 +23,13 @@ from avion_dali.data.bitstream import Entry, PictureTraits
 # Enough that deflating pays (a 15 s chunk has one or two blocks), few enough that unpacking costs 50 us.
 PACKETS_PER_BLOCK = 256
 
-_MAGIC = b"PKT1"
+_MAGIC, _MAGIC_WITHOUT_CHECKSUMS = b"PKT2", b"PKT1"
 _CHECKED_FROM = 8  # magic and checksum come first
 _HEAD = struct.Struct("<4sIIHHBBBxI")
-_DIRECTORY = np.dtype(
+_OLD_DIRECTORY = np.dtype(
     [("first_frame", "<u4"), ("packets", "<u4"), ("start", "<u4"), ("num_bytes", "<u4"), ("offset", "<u8")]
 )
+_DIRECTORY = np.dtype([*_OLD_DIRECTORY.descr, ("crc", "<u4")])  # of the block's bytes
 _FIRST_READ = 2048  # covers the head of any but very long files, and all of a 15 s chunk's record or nearly
 
 
@@ -158,7 +159,8 @@ def pack_index(stream: StreamFacts, table: PacketTable, *, places: PacketPlaces)
         moved = rank[start:end] - np.arange(start, end)
         planes = [_planes(size), _planes(gap), _planes(moved), flags[start:end].tobytes()]
         blocks.append(places.crc[start:end].astype("<u4").tobytes() + zlib.compress(b"".join(planes), 9))
-        directory[i] = (int(shown[:start].sum()), end - start, 0, len(blocks[-1]), offset[0])
+        block = (int(shown[:start].sum()), end - start, 0, len(blocks[-1]), offset[0], zlib.crc32(blocks[-1]))
+        directory[i] = block
     directory["start"] = np.cumsum([0, *directory["num_bytes"][:-1]])
     return _pack_head(stream, directory) + b"".join(blocks)
 
@@ -210,16 +212,17 @@ class PacketIndex:
         if len(self._begin) < _HEAD.size:
             raise IndexDamagedError("ends inside its head")
         magic, crc, blocks, *numbers, codec_size, extra_size = _HEAD.unpack_from(self._begin)
-        if magic != _MAGIC:
+        if magic not in (_MAGIC, _MAGIC_WITHOUT_CHECKSUMS):
             raise IndexDamagedError("does not begin as a packet index does")
         names_end = _HEAD.size + codec_size + extra_size
-        self._blocks_start = names_end + blocks * _DIRECTORY.itemsize
+        directory = _DIRECTORY if magic == _MAGIC else _OLD_DIRECTORY
+        self._blocks_start = names_end + blocks * directory.itemsize
         head = self._bytes(0, self._blocks_start)
         if zlib.crc32(head[_CHECKED_FROM:]) != crc:
             raise IndexDamagedError("has a damaged head")
         codec, extradata = head[_HEAD.size :][:codec_size], head[:names_end][_HEAD.size + codec_size :]
         self.stream = StreamFacts(codec.decode(), extradata, *numbers)
-        self._directory = np.frombuffer(head[names_end:], dtype=_DIRECTORY)
+        self._directory = np.frombuffer(head[names_end:], dtype=directory)
 
     def block_of(self, frame_id: int) -> int:
         """Number of the block that holds a frame.
@@ -238,9 +241,11 @@ class PacketIndex:
         Raises:
             IndexDamagedError: when it is damaged.
         """
-        first_frame, packets, start, num_bytes, offset = self._directory[number].tolist()
+        first_frame, packets, start, num_bytes, offset, *checksum = self._directory[number].tolist()
         start += self._blocks_start
         data = self._bytes(start, start + num_bytes)
+        if checksum and checksum != [zlib.crc32(data)]:
+            raise IndexDamagedError("has a damaged block")
         try:
             numbers = np.frombuffer(zlib.decompress(data[4 * packets :]), dtype=np.uint8)
         except zlib.error as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -21,6 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, FailureKind
+from avion_dali.data.container_limits import OPEN_OPTIONS, ExcessiveClaimError, require_modest_header
 from avion_dali.data.delivery import TolerantReader, decode_strictly
 from avion_dali.data.indexing import PacketCollector, tells_order
 from avion_dali.data.survey import PacketSurvey, survey_packets
@@ -151,8 +152,9 @@ def open_video(
     try:
         if stat.S_ISDIR(os.stat(name).st_mode):
             raise failure("corrupt", "is a directory, not a video file")
+        _require_modest_header(name, failure)
         # An absolute path: FFmpeg takes what stands before a colon for a protocol.
-        opened = av.open(os.path.abspath(name), "r")
+        opened = av.open(os.path.abspath(name), "r", options=OPEN_OPTIONS)
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         raise failure("missing", error.strerror or type(error).__name__) from error
     except av.FFmpegError as error:
@@ -168,6 +170,14 @@ def open_video(
             yield container, stream
         except av.FFmpegError as error:
             raise failure("corrupt", error.strerror or type(error).__name__) from error
+
+
+def _require_modest_header(name: str, failure: Callable[[FailureKind, str], DecodeError]) -> None:
+    try:
+        with open(name, "rb", buffering=0) as file:
+            require_modest_header(file.fileno())
+    except ExcessiveClaimError as error:
+        raise failure("corrupt", str(error)) from error
 
 
 def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: bool = False) -> ChunkFacts:

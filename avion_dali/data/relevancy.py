@@ -12,7 +12,6 @@ from typing import Protocol
 import numpy as np
 
 from avion_dali.contracts import UserError
-from avion_dali.data.classes import read_captions
 from avion_dali.data.manifest import Manifest, Sample
 
 
@@ -142,8 +141,7 @@ def open_captions(manifest: Manifest) -> Captions:
     Raises:
         UserError: when a row has no text, or stored captions are damaged.
     """
-    if manifest.info.get("num_captions"):
-        table = read_captions(manifest.folder, num_rows=manifest.num_samples)
+    if (table := manifest.captions) is not None:
         assert isinstance(table.relevancy, np.ndarray)
         return Captions(table.texts, table.tokens, StoredGrades(table.relevancy))
     unique: dict[tuple[str, str, tuple[str, ...]], int] = {}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
@@ -14,6 +12,7 @@ from pathlib import Path
 from avion_dali.contracts import ChunkRef, DecodeError, PacketIndexRef, UserError
 from avion_dali.data.manifest import Chunk, IndexWriter
 from avion_dali.data.probe import probe_chunk
+from avion_dali.data.probing_pool import map_in_processes
 
 _ENDINGS = (
     ".3g2 .3gp .amv .asf .avi .av1 .divx .dv .f4v .flv .gif .h264 .264 .h265 .265 .hevc .ivf .m1v .m2p .m2t "
@@ -243,8 +242,11 @@ def _probe_all(files: list[ChunkFile], jobs: int, *, probe: Callable[[ChunkFile]
     if jobs <= 1 or len(files) < _SERIAL_LIMIT:
         yield from map(probe, files)
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(probe, files, chunksize=16)
+    yield from map_in_processes(probe, files, jobs=jobs, lost=_lost)
+
+
+def _lost(file: ChunkFile, reason: str) -> Probed:
+    return UnusableChunk(str(file[2]), reason), b""
 
 
 def _probe(file: ChunkFile, *, index: bool) -> Probed:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import av
 import numpy as np
@@ -21,6 +20,7 @@ from av.video.stream import VideoStream
 
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
+from avion_dali.data.probing_pool import map_in_processes
 from avion_dali.files import whole_or_absent
 
 Split = Literal["train", "heldout"]
@@ -172,17 +172,13 @@ def make_videos(folder: Path, *, settings: SyntheticSettings | None = None, jobs
     Returns:
         Paths and annotations.
     """
-    # For this process only; the workers import this module and should stay light.
-    from pebble import ProcessPool
-
     settings = settings or SyntheticSettings()
     videos = folder / "videos"
     videos.mkdir(parents=True, exist_ok=True)
     sizes: dict[Split, int] = {"train": settings.train_videos, "heldout": settings.heldout_videos}
     tasks = [(videos, settings, split, index) for split, size in sizes.items() for index in range(size)]
     workers = min(jobs or available_cores(), len(tasks))
-    with ProcessPool(max_workers=workers, context=get_context("spawn")) as pool:
-        rows = list(pool.map(_write_video_task, tasks).result())
+    rows = list(map_in_processes(_write_video_task, tasks, jobs=workers, lost=_raise_loss))
     paths = tuple(videos / _video_name(split, index) for _, _, split, index in tasks)
     train = tuple(row for video_rows in rows[: settings.train_videos] for row in video_rows)
     heldout = tuple(row for video_rows in rows[settings.train_videos :] for row in video_rows)
@@ -311,6 +307,10 @@ def _paint(
 
 def _video_name(split: Split, index: int) -> str:
     return f"{split}_{index:03d}.mp4"
+
+
+def _raise_loss(task: tuple[Path, SyntheticSettings, Split, int], reason: str) -> NoReturn:
+    raise UserError(f"{_video_name(task[2], task[3])} could not be made: {reason}")
 
 
 def _write_video_task(task: tuple[Path, SyntheticSettings, Split, int]) -> list[Annotation]:

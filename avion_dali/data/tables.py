@@ -6,7 +6,8 @@ all processes share pages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -62,16 +63,24 @@ class MappedTable:
     Args:
         path: the file.
         rows_per_batch: as it was written.
+        checksums: where each block ends, and the CRC-32 of its bytes: what comes before the first batch, each
+            batch, what comes after the last. A block is checked when it is first read.
 
     Raises:
-        UserError: when it is no Arrow file.
+        UserError: when it is no Arrow file, or damaged.
     """
 
-    def __init__(self, path: Path, *, rows_per_batch: int) -> None:
+    def __init__(self, path: Path, *, rows_per_batch: int, checksums: Sequence[tuple[int, int]] = ()) -> None:
+        self._path, self._checksums = path, checksums
         try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            self._map = pa.memory_map(str(path))
+            if checksums and self._map.size() != checksums[-1][0]:
+                raise self._damage(f"it has {self._map.size()} bytes instead of {checksums[-1][0]}")
+            for block in {0, len(checksums) - 1} if checksums else ():
+                self._check(block)
+            self._reader = pa.ipc.open_file(self._map)
         except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path} is not a readable manifest table ({error}); build it again") from error
+            raise self._damage(str(error)) from error
         self._rows_per_batch = rows_per_batch
         self._batches: dict[int, pa.RecordBatch] = {}
         self.num_batches = self._reader.num_record_batches
@@ -79,10 +88,33 @@ class MappedTable:
         self.num_rows = max(last, 0) * rows_per_batch + (self.batch(last).num_rows if last >= 0 else 0)
 
     def batch(self, index: int) -> pa.RecordBatch:
-        """Return a record batch."""
+        """Return a record batch.
+
+        Args:
+            index: in [0, num_batches).
+
+        Raises:
+            UserError: when it is damaged.
+        """
         if index not in self._batches:
+            if self._checksums:
+                self._check(index + 1)
             self._batches[index] = self._reader.get_batch(index)
         return self._batches[index]
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield all record batches, in order; see `batch`."""
+        return map(self.batch, range(self.num_batches))
+
+    def _check(self, block: int) -> None:
+        start = self._checksums[block - 1][0] if block else 0
+        end, expected = self._checksums[block]
+        self._map.seek(start)
+        if zlib.crc32(self._map.read_buffer(end - start)) != expected:
+            raise self._damage(f"the checksum of bytes {start} to {end} is wrong")
+
+    def _damage(self, cause: str) -> UserError:
+        return UserError(f"{self._path} is not a readable manifest table ({cause}); build it again")
 
     def locate(self, row: int) -> tuple[int, int]:
         """Return which batch holds a row, and where in it.
@@ -122,6 +154,41 @@ def lists(column: pa.Array, values: Callable[[pa.Array], Values]) -> Lists[Value
     return Lists(numbers(column.offsets), values(column.values))
 
 
+class TableWriter:
+    """Writes record batches to an Arrow file, and notes where they lie; a context manager.
+
+    Args:
+        path: the file.
+        schema: of the table.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._sink, schema)
+        self.num_rows = 0
+        # Where the head and each batch end in the file: borders of the blocks that have checksums.
+        self.ends = [int(self._sink.tell())]
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append a batch.
+
+        Args:
+            batch: of as many rows as the others, but for the last.
+        """
+        self._writer.write_batch(batch)
+        self.num_rows += batch.num_rows
+        self.ends.append(int(self._sink.tell()))
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._writer.close()
+        finally:
+            self._sink.close()
+
+
 def write_table(
     path: Path,
     schema: pa.Schema,
@@ -129,7 +196,7 @@ def write_table(
     rows: Iterable[Row],
     columns: Callable[[list[Row]], dict[str, Any]],
     rows_per_batch: int,
-) -> int:
+) -> TableWriter:
     """Write rows as they come; only one batch of them is held.
 
     Args:
@@ -140,20 +207,14 @@ def write_table(
         rows_per_batch: how many rows make a batch.
 
     Returns:
-        The number of rows.
+        The closed writer, which knows the number of rows and where batches end.
     """
-    count = 0
-    with (
-        whole_or_absent(path) as partial,
-        pa.OSFile(str(partial), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
-    ):
+    with whole_or_absent(path) as partial, TableWriter(partial, schema) as writer:
         for block in _blocks(rows, rows_per_batch):
             values = columns(block)
             arrays = [pa.array(values[field.name], field.type) for field in schema]
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-            count += len(block)
-    return count
+            writer.write(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    return writer
 
 
 def _blocks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

@@ -25,6 +25,7 @@ from avion_dali.data.scanning import (
 )
 from avion_dali.data.tokens import CONTEXT_LENGTH, clip_tokenizer, cut_to_context
 from avion_dali.datasets.spans import ChunkLookup, SpanError, damaged_parts
+from avion_dali.locks import folder_lock
 
 REJECTED_FILE = "rejected.jsonl"
 UNUSABLE_FILE = "unusable_chunks.jsonl"
@@ -353,7 +354,7 @@ def manifest_build(settings: BuildSettings, files: list[ChunkFile] | None = None
     if found is None:
         found = find_chunk_files(settings.chunk_root, names=settings.names, passed_over=passed_over)
     try:
-        with IndexWriter(folder) as index:
+        with folder_lock(folder, "building a manifest"), IndexWriter(folder) as index:
             jobs = settings.jobs or available_cores()
             chunks, unusable = probe_files(found, jobs=jobs, index=index, on_progress=settings.on_chunk)
             check_names(found, chunks, names=settings.names)

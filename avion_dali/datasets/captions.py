@@ -25,7 +25,7 @@ from avion_dali.datasets.building import (
     manifest_build,
 )
 from avion_dali.datasets.spans import SpanError
-from avion_dali.wording import few
+from avion_dali.wording import few, shown
 
 SPAN_COLUMNS = ("video", "start", "end")
 _COLUMNS = (*SPAN_COLUMNS, "text", "verb", "noun", "label")
@@ -223,7 +223,7 @@ def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {line} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {line} is not a JSON object")
@@ -259,7 +259,7 @@ def _annotation_row(line: int, row: dict[str, Any], labels: dict[str, int]) -> A
     if None in row:
         raise SpanError("has more fields than the header; a text with commas needs quotes")
     if label and label not in labels:
-        raise SpanError(f"label {label!r} is no class of the training manifest", "unknown class")
+        raise SpanError(f"label {shown(label, 200)} is no class of the training manifest", "unknown class")
     noun = row.get("noun")
     return AnnotationRow(
         line=line,
@@ -298,7 +298,7 @@ def list_in_cell(value: Any) -> list[str] | None:
 def _words(value: Any) -> str:
     """Return a field as text without surrounding blanks; empty for an absent one, `0` for the class 0."""
     if isinstance(value, dict | list | bool):
-        raise SpanError(f"{value!r} should be a text or a number")
+        raise SpanError(f"{shown(value)} should be a text or a number")
     text = "" if value is None else str(value).strip()
     try:
         text.encode()
@@ -313,5 +313,5 @@ def _seconds(value: Any, *, default: Default) -> float | Default:
     if not words:
         return default
     if not _NUMBER.fullmatch(words):  # Python would read digits of other scripts and with underscores too
-        raise SpanError(f"{value!r} is not a number of seconds")
+        raise SpanError(f"{shown(value)} is not a number of seconds")
     return float(words)

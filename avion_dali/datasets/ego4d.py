@@ -15,6 +15,7 @@ from avion_dali.datasets.building import (
     manifest_build,
 )
 from avion_dali.datasets.unpickling import check_pickle, load_pickle
+from avion_dali.wording import shown
 
 # The fields every row begins with; what follows (likelihoods of generated narrations) is not read.
 _FIELDS = 4
@@ -57,19 +58,19 @@ class Narrations:
 
     def _row(self, row: Any, number: int, *, file: str) -> AnnotationRow | RejectedRow:
         if not isinstance(row, tuple | list) or len(row) < _FIELDS:
-            reason = f"{_short(row)} is no (video, start second, end second, narration)"
+            reason = f"{shown(row)} is no (video, start second, end second, narration)"
             return RejectedRow(number, "", reason, file=file)
         video, start_s, end_s, narration = map(_decoded, row[:_FIELDS])
         name = video if isinstance(video, str) else ""
         if not name:
-            return RejectedRow(number, name, f"its video is {_short(video)}, not a name", file=file)
+            return RejectedRow(number, name, f"its video is {shown(video)}, not a name", file=file)
         if not (_is_number(start_s) and _is_number(end_s)):
-            reason = f"times {_short(start_s)} and {_short(end_s)} are not numbers of seconds"
+            reason = f"times {shown(start_s)} and {shown(end_s)} are not numbers of seconds"
             return RejectedRow(number, name, reason, "bad times", file)
         narrations = narration if isinstance(narration, list | tuple) else [narration]
         texts = [_decoded(text) for text in narrations]
         if not all(isinstance(text, str) for text in texts):
-            reason = f"its narration is {_short(narration)}, neither text nor a list of texts"
+            reason = f"its narration is {shown(narration)}, neither text nor a list of texts"
             return RejectedRow(number, name, reason, file=file)
         said = tuple(text for text in texts if text.strip())
         if not said:
@@ -113,8 +114,3 @@ def _decoded(value: Any) -> Any:
 def _is_number(value: Any) -> bool:
     """Return whether a value is a number that a float holds (Python's integers may be larger)."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 53)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -22,6 +22,7 @@ from avion_dali.datasets.unpickling import load_pickle
 
 _ID, _PARTICIPANT, _VIDEO, _START, _STOP, _NARRATION, _VERB, _NOUN, _ALL_NOUNS = 0, 1, 2, 4, 5, 8, 10, 12, 14
 _TIME = re.compile(r"(\d{1,3}):([0-5]?\d):([0-5]?\d(?:\.\d+)?)", re.ASCII)
+_MAX_DIGITS = 9  # Python refuses to read numbers of thousands of digits
 _NUMBERS = re.compile(r"\[\s*\d+(?:\s*,\s*\d+)*\s*,?\s*\]", re.ASCII)
 _BLOCK_ROWS = 1024
 
@@ -197,7 +198,7 @@ def _seconds(text: str) -> float | None:
 def _class_number(fields: Sequence[str], column: int) -> str:
     """Return a class number as text without leading zeros; empty when it is none."""
     text = fields[column].strip() if column < len(fields) else ""
-    return str(int(text)) if text.isascii() and text.isdigit() else ""
+    return str(int(text)) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else ""
 
 
 def _all_nouns(fields: Sequence[str], noun: str) -> tuple[str, ...]:
@@ -207,4 +208,7 @@ def _all_nouns(fields: Sequence[str], noun: str) -> tuple[str, ...]:
         return (noun,)
     if not _NUMBERS.fullmatch(text):
         return ()
-    return tuple(dict.fromkeys([noun, *(str(int(number)) for number in re.findall(r"\d+", text))]))
+    numbers = re.findall(r"\d+", text)
+    if max(map(len, numbers)) > _MAX_DIGITS:
+        return ()
+    return tuple(dict.fromkeys([noun, *(str(int(number)) for number in numbers)]))

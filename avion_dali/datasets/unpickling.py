@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from avion_dali.contracts import UserError
+from avion_dali.time_limit import bounded_time
+from avion_dali.wording import shown
 
 # What a damaged file makes the unpickler or a stand-in raise.
 _DAMAGE = (
@@ -79,7 +81,7 @@ def load_pickle(path: Path) -> Any:
         UserError: when the file is missing, damaged, or asks for anything else, which is named.
     """
     check_pickle(path)
-    with _opened(path) as file, _without_collection(), _bounded_memory(path):
+    with _opened(path) as file, bounded_time(path), _without_collection(), _bounded_memory(path):
         try:
             value = _DataUnpickler(file, encoding="bytes").load()
         except _Refused as error:
@@ -223,12 +225,18 @@ def _scalar(dtype: Any, data: Any) -> Any:
 def _bytes_of(text: Any, encoding: Any) -> bytes:
     """Return bytes that an old protocol stores as text."""
     if _as_text(encoding) not in ("latin1", "latin-1"):
-        raise _Refused(f"text to be encoded as {encoding!r}")
-    return str(text).encode("latin1")
+        raise _Refused(f"text to be encoded as {shown(encoding)}")
+    return _as_text(text).encode("latin1")
 
 
 def _as_text(value: Any) -> str:
-    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+    return (
+        value.decode("latin1")
+        if isinstance(value, bytes)
+        else value
+        if isinstance(value, str)
+        else shown(value)
+    )
 
 
 def _allowed() -> dict[tuple[str, str], _StandIn]:

@@ -27,12 +27,14 @@ from avion_dali.engine.distributed import all_gather_rows
 from avion_dali.engine.loss_guard import LossSpike
 from avion_dali.engine.timing import WindowTiming
 from avion_dali.files import atomic_write_text
+from avion_dali.wording import printable
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LOG_NAME = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+_LOG_ROW: Mapping[str, type] = {"kind": str, "step": int}
 _BAR_UPDATE_S = 1.0
 
 
@@ -41,25 +43,28 @@ def command_line() -> str:
     return shlex.join(sys.orig_argv)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a `log.jsonl`; an incomplete last line, left by a killed process, is ignored.
+def read_rows(path: Path, needs: Mapping[str, type] = _LOG_ROW) -> list[dict[str, Any]]:
+    """Read a `log.jsonl`; lines that are not rows are left out, such as one cut off by a kill.
 
     Args:
         path: the file; it need not exist.
+        needs: the entries that every row must have, and their types.
 
     Returns:
         The rows in order; empty if the file does not exist.
     """
-    rows: list[dict[str, Any]] = []
     if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            # Only the last line can be incomplete, if the process was killed while writing it.
-            break
-    return rows
+        return []
+    found = map(_read_row, path.read_text(encoding="utf-8", errors="replace").split("\n"))
+    return [row for row in found if all(isinstance(row.get(key), kind) for key, kind in needs.items())]
+
+
+def _read_row(line: str) -> dict[str, Any]:
+    """Return the row in a line; an empty one when there is none."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(row := json.loads(line), dict):
+            return row
+    return {}
 
 
 def _drop_rows_after(path: Path, step: int, *, evaluation_pending: bool) -> None:
@@ -285,4 +290,4 @@ class RunLog:
 
     def _say(self, line: str) -> None:
         if self.enabled:
-            tqdm.write(line)
+            tqdm.write(printable(line))

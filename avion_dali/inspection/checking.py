@@ -7,8 +7,8 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -19,12 +19,13 @@ from pebble import ProcessExpired
 from avion_dali import __version__
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
-from avion_dali.data.manifest import INDEX_FILE, Chunk, Manifest
+from avion_dali.data.manifest import CHUNKS_FILE, INDEX_FILE, Chunk, Manifest
 from avion_dali.data.scanning import ChunkNames, find_chunk_files
 from avion_dali.files import partial_path, put_in_place
 from avion_dali.inspection.chunk_file import file_stamp, inspect_file
 from avion_dali.inspection.findings import KINDS, FileReport, Finding, Target
 from avion_dali.loading.pool import PoolBrokenError, WorkerPool
+from avion_dali.locks import folder_lock
 
 FINDINGS_FILE, PROGRESS_FILE = "findings.jsonl", "progress.jsonl"
 MAX_SIZES = 8
@@ -114,9 +115,13 @@ def check_chunks(
     """
     source, output = Path(source), Path(output)
     targets, total = list_targets(source, deep=settings.deep)
-    _make_folder(output)
     report = CheckReport()
-    with _Progress(output, _identity(source)) as progress, _Findings(output, report) as findings:
+    with (
+        _clear_errors(output),
+        folder_lock(output, "checking"),
+        _Progress(output, _identity(source)) as progress,
+        _Findings(output, report) as findings,
+    ):
 
         def take(done: FileReport) -> None:
             findings.add_file(done)
@@ -229,13 +234,16 @@ def supervise(
             waiting.extend((item, pool.schedule(task, item)) for item in islice(remaining, 1))
 
 
-def _make_folder(output: Path) -> None:
+@contextmanager
+def _clear_errors(output: Path) -> Iterator[None]:
+    """Report a full disk or missing permission in one line; the progress that was written counts."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise UserError(f"cannot make {output} ({error.strerror}); name another --output") from error
-    if not os.access(output, os.W_OK):
-        raise UserError(f"may not write to {output}; name another --output")
+        raise UserError(
+            f"{output} cannot be written to ({error.strerror or error}); free space or name another --output, "
+            "and start again: files that were checked are not checked again"
+        ) from error
 
 
 def _identity(source: Path) -> dict[str, object]:
@@ -243,8 +251,10 @@ def _identity(source: Path) -> dict[str, object]:
     identity: dict[str, object] = {"source": str(source.resolve()), "version": __version__}
     if is_manifest(source):
         # Not its sample table: whether a chunk is sound does not depend on its clips.
-        identity["chunk_root"] = Manifest(source).chunk_root
-        identity["tables"] = [list(file_stamp(str(source / name))) for name in ("chunks.arrow", INDEX_FILE)]
+        manifest = Manifest(source)
+        identity["chunk_root"] = manifest.chunk_root
+        tables = (manifest.files.path(name) for name in (CHUNKS_FILE, INDEX_FILE))
+        identity["tables"] = [list(file_stamp(str(path))) for path in tables]
     return identity
 
 
@@ -262,11 +272,11 @@ class _Progress:
     def __init__(self, output: Path, identity: dict[str, object]) -> None:
         path = output / PROGRESS_FILE
         lines = _complete_lines(path)
-        before = next(lines, {})
+        before = next((line for line in lines if isinstance(line, dict)), {})
         if before.get("source", identity["source"]) != identity["source"]:
             raise UserError(f"{output} holds the check of {before['source']}; name another --output")
         is_same = before == identity
-        self._earlier = {r.path: r for r in map(_as_report, lines)} if is_same else {}
+        self._earlier = {row["path"]: _as_report(row) for row in lines if _is_report(row)} if is_same else {}
         self._file = path.open("a" if is_same else "w")
         # After a torn line, the next one must begin anew.
         self._file.write("\n" if is_same else json.dumps(identity) + "\n")
@@ -292,14 +302,19 @@ class _Progress:
         self._file.close()
 
 
-def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _complete_lines(path: Path) -> Iterator[Any]:
     """Yield the rows of a JSONL file, if there is one, but for a line that an interruption left unfinished."""
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open(errors="replace") as file:
         for line in file:
             with suppress(ValueError):
                 yield json.loads(line)
+
+
+def _is_report(row: object) -> bool:
+    """Tell rows of `_Progress.keep` from what damage left of one."""
+    return isinstance(row, dict) and {field.name for field in fields(FileReport)} == row.keys()
 
 
 def _as_report(row: dict[str, Any]) -> FileReport:
@@ -320,7 +335,8 @@ class _Findings:
     def __init__(self, output: Path, report: CheckReport) -> None:
         self._path, self._report = output / FINDINGS_FILE, report
         self._partial = partial_path(self._path)
-        self._file: TextIO = self._partial.open("w", encoding="utf-8")
+        # Names of files need not be UTF-8.
+        self._file: TextIO = self._partial.open("w", encoding="utf-8", errors="backslashreplace")
         self._sizes: Counter[tuple[int, int]] = Counter()
         self._spans: dict[str, list[tuple[float, float | None]]] = {}
 

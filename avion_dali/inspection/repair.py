@@ -19,17 +19,25 @@ import numpy as np
 import pyarrow as pa
 
 from avion_dali.contracts import UserError
-from avion_dali.data.classes import RELEVANCY_FILE, sha256_of, write_relevancy
-from avion_dali.data.manifest import ROWS_PER_BATCH, SAMPLE_SCHEMA, Manifest, tables_fingerprint
-from avion_dali.files import partial_path, put_in_place, whole_or_absent
+from avion_dali.data.classes import RELEVANCY_FILE, write_relevancy
+from avion_dali.data.manifest import CHUNKS_FILE, ROWS_PER_BATCH, SAMPLE_SCHEMA, SAMPLES_FILE, Manifest
+from avion_dali.data.manifest_files import (
+    INFO_BEFORE_REPAIR,
+    INFO_FILE,
+    ManifestFiles,
+    files_of,
+    new_build,
+    replace_info,
+    tables_fingerprint,
+    write_info,
+)
+from avion_dali.data.tables import MappedTable, TableWriter
+from avion_dali.files import atomic_write_text
 
 BAD_CHUNKS_FILE = "bad_chunks.jsonl"
-_CHUNKS, _SAMPLES, _INFO = "chunks.arrow", "samples.arrow", "manifest.json"
-_SAMPLES_BEFORE, _INFO_BEFORE = "samples.before-repair.arrow", "manifest.before-repair.json"
-_RELEVANCY_BEFORE = "relevancy.before-repair.npy"
-# What a repair changes, and the names under which the first one keeps it; manifest.json goes first.
-_KEPT = {_INFO: _INFO_BEFORE, _SAMPLES: _SAMPLES_BEFORE, RELEVANCY_FILE: _RELEVANCY_BEFORE}
 _REMOVED = "removed_samples"  # the key in manifest.json that tells a repaired manifest
+# Where repairs of manifests of format 3 kept the files of before.
+_KEPT_BEFORE = {SAMPLES_FILE: "samples.before-repair.arrow", RELEVANCY_FILE: "relevancy.before-repair.npy"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +59,8 @@ def repair_manifest(folder: str | Path, bad_chunks: Mapping[str, Sequence[str]])
     """Rewrite a manifest without the clips that touch bad chunks.
 
     The fingerprint follows the rows, so a run that began with other rows is not resumed by mistake. Runs that
-    have the manifest open go on with the rows they opened. The new files take the places of the old ones at
-    the very end; an interruption just there leaves no `manifest.json` rather than one of other rows.
+    have the manifest open go on with the rows they opened. The new tables lie beside the old ones, which
+    `manifest.before-repair.json` names; an interruption leaves the old manifest or the new one.
 
     Args:
         folder: the manifest.
@@ -65,9 +73,12 @@ def repair_manifest(folder: str | Path, bad_chunks: Mapping[str, Sequence[str]])
     manifest = Manifest(folder)
     bad_rows = _rows_of(manifest, bad_chunks)
     bad_before_N = _count_before(bad_rows, manifest.num_chunks)
-    kept_files = {name: old for name, old in _KEPT.items() if name != RELEVANCY_FILE or _is_graded(manifest)}
-    is_repaired = _REMOVED in manifest.info and all((folder / old).exists() for old in kept_files.values())
-    source = folder / (_SAMPLES_BEFORE if is_repaired else _SAMPLES)
+    before = _info_before(folder) if _REMOVED in manifest.info else None
+    original = before or manifest.info
+    files = ManifestFiles(folder, original)
+    source = MappedTable(
+        files.path(SAMPLES_FILE), rows_per_batch=ROWS_PER_BATCH, checksums=files.checksums(SAMPLES_FILE)
+    )
     is_good_N = np.concatenate(
         [np.zeros(0, bool), *(is_good_R for _, is_good_R in _sorted_out(source, bad_before_N))]
     )
@@ -78,37 +89,47 @@ def repair_manifest(folder: str | Path, bad_chunks: Mapping[str, Sequence[str]])
             f"the chunks really in {manifest.chunk_root}?"
         )
     removed = manifest.num_samples + manifest.info.get(_REMOVED, 0) - kept
+    undo = ""
     if touched:
-        _write_bad_chunks(folder / BAD_CHUNKS_FILE, bad_rows, bad_chunks=bad_chunks)
-        partial = partial_path(folder / _SAMPLES)
-        _write_samples(partial, _sorted_out(source, bad_before_N))
-        fingerprint = tables_fingerprint(folder / _CHUNKS, partial)
-        info = {**manifest.info, "num_samples": kept, "fingerprint": fingerprint, _REMOVED: removed}
-        partials = {_SAMPLES: partial}
-        if _is_graded(manifest):
-            partials[RELEVANCY_FILE] = folder / "relevancy.good.npy"
-            _write_grades(partials[RELEVANCY_FILE], folder, is_good_N=is_good_N, is_repaired=is_repaired)
-            info["relevancy_sha256"] = sha256_of(partials[RELEVANCY_FILE])
-        _swap(folder, partials, info=info, keep=() if is_repaired else kept_files)
-    elif is_repaired:
-        _restore(folder, kept_files, info=manifest.info)
-    return RepairReport(kept, removed, _undo_command(folder, kept_files) if touched else "")
+        with new_build(folder, "repair") as build:
+            ends = _write_samples(build / SAMPLES_FILE, _sorted_out(source, bad_before_N))
+            if manifest.info.get("num_captions"):
+                grades_RC = np.load(files.intact(RELEVANCY_FILE), mmap_mode="r")
+                write_relevancy(build / RELEVANCY_FILE, grades_RC, np.flatnonzero(is_good_N))
+            fingerprint = tables_fingerprint(files.path(CHUNKS_FILE), build / SAMPLES_FILE)
+            info = {**manifest.info, "num_samples": kept, "fingerprint": fingerprint, _REMOVED: removed}
+            new_files = files_of(folder, build, ends={SAMPLES_FILE: ends})
+            info["files"] = {**original.get("files", {}), **new_files}
+            _write_bad_chunks(folder / BAD_CHUNKS_FILE, bad_rows, bad_chunks=bad_chunks)
+            write_info(folder / INFO_BEFORE_REPAIR, original)
+            replace_info(folder, info)
+            undo = _undo_command(folder)
+    elif before is not None:
+        # The chunks may have moved since.
+        with new_build(folder):
+            replace_info(folder, {**before, "chunk_root": manifest.info["chunk_root"]})
+            for name in (INFO_BEFORE_REPAIR, BAD_CHUNKS_FILE):
+                (folder / name).unlink(missing_ok=True)
+    return RepairReport(kept, removed, undo)
 
 
-def _is_graded(manifest: Manifest) -> bool:
-    return bool(manifest.info.get("num_captions"))
-
-
-def _write_grades(path: Path, folder: Path, *, is_good_N: np.ndarray, is_repaired: bool) -> None:
-    """Write the relevancies of the good rows."""
-    source = folder / (_RELEVANCY_BEFORE if is_repaired else RELEVANCY_FILE)
-    write_relevancy(path, np.load(source, mmap_mode="r"), np.flatnonzero(is_good_N))
+def _info_before(folder: Path) -> dict[str, Any] | None:
+    """Return the content of `manifest.json` before any repair; None when it is not there any more."""
+    try:
+        info: dict[str, Any] = json.loads((folder / INFO_BEFORE_REPAIR).read_text())
+    except (OSError, ValueError):
+        return None
+    kept = {name: {"path": old} for name, old in _KEPT_BEFORE.items() if (folder / old).exists()}
+    files = {**kept, **info.get("files", {})}
+    is_whole = ManifestFiles(folder, {"files": files}).path(SAMPLES_FILE).exists()
+    return {**info, **({"files": files} if files else {})} if is_whole else None
 
 
 def _rows_of(manifest: Manifest, bad_chunks: Mapping[str, Sequence[str]]) -> dict[int, str]:
     """Return the bad chunks' paths by row."""
     rows: dict[int, str] = {}
-    paths = (path for batch in _batches(manifest.folder / _CHUNKS) for path in batch["path"].to_pylist())
+    batches = manifest.table(CHUNKS_FILE).batches()
+    paths = (path for batch in batches for path in batch["path"].to_pylist())
     for row, path in enumerate(paths):
         full = os.path.join(manifest.chunk_root, path)
         if full in bad_chunks:
@@ -126,70 +147,41 @@ def _count_before(bad_rows: Iterable[int], num_chunks: int) -> np.ndarray:
     return np.cumsum(is_bad_N)
 
 
-def _batches(path: Path) -> Iterator[pa.RecordBatch]:
-    with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
-        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-
-
-def _sorted_out(path: Path, bad_before_N: np.ndarray) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+def _sorted_out(table: MappedTable, bad_before_N: np.ndarray) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
     """Yield the batches of a sample table, and which of their rows touch no bad chunk."""
-    for batch in _batches(path):
+    for batch in table.batches():
         first_R = batch["first_chunk"].to_numpy()
         end_R = first_R + batch["num_chunks"].to_numpy()
         yield batch, bad_before_N[end_R] == bad_before_N[first_R]
 
 
-def _write_samples(path: Path, batches: Iterable[tuple[pa.RecordBatch, np.ndarray]]) -> None:
+def _write_samples(path: Path, batches: Iterable[tuple[pa.RecordBatch, np.ndarray]]) -> list[int]:
     """Write the good rows, in batches of `ROWS_PER_BATCH` again: rows are found by division."""
     waiting = SAMPLE_SCHEMA.empty_table()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SAMPLE_SCHEMA) as writer:
+    with TableWriter(path, SAMPLE_SCHEMA) as writer:
         for batch, is_good_R in batches:
             good = pa.Table.from_batches([batch.filter(pa.array(is_good_R))])
             waiting = pa.concat_tables([waiting, good])
             if len(waiting) >= ROWS_PER_BATCH:
-                writer.write_table(waiting.slice(0, ROWS_PER_BATCH).combine_chunks())
+                _write_batch(writer, waiting.slice(0, ROWS_PER_BATCH))
                 waiting = waiting.slice(ROWS_PER_BATCH)
         if len(waiting):
-            writer.write_table(waiting.combine_chunks())
+            _write_batch(writer, waiting)
+    return writer.ends
 
 
-def _swap(folder: Path, partials: Mapping[str, Path], *, info: dict[str, Any], keep: Iterable[str]) -> None:
-    """Put new files in place; `manifest.json` goes first and comes last."""
-    for name in keep:
-        put_in_place(folder / name, folder / _KEPT[name])
-    (folder / _INFO).unlink(missing_ok=True)
-    for name, partial in partials.items():
-        put_in_place(partial, folder / name)
-    _write_info(folder, info)
-
-
-def _restore(folder: Path, kept: Mapping[str, str], *, info: dict[str, Any]) -> None:
-    """Put the files of before any repair back."""
-    before = json.loads((folder / _INFO_BEFORE).read_text())
-    (folder / _INFO).unlink()
-    for name in kept:
-        if name != _INFO:
-            put_in_place(folder / _KEPT[name], folder / name)
-    _write_info(folder, {**before, "chunk_root": info["chunk_root"]})  # the chunks may have moved since
-    for name in (_INFO_BEFORE, BAD_CHUNKS_FILE):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _write_info(folder: Path, info: dict[str, Any]) -> None:
-    with whole_or_absent(folder / _INFO) as partial:
-        partial.write_text(json.dumps(info, indent=2) + "\n")
+def _write_batch(writer: TableWriter, rows: pa.Table) -> None:
+    (batch,) = rows.combine_chunks().to_batches()
+    writer.write(batch)
 
 
 def _write_bad_chunks(path: Path, rows: Mapping[int, str], *, bad_chunks: Mapping[str, Sequence[str]]) -> None:
     lines = [{"row": row, "path": chunk, "kinds": list(bad_chunks[chunk])} for row, chunk in rows.items()]
-    with whole_or_absent(path) as partial:
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    atomic_write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _undo_command(folder: Path, kept: Mapping[str, str]) -> str:
-    def quoted(name: str) -> str:
-        return shlex.quote(str(folder / name))
-
-    names = [*(name for name in kept if name != _INFO), _INFO]
-    moves = [f"mv {quoted(_KEPT[name])} {quoted(name)}" for name in names]
-    return " && ".join([*moves, f"rm {quoted(BAD_CHUNKS_FILE)}"])
+def _undo_command(folder: Path) -> str:
+    before, now, bad = (
+        shlex.quote(str(folder / name)) for name in (INFO_BEFORE_REPAIR, INFO_FILE, BAD_CHUNKS_FILE)
+    )
+    return f"mv {before} {now} && rm -r {bad} {shlex.quote(str(folder))}/repair-*"

@@ -13,12 +13,12 @@ from concurrent import futures
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
 from pebble import ProcessPool
 
-from avion_dali.child_process import MISSING_MAIN_GUARD, exit_if_importing_main
+from avion_dali.child_process import MISSING_MAIN_GUARD, SafeSpawn, exit_if_importing_main
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
 from avion_dali.loading.worker import start_worker
@@ -56,7 +56,7 @@ class Ticket(Generic[Result]):
     generation: int
 
 
-class _RecordingSpawn(SpawnContext):
+class _RecordingSpawn(SafeSpawn):
     """Starts processes, and keeps those that run or lack a main guard; pebble does not tell exit statuses."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class _RecordingSpawn(SpawnContext):
 
     def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
         """Make a process, as multiprocessing's contexts do."""
-        process = SpawnProcess(*args, **kwargs)
+        process = super().Process(*args, **kwargs)
         kept = [p for p in self.processes if p.exitcode in (None, MISSING_MAIN_GUARD)]
         self.processes = [*kept, process]
         return process

@@ -1,11 +1,18 @@
-"""Shared memory that workers write clips into and the trainer copies batches from."""
+"""Shared memory that workers write clips into and the trainer copies batches from.
+
+On Linux it is a file of /dev/shm without a name, which its owner alone may read: workers of the same user reach
+it through the owner's entry in /proc, and the kernel frees it with the last process that has it, however those
+processes end.
+"""
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import tempfile
 import weakref
-from multiprocessing.shared_memory import SharedMemory
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +24,7 @@ class Place(NamedTuple):
     """Where in shared memory a worker writes one clip; a tuple, which is pickled faster than a dataclass.
 
     Args:
-        memory_name: name of the shared memory.
+        memory_name: reference to the shared memory, for `open_memory`.
         offset: first byte.
         num_bytes: length; exactly enough for the clip's decoded frames.
     """
@@ -42,11 +49,16 @@ class SharedRing:
         self.slots, self.slot_shape = slots, slot_shape
         self.slot_bytes = int(np.prod(slot_shape))
         self.clip_bytes = self.slot_bytes // slot_shape[0]
-        self._memory = _allocate(slots * self.slot_bytes)
-        self.name = self._memory.name
-        self._bytes = np.frombuffer(memoryview(self._memory.buf or b""), np.uint8)
+        descriptor, path = _new_file()
         # Also for a ring that nobody closes: when it is collected, or at the end of the program.
-        self._release = weakref.finalize(self, _release, self._memory)
+        self._release = weakref.finalize(self, _release, descriptor, path)
+        try:
+            _allocate(descriptor, slots * self.slot_bytes)
+        except BaseException:
+            self._release()
+            raise
+        self.name = _reference(descriptor, path)
+        self._bytes = _mapped(descriptor)
 
     def place(self, slot: int, row: int) -> Place:
         """Return the place of one clip.
@@ -76,38 +88,83 @@ class SharedRing:
         self._release()
 
 
-def _release(memory: SharedMemory) -> None:
-    memory.unlink()
+def open_memory(name: str) -> np.ndarray:
+    """Map the shared memory of another process.
+
+    Args:
+        name: from a `Place`.
+
+    Returns:
+        All its bytes, uint8; writing to them writes to the memory.
+
+    Raises:
+        FileNotFoundError: when its owner has closed it.
+    """
+    path, _, identity = name.partition("#")
+    descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     try:
-        memory.close()
-    except BufferError:
-        # A view is still alive, and the mapping goes with it; the destructor would complain of the same.
-        memory.close = _do_nothing  # type: ignore[method-assign]
+        # The owner's file numbers are used again: after a close this may be another file.
+        if _identity(descriptor) != identity:
+            raise FileNotFoundError(f"the shared memory {name} is closed")
+        return _mapped(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _do_nothing() -> None:
-    """Stand in for the `close` of a memory that is in use to the end."""
+def is_open(name: str) -> bool:
+    """Tell whether the owner of shared memory still has it.
 
-
-def _allocate(size: int) -> SharedMemory:
+    Args:
+        name: from a `Place`.
+    """
+    path, _, identity = name.partition("#")
     try:
-        memory = SharedMemory(create=True, size=size)
+        found = os.stat(path)
+    except OSError:
+        return False
+    return f"{found.st_dev}:{found.st_ino}" == identity
+
+
+def _new_file() -> tuple[int, str]:
+    """Return an empty file in memory and the path that other processes open it by."""
+    with suppress(AttributeError, OSError):  # not Linux, or a file system without nameless files
+        descriptor = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR, 0o600)
+        return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
+    return tempfile.mkstemp(prefix="avion_dali_ring_")
+
+
+def _identity(descriptor: int) -> str:
+    found = os.fstat(descriptor)
+    return f"{found.st_dev}:{found.st_ino}"
+
+
+def _reference(descriptor: int, path: str) -> str:
+    return f"{path}#{_identity(descriptor)}"
+
+
+def _mapped(descriptor: int) -> np.ndarray:
+    """Return a file's bytes, uint8; the mapping lasts as long as the array and its views."""
+    return np.frombuffer(mmap.mmap(descriptor, 0), np.uint8)
+
+
+def _release(descriptor: int, path: str) -> None:
+    # A view may still be alive; the mapping is then released together with it.
+    os.close(descriptor)
+    if not path.startswith("/proc/"):
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    try:
+        os.ftruncate(descriptor, size)
+        if hasattr(os, "posix_fallocate"):
+            # Without this the file is sparse, and a full /dev/shm kills a worker with SIGBUS much later.
+            os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        raise _too_small(size) from error
-    if hasattr(os, "posix_fallocate"):
-        # Without this the file is sparse, and a full /dev/shm kills a worker with SIGBUS much later.
-        try:
-            with open(f"/dev/shm/{memory.name}", "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
-        except FileNotFoundError:
-            pass  # not Linux: shared memory is no file there
-        except OSError as error:
-            memory.close()
-            memory.unlink()
-            if error.errno == errno.ENOSPC:
-                raise _too_small(size) from error
-            raise
-    return memory
+        if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+            raise _too_small(size) from error
+        raise
 
 
 def _too_small(size: int) -> UserError:

@@ -7,19 +7,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
 
 from avion_dali.child_process import die_with_parent
 from avion_dali.contracts import ClipRequest, DecodeError
-from avion_dali.loading.ring import Place
+from avion_dali.loading.ring import Place, is_open, open_memory
 
 DecodeClip = Callable[[ClipRequest, np.ndarray], None]
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_attached: dict[str, tuple[SharedMemory, np.ndarray]] = {}
+_attached: dict[str, np.ndarray] = {}
 
 
 def start_worker(parent_pid: int) -> None:
@@ -88,6 +87,7 @@ def attached_memory(place: Place) -> np.ndarray:
         place: the place.
     """
     if place.memory_name not in _attached:
-        memory = SharedMemory(place.memory_name)
-        _attached[place.memory_name] = memory, np.frombuffer(memoryview(memory.buf or b""), np.uint8)
-    return _attached[place.memory_name][1][place.offset : place.offset + place.num_bytes]
+        for name in [name for name in _attached if not is_open(name)]:
+            del _attached[name]  # of a loader that was closed
+        _attached[place.memory_name] = open_memory(place.memory_name)
+    return _attached[place.memory_name][place.offset : place.offset + place.num_bytes]

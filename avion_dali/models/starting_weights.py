@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from avion_dali.config import Activation, Normalization, TemporalResize
+from avion_dali.config import Activation, Normalization, TemporalResize, TrainConfig
+from avion_dali.config.plain import require_sane_counts, require_types
 from avion_dali.contracts import UserError
 from avion_dali.models.convert import identify, to_ours
 from avion_dali.models.find_facts import facts_of_config, guessed_facts
@@ -17,7 +18,7 @@ from avion_dali.models.safetensors_files import HEADER_KEY, read_safetensors
 from avion_dali.models.torch_files import find_state_dict, read_torch_file
 from avion_dali.models.weight_facts import Family, WeightFacts
 from avion_dali.models.weight_fitting import fit_weights
-from avion_dali.wording import few
+from avion_dali.wording import few, shown
 
 OPEN_CLIP_PREFIX: Final = "open_clip:"
 
@@ -128,9 +129,9 @@ def _converted(
 
 def _own(state: Mapping[str, Tensor], header: Mapping[str, Any], *, source: str) -> StartWeights:
     """Open weights that this project wrote, whose header contains all facts about them."""
-    config, described = header.get("config", {}), header.get("weights", {})
+    config, described = _checked_header(header, source=source)
     if header.get("layout"):  # written in the names of another project
-        known = {name: described[name] for name in _KNOWN_FROM_HEADER if name in described}
+        known: dict[str, Any] = {name: described[name] for name in _KNOWN_FROM_HEADER if name in described}
         return _converted(state, _identified(state, source=source), source=source, known=known)
     ours, left_over = to_ours(state, "avion_dali")
     if not config and not described:
@@ -147,6 +148,23 @@ def _own(state: Mapping[str, Tensor], header: Mapping[str, Any], *, source: str)
     return StartWeights(ours, facts, source, left_over, dict(config), tuple(header.get("classes", ())))
 
 
+def _checked_header(header: Mapping[str, Any], *, source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration and the facts in a header, once their values have the right types."""
+    config, described, classes = header.get("config", {}), header.get("weights", {}), header.get("classes", ())
+    try:
+        require_types(TrainConfig, config, name="config")
+        require_types(WeightFacts, described, name="weights")
+        if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
+            raise UserError(f"classes are {shown(classes)}, not a list of names")
+        for values in (described, config.get("data", {}), config.get("model", {})):
+            require_sane_counts(values)
+    except UserError as error:
+        raise UserError(
+            f"{source}: its header is damaged or belongs to another version: {error}; obtain the file again"
+        ) from error
+    return dict(config), dict(described)
+
+
 _KNOWN_FROM_HEADER: Final = ("activation", "norm_eps", "normalization", "num_frames", "frame_size")
 
 
@@ -156,7 +174,8 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
         state, header = read_safetensors(path)
         return state, header, {}
     content = read_torch_file(path)
-    if isinstance(content, dict) and str(content.get("format", "")).startswith(HEADER_KEY):
+    kind = content.get("format") if isinstance(content, dict) else None
+    if isinstance(kind, str) and kind.startswith(HEADER_KEY):
         # The running average, if there is one, replaces the weights, because the training evaluates it.
         state = {**find_state_dict(content, source=str(path)), **content.get("average", {})}
         return state, {name: content[name] for name in ("config", "classes") if name in content}, {}

@@ -15,6 +15,7 @@ import re
 import struct
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,11 +25,12 @@ import torch
 from torch import Tensor
 
 from avion_dali.contracts import UserError
-from avion_dali.wording import first_line
+from avion_dali.time_limit import bounded_time
+from avion_dali.wording import first_line, shown
 
 UNREADABLE: Final = (
     *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, struct.error),
-    *(pickle.UnpicklingError, zipfile.BadZipFile, MemoryError, OverflowError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, MemoryError, OverflowError, AssertionError, zlib.error),
 )
 """Exceptions that reading a damaged, foreign or malicious file may raise."""
 
@@ -46,6 +48,8 @@ _STORAGE_DTYPES: Final[dict[str, torch.dtype]] = {
     "UntypedStorage": torch.uint8,
 }
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
+_MAX_UNPACKED: Final = 8  # times the size of the file; torch does not compress
+_MAX_MODULES: Final = 100_000
 _ZIP_LOCAL_HEADER: Final = 30  # bytes before the file name in a zip's local header
 
 # Calls that only create data. Their result is a placeholder, and files that request them are accepted.
@@ -170,9 +174,14 @@ class _InertUnpickler(pickle.Unpickler):
             pickle.UnpicklingError: when the reference is of another kind.
         """
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or len(pid) > 5 and pid[5]:
-            raise pickle.UnpicklingError(f"an outside reference of an unknown kind: {str(pid)[:60]}")
-        if not isinstance(pid[1], torch.dtype) or not isinstance(pid[4], int) or pid[4] < 0:
-            raise pickle.UnpicklingError(f"a storage of an unknown kind: {str(pid)[:60]}")
+            raise pickle.UnpicklingError(f"an outside reference of an unknown kind: {shown(pid)}")
+        if (
+            not isinstance(pid[2], str | int)
+            or not isinstance(pid[1], torch.dtype)
+            or not isinstance(pid[4], int)
+            or pid[4] < 0
+        ):
+            raise pickle.UnpicklingError(f"a storage of an unknown kind: {shown(pid)}")
         return self._read_storage(str(pid[2]), pid[1], pid[4])
 
 
@@ -194,15 +203,8 @@ def read_torch_file(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"there is no file at {path}; check the path")
     try:
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip and _check_archive(path):
-            return _read_zip(path)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns about objects that it rejects
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except UNREADABLE:
-            return _read_zip(path) if is_zip else _read_legacy(path)
+        with bounded_time(path):
+            return _read(path)
     except UNREADABLE as error:
         raise UserError(
             f"{path} cannot be read as weights ({type(error).__name__}: {first_line(error)}); it is "
@@ -210,9 +212,24 @@ def read_torch_file(path: Path) -> Any:
         ) from error
 
 
+def _read(path: Path) -> Any:
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip and _check_archive(path):
+        return _read_zip(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what it will refuse
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except UNREADABLE:
+        return _read_zip(path) if is_zip else _read_legacy(path)
+
+
 def _check_archive(path: Path) -> bool:
     """Verify checksums, which torch does not (about 1 s per GB); return whether it is a TorchScript archive."""
     with zipfile.ZipFile(path) as archive:
+        unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > _MAX_UNPACKED * (path.stat().st_size + 2**20):
+            raise ValueError(f"it unpacks to {unpacked} bytes, too many for a file of its size")
         damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"checksum of {damaged} is wrong")
@@ -299,7 +316,7 @@ def find_state_dict(content: Any, *, source: str) -> dict[str, Tensor]:
         UserError: when there is no state dict, or an entry is not a tensor; names the entry.
     """
     if isinstance(content, Inert):
-        state: Any = dict(_tensors_of_module(content, ""))
+        state: Any = dict(_tensors_of_module(content, source))
     else:
         state = content
         if isinstance(content, Mapping):
@@ -311,15 +328,26 @@ def find_state_dict(content: Any, *, source: str) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             kind = value.origin if isinstance(value, Inert) else type(value).__name__
-            raise UserError(f"{source}: {key!r} in its state dict is a {kind}, not a tensor; it cannot be used")
+            raise UserError(
+                f"{source}: {shown(key)} in its state dict is a {kind}, not a tensor; it cannot be used"
+            )
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(
+                f"{source}: {shown(key)} claims more numbers than the file holds; it cannot be used"
+            )
     return dict(state)
 
 
-def _tensors_of_module(module: Inert, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of a TorchScript module and of its submodules."""
-    if isinstance(module.state, dict):
-        for name, value in module.state.items():
+def _tensors_of_module(top: Inert, source: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a TorchScript module and of its submodules, which may share parts."""
+    waiting, seen = [("", top)], 0
+    while waiting:
+        prefix, module = waiting.pop()
+        seen += 1
+        if seen > _MAX_MODULES:
+            raise UserError(f"{source} contains endlessly nested modules; it is damaged or not trustworthy")
+        for name, value in module.state.items() if isinstance(module.state, dict) else ():
             if isinstance(value, Tensor):
                 yield f"{prefix}{name}", value
-            elif isinstance(value, Inert):
-                yield from _tensors_of_module(value, f"{prefix}{name}.")
+            elif isinstance(value, Inert) and isinstance(name, str):
+                waiting.append((f"{prefix}{name}.", value))

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from avion_dali.wording import printable
+
 _INK = "#123457"  # placeholder for the text color of the page, replaced after drawing
 _LINES = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b")
 _CURVES_PER_CHART = len(_LINES)
@@ -72,12 +74,15 @@ def _draw(curves: Sequence[Curve], title: str, *, from_zero: bool) -> str:
             ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
         ),
     }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # not what a `matplotlibrc` in the working directory says
+        matplotlib.rcParams.update(style)
         figure = Figure(figsize=(5.2, 2.9), layout="constrained")
         axes = figure.add_subplot()
         for curve, color in zip(curves, _LINES, strict=False):
             marker = "o" if len(curve.steps) <= 30 else None
-            axes.plot(curve.steps, curve.values, color=color, marker=marker, markersize=3, label=curve.name)
+            name = printable(curve.name).replace("$", r"\$")  # no formula
+            axes.plot(curve.steps, curve.values, color=color, marker=marker, markersize=3, label=name)
         if from_zero:
             axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize=10, loc="left")

@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from avion_dali.files import atomic_write_text
 from avion_dali.report.charts import curve_of, draw_charts
+from avion_dali.wording import printable
 
 _JPEG_QUALITY = 82
 _TEMPLATE = "run_report.html.j2"
@@ -73,6 +74,7 @@ class ReportData:
         resources: resources that the run has used, name to number or string.
         unreadable: number of clips that could not be read, by kind of failure.
         unreadable_rows: descriptions of some of these clips, one line each.
+        damaged_lines: number of lines of the log that are not rows and were left out.
     """
 
     title: str
@@ -84,6 +86,7 @@ class ReportData:
     resources: Mapping[str, float | str] = field(default_factory=dict)
     unreadable: Mapping[str, int] = field(default_factory=dict)
     unreadable_rows: Sequence[str] = ()
+    damaged_lines: int = 0
 
 
 def _run_numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -107,7 +110,7 @@ def _run_numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _best(rows: Sequence[Mapping[str, Any]]) -> str:
     """Describe the evaluation of the best checkpoint; empty if there is none."""
     name = _last_header(rows).get("best_metric")
-    curve = curve_of(rows, "evaluation", name=name) if name else None
+    curve = curve_of(rows, "evaluation", name=name) if name and isinstance(name, str) else None
     if curve is None or not curve.values:
         return ""
     # As in the training, a later evaluation replaces an earlier one only if its value is higher.
@@ -142,7 +145,8 @@ def _shown(values: Mapping[str, float | str]) -> dict[str, str]:
 
 def _settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the settings as written in a configuration, without thousands separators or rounding."""
-    return {name: str(value) for name, value in _flat(_last_header(rows).get("config", {})).items()}
+    config = _last_header(rows).get("config", {})
+    return {name: str(value) for name, value in _flat(config if isinstance(config, dict) else {}).items()}
 
 
 def _picture(match: ReportMatch) -> dict[str, Any]:
@@ -162,12 +166,13 @@ def _page(data: ReportData) -> str:
     """Fill in the template, which escapes all texts except the drawn curves."""
     steps = max((int(row["step"]) for row in data.rows), default=0)
     evaluations = sum(row["kind"] == "evaluation" for row in data.rows)
+    damaged = f"; {data.damaged_lines} damaged lines of the log are left out" if data.damaged_lines else ""
     environment = Environment(
         loader=PackageLoader("avion_dali.report", ""), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template(_TEMPLATE).render(
         title=data.title,
-        subtitle=f"{steps:,} optimizer steps, {evaluations} evaluations{_best(data.rows)}",
+        subtitle=f"{steps:,} optimizer steps, {evaluations} evaluations{_best(data.rows)}{damaged}",
         charts=draw_charts(data.rows),
         numbers={
             "Final evaluation": _shown(data.metrics),
@@ -186,7 +191,7 @@ def _page(data: ReportData) -> str:
 
 
 def write_report(path: Path, data: ReportData) -> None:
-    """Write the report as one HTML file, atomically.
+    """Write the report as one HTML file, atomically; what cannot be printed is escaped.
 
     Args:
         path: the file to write.
@@ -195,4 +200,4 @@ def write_report(path: Path, data: ReportData) -> None:
     Raises:
         UserError: the file could not be written.
     """
-    atomic_write_text(path, _page(data))
+    atomic_write_text(path, printable(_page(data)))

@@ -50,7 +50,7 @@ def write_run_report(
         UserError: the file could not be written.
     """
     rows = read_rows(output_dir / LOG_NAME)
-    failures = read_rows(output_dir / QUARANTINE_NAME)
+    failures = read_rows(output_dir / QUARANTINE_NAME, {"kind": str})
     path = output_dir / REPORT_NAME
     write_report(
         path,
@@ -64,6 +64,7 @@ def write_run_report(
             resources=resources(rows),
             unreadable=dict(Counter(str(row["kind"]) for row in failures).most_common()),
             unreadable_rows=[_in_words(row) for row in failures[:_ROWS_SHOWN]],
+            damaged_lines=_count_lines(output_dir / LOG_NAME) - len(rows),
         ),
     )
     return path
@@ -109,10 +110,10 @@ def resources(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
     hours = device_hours = joules = 0.0
     sources = set()
     for start in starts:
-        own_hours = max(row.get("elapsed_s", 0.0) for row in start) / 3600
+        own_hours = max(_number(row, "elapsed_s") for row in start) / 3600
         hours += own_hours
-        device_hours += own_hours * start[0].get("world_size", 1)
-        joules += max(row.get("energy_j", 0) for row in start)
+        device_hours += own_hours * (_number(start[0], "world_size") or 1)
+        joules += max(_number(row, "energy_j") for row in start)
         sources.add(str(start[0].get("energy_source", NOT_READABLE)))
     if not starts:
         return {}
@@ -130,6 +131,19 @@ def resources(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
         f"energy, kWh, counted by {', '.join(sorted(sources))}": kwh,
         f"CO2-equivalent, kg, at PUE {PUE} and {CARBON_KG_PER_KWH} kg/kWh": carbon_kg(kwh),
     }
+
+
+def _number(row: Mapping[str, Any], name: str) -> float:
+    """Return a number of a row; 0 when there is none."""
+    value = row.get(name)
+    return value if isinstance(value, int | float) else 0
+
+
+def _count_lines(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(bool(line.strip()) for line in file)
 
 
 def _in_words(failure: Mapping[str, Any]) -> str:

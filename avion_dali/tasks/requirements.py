@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from avion_dali.contracts import UserError
 from avion_dali.data.classes import ClassTable
-from avion_dali.data.manifest import Manifest
+from avion_dali.data.manifest import SAMPLES_FILE, Manifest
 
 
 def class_table(manifest: Manifest) -> ClassTable:
@@ -42,14 +41,12 @@ def require_in_every_row(manifest: Manifest, what: Literal["label", "text"], *, 
     Raises:
         UserError: when rows lack it; the message gives their number.
     """
-    with pa.memory_map(str(manifest.folder / "samples.arrow")) as file:
-        reader = pa.ipc.open_file(file)
-        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        if what == "label":
-            missing = sum(pc.sum(pc.less(batch["label"], 0)).as_py() or 0 for batch in batches)
-        else:
-            counts = (pc.list_value_length(batch["texts"]) for batch in batches)
-            missing = sum(pc.sum(pc.equal(count, 0)).as_py() or 0 for count in counts)
+    batches = manifest.table(SAMPLES_FILE).batches()
+    if what == "label":
+        missing = sum(pc.sum(pc.less(batch["label"], 0)).as_py() or 0 for batch in batches)
+    else:
+        counts = (pc.list_value_length(batch["texts"]) for batch in batches)
+        missing = sum(pc.sum(pc.equal(count, 0)).as_py() or 0 for count in counts)
     if missing:
         raise UserError(
             f"{manifest.folder}: {missing} of {manifest.num_samples} rows have no {what}, and "
