@@ -6,6 +6,7 @@ avion-dali demo --output-dir runs/demo
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -177,13 +178,15 @@ def train_and_report(config: TrainConfig) -> DemoNumbers:
     from avion_dali.engine.checkpoint import LATEST_NAME, software_versions
     from avion_dali.engine.distributed import Distributed
     from avion_dali.engine.run_log import LOG_NAME, command_line, read_rows
+    from avion_dali.engine.signals import exit_status
     from avion_dali.metrics.retrieval import chance_scores
     from avion_dali.report.html_report import ReportData, write_report
     from avion_dali.tasks.retrieval_scoring import RetrievalResult
 
     output, distributed = Path(config.output_dir), Distributed()
     with stage("training"), training(config, distributed) as loop:
-        loop.run()
+        if stopped_by := loop.run().stopped_by:
+            sys.exit(exit_status(stopped_by))
     with stage("held-out retrieval"):
         final = EvaluateConfig(checkpoint=str(output / LATEST_NAME), decoder=config.decoder)
         moving = evaluate_checkpoint(final, distributed)

@@ -6,6 +6,7 @@ avion-dali demo-finetune --output-dir runs/demo_finetune
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -169,9 +170,11 @@ def run_training(name: str, config: TrainConfig) -> Path:
     """
     from avion_dali.assembly.training import training
     from avion_dali.engine.distributed import Distributed
+    from avion_dali.engine.signals import exit_status
 
     with stage(f"training {name}"), training(config, Distributed()) as loop:
-        loop.run()
+        if stopped_by := loop.run().stopped_by:
+            sys.exit(exit_status(stopped_by))
     return Path(config.output_dir) / WEIGHTS
 
 

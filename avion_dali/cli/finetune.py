@@ -13,6 +13,4 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments; None takes the process's.
     """
-    return train_from_command_line(
-        argv, command="finetune", description=__doc__ or "", objectives=("max-margin", "classification")
-    )
+    return train_from_command_line(argv, command="finetune", description=__doc__ or "")

@@ -14,40 +14,36 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments; None takes the process's.
     """
-    return train_from_command_line(
-        argv, command="pretrain", description=__doc__ or "", objectives=("contrastive", "masked-video")
-    )
+    return train_from_command_line(argv, command="pretrain", description=__doc__ or "")
 
 
-def train_from_command_line(
-    argv: list[str] | None, *, command: str, description: str, objectives: tuple[str, ...]
-) -> int:
+def train_from_command_line(argv: list[str] | None, *, command: str, description: str) -> int:
     """Parse, build, run, close; for both subcommands that train.
 
     Args:
         argv: arguments; None takes the process's.
         command: name of the subcommand.
         description: its help.
-        objectives: what it trains.
 
     Raises:
-        UserError: when the configuration names another objective, or cannot be used.
+        UserError: when the configuration names an objective of the other subcommand, or cannot be used.
     """
     from avion_dali.config import TrainConfig
 
     config = parse_options(TrainConfig, argv, prog=f"avion-dali {command}", description=description)
-    if config.objective.name not in objectives:
-        other = "pretrain" if command == "finetune" else "finetune"
-        raise UserError(
-            f"avion-dali {command} trains {' and '.join(objectives)}; objective.name = {config.objective.name} "
-            f"is for avion-dali {other}. Give --config a recipe of `avion-dali recipes`: it names an objective "
-            "and what goes with it"
-        )
     # Decode workers import this module again: everything heavy is imported here.
     from avion_dali.assembly.training import training
     from avion_dali.engine.distributed import distributed_session
     from avion_dali.engine.signals import exit_status
+    from avion_dali.tasks.table import TASKS, find_task
 
+    if (right := find_task(config.objective.name).command) != command:
+        objectives = " and ".join(name for name, task in TASKS.items() if task.command == command)
+        raise UserError(
+            f"avion-dali {command} trains {objectives}; objective.name = {config.objective.name} is for "
+            f"avion-dali {right}. Give --config a recipe of `avion-dali recipes`: it names an objective and "
+            "what goes with it"
+        )
     keys = parameters_as_keys(TrainConfig)
     with keys, distributed_session() as distributed, training(config, distributed) as loop:
         if loop.step >= loop.last_step:
