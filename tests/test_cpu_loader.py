@@ -27,6 +27,7 @@ from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.data.probe import probe_chunk
 from avion_dali.decode import cpu_fused
+from avion_dali.loading import ring as ring_module
 from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
 from avion_dali.loading.frames_strategy import FramesStrategy
 from avion_dali.loading.pool import Ticket, WorkerPool
@@ -345,7 +346,7 @@ def test_memory_is_found_by_its_owner_alone_and_not_after_it_is_closed() -> None
 
 
 def test_memory_without_dev_shm_is_a_file_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "O_TMPFILE")
+    monkeypatch.setattr(ring_module, "_MEMORY_FOLDER", "/no/such/folder")
     ring = SharedRing(1, (4, 1, 2, 16, 16, 3))
     path = Path(ring.name.partition("#")[0])
     assert path.stat().st_mode & 0o777 == 0o600

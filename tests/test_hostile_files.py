@@ -21,6 +21,7 @@ from avion_dali.datasets.captions import annotation_rows
 from avion_dali.datasets.ego4d import Narrations
 from avion_dali.datasets.epic_files import _annotation_row
 from avion_dali.datasets.unpickling import load_pickle
+from avion_dali.engine import checkpoint
 from avion_dali.engine.checkpoint import export_safetensors
 from avion_dali.models.starting_weights import open_start
 from avion_dali.models.torch_files import find_state_dict, read_torch_file
@@ -253,6 +254,31 @@ def test_headers_that_are_no_objects_are_one_message(tmp_path: Path, text: str) 
     save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", metadata={"avion_dali": text})
     with pytest.raises(UserError, match=r"w\.safetensors"):
         open_start(str(tmp_path / "w.safetensors"))
+
+
+WRONG_CHECKPOINTS = {
+    "version": {"format_version": "x"},
+    "no version": {"format_version": None},
+    "step": {"step": "7"},
+    "model": {"model": [1]},
+    "order": {"order": 3},
+    "classes": {"classes": [1, 2]},
+    "config": {"config": "x"},
+    "best": {"best_metric": "high"},
+    "average": {"average": 7},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CHECKPOINTS)
+def test_checkpoints_with_values_of_other_types_are_one_message(tmp_path: Path, name: str) -> None:
+    whole = {"model": {}, "optimizer": {}, "scaler": {}, "step": 3, "order": {}}
+    path = tmp_path / "checkpoint.pt"
+    head = {"format": checkpoint.FORMAT, "format_version": checkpoint.FORMAT_VERSION}
+    torch.save({**head, **whole}, path)
+    assert checkpoint.load_checkpoint(path).step == 3
+    torch.save({**head, **whole, **WRONG_CHECKPOINTS[name]}, path)
+    with pytest.raises(UserError, match="damaged, use another"):
+        checkpoint.load_checkpoint(path)
 
 
 def test_values_are_shown_short_and_escaped() -> None:

@@ -123,3 +123,18 @@ def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path) -> None:
         "samples.arrow",
         "classes.json",
     }
+
+
+@pytest.mark.parametrize("name", ["chunk_root", "num_chunks", "num_samples", "index_bytes", "fingerprint"])
+@pytest.mark.parametrize("value", [None, [], {}, 1.5])
+def test_facts_of_other_types_are_a_user_error(tmp_path: Path, name: str, value: object) -> None:
+    path = write(tmp_path) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=rf"manifest\.json lacks {name}"):
+        Manifest(tmp_path)
+
+
+def test_a_deeply_nested_manifest_json_is_a_user_error(tmp_path: Path) -> None:
+    (write(tmp_path) / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"manifest\.json is not valid JSON"):
+        Manifest(tmp_path)

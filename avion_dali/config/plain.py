@@ -6,7 +6,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from avion_dali.contracts import UserError
@@ -62,15 +62,19 @@ def _fits(value: object, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
     if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        kinds = arguments[:1] * len(value) if Ellipsis in arguments else arguments
-        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+        return isinstance(value, list | tuple) and _fit_each(value, arguments)
+    if isinstance(origin, type):
+        return isinstance(value, origin)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
     return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _fit_each(values: Sequence[object], hints: tuple[Any, ...]) -> bool:
+    kinds = hints[:1] * len(values) if Ellipsis in hints else hints
+    return len(values) == len(kinds) and all(map(_fits, values, kinds))
 
 
 def _is_finite(value: float) -> bool:

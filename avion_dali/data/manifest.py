@@ -58,7 +58,10 @@ _READABLE_VERSIONS = (3, FORMAT_VERSION)
 INDEX_FILE, CHUNKS_FILE, SAMPLES_FILE = "packets.bin", "chunks.arrow", "samples.arrow"
 # Files of a manifest of format 3, which a new build replaces.
 _FLAT_FILES = (CHUNKS_FILE, SAMPLES_FILE, INDEX_FILE, CLASSES_FILE, CAPTIONS_FILE, RELEVANCY_FILE)
-_REQUIRED_FACTS = ("chunk_root", "num_chunks", "num_samples", "index_bytes", "fingerprint")
+_REQUIRED_FACTS = {
+    "chunk_root": str,
+    **dict.fromkeys(("num_chunks", "num_samples", "index_bytes", "fingerprint"), int),
+}
 
 
 class Manifest:
@@ -385,12 +388,12 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} is not a manifest: {path} is missing; make one with `avion-dali manifest`"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); build the manifest again") from error
     if not isinstance(info, dict) or info.get("format_version") not in _READABLE_VERSIONS:
         versions = " and ".join(map(str, _READABLE_VERSIONS))
         raise UserError(f"{path}: this version reads manifests of format {versions}; build it again")
-    absent = [key for key in _REQUIRED_FACTS if key not in info]
+    absent = [key for key, kind in _REQUIRED_FACTS.items() if not isinstance(info.get(key), kind)]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}; build the manifest again")
     return info

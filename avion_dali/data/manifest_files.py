@@ -200,7 +200,7 @@ def _delete_unnamed(folder: Path) -> None:
             continue
         try:
             files = ManifestFiles(folder, json.loads(path.read_text()))
-        except (ValueError, AttributeError, UserError):
+        except (ValueError, AttributeError, RecursionError, UserError):
             return  # damaged: whatever it named stays
         named |= {Path(relative).parts[0] for relative in files._paths.values()}
     for path in folder.glob("*-*"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import platform
-import zipfile
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import metadata
@@ -23,11 +22,13 @@ import torch.distributed as dist
 from torch import nn
 
 from avion_dali import __version__
+from avion_dali.config.plain import require_types
 from avion_dali.contracts import UserError
 from avion_dali.engine.sharding import gathered, placed_like
 from avion_dali.files import atomic_write, partial_path
 from avion_dali.models.safetensors_files import HEADER_KEY
-from avion_dali.models.torch_files import UNREADABLE
+from avion_dali.models.torch_files import UNREADABLE, check_archive
+from avion_dali.time_limit import bounded_time
 from avion_dali.wording import few, first_line
 
 LATEST_NAME = "checkpoint.pt"
@@ -118,18 +119,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
     content = _read_torch_file(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not an avion_dali checkpoint; give a checkpoint that a training wrote")
-    if content["format_version"] > FORMAT_VERSION:
+    version = content.get("format_version")
+    if not isinstance(version, int):
+        raise UserError(f"{path} does not say its format version; it is damaged, use another checkpoint")
+    if version > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {content['format_version']}, but avion_dali {__version__} reads "
-            f"versions up to {FORMAT_VERSION}; install a newer release"
+            f"{path} has format version {version}, but avion_dali {__version__} reads versions up to "
+            f"{FORMAT_VERSION}; install a newer release"
         )
     try:
         # Files of older versions lack newer fields, whose defaults are correct for them.
         optional = {f.name for f in fields(Checkpoint) if (f.default, f.default_factory) != (MISSING, MISSING)}
         names = [f.name for f in fields(Checkpoint) if f.name in content or f.name not in optional]
+        require_types(Checkpoint, content, name="its content")
         return Checkpoint(**{name: content[name] for name in names})
     except KeyError as error:
         raise UserError(f"{path} lacks the entry {error} and is damaged; use another checkpoint") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}; it is damaged, use another checkpoint") from error
 
 
 def _read_torch_file(path: Path) -> Any:
@@ -138,12 +145,9 @@ def _read_torch_file(path: Path) -> Any:
             f"there is no checkpoint file at {path}; give a file such as {BEST_NAME} in the folder of a run"
         )
     try:
-        # torch.load does not detect flipped bits; the checksums of the archive do (about 1 s per GB).
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"checksum of {damaged} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with bounded_time(path):
+            check_archive(path)  # torch.load does not detect flipped bits
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise UserError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}: {first_line(error)}); it is "

@@ -19,6 +19,8 @@ import numpy as np
 
 from avion_dali.contracts import UserError
 
+_MEMORY_FOLDER = "/dev/shm"
+
 
 class Place(NamedTuple):
     """Where in shared memory a worker writes one clip; a tuple, which is pickled faster than a dataclass.
@@ -127,10 +129,11 @@ def is_open(name: str) -> bool:
 
 def _new_file() -> tuple[int, str]:
     """Return an empty file in memory and the path that other processes open it by."""
-    with suppress(AttributeError, OSError):  # not Linux, or a file system without nameless files
-        descriptor = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR, 0o600)
-        return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
-    return tempfile.mkstemp(prefix="avion_dali_ring_")
+    if not os.path.isdir(_MEMORY_FOLDER):  # not Linux
+        return tempfile.mkstemp(prefix="avion_dali_ring_")
+    descriptor, path = tempfile.mkstemp(dir=_MEMORY_FOLDER)
+    os.unlink(path)
+    return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
 def _identity(descriptor: int) -> str:

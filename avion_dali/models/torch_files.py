@@ -214,7 +214,7 @@ def read_torch_file(path: Path) -> Any:
 
 def _read(path: Path) -> Any:
     is_zip = zipfile.is_zipfile(path)
-    if is_zip and _check_archive(path):
+    if is_zip and check_archive(path):
         return _read_zip(path)
     try:
         with warnings.catch_warnings():
@@ -224,8 +224,18 @@ def _read(path: Path) -> Any:
         return _read_zip(path) if is_zip else _read_legacy(path)
 
 
-def _check_archive(path: Path) -> bool:
-    """Verify checksums, which torch does not (about 1 s per GB); return whether it is a TorchScript archive."""
+def check_archive(path: Path) -> bool:
+    """Compare the checksums of an archive, which torch does not (about 1 s per GB).
+
+    Args:
+        path: a file of `torch.save`, in torch's zip format.
+
+    Returns:
+        Whether it is a TorchScript archive.
+
+    Raises:
+        ValueError: when a checksum is wrong, or the archive unpacks to more than such files do.
+    """
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(info.file_size for info in archive.infolist())
         if unpacked > _MAX_UNPACKED * (path.stat().st_size + 2**20):
