@@ -38,6 +38,7 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/vulture $(CHECKED) --min-confidence 80
 	$(BIN)/flake8 $(DOCUMENTED)
 	$(BIN)/python -m pytest tests/test_hygiene.py tests/test_layering.py
 

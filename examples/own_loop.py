@@ -1,10 +1,9 @@
-"""Train a model of your own on the clips of a manifest, in a loop of your own.
+"""Train your own model on the clips of a manifest, in your own loop, and continue where it was interrupted.
 
 python examples/own_loop.py runs/demo/heldout_manifest --epochs 2
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -26,32 +25,37 @@ class TinyVideoModel(nn.Module):
         return self.head(cells_BTC44.reshape(len(frames_BTHWC), -1))[:, 0]
 
 
+def loss_of(model: nn.Module, frames_BTHWC: torch.Tensor) -> torch.Tensor:
+    both = torch.cat([frames_BTHWC, frames_BTHWC.flip(1)])
+    is_backwards = torch.arange(2, device=both.device).repeat_interleave(len(frames_BTHWC)).float()
+    return nn.functional.binary_cross_entropy_with_logits(model(both), is_backwards)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("manifest", help="folder made by `avion-dali manifest`")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--state", type=Path, default=Path("own_loop.json"), help="where to continue from")
+    parser.add_argument("--checkpoint", type=Path, default=Path("own_loop.pt"))
     options = parser.parse_args()
 
-    model = TinyVideoModel(num_frames=4)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = TinyVideoModel(num_frames=4).to(device)
     optimizer = torch.optim.AdamW(model.parameters())
-    loader = avion_dali.open_clips(
-        options.manifest, batch_size=options.batch_size, num_frames=4, frame_size=64, decoder="auto", seed=0
-    )
-    with loader:
-        if options.state.exists():  # an interrupted epoch goes on with the next batch
-            loader.load_state_dict(json.loads(options.state.read_text()))
+    with avion_dali.open_clips(
+        options.manifest, batch_size=options.batch_size, num_frames=4, frame_size=64, device=device
+    ) as loader:
+        parts = {"model": model, "optimizer": optimizer, "loader": loader}
+        if options.checkpoint.exists():  # an interrupted epoch continues with the next batch
+            for name, state in torch.load(options.checkpoint, weights_only=True).items():
+                parts[name].load_state_dict(state)
         while loader.state_dict()["epoch"] < options.epochs:
             for batch in loader:
-                frames = batch.frames_BTHWC.to(next(model.parameters()).device)
-                both = torch.cat([frames, frames.flip(1)])
-                is_backwards = torch.cat([torch.zeros(len(frames)), torch.ones(len(frames))]).to(both.device)
-                loss = nn.functional.binary_cross_entropy_with_logits(model(both), is_backwards)
+                loss = loss_of(model, batch.frames_BTHWC)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                options.state.write_text(json.dumps(loader.state_dict()))
+                torch.save({name: part.state_dict() for name, part in parts.items()}, options.checkpoint)
             print(f"epoch {batch.epoch}: loss {loss.item():.3f}, {loader.stats.delivered} clips so far")
 
 

@@ -183,13 +183,8 @@ def traced_step(config: TrainConfig, extra: Callable[[], None] = lambda: None) -
             next(steps)
             extra()
         request = loader._planner.plan(0, 0)
-        with patch.dict(worker._attached, clear=True):
-            with trace:
-                loader._strategy.task(request, loader._ring.place(0, 0))
-            memories = [memory for memory, _ in worker._attached.values()]
-            worker._attached.clear()
-        for memory in memories:
-            memory.close()
+        with patch.dict(worker._attached, clear=True), trace:
+            loader._strategy.task(request, loader._ring.place(0, 0))
     return trace.found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import subprocess
@@ -108,6 +109,7 @@ def test_rank_and_world_come_from_torchruns_environment(
         ({"crop": "center"}, "`crop` = 'center' is not a crop rule; choose one of random-resized"),
         ({"sampling": "uniform"}, "`sampling` = 'uniform'"),
         ({"rank": 2, "world_size": 2}, "`rank` = 2"),
+        ({"world_size": 2}, "both `rank` and `world_size`"),
         ({"prefetch_batches": 0}, "`prefetch_batches` = 0"),
     ],
 )
@@ -117,7 +119,7 @@ def test_errors_name_parameters_of_the_call(data: LaunchData, options: dict[str,
 
 
 def test_an_option_that_does_not_exist_is_a_type_error(data: LaunchData) -> None:
-    with pytest.raises(TypeError, match="num_frame"):
+    with pytest.raises(TypeError, match=r"open_clips\(\) has no keyword num_frame"):
         open_small(data.own, num_frame=3)
 
 
@@ -141,6 +143,26 @@ def test_no_process_is_left_when_a_loader_is_closed_or_forgotten(data: LaunchDat
     )
     assert (done.returncode, done.stdout) == (0, "torch.Size([2, 2, 32, 32, 3])\n"), done.stderr
     assert done.stderr == ""
+
+
+def test_a_loader_that_is_dropped_ends_its_processes(data: LaunchData) -> None:
+    loader = open_small(data.own)
+    next(iter(loader))
+    processes = list(loader._pool._spawn.processes)
+    assert all(process.is_alive() for process in processes) and processes
+    del loader
+    gc.collect()
+    for process in processes:
+        process.join(timeout=20)
+        assert not process.is_alive()
+
+
+def test_steps_move_the_position_of_the_loader(data: LaunchData) -> None:
+    with open_small(data.own) as loader:
+        steps = loader.batches(8, 12)
+        assert loader.state_dict()["epoch"] == 1
+        assert [batch.epoch for batch in steps] == [1, 1, 1, 1]
+        assert {batch.epoch for batch in loader} == {2}
 
 
 def test_a_manifest_and_a_dataset_survive_pickling(data: LaunchData, tmp_path: Path) -> None:
@@ -211,7 +233,7 @@ def test_a_dataset_takes_the_same_substitutes_as_the_loader(data: LaunchData, tm
 @pytest.mark.parametrize(
     ("example", "arguments", "said"),
     [
-        ("own_loop", ["--state", "{folder}/state.json", "--epochs", "2"], "epoch 1: loss "),
+        ("own_loop", ["--checkpoint", "{folder}/own.pt", "--epochs", "2"], "epoch 1: loss "),
         ("torch_dataloader", [], "epoch 1: frames (8, 4, 64, 64, 3) torch.uint8, texts (8, 77)"),
         ("lightning_module", ["--epochs", "1"], "loss 0."),
     ],
@@ -219,8 +241,6 @@ def test_a_dataset_takes_the_same_substitutes_as_the_loader(data: LaunchData, tm
 def test_the_examples_run(
     data: LaunchData, tmp_path: Path, example: str, arguments: list[str], said: str
 ) -> None:
-    if example == "lightning_module":
-        pytest.importorskip("lightning")
     more = [argument.format(folder=tmp_path) for argument in arguments]
     done = subprocess.run(
         [sys.executable, f"examples/{example}.py", str(data.own), *more],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -73,6 +74,10 @@ def test_what_does_not_fit_is_refused_by_name(video: Path, tmp_path: Path) -> No
         ({"frame_ids": []}, "0 to 59"),
         ({"frame_ids": [60]}, "0 to 59"),
         ({"frame_ids": [-1]}, "0 to 59"),
+        ({"seconds": []}, "`seconds` = .*finite"),
+        ({"seconds": [float("nan")]}, "`seconds` = .*finite"),
+        ({"frame_ids": [0], "frame_size": 0}, "`frame_size` = 0"),
+        ({"frame_ids": [0], "frame_size": -5}, "`frame_size` = -5"),
         ({"frame_ids": [0], "window": (0, 0, 200, 20)}, "leaves the 96x64 pictures"),
         ({"frame_ids": [0], "window": (1, 0, 20, 20)}, "`window` = .*even"),
     ):
@@ -91,3 +96,16 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
 
 def test_it_is_offered_at_the_front_door() -> None:
     assert avion_dali.decode_clip is decode_clip
+
+
+def test_numbers_may_come_from_arrays_but_must_be_whole(video: Path) -> None:
+    assert numbers(decode_clip(video, frame_ids=np.array([0, 5]))) == [0, 5]
+    with pytest.raises(TypeError):
+        decode_clip(video, frame_ids=[1.7])
+
+
+def test_threads_may_share_it(video: Path, tmp_path: Path) -> None:
+    other = make_videos.write_video(tmp_path / "b.mp4", frames=60, size=(96, 64), first_number=300)
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda i: numbers(decode_clip((video, other)[i % 2], frame_ids=[i])), range(60))
+    assert [n for (n,) in found] == [i + 300 * (i % 2) for i in range(60)]

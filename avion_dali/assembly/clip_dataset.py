@@ -41,6 +41,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     - `frames`: uint8 tensor (T, H, W, 3), RGB; (V, T, H, W, 3) if clips have several views.
     - `sample_id`: row of the manifest; if the row could not be read, that of its substitute.
     - `label`: class index, or -1.
+    - `caption_id`: index of the caption that the text is, or -1.
     - `tokens`: int64 tensor (L,) of token ids, zero padded; only if `context_length` is not 0.
     - `valid`: False for an evaluation clip that could not be read; its frames are zeros.
 
@@ -146,6 +147,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             "frames": frames[0] if len(frames) == 1 else frames,
             "sample_id": request.sample_id,
             "label": request.label,
+            "caption_id": request.caption_id,
             "valid": valid,
         }
         if self._context_length:

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+import pyarrow.compute as pc
 import torch
 
 from avion_dali.assembly.dali_room import pipelines_module
@@ -16,7 +17,7 @@ from avion_dali.assembly.decoder_choice import INSTEAD, choose_decoder
 from avion_dali.config import LoaderOptions
 from avion_dali.config.checks import require
 from avion_dali.contracts import UserError
-from avion_dali.data.manifest import CHUNKS_FILE, Manifest
+from avion_dali.data.manifest import CHUNKS_FILE, SAMPLES_FILE, Manifest
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.decode.decoders import CPU_DECODERS
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT_LENGTH = 77
 """Tokens per text unless the caller specifies a number: that of CLIP's text towers."""
-ROWS_LOOKED_AT = 1000
 
 
 class ClipKeywords(TypedDict, total=False):
@@ -120,6 +120,8 @@ def open_clips(  # noqa: PLR0913 - the front door: its keywords are what a user 
     """
     own = {name: value for name, value in options.items() if name in LoaderOptions.__dataclass_fields__}
     more: dict[str, Any] = {name: value for name, value in options.items() if name not in own}
+    if unknown := sorted(more.keys() - LoaderKeywords.__annotations__.keys()):
+        raise TypeError(f"open_clips() has no keyword {', '.join(unknown)}")
     chosen = LoaderOptions(num_frames=num_frames, frame_size=frame_size, workers=workers, **own)  # type: ignore[arg-type]
     opened = manifest if isinstance(manifest, Manifest) else Manifest(manifest)
     ranks = _place_among_ranks(rank, world_size)
@@ -228,13 +230,16 @@ def default_context_length(manifest: Manifest) -> int:
     Args:
         manifest: the manifest.
     """
-    has_texts = any(manifest.num_texts(row) for row in range(min(manifest.num_samples, ROWS_LOOKED_AT)))
+    batches = manifest.table(SAMPLES_FILE).batches()
+    has_texts = any(pc.sum(pc.list_value_length(batch["texts"])).as_py() for batch in batches)
     return DEFAULT_CONTEXT_LENGTH if has_texts else 0
 
 
 def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    if (rank is None) != (world_size is None):
+        raise UserError("give both `rank` and `world_size`, or neither to take those that torchrun sets")
+    if rank is None or world_size is None:
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if not 0 <= rank < world_size:
         raise UserError(f"`rank` = {rank} must be in [0, `world_size`), and `world_size` is {world_size}")
     return rank, world_size

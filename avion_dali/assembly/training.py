@@ -71,6 +71,8 @@ def _training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLo
     run.task.check(run.config, manifest)
     _require_whole_steps(run, manifest)
     model = build_model(run, num_classes=len(run.task.class_names(manifest)))
+    if distributed.is_main:
+        _log.info("%s", "\n".join(run.lines()))
     if start and not latest:
         report = fill_model(model, start, run.config)
         if distributed.is_main:

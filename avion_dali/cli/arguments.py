@@ -150,7 +150,8 @@ def parameter_keys(options: Any) -> dict[str, str]:
     sections = [name for name in _keys(options, "") if _is_section(options, name)]
     keys = {field: f"{name}.{field}" for name in sections for field in _keys(options, name)}
     own = {name: f"--{name.replace('_', '-')}" for name in _keys(options, "") if name not in sections}
-    return {**keys, **own}
+    # A training names the batch of one rank otherwise than `open_clips` does.
+    return {"batch_size": "optim.micro_batch", **keys, **own}
 
 
 class _PrintableLines(logging.Formatter):

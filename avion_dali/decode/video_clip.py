@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import threading
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 
 from avion_dali.contracts import ChunkRef, ClipPart, CropWindow, UserError
 from avion_dali.data.crops import center_square_window
 from avion_dali.data.probe import ChunkFacts, probe_chunk
+from avion_dali.decode.cpu_fused import forget_kept
 from avion_dali.decode.reading import read_planned
 from avion_dali.decode.rendering import sized_view
 
 Seconds = float | int | Fraction
 
+_one_at_a_time = threading.Lock()
 ROUNDING_FRAMES = 1e-6  # share of a frame that rounding may cost a time
 
 
@@ -31,7 +36,8 @@ def decode_clip(
     """Decode chosen frames of a video file, as `--decoder cpu-fused` does.
 
     Only the packets that the frames need are decoded. The file is read once to find them; the facts of the last
-    files are kept, so further clips of a file cost their packets alone.
+    files are kept, so further clips of a file cost only their packets. Threads that call it decode one after
+    another; processes decode at the same time.
 
     Args:
         path: any video file that FFmpeg reads.
@@ -53,21 +59,32 @@ def decode_clip(
     """
     if (frame_ids is None) == (seconds is None):
         raise UserError("give either `frame_ids` or `seconds`")
+    if frame_size is not None and operator.index(frame_size) < 1:
+        raise UserError(f"`frame_size` = {frame_size} must be a number of pixels >= 1")
     facts = _facts(os.path.abspath(path), *_version(path))
-    wanted = _at(facts, seconds) if seconds is not None else [int(i) for i in frame_ids or ()]
-    if not wanted or min(wanted) < 0 or max(wanted) >= facts.num_frames:
-        raise UserError(
-            f"`frame_ids` = {wanted} must be numbers of frames of {facts.path}: 0 to {facts.num_frames - 1}"
-        )
+    wanted = _at(facts, seconds) if seconds is not None else _numbers(facts, cast(Sequence[int], frame_ids))
     region, size = _region(facts, window, frame_size=frame_size)
     unique = sorted(set(wanted))
     chunk = ChunkRef(facts.path, facts.size_bytes, facts.num_frames, facts.width, facts.height)
-    frames = read_planned(ClipPart(chunk, tuple(unique)))
-    view = sized_view(frames[0], region, size=size)
-    pictures = {
-        number: _upright(view.render(frame), facts) for number, frame in zip(unique, frames, strict=True)
-    }
+    # Decoders are kept for the next clip, and one that is used by two threads at once crashes.
+    with _one_at_a_time:
+        try:
+            frames = read_planned(ClipPart(chunk, tuple(unique)))
+            view = sized_view(frames[0], region, size=size)
+            pictures = dict(zip(unique, (_upright(view.render(frame), facts) for frame in frames), strict=True))
+        except BaseException:
+            forget_kept()
+            raise
     return np.stack([pictures[number] for number in wanted])
+
+
+def _numbers(facts: ChunkFacts, frame_ids: Sequence[int]) -> list[int]:
+    numbers = [operator.index(number) for number in frame_ids]
+    if not numbers or min(numbers) < 0 or max(numbers) >= facts.num_frames:
+        raise UserError(
+            f"`frame_ids` = {numbers} must be numbers of frames of {facts.path}: 0 to {facts.num_frames - 1}"
+        )
+    return numbers
 
 
 def _version(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -87,6 +104,8 @@ def _facts(path: str, _size: int, _changed_ns: int) -> ChunkFacts:
 def _at(facts: ChunkFacts, seconds: Sequence[Seconds]) -> list[int]:
     """Return the frames on show, the first before the video and the last after it."""
     times = np.array([float(time) - facts.start_s for time in seconds])
+    if not len(times) or not np.isfinite(times).all():
+        raise UserError(f"`seconds` = {list(seconds)} must be one or more finite times")
     if facts.frame_times is None:
         # A time computed as number / rate may lie just below the frame that it means.
         frames = np.floor(times * float(facts.fps) + ROUNDING_FRAMES).astype(int)

@@ -1,9 +1,8 @@
 """The training loop of all tasks, which differ in objective and configuration.
 
-A run consists of four methods: `next_batch` takes a micro-batch from the loader, `micro_step` runs its forward
-and backward pass, `optimizer_step` updates the weights, and `run` repeats them until the last step, writes the
-log, and lets the `Checkpointer` save and evaluate between steps. `train_step` (all micro-batches of one step,
-and the update) and `steps` (a range of steps from the loader) serve other callers. Steps are counted from 0.
+`run` repeats three methods until the last step: `next_batch` takes a micro-batch from the loader, `micro_step`
+runs its forward and backward pass, and `optimizer_step` updates the weights. `train_step` and `steps` combine them
+for other callers. The `Checkpointer` saves and evaluates between steps, which are counted from 0 over all epochs.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -209,17 +209,18 @@ class TrainLoop:
         accum_steps = self.loader.accum_steps
         results: list[tuple[torch.Tensor, Report]] = []
         sample_ids: list[np.ndarray] = []
+        remaining = iter(batches)
         if accum_steps > 1 and self.objective.couples_samples:
-            held = list(batches)
+            held = list(islice(remaining, accum_steps))
             sample_ids += [batch.sample_ids for batch in held]
             if len(held) == accum_steps:
                 results.append(self._coupled_step(held))
         else:
-            for micro, batch in enumerate(batches):
+            for micro, batch in enumerate(islice(remaining, accum_steps)):
                 results.append(self.micro_step(batch, micro))
                 sample_ids.append(batch.sample_ids)
-        if len(sample_ids) != accum_steps:
-            raise ValueError(f"a step has {accum_steps} micro-batches, not {len(sample_ids)}")
+        if (given := len(sample_ids) + (next(remaining, None) is not None)) != accum_steps:
+            raise ValueError(f"a step has {accum_steps} micro-batches, not {given}")
         loss, report = mean_over_micro_batches(results)
         grad_norm = self.optimizer_step(loss, np.concatenate(sample_ids))
         self.timer.step_done(sum(map(len, sample_ids)))

@@ -138,7 +138,9 @@ class ClipLoader(Generic[Result]):
             RuntimeError: when the loader is closed, or, from a former iteration, when another one began since.
             UserError: when too many samples cannot be read, or worker processes cannot run.
         """
-        return self._begin_iteration(first_step * self.accum_steps, last_step * self.accum_steps)
+        first = self._next = first_step * self.accum_steps
+        self._start = first // len(self) * len(self)
+        return self._begin_iteration(first, last_step * self.accum_steps)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; without it, epochs follow one another.
@@ -277,8 +279,8 @@ class ClipLoader(Generic[Result]):
         requests, rows, length = batch.requests, len(batch.requests), self.settings.context_length
         self.stats.delivered += rows
         self._next = batch.number + 1
-        if self._next == self._start + len(self):
-            self._start = self._next
+        if self._next >= self._start + len(self):
+            self._start = self._next // len(self) * len(self)
         return ClipBatch(
             frames_BTHWC=frames_BTHWC,
             tokens_BL=self._on_device(pad_tokens([r.tokens for r in requests], length) if length else None),

@@ -84,7 +84,7 @@ class FaultPolicy:
             where = f"; all are listed in {self.quarantine}" if self.quarantine else ""
             raise UserError(
                 f"{len(self._bad_samples)} of {self.num_samples} samples could not be read, more than "
-                f"max_bad_fraction allows; the last was {error.path}: {error.kind}: {error.cause}{where}"
+                f"`max_bad_fraction` allows; the last was {error.path}: {error.kind}: {error.cause}{where}"
             )
 
     @staticmethod

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
@@ -118,7 +120,7 @@ class WorkerPool:
         if not self._pool.active:
             self._restart()
         future = self._pool.schedule(task, args=arguments, timeout=self._timeout_s)
-        future.add_done_callback(self._note_done)
+        future.add_done_callback(partial(_note_done, weakref.ref(self)))
         return Ticket(future, self._generation)
 
     def wait(self, ticket: Ticket[Result]) -> Result:
@@ -173,15 +175,15 @@ class WorkerPool:
 
     def close(self) -> None:
         """Kill what is running and wait for the processes to end; may be called twice."""
-        self._pool.stop()
-        # All at once: pebble ends them one after another, and one that is still starting would meet an error.
-        self._spawn.kill_all()
-        self._pool.join()
+        self._end()
 
     def _start(self) -> ProcessPool:
-        return ProcessPool(
+        pool = ProcessPool(
             max_workers=self.workers, initializer=start_worker, initargs=(os.getpid(),), context=self._spawn
         )
+        # Also for a pool that nobody closes: when it is collected, or at the end of the program.
+        self._end = weakref.finalize(self, _end, pool, self._spawn)
+        return pool
 
     def _restart(self) -> None:
         """Replace all processes after an idle one died, which breaks pebble's pool.
@@ -197,7 +199,7 @@ class WorkerPool:
         if self._restarts > _MAX_RESTARTS:
             raise UserError(
                 f"the worker processes died {self._restarts} times in a row; is the machine out of memory? "
-                "Take fewer processes (data.workers, --jobs) or a smaller data.prefetch_batches"
+                "Take fewer processes (`workers`, --jobs) or a smaller `prefetch_batches`"
             )
         self._pool = self._start()
 
@@ -210,5 +212,15 @@ class WorkerPool:
             'is imported; put the code that does so under `if __name__ == "__main__":`'
         )
 
-    def _note_done(self, _: Future[Any]) -> None:
-        self._last_done = time.monotonic()
+
+def _end(pool: ProcessPool, spawn: _RecordingSpawn) -> None:
+    pool.stop()
+    # All at once: pebble ends them one after another, and one that is still starting would meet an error.
+    spawn.kill_all()
+    pool.join()
+
+
+def _note_done(pool: weakref.ref[WorkerPool], _: Future[Any]) -> None:
+    """Note the time at which a task ended; a task does not keep its pool alive."""
+    if (alive := pool()) is not None:
+        alive._last_done = time.monotonic()

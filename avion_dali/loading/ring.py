@@ -173,5 +173,5 @@ def _allocate(descriptor: int, size: int) -> None:
 def _too_small(size: int) -> UserError:
     return UserError(
         f"shared memory (/dev/shm) has no room for {size / 2**20:.0f} MiB of decoded clips; "
-        "enlarge it (docker: --shm-size) or lower optim.micro_batch or data.prefetch_batches"
+        "enlarge it (docker: --shm-size) or lower `batch_size` or `prefetch_batches`"
     )
