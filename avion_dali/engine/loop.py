@@ -1,8 +1,8 @@
 """The training loop of all tasks, which differ in objective and configuration.
 
 `run` repeats three methods until the last step: `next_batch` takes a micro-batch from the loader, `micro_step`
-runs its forward and backward pass, and `optimizer_step` updates the weights. `train_step` and `steps` combine them
-for other callers. The `Checkpointer` saves and evaluates between steps, which are counted from 0 over all epochs.
+runs its forward and backward pass, `optimizer_step` updates the weights. `train_step` and `steps` combine them
+for other callers. The `Checkpointer` saves and evaluates between steps, which are counted from 0.
 """
 
 from __future__ import annotations
