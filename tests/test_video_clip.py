@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_refused_by_name(video: Path, tmp_path: Path) -> No
         ({"frame_ids": []}, "0 to 59"),
         ({"frame_ids": [60]}, "0 to 59"),
         ({"frame_ids": [-1]}, "0 to 59"),
-        ({"frame_ids": [0], "window": (0, 0, 200, 20)}, "leaves the 96x64 pictures"),
+        ({"frame_ids": [0], "window": (0, 0, 200, 20)}, "exceeds the 96x64 pictures"),
         ({"frame_ids": [0], "window": (1, 0, 20, 20)}, "`window` = .*even"),
     ):
         with pytest.raises(UserError, match=message):
