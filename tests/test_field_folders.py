@@ -74,7 +74,7 @@ def test_all_videos_of_a_folder_are_cut_and_other_files_named(
     assert main(["chunk", str(source), "--output", str(tmp_path / "out"), "--short-side", "96"]) == 0
     told = capsys.readouterr()
     assert f"{len(names) + 1} of {len(names) + 1} videos done" in told.out
-    assert "2 files are passed over (1 .txt, 1 .dat): notes.txt, unknown.dat" in told.err
+    assert "2 files are skipped (1 .txt, 1 .dat): notes.txt, unknown.dat" in told.err
     for name in names:
         assert mv.frame_numbers(tmp_path / "out" / Path(name).name / "0.mp4") == list(range(10)), name
 
@@ -172,7 +172,7 @@ def test_names_are_checked_on_the_command_line(
     command += ["--output", str(tmp_path / "m"), "--jobs", "1"]
     with pytest.raises(UserError, match="needs --chunk-seconds"):
         main([*command, "--chunk-names", "index"])
-    with pytest.raises(UserError, match="goes with"):
+    with pytest.raises(UserError, match="requires --chunk-names index"):
         main([*command, "--chunk-seconds", "2"])
     assert main([*command, "--chunk-names", "index", "--chunk-seconds", "2"]) == 0
     assert "1 videos skipped because their names are not numbers: intro.mp4" in capsys.readouterr().out

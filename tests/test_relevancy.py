@@ -131,7 +131,7 @@ def test_damaged_captions_are_a_user_error(tmp_path: Path, name: str) -> None:
 def test_grades_of_another_manifest_are_refused(tmp_path: Path, grades: np.ndarray) -> None:
     manifest, _ = stored(tmp_path)
     np.save(tmp_path / "relevancy.npy", grades)
-    with pytest.raises(UserError, match=r"relevancy\.npy holds .*5 rows and 3 captions"):
+    with pytest.raises(UserError, match=r"relevancy\.npy contains .*5 rows and 3 captions"):
         open_captions(manifest)
 
 

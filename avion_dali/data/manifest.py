@@ -1,11 +1,11 @@
-"""The manifest: what can be trained on, as memory-mapped Arrow tables.
+"""The manifest: lists the samples of a dataset in memory-mapped Arrow tables.
 
-A manifest is a folder. `chunks.arrow` holds one row per chunk file with its probed facts, sorted by (video,
-start); `samples.arrow` holds one row per clip with its time span, its chunks (a run of rows of the other
-table), its texts with their token ids, and its label; `packets.bin` holds the chunks' packet indexes, which
-decode workers read for themselves; `manifest.json` says how it was made. Where rows have labels,
-`classes.json` names them; where they are graded against a set of captions, `captions.arrow` and
-`relevancy.npy` hold captions and grades.
+A manifest is a folder. `chunks.arrow` has one row per chunk file with its probed facts, sorted by (video,
+start). `samples.arrow` has one row per sample with its time span, its chunks (consecutive rows of the other
+table), its texts with their token ids, and its label. `packets.bin` contains the packet indexes of the chunks,
+which decode workers read directly. `manifest.json` records how the manifest was built. If rows have labels,
+`classes.json` names the classes; if rows have a relevancy to captions, `captions.arrow` and `relevancy.npy`
+contain both.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from avion_dali.files import partial_path, put_in_place
 FORMAT_VERSION = 3
 INDEX_FILE = "packets.bin"
 _INFO_FILE, _CHUNKS_FILE, _SAMPLES_FILE = "manifest.json", "chunks.arrow", "samples.arrow"
-# All that a build writes, in the order in which it takes the old files' places: what makes it a manifest last.
+# All files of a build except the index, in the order in which they replace old ones: the defining file is last.
 _PARTS = (_CHUNKS_FILE, _SAMPLES_FILE, CLASSES_FILE, CAPTIONS_FILE, RELEVANCY_FILE, _INFO_FILE)
 _STAGING = "new.partial"
 _REQUIRED_FACTS = ("chunk_root", "num_chunks", "num_samples", "index_bytes", "fingerprint")
@@ -60,11 +60,11 @@ class Manifest:
     """An opened manifest.
 
     Args:
-        folder: what `avion-dali manifest` wrote.
-        chunk_root: where the chunk files are now, when they moved since; by default where they were.
+        folder: folder written by `avion-dali manifest`.
+        chunk_root: current folder of the chunk files, if they were moved; by default the recorded one.
 
     Raises:
-        UserError: when the folder is not a manifest, or of another format version.
+        UserError: when the folder is not a manifest, or has another format version.
     """
 
     def __init__(self, folder: str | Path, *, chunk_root: str | Path | None = None) -> None:
@@ -77,17 +77,17 @@ class Manifest:
         self._samples = MappedTable(self.folder / _SAMPLES_FILE, rows_per_batch=ROWS_PER_BATCH)
         self._chunk_columns: dict[int, ChunkColumns] = {}
         self._sample_columns: dict[int, SampleColumns] = {}
-        # Reading the timestamps of a variable-rate chunk costs milliseconds, and clips share chunks.
+        # Reading the timestamps of a variable-rate chunk takes milliseconds, and clips share chunks.
         self._recent_chunk = lru_cache(maxsize=1024)(self._read_chunk)
         self._fps = lru_cache(maxsize=1024)(Fraction)
         rows = (self._chunks.num_rows, self._samples.num_rows)
         if rows != (self.info["num_chunks"], self.info["num_samples"]):
             raise UserError(
-                f"{self.folder}: tables have {rows} rows, manifest.json says otherwise; build it again"
+                f"{self.folder}: tables have {rows} rows, but manifest.json has other numbers; build it again"
             )
 
     def __reduce__(self) -> tuple[type[Manifest], tuple[Path], dict[str, str]]:
-        # Another process opens the folder itself: tables are memory-mapped, and caches are its own.
+        # Another process opens the folder itself, because tables are memory-mapped and caches are not shared.
         return Manifest, (self.folder.absolute(),), {"chunk_root": self.chunk_root}
 
     def __setstate__(self, state: dict[str, str]) -> None:
@@ -95,17 +95,17 @@ class Manifest:
 
     @cached_property
     def classes(self) -> ClassTable | None:
-        """The classes that labels count, or None."""
+        """The class table of the labels, or None."""
         return read_classes(self.folder) if self.info.get("num_classes") else None
 
     @property
     def fingerprint(self) -> int:
-        """Checksum of both tables: the same rows, wherever the chunks lie."""
+        """Checksum of both tables; it does not depend on the location of the chunks."""
         return int(self.info["fingerprint"])
 
     @property
     def num_samples(self) -> int:
-        """Number of clips."""
+        """Number of samples."""
         return self._samples.num_rows
 
     @property
@@ -114,7 +114,7 @@ class Manifest:
         return self._chunks.num_rows
 
     def sample(self, row: int) -> Sample:
-        """Return one clip's row.
+        """Return one row as a sample.
 
         Args:
             row: in [0, num_samples).
@@ -133,11 +133,11 @@ class Manifest:
         )
 
     def samples(self) -> Iterator[Sample]:
-        """Yield all clips' rows, in order."""
+        """Yield all rows as samples, in order."""
         return map(self.sample, range(self.num_samples))
 
     def span(self, row: int) -> tuple[int, int, float, float]:
-        """Return (first chunk, number of chunks, start in seconds, end in seconds) of one clip.
+        """Return (first chunk, number of chunks, start in seconds, end in seconds) of one row.
 
         Args:
             row: in [0, num_samples).
@@ -146,7 +146,7 @@ class Manifest:
         return columns.first_chunk[i], columns.num_chunks[i], columns.start_s[i], columns.end_s[i]
 
     def label(self, row: int) -> int:
-        """Return one clip's class index, or -1.
+        """Return the class index of one row, or -1.
 
         Args:
             row: in [0, num_samples).
@@ -156,7 +156,7 @@ class Manifest:
         return label
 
     def num_texts(self, row: int) -> int:
-        """Return how many narrations one clip has.
+        """Return the number of texts of one row.
 
         Args:
             row: in [0, num_samples).
@@ -165,17 +165,17 @@ class Manifest:
         return len(columns.tokens.range(i))
 
     def tokens(self, row: int, text: int) -> tuple[int, ...]:
-        """Return the token ids of one narration.
+        """Return the token ids of one text.
 
         Args:
             row: in [0, num_samples).
-            text: which of the clip's texts, in [0, num_texts(row)).
+            text: index of the text, in [0, num_texts(row)).
         """
         columns, i = self._locate_sample(row)
         return columns.token_ids(columns.tokens.range(i)[text])
 
     def chunk(self, row: int) -> Chunk:
-        """Return one chunk's facts.
+        """Return the facts of one chunk.
 
         Args:
             row: in [0, num_chunks).
@@ -220,12 +220,12 @@ class Manifest:
 
 
 class IndexWriter:
-    """Writes the packet indexes of a manifest as they are made.
+    """Writes the packet indexes of a manifest as they are created.
 
-    As a context manager: what an error leaves unfinished is deleted.
+    As a context manager, it deletes an unfinished file after an error.
 
     Args:
-        folder: the manifest's folder; it is made.
+        folder: folder of the manifest; created if it does not exist.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -236,13 +236,13 @@ class IndexWriter:
         self._end = 0
 
     def add(self, record: bytes) -> PacketIndexRef | None:
-        """Append a chunk's record.
+        """Append the record of a chunk.
 
         Args:
-            record: from `ChunkFacts.packet_index`; an empty one is not stored.
+            record: from `ChunkFacts.packet_index`; empty records are not stored.
 
         Returns:
-            Where it lies, or None for an empty one.
+            Location of the record, or None if it is empty.
         """
         if not record:
             return None
@@ -252,11 +252,11 @@ class IndexWriter:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all records so far."""
+        """Size of all records so far in bytes."""
         return self._end
 
     def finish(self) -> None:
-        """Give the file its name; runs that read the file before it keep doing so."""
+        """Give the file its final name; processes that have opened the previous file can still read it."""
         self._file.close()
         put_in_place(self._partial, self._path)
 
@@ -279,23 +279,23 @@ def write_manifest(
     info: dict[str, Any] | None = None,
     index: IndexWriter | None = None,
 ) -> None:
-    """Write a manifest folder; an old manifest in it stays whole until all of the new one is written.
+    """Write a manifest folder; an existing manifest is kept until the new one is completely written.
 
-    Rows are written as they come: memory does not grow with their number.
+    Rows are written in batches, so memory use does not depend on their number.
 
     Args:
-        folder: where to write; its parents are made.
-        chunk_root: the folder that the chunks' paths are stored relative to.
+        folder: folder to write; created with its parents if it does not exist.
+        chunk_root: folder to which the stored chunk paths are relative.
         chunks: all chunk rows, sorted by (video, start).
-        samples: all clip rows; their `first_chunk` counts the rows of `chunks`.
-        captions: captions that the rows are graded against, with one row of grades a sample.
-        classes: what the rows' labels count.
-        info: further facts for `manifest.json`; read after the last row.
-        index: the chunks' indexes, all added, which are finished here; by default they are in the folder.
+        samples: all samples; their `first_chunk` is an index into `chunks`.
+        captions: captions with their relevancy, which has one row per sample.
+        classes: class table of the labels.
+        info: further facts for `manifest.json`; read after the last row is written.
+        index: the packet indexes, all added, which are finished here; by default those in the folder are used.
 
     Raises:
-        UserError: when the grades do not fit the rows or leave [0, 1].
-        ValueError: when a label is no class.
+        UserError: when the relevancy does not fit the rows or is not in [0, 1].
+        ValueError: when a label is not a class index.
     """
     folder, root = Path(folder), str(Path(chunk_root).resolve())
     with _staging(folder) as new:
@@ -326,9 +326,9 @@ def write_manifest(
 
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder in the manifest's, where a build lies until it is whole; it goes, come what may."""
+    """Yield an empty folder inside the manifest folder for an unfinished build; it is deleted at the end."""
     new = folder / _STAGING
-    shutil.rmtree(new, ignore_errors=True)  # of a build that was killed
+    shutil.rmtree(new, ignore_errors=True)  # left by an interrupted build
     new.mkdir(parents=True)
     try:
         yield new
@@ -337,7 +337,7 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 
 def _take_over(folder: Path, new: Path, *, index: IndexWriter | None) -> None:
-    """Put a whole build in the old one's place; while its parts are of two builds there is no manifest."""
+    """Replace the old build by a complete new one; `manifest.json` is missing while files of both are mixed."""
     (folder / _INFO_FILE).unlink(missing_ok=True)
     if index is not None:
         index.finish()
@@ -355,11 +355,11 @@ def _write_rows(
 
 
 def tables_fingerprint(chunks: Path, samples: Path) -> int:
-    """Return the fingerprint of a manifest with these tables: the CRC-32 of their bytes one after another.
+    """Return the fingerprint of a manifest with these tables: the CRC-32 of their concatenated bytes.
 
     Args:
-        chunks: its `chunks.arrow`.
-        samples: its `samples.arrow`.
+        chunks: path of `chunks.arrow`.
+        samples: path of `samples.arrow`.
     """
     checksum = 0
     for path in (chunks, samples):
@@ -393,5 +393,5 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: this version reads manifests of format {FORMAT_VERSION}; build it again")
     absent = [key for key in _REQUIRED_FACTS if key not in info]
     if absent:
-        raise UserError(f"{path} lacks {', '.join(absent)}; build the manifest again")
+        raise UserError(f"{path} has no {', '.join(absent)}; build the manifest again")
     return info
