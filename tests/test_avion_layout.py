@@ -123,7 +123,7 @@ def test_a_hole_in_the_middle_is_told_and_spares_the_rest(tmp_path: Path, folder
     report = build_ego4d_manifest(settings(folder, tmp_path / "m", skip_bad_rows=True), [pickle_file])
     assert report.rejected == {"missing chunk": 4, "past the end": 1}
     assert [s.texts[0] for s in Manifest(tmp_path / "m").samples()] == ["before", "after"]
-    assert "the chunk that holds 30-45 s is missing" in rejected_rows(tmp_path / "m")[0]["reason"]
+    assert "the chunk of 30-45 s is missing" in rejected_rows(tmp_path / "m")[0]["reason"]
 
 
 def test_folders_of_participants_with_capital_endings(tmp_path: Path, folder: Path) -> None:

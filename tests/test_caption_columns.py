@@ -41,8 +41,10 @@ def test_columns_that_are_not_read_are_named(tmp_path: Path, chunks: Path) -> No
     rows = [{"video": "garden", "start": 0, "end": 1, "text": "dig", name: "x"} for name in ("verbs", "nouns")]
     for path in (tmp_path / "rows.csv", write_jsonl(tmp_path / "rows.jsonl", rows)):
         unread, ungraded = build(chunks, path).notes
-        assert unread.startswith("columns not read: verbs, nouns; read are video, start, end, text, verb, noun")
-        assert ungraded.startswith("all clips lack")
+        assert unread.startswith(
+            "ignored columns: verbs, nouns; known columns are video, start, end, text, verb, noun"
+        )
+        assert ungraded.startswith("all clips have no verb")
     extra = [{**ROW, **{f"c{i}": 1 for i in range(12)}}]
     (unread,) = build(chunks, write_jsonl(tmp_path / "rows.jsonl", extra)).notes
     assert "c9 and 2 more;" in unread
@@ -59,7 +61,7 @@ def test_a_header_may_have_blanks_and_capitals(tmp_path: Path, chunks: Path) -> 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, chunks: Path) -> None:
     (tmp_path / "rows.csv").write_text("video,start,end,text,Text\ngarden,0,1,dig,cut\n")
-    with pytest.raises(UserError, match="column text is there twice"):
+    with pytest.raises(UserError, match="column text occurs twice"):
         build(chunks, tmp_path / "rows.csv")
 
 
@@ -67,9 +69,9 @@ def test_clips_without_classes_are_told(tmp_path: Path, chunks: Path) -> None:
     plain = {"video": "garden", "start": 0, "end": 1, "text": "dig"}
     rows = [{**plain, "verb": "dig", "noun": "hole"}, {**plain, "verb": "dig"}, plain]
     (note,) = build(chunks, write_jsonl(tmp_path / "rows.jsonl", rows)).notes
-    assert note.startswith("2 clips lack a verb or a noun")
+    assert note.startswith("2 clips have no verb or no noun")
     (note,) = build(chunks, write_jsonl(tmp_path / "none.jsonl", [plain, plain])).notes
-    assert note.startswith("all clips lack a verb or a noun")
+    assert note.startswith("all clips have no verb or no noun")
     assert build(chunks, write_jsonl(tmp_path / "all.jsonl", rows[:1])).notes == ()
     labelled = {"video": "garden", "start": 0, "end": 1, "label": "dig"}
     assert build(chunks, write_jsonl(tmp_path / "labels.jsonl", [labelled])).notes == ()

@@ -176,7 +176,7 @@ def test_nothing_usable_is_an_error_even_when_skipping(tmp_path: Path, chunks: P
     assert len(lines_of(tmp_path / "out" / "rejected.jsonl")) == 1
     for text in ("video,start,end,text\n", "video,start,end,text"):
         (tmp_path / "empty.csv").write_text(text)
-        with pytest.raises(UserError, match="the files have none"):
+        with pytest.raises(UserError, match="the files have no rows"):
             build(chunks, tmp_path / "empty.csv", skip_bad_rows=True)
 
 
@@ -236,7 +236,7 @@ def test_a_folder_of_unusable_chunks_only_tells_both(tmp_path: Path) -> None:
 def test_a_missing_column_is_named(tmp_path: Path, chunks: Path, column: str) -> None:
     header = [name for name in ("video", "start", "end", "text") if name != column]
     (tmp_path / "rows.csv").write_text(",".join(header) + "\n1,2,3\n")
-    with pytest.raises(UserError, match=f"column {column} is missing.*must name video, text"):
+    with pytest.raises(UserError, match=f"column {column} is missing.*must contain video, text"):
         build(chunks, tmp_path / "rows.csv")
     write_jsonl(tmp_path / "rows.jsonl", [GOOD[0], dict.fromkeys(header, 1)])
     with pytest.raises(UserError, match=f"line 2, video .*: {column} is missing"):

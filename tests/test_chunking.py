@@ -175,7 +175,7 @@ def test_chunks_of_another_plan_are_not_continued(tmp_path):
     assert chunk_video(video, out, SETTINGS).kept == 3, "whole as it was planned"
     (out / "2.mp4").unlink()
     report = chunk_video(video, out, SETTINGS)
-    assert "10 frames a second, they would now have 30; delete it" in report.failed
+    assert "10 frames per second, but they would now have 30; delete it" in report.failed
     assert (out / "0.mp4").exists()
 
 
@@ -248,7 +248,7 @@ def test_early_end_of_decoding_fails(tmp_path, monkeypatch):
     facts = probe_chunk(video)
     monkeypatch.setattr(chunking, "probe_chunk", lambda _, tolerant: replace(facts, num_frames=100))
     report = chunk_video(video, tmp_path / "out", SETTINGS)
-    assert "decoding ends 1.3 s before the 3.3 s" in report.failed
+    assert "decoding ends 1.3 s before the expected 3.3 s" in report.failed
     assert report.made == 2, "the chunks that the missing end would fill are not made"
     monkeypatch.setattr(chunking, "probe_chunk", lambda _, tolerant: replace(facts, num_frames=70))
     (tmp_path / "out" / "chunks.json").unlink()

@@ -228,7 +228,7 @@ def test_folders_are_searched_and_empty_ones_named(tmp_path: Path) -> None:
     assert [p.name for p in videos] == ["2.MP4", "1.mkv", "x.mp4"]
     assert [p.name for p in passed_over] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no video"):
+    with pytest.raises(UserError, match="empty contains no video"):
         find_videos([tmp_path / "empty"], but_not=tmp_path / "out")
 
 

@@ -18,9 +18,9 @@ GROUND_TRUTH = [(UID, 0.25, 1.25, "#C C picks the knife"), (HOLED, 0.0, 0.5, "#O
 REPHRASED = [(UID, 0.5, 0.75, ["#C C takes the knife", "#C C lifts the knife"])]
 GENERATED = [(UID, 0.5, 0.75, ["#C C cuts"] * 10, [-0.5] * 10)]
 BAD: list[tuple[Any, str, str]] = [
-    ((UID, 0.5), "is no (video", "malformed row"),
-    ("a text, not a row", "is no (video", "malformed row"),
-    (None, "is no (video", "malformed row"),
+    ((UID, 0.5), "is not a (video", "malformed row"),
+    ("a text, not a row", "is not a (video", "malformed row"),
+    (None, "is not a (video", "malformed row"),
     ((7, 0.0, 1.0, "x"), "its video is 7", "malformed row"),
     (("", 0.0, 1.0, "x"), "its video is ''", "malformed row"),
     ((UID, "0", 1.0, "x"), "not numbers of seconds", "bad times"),
@@ -143,7 +143,7 @@ def test_blank_narrations_among_others_are_left_out_and_told(tmp_path: Path, chu
     path = write_pickle(tmp_path / "x.pkl", [(UID, 0.0, 1.0, ["cuts", "", " "]), GROUND_TRUTH[0]])
     report = build(chunks, tmp_path / "m", path)
     assert Manifest(tmp_path / "m").sample(0).texts == ("cuts",)
-    assert report.notes == ("2 blank narrations among others of their rows were left out",)
+    assert report.notes == ("2 blank narrations in rows with other narrations were dropped",)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_blank_narrations_among_others_are_left_out_and_told(tmp_path: Path, chu
 )
 def test_another_type_than_a_list_is_refused(tmp_path: Path, chunks: Path, value: Any, kind: str) -> None:
     path = write_pickle(tmp_path / "x.pkl", value)
-    with pytest.raises(UserError, match=f"holds a {kind}; narrations are a list"):
+    with pytest.raises(UserError, match=f"contains a {kind}; narrations are a list"):
         build(chunks, tmp_path / "m", path)
 
 
@@ -165,9 +165,9 @@ def test_every_file_is_looked_at_before_any_chunk(tmp_path: Path) -> None:
 
 
 def test_an_empty_list_and_rows_that_are_all_bad_say_so(tmp_path: Path, chunks: Path) -> None:
-    with pytest.raises(UserError, match=r"x\.pkl: no annotation row can be used; the files have none"):
+    with pytest.raises(UserError, match=r"x\.pkl: no annotation row can be used; the files have no rows"):
         build(chunks, tmp_path / "m", write_pickle(tmp_path / "x.pkl", []))
-    with pytest.raises(UserError, match=r"no annotation row can be used; reasons are in .*rejected\.jsonl"):
+    with pytest.raises(UserError, match=r"no annotation row can be used; the reasons are in .*rejected\.jsonl"):
         build(chunks, tmp_path / "m", write_pickle(tmp_path / "x.pkl", [BAD[0][0]]), skip_bad_rows=True)
 
 

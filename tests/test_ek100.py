@@ -45,7 +45,7 @@ BAD: list[tuple[list[Any], str, str]] = [
     (epic_row("b8", verb="wash"), "'wash' and noun class", "unknown class"),
     (epic_row("b9", noun=""), "are not numbers", "unknown class"),
     (epic_row("b10", nouns="[1, two]"), "are no list", "unknown class"),
-    (epic_row("P01_01_0"), "is in line 2 already", "duplicate"),
+    (epic_row("P01_01_0"), "already occurs in line 2", "duplicate"),
     (epic_row("b11", narration=" "), "its text is empty", "no text"),
     (epic_row("b12")[:9], "has 9 fields", "malformed row"),
     (["b13", "", "", *epic_row("")[3:]], "participant or video is missing", "malformed row"),
@@ -95,7 +95,7 @@ def test_rows_are_labelled_by_their_place_among_all_actions(csvs: Path, chunks: 
     expected = [("P01_01", 0), ("P01_01", 1), ("P01_101", 0)]
     assert paths == [str(chunks / "P01" / f"{video}.MP4" / f"{n}.MP4") for video, n in expected]
     assert report.notes == (
-        "4 actions where the published annotations have 3806: labels do not fit published weights",
+        "4 actions, but the published annotations have 3806: labels do not match published weights",
     )
 
 
@@ -133,7 +133,7 @@ def test_classes_may_come_from_files_elsewhere(csvs: Path, tmp_path: Path, chunk
     build_recognition_manifest(settings(chunks, folder / "m"), csv, classes_from=names)
     assert Manifest(folder / "m").sample(0).label == 1
     build = settings(chunks, folder / "m")
-    with pytest.raises(UserError, match="action 0:9 is none of the classes"):
+    with pytest.raises(UserError, match="action 0:9 is not among the classes"):
         build_recognition_manifest(build, csv, classes_from=names[1:])
 
 
@@ -238,8 +238,8 @@ def test_without_a_matrix_captions_are_graded_by_classes(tmp_path: Path, chunks:
         (-GRADES, r"row 0, column 0 is not in \[0, 1\]"),
         (GRADES[0], "float64 array of shape"),
         (GRADES.astype(str), "<U32 array"),
-        (GRADES.tolist(), "holds a list"),
-        ({"relevancy": 1}, "holds a dict"),
+        (GRADES.tolist(), "contains a list"),
+        ({"relevancy": 1}, "contains a dict"),
         (GRADES[::-1].copy(), "only 0 of 2 sentences"),
         (GRADES[:, [1, 2, 0]].copy(), "only 0 of 2 sentences"),
     ],
@@ -272,10 +272,10 @@ def test_sentences_numbered_instead_of_named_cannot_be_compared(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["id,text", "a,x", "b,y", "a,z"], "line 4: id a is in line 2 already"),
+        (["id,text", "a,x", "b,y", "a,z"], "line 4: id a already occurs in line 2"),
         (["id,text", "a,x", "b, "], "line 3: needs an id and a sentence"),
         (["id,text", "a,x", "b"], "line 3: needs an id and a sentence"),
-        (["id,text"], "no row after its header"),
+        (["id,text"], "no rows after its header"),
         (["text"], "1 columns in its first line"),
     ],
 )
@@ -292,7 +292,7 @@ def test_files_that_are_no_annotations_are_refused(tmp_path: Path) -> None:
         (b"", "0 columns"),
         (b"a;b;c\n1;2;3\n", "1 columns.*13"),
         (b"\xff\xfe\x00\x01" * 9, "save it as UTF-8"),
-        (",".join("c" * 15).encode() + b"\n", "no row after its header"),
+        (",".join("c" * 15).encode() + b"\n", "no rows after its header"),
         (",".join("c" * 15).encode() + b'\n"unclosed,1,2\n', "cannot be read as CSV"),
     ):
         path.write_bytes(content)

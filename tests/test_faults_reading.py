@@ -245,7 +245,7 @@ def test_one_frame_and_no_keyframe_at_the_start(sources: list[Source], tmp_path:
         frames = read_planned(ClipPart(ref, (0, 27)))
         assert [mv.read_frame_number(f.to_ndarray(format="rgb24")) for f in frames] == [32, 59]
     none = mv.remux(Path(sources[0].ref.path), tmp_path / "none.mp4", from_packet=40)
-    with pytest.raises(DecodeError, match="corrupt: holds no decodable frame"):
+    with pytest.raises(DecodeError, match="corrupt: contains no decodable frame"):
         probe_chunk(none)
     with pytest.raises(DecodeError, match="corrupt: frame 5 could not be decoded"):
         read_planned(ClipPart(ChunkRef(str(none), none.stat().st_size, 20, *SIZE), (5,)))

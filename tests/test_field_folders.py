@@ -74,7 +74,7 @@ def test_all_videos_of_a_folder_are_cut_and_other_files_named(
     assert main(["chunk", str(source), "--output", str(tmp_path / "out"), "--short-side", "96"]) == 0
     told = capsys.readouterr()
     assert f"{len(names) + 1} of {len(names) + 1} videos done" in told.out
-    assert "2 files are passed over (1 .txt, 1 .dat): notes.txt, unknown.dat" in told.err
+    assert "2 files are skipped (1 .txt, 1 .dat): notes.txt, unknown.dat" in told.err
     for name in names:
         assert mv.frame_numbers(tmp_path / "out" / Path(name).name / "0.mp4") == list(range(10)), name
 
@@ -172,10 +172,10 @@ def test_names_are_checked_on_the_command_line(
     command += ["--output", str(tmp_path / "m"), "--jobs", "1"]
     with pytest.raises(UserError, match="needs --chunk-seconds"):
         main([*command, "--chunk-names", "index"])
-    with pytest.raises(UserError, match="goes with"):
+    with pytest.raises(UserError, match="requires --chunk-names index"):
         main([*command, "--chunk-seconds", "2"])
     assert main([*command, "--chunk-names", "index", "--chunk-seconds", "2"]) == 0
-    assert "1 videos passed over, for their names are no numbers: intro.mp4" in capsys.readouterr().out
+    assert "1 videos skipped because their names are not numbers: intro.mp4" in capsys.readouterr().out
     assert main(["check", str(chunks), "--output", str(tmp_path / "check"), "--jobs", "1"]) == 0
     assert "chunk-names" in capsys.readouterr().out
 
@@ -211,7 +211,7 @@ def test_rows_without_times_mean_the_whole_video(
     settings = BuildSettings(garden, tmp_path / "m", jobs=1)
     report = read_captions_into(settings, tmp_path / name)
     assert [(s.start_s, s.end_s) for s in Manifest(tmp_path / "m").samples()] == spans
-    says_so = any("means its whole video" in note for note in report.notes)
+    says_so = any("refers to its whole video" in note for note in report.notes)
     assert says_so == any(span in ((0, 3), (0, 1)) for span in spans) or name == "r.csv"
 
 
@@ -249,7 +249,7 @@ def test_lists_in_text_cells_are_several_texts(
     (tmp_path / "r.csv").write_text(f'video,start,end,text\ngarden,0,1,"{quoted}"\n')
     report = read_captions_into(BuildSettings(garden, tmp_path / "m", jobs=1), tmp_path / "r.csv")
     assert Manifest(tmp_path / "m").sample(0).texts == texts
-    assert any("hold a list" in note for note in report.notes) == (texts[0] != cell)
+    assert any("contain a list" in note for note in report.notes) == (texts[0] != cell)
 
 
 def test_texts_longer_than_a_text_tower_sees_are_counted(tmp_path: Path, garden: Path) -> None:

@@ -29,6 +29,7 @@ RETIRED = (
 FOLDERS = (
     *(f"avion_dali/{name}" for name in ("models", "metrics", "device_ops", "objectives", "config", "tasks")),
     *(f"avion_dali/{name}" for name in ("inference", "assembly", "report", "engine")),
+    *("avion_dali/data", "avion_dali/datasets", "avion_dali/decode"),
     *("train", "configs", "docs"),
 )
 

@@ -97,7 +97,7 @@ def test_other_lines_are_rejected(tmp_path: Path, line: str, reason: str) -> Non
 def test_a_path_listed_twice_is_rejected(tmp_path: Path) -> None:
     rows = list(read_list(write_lines(tmp_path / "x.txt", "a 1 2", "b 1 2", "a 1 3")))
     assert isinstance(rows[2], RejectedRow)
-    assert (rows[2].kind, rows[2].reason) == ("duplicate", "is in line 1 already")
+    assert (rows[2].kind, rows[2].reason) == ("duplicate", "already occurs in line 1")
 
 
 def test_unlabelled_lists_make_unlabelled_clips(tmp_path: Path, videos: Path) -> None:
@@ -137,12 +137,12 @@ def test_an_ending_is_neither_needed_nor_added_twice(tmp_path: Path, videos: Pat
 
 
 BAD = [
-    ("attic/none.mp4 30 0", "is no file below", "missing file"),
+    ("attic/none.mp4 30 0", "is not a file in", "missing file"),
     ("abseiling 30 0", "is a folder, not a file", "missing file"),
     ("broken 30 0", "corrupt", "unusable file"),
     ("turned 30 0", "rotated by 90 degrees", "unusable file"),
-    ("../../../etc/\x00 30 0", "is no file below", "missing file"),
-    ("x" * 5000 + " 30 0", "is no file below", "missing file"),
+    ("../../../etc/\x00 30 0", "is not a file in", "missing file"),
+    ("x" * 5000 + " 30 0", "is not a file in", "missing file"),
 ]
 
 

@@ -58,7 +58,7 @@ def test_held_out_rows_take_the_classes_of_the_training_rows(tmp_path: Path, chu
     build(chunks, tmp_path / "train" / "rows.csv")
     held_out = tmp_path / "test" / "rows.csv"
     held_out.write_text("video,start,end,label\ngarden,0,1,2:1\ngarden,0,1,7:7\n")
-    with pytest.raises(UserError, match="line 3.*label '7:7' is no class of the training manifest"):
+    with pytest.raises(UserError, match="line 3.*label '7:7' is not a class of the training manifest"):
         build(chunks, held_out, classes_from=tmp_path / "train" / "out")
     report = build(chunks, held_out, classes_from=tmp_path / "train" / "out", skip_bad_rows=True)
     assert report.rejected == {"unknown class": 1}

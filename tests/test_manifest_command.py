@@ -72,7 +72,7 @@ def test_ek100_recognition(tmp_path: Path, chunks: Path, capsys: pytest.CaptureF
         run(*common)
     assert run(*common, "--classes-from", train, validation) == 0
     assert Manifest(tmp_path / "m").sample(0).label == 1
-    assert "2 actions where the published annotations have 3806" in capsys.readouterr().out
+    assert "2 actions, but the published annotations have 3806" in capsys.readouterr().out
 
 
 def test_ek100_retrieval(tmp_path: Path, chunks: Path) -> None:

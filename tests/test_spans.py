@@ -103,12 +103,12 @@ def test_another_video_is_never_taken_instead(name: str) -> None:
 @pytest.mark.parametrize(
     ("missing", "start", "end", "reason"),
     [
-        (0, 1, 2, "the chunk that holds 0-15 s is missing"),
-        (0, 14, 16, "the chunk that holds 0-15 s is missing"),
-        (1, 16, 17, "the chunk that holds 15-30 s is missing"),
-        (1, 29, 31, "the chunk that holds 15-30 s is missing"),
-        (1, 14, 31, "the chunk that holds 15-30 s is missing"),
-        (1, 1, 39, "the chunk that holds 15-30 s is missing"),
+        (0, 1, 2, "the chunk of 0-15 s is missing"),
+        (0, 14, 16, "the chunk of 0-15 s is missing"),
+        (1, 16, 17, "the chunk of 15-30 s is missing"),
+        (1, 29, 31, "the chunk of 15-30 s is missing"),
+        (1, 14, 31, "the chunk of 15-30 s is missing"),
+        (1, 1, 39, "the chunk of 15-30 s is missing"),
         (2, 29, 31.5, "past the end of the video (30.00 s)"),
     ],
 )

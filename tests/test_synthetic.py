@@ -13,7 +13,7 @@ from avion_dali.data.chunking import ChunkSettings, chunk_video
 from avion_dali.data.probe import probe_chunk
 from avion_dali.data.synthetic import (
     ACTIONS,
-    COLOURS,
+    COLORS,
     SHAPES,
     SyntheticSettings,
     draw_backdrop,
@@ -68,16 +68,16 @@ def test_pictures_in_the_file_show_the_planned_scene(dataset):
     for scene in scenes:
         drawn = draw_scene_frame(scene, 1.0, backdrop_HWC=draw_backdrop(scene.backdrop, 64))
         found = frames[at + scene.frames - 1]
-        assert np.abs(found.astype(float) - drawn).mean() < 6  # half-resolution colour, compression
+        assert np.abs(found.astype(float) - drawn).mean() < 6  # half-resolution color, compression
         at += scene.frames
     assert at == len(frames)
 
 
 def test_sentences_name_object_and_action(dataset):
     for row in (*dataset.train, *dataset.heldout):
-        article, colour, shape, *way = row.text.split()
+        article, color, shape, *way = row.text.split()
         assert article in ("the", "a")
-        assert f"{colour} {shape}" == row.noun
+        assert f"{color} {shape}" == row.noun
         assert " ".join(way) in ACTIONS[row.verb][2]
 
 
@@ -99,7 +99,7 @@ def test_objects_and_actions_are_balanced():
     assert 1500 <= len(scenes) <= 2500
     verbs, nouns = Counter(s.verb for s in scenes), Counter(s.noun for s in scenes)
     assert len(verbs) == len(ACTIONS) == 6
-    assert len(nouns) == len(COLOURS) * len(SHAPES) == 12
+    assert len(nouns) == len(COLORS) * len(SHAPES) == 12
     for counts in (verbs, nouns):
         mean = len(scenes) / len(counts)
         assert all(0.75 * mean < count < 1.25 * mean for count in counts.values())

@@ -155,7 +155,7 @@ def test_misuse_of_what_is_admitted_is_an_error(tmp_path: Path, name: str) -> No
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded on Linux")
 def test_a_table_of_billions_of_entries_is_not_made(tmp_path: Path) -> None:
     (tmp_path / "x.pkl").write_bytes(HEAD + b"]r\xff\xff\xff\x7f.")
-    with pytest.raises(UserError, match="more memory than there is"):
+    with pytest.raises(UserError, match="more memory than is available"):
         load_pickle(tmp_path / "x.pkl")
     size = 300_000_000
     assert memoryview(bytearray(size)).nbytes == size  # the bound ends with the reading
@@ -167,7 +167,7 @@ def test_a_file_cut_anywhere_is_a_user_error(tmp_path: Path) -> None:
         data = pickle.dumps(value, protocol)
         for size in range(len(data)):
             path.write_bytes(data[:size])
-            with pytest.raises(UserError, match="fetch it again"):
+            with pytest.raises(UserError, match="download it again"):
                 load_pickle(path)
 
 
@@ -193,9 +193,9 @@ def test_damage_is_a_user_error_or_another_value(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"<!DOCTYPE html><html>", "not a whole pickle"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "not a whole pickle"),
-        (b"PK\x03\x04 a zip.", "not a whole pickle"),
+        (b"<!DOCTYPE html><html>", "not a complete pickle"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "not a complete pickle"),
+        (b"PK\x03\x04 a zip.", "not a complete pickle"),
     ],
 )
 def test_other_files_are_told_at_once(tmp_path: Path, content: bytes, message: str) -> None:

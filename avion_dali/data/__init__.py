@@ -1,1 +1,1 @@
-"""Data side, pure: manifests, sampling, crops, order, planning, and making chunks."""
+"""Manifests, sampling, crops, order and planning of clips, and the creation of chunks."""

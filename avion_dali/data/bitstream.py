@@ -1,8 +1,8 @@
-"""The few header bits of a coded picture that random access needs; no pixel is decoded.
+"""Parses the header bits of coded pictures that random access needs; no pixels are decoded.
 
-Two questions are asked of every packet: can decoding start here, and does any other picture lean on it?
-H.264 and HEVC answer in the first bytes of their NAL units; other codecs are taken at their container's word
-(the keyframe flag). Whatever is damaged or unknown gets the answer that is safe to act on: no entry, but kept.
+Two facts are needed of each packet: whether decoding can start there, and whether other pictures refer to it.
+H.264 and HEVC state them in the first bytes of their NAL units; for other codecs, the container's keyframe
+flag is used. For damaged or unknown packets the result is safe: decoding cannot start there, and they are kept.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from functools import cache
 from itertools import chain, pairwise
 
 _START_CODE = b"\0\0\1"
-_IGNORED, _SLICE, _KEPT = 0, 1, 2  # flags: carries picture data; decoding of other pictures needs it
+_IGNORED, _SLICE, _KEPT = 0, 1, 2  # flags: contains picture data; needed to decode other pictures
 
 
 class Entry(IntEnum):
-    """How decoding can start at a picture.
+    """Whether and how decoding can start at a picture.
 
-    - NONE: not at all.
-    - OPEN: frames shown at or after it come out exact, frames shown before it lean on what came earlier
+    - NONE: decoding cannot start here.
+    - OPEN: frames shown at or after this picture are exact; frames shown before it refer to earlier pictures
       (non-IDR recovery points, CRA).
-    - CLEAN: no frame that a decoder delivers from here on leans on anything earlier (IDR, BLA, or a keyframe
+    - CLEAN: no frame that a decoder delivers from here on refers to anything earlier (IDR, BLA, or a keyframe
       of another codec).
     """
 
@@ -34,14 +34,14 @@ class Entry(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class PictureTraits:
-    """What random access needs to know of one coded picture.
+    """Properties of a coded picture that random access needs.
 
     Args:
         entry: how decoding can start here.
-        is_reference: False only when certainly no other picture of the same temporal layer refers to this
-            one, and its packet brings nothing else (parameter sets) that others need.
-        layer: temporal sub-layer, >= 0; a picture refers to its own and to lower layers only. 0 for codecs
-            without.
+        is_reference: False only when it is certain that no other picture of the same temporal layer refers to
+            this one, and its packet contains nothing else (parameter sets) that others need.
+        layer: temporal sub-layer, >= 0; a picture refers only to pictures of its own and of lower layers. 0 for
+            codecs without layers.
     """
 
     entry: Entry
@@ -49,12 +49,12 @@ class PictureTraits:
     layer: int
 
 
-_traits = cache(PictureTraits)  # a few dozen values serve millions of packets
+_traits = cache(PictureTraits)  # millions of packets share a few dozen values
 _UNKNOWN = PictureTraits(Entry.NONE, True, 0)
 
 
 def nal_length_size(codec: str, extradata: bytes) -> int:
-    """Return how many bytes hold the length in front of each NAL unit of a stream.
+    """Return the number of bytes of the length field before each NAL unit of a stream.
 
     This is lengthSizeMinusOne of the avcC and hvcC records (ISO/IEC 14496-15, sections 5.3.3.1 and 8.3.3.1).
 
@@ -63,11 +63,11 @@ def nal_length_size(codec: str, extradata: bytes) -> int:
         extradata: the stream's decoder configuration.
 
     Returns:
-        1 to 4, or 0 for units parted by start codes (ITU-T H.264 and H.265, Annex B) and for other codecs.
+        1 to 4, or 0 for units separated by start codes (ITU-T H.264 and H.265, Annex B) and for other codecs.
     """
     if codec == "h264" and len(extradata) >= 7 and extradata[0] == 1:
         return (extradata[4] & 3) + 1
-    # Early muxers wrote hvcC version 0; the profile byte after it still tells the record from a start code.
+    # Early muxers wrote hvcC version 0; the profile byte after it still distinguishes it from a start code.
     if codec == "hevc" and len(extradata) >= 23 and extradata[0] <= 1 and extradata[:3] > _START_CODE:
         return (extradata[21] & 3) + 1
     return 0
@@ -76,17 +76,17 @@ def nal_length_size(codec: str, extradata: bytes) -> int:
 def picture_traits(
     data: bytes | memoryview, *, codec: str, length_size: int, is_keyframe: bool
 ) -> PictureTraits:
-    """Read how random access may treat one packet.
+    """Parse the traits of one packet.
 
-    Every byte string has an answer, found in time linear in its length at worst; usually the first slice
-    settles it.
+    The function returns a result for any bytes, in time linear in their number; usually it only reads up to the
+    first slice.
 
     Args:
         data: the packet's bytes.
         codec: FFmpeg's canonical codec name.
         length_size: bytes of each NAL unit's length, see `nal_length_size`.
-        is_keyframe: the container's flag; an entry needs it, save H.264's IDR pictures, which speak for
-            themselves.
+        is_keyframe: the container's flag; without it, decoding can only start at IDR pictures of H.264, which
+            their headers identify.
     """
     roles = _ROLES.get(codec)
     if roles is None:
@@ -101,7 +101,7 @@ def picture_traits(
                 break
         else:
             return _UNKNOWN
-        # A picture's slices agree, but a packet may hold two fields, each a picture of its own.
+        # The slices of a picture agree, but a packet may contain two fields, which are separate pictures.
         needed = roles[data[unit]] & _KEPT or any(roles[data[u]] & _KEPT for u in chain(ahead, units))
     except ValueError:
         return _UNKNOWN
@@ -111,9 +111,9 @@ def picture_traits(
 
 
 def brings_parameter_sets(data: bytes | memoryview, *, codec: str, length_size: int, known: bytes) -> bool:
-    """Tell whether a packet holds parameter sets, ahead of its slices, that are not known already.
+    """Return whether a packet contains parameter sets before its slices that are not yet known.
 
-    Decoding from here needs them, and they replace those of the same number for what is decoded after.
+    Decoding from here needs them, and they replace sets with the same number for all following pictures.
 
     Args:
         data: the packet's bytes.
@@ -133,16 +133,16 @@ def brings_parameter_sets(data: bytes | memoryview, *, codec: str, length_size: 
             if roles[data[unit]] == _KEPT and bytes(data[unit : following - gap]).rstrip(b"\0") not in known:
                 return True
     except ValueError:
-        pass  # damaged: `picture_traits` calls this packet no entry
+        pass  # damaged: `picture_traits` returns `Entry.NONE` for this packet
     return False
 
 
 def shows_picture(data: bytes | memoryview, *, codec: str) -> bool:
-    """Tell whether decoding a packet gives a frame.
+    """Return whether decoding a packet produces a frame.
 
-    VP8 has pictures that only others refer to, in packets of their own (RFC 6386, section 9.1, show_frame),
-    and so may VP9 (bitstream specification 0.6, section 6.2); a VP9 superframe shows one of its pictures.
-    Where other codecs have such pictures, their packets show another one, too.
+    VP8 has pictures that are only references, in separate packets (RFC 6386, section 9.1, show_frame), and so
+    may VP9 (bitstream specification 0.6, section 6.2); a VP9 superframe shows one of its pictures. Packets of
+    other codecs that contain such pictures also contain one that is shown.
 
     Args:
         data: the packet's bytes, at least one.
@@ -156,7 +156,7 @@ def shows_picture(data: bytes | memoryview, *, codec: str) -> bool:
 
 
 def is_superframe(data: bytes | memoryview) -> bool:
-    """Tell whether a VP9 packet holds several pictures, one of which is shown (specification 0.6, annex B).
+    """Return whether a VP9 packet has several pictures, one of which is shown (specification 0.6, annex B).
 
     Args:
         data: the packet's bytes, at least one.
@@ -167,17 +167,17 @@ def is_superframe(data: bytes | memoryview) -> bool:
 
 
 def _brings_tables(jpeg: bytes) -> bool:
-    """Tell whether a JPEG picture brings all tables that it is decoded with (ITU-T T.81, section B.2).
+    """Return whether a JPEG picture contains all tables needed to decode it (ITU-T T.81, section B.2).
 
-    Motion JPEG may leave them out; a decoder then takes those of the pictures before.
+    Motion JPEG may omit them; a decoder then uses those of earlier pictures.
 
     Args:
-        jpeg: the picture, from its start marker on.
+        jpeg: the picture, from its start marker.
     """
     at, found = 2, set[int]()
     while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
         marker = jpeg[at + 1]
-        if marker == 0xDA:  # start of scan: what follows is coded
+        if marker == 0xDA:  # start of scan: coded data follows
             break
         if marker == 0xFF:  # fill byte
             at += 1
@@ -188,9 +188,9 @@ def _brings_tables(jpeg: bytes) -> bool:
 
 
 def _prefixed_units(data: bytes | memoryview, length_size: int) -> Iterator[int]:
-    """Yield where each NAL unit's header starts; ValueError when a length cannot be true."""
+    """Yield the position of each NAL unit's header; raise ValueError when a length is impossible."""
     at, end = 0, len(data)
-    while at + length_size + 2 <= end:  # what is shorter is no slice and no parameter set
+    while at + length_size + 2 <= end:  # shorter units are neither slices nor parameter sets
         size = int.from_bytes(data[at : at + length_size], "big")
         at += length_size
         if not 0 < size <= end - at:
@@ -200,7 +200,7 @@ def _prefixed_units(data: bytes | memoryview, length_size: int) -> Iterator[int]
 
 
 def _parted_units(data: bytes) -> Iterator[int]:
-    """Yield where each NAL unit's header starts, behind its start code."""
+    """Yield the position of each NAL unit's header, which follows its start code."""
     at = data.find(_START_CODE)
     while 0 <= at <= len(data) - 5:
         yield at + 3
@@ -208,9 +208,9 @@ def _parted_units(data: bytes) -> Iterator[int]:
 
 
 def _h264_role(header: int) -> int:
-    """Sort NAL units by their first byte (ITU-T H.264, section 7.4.1 and Table 7-1)."""
+    """Classify NAL units by their first byte (ITU-T H.264, section 7.4.1 and Table 7-1)."""
     kind = header & 0x1F
-    if header & 0x80:  # forbidden_zero_bit: decoders pass over such a unit
+    if header & 0x80:  # forbidden_zero_bit: decoders skip such a unit
         return _IGNORED
     if 1 <= kind <= 5:
         return _SLICE | _KEPT if header & 0x60 else _SLICE  # nal_ref_idc
@@ -218,7 +218,7 @@ def _h264_role(header: int) -> int:
 
 
 def _hevc_role(header: int) -> int:
-    """Sort NAL units by their first byte (ITU-T H.265, section 7.4.2.2 and Table 7-1)."""
+    """Classify NAL units by their first byte (ITU-T H.265, section 7.4.2.2 and Table 7-1)."""
     kind = header >> 1 & 0x3F
     if header & 0x80:
         return _IGNORED
@@ -234,7 +234,7 @@ _ROLES = {
 
 
 def _hevc_traits(first: int, second: int, *, is_reference: bool, is_keyframe: bool) -> PictureTraits:
-    """Read the two bytes of a slice's NAL header (ITU-T H.265, section 7.3.1.2)."""
+    """Parse the two bytes of a slice's NAL header (ITU-T H.265, section 7.3.1.2)."""
     kind, layer = first >> 1, (second & 7) - 1
     if layer < 0:  # nuh_temporal_id_plus1 is never 0
         return _UNKNOWN
@@ -247,7 +247,7 @@ def _hevc_traits(first: int, second: int, *, is_reference: bool, is_keyframe: bo
 def _h264_entry(
     data: bytes | memoryview, units: Sequence[int], *, length_size: int, is_keyframe: bool
 ) -> Entry:
-    """Tell how decoding can start at a picture whose NAL units up to its first slice are given."""
+    """Return how decoding can start at a picture, given its NAL units up to its first slice."""
     if data[units[-1]] & 0x1F == 5:
         return Entry.CLEAN
     if is_keyframe:
@@ -259,11 +259,11 @@ def _h264_entry(
 
 
 def _recovers_at_once(message: bytes) -> bool:
-    """Tell whether SEI messages hold a recovery point (type 6) that is exact from this very picture on.
+    """Return whether SEI messages contain a recovery point (type 6) that is exact from this picture on.
 
-    That is recovery_frame_cnt == 0, whose Exp-Golomb code is the single bit 1, and then exact_match_flag
-    (ITU-T H.264, sections 7.3.2.3.1, 9.1 and D.2.8). With a count above 0 (gradual intra refresh), or with
-    frames that only come close, a clip would not get the frames that decoding from the start gives.
+    This requires recovery_frame_cnt == 0, whose Exp-Golomb code is the single bit 1, followed by
+    exact_match_flag (ITU-T H.264, sections 7.3.2.3.1, 9.1 and D.2.8). With a count above 0 (gradual intra
+    refresh), or with approximate frames, a clip would differ from frames decoded from the start of the file.
     """
     message = message.replace(b"\0\0\3", b"\0\0")  # emulation prevention
     at = 0
@@ -277,7 +277,7 @@ def _recovers_at_once(message: bytes) -> bool:
 
 
 def _sum_bytes(message: bytes, at: int) -> tuple[int, int]:
-    """Read a number written as bytes of 255 and a smaller last one; return it and where it ends."""
+    """Read a number stored as bytes of 255 and a last smaller byte; return it and the position after it."""
     total = 0
     while at < len(message) and message[at] == 255:
         total, at = total + 255, at + 1

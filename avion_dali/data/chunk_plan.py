@@ -1,6 +1,6 @@
-"""Where a video is cut: its rate, its frames on a constant-rate grid, and the borders of its chunks.
+"""Plans how a video is cut: its frame rate, its frames on a constant-rate grid, and the borders of its chunks.
 
-Runs in chunking workers: imports numpy alone.
+This module runs in chunking workers, so it imports only numpy.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from fractions import Fraction
 from avion_dali.data.probe import HDR_TRANSFERS, ChunkFacts
 from avion_dali.data.timing import SLOW_FPS
 
-# Slow rates are raised so that a chunk border lies between two frames, up to this rate.
+# Low rates are multiplied so that chunk borders lie between two frames, up to this rate.
 _MAX_RAISED_FPS = 30
-_TOLD_FROM = Fraction(51, 50)  # a rate that varies by less is a clock's rounding
-# A varying rate may ask for this much without being told; a video whose mean is higher, for its mean.
+_TOLD_FROM = Fraction(51, 50)  # a smaller variation of the rate is rounding of a clock
+# Upper limit of the grid rate for a varying rate, if `max_fps` sets none; a higher mean rate raises this limit.
 _MAX_VARYING_FPS = 60
 
 
@@ -25,8 +25,8 @@ class ChunkPlan:
 
     Args:
         fps: frames per second of the chunks.
-        total: frames of the whole video at that rate.
-        chunk_seconds: length of a chunk.
+        total: frames of the whole video at this rate.
+        chunk_seconds: length of a chunk in seconds.
     """
 
     fps: Fraction
@@ -42,12 +42,12 @@ class ChunkPlan:
 
     @property
     def frames(self) -> dict[int, int]:
-        """Frames of each chunk by its start second."""
+        """Number of frames of each chunk by its start second."""
         sizes = (after - before for before, after in zip(self.borders, self.borders[1:], strict=False))
         return {k * self.chunk_seconds: size for k, size in enumerate(sizes)}
 
     def looked_at(self, count: int) -> frozenset[int]:
-        """Return which pictures of a chunk are compared with the source: of its first, middle and last second.
+        """Return the pictures that are compared with the source: those of the first, middle and last second.
 
         Args:
             count: frames of the chunk.
@@ -59,17 +59,17 @@ class ChunkPlan:
 
 
 def plan_chunks(facts: ChunkFacts, *, chunk_seconds: int, max_fps: int = 0) -> ChunkPlan:
-    """Lay a video's frames on a constant-rate grid and cut it.
+    """Place the frames of a video on a constant-rate grid and cut it.
 
-    Chunk k holds the grid frames [round(k L fps), round((k + 1) L fps)), so that borders do not drift where
-    the rate is no whole number. A varying rate becomes the one of the densest passage: its pictures are placed
-    by their times, so that does not drift either. A slow rate is raised until a chunk holds a whole number of
-    frames: the picture on show at a border then begins both chunks.
+    Chunk k contains the grid frames [round(k L fps), round((k + 1) L fps)), so borders do not drift if the rate
+    is not an integer. For a varying rate, the grid has the rate of the densest passage; pictures are placed
+    by their times, so they do not drift either. A low rate is multiplied until a chunk contains an integer
+    number of frames; the picture shown at a border is then the first one of the next chunk.
 
     Args:
-        facts: of the source video.
-        chunk_seconds: length L of a chunk.
-        max_fps: upper limit of the rate; 0 for none.
+        facts: facts of the source video.
+        chunk_seconds: length L of a chunk in seconds.
+        max_fps: upper limit of the rate; 0 for no limit.
 
     Returns:
         The plan.
@@ -85,7 +85,7 @@ def _grid_rate(facts: ChunkFacts, chunk_seconds: int, *, max_fps: int) -> Fracti
     fps = facts.densest_fps or facts.fps
     if not facts.is_cfr:
         fps = min(max(fps, Fraction(SLOW_FPS)), Fraction(max(_MAX_VARYING_FPS, round(facts.fps))))
-        # Any rate will do: one that has a frame at every border is the most exact.
+        # Any rate is possible; a rate with a frame at every border is the most exact.
         fps = Fraction(max(round(fps * chunk_seconds), 1), chunk_seconds)
     if max_fps:
         fps = min(fps, Fraction(max_fps))
@@ -97,23 +97,23 @@ def _grid_rate(facts: ChunkFacts, chunk_seconds: int, *, max_fps: int) -> Fracti
 
 
 def describe_plan(facts: ChunkFacts, plan: ChunkPlan) -> Iterator[str]:
-    """Say what is done to a video that is no plain one.
+    """Describe what happens to a video with special properties.
 
     Args:
-        facts: of the source video.
-        plan: how it is cut.
+        facts: facts of the source video.
+        plan: the plan of its chunks.
 
     Yields:
         Notes for the user.
     """
     if not facts.is_cfr and facts.densest_fps > facts.fps * _TOLD_FROM:
         rate, densest = float(facts.fps), float(facts.densest_fps)
-        yield f"its rate varies ({rate:.4g} in the mean, {densest:.4g} at most): cut at {float(plan.fps):.4g}"
+        yield f"its frame rate varies (mean {rate:.4g}, maximum {densest:.4g}): cut at {float(plan.fps):.4g}"
     elif facts.is_cfr and plan.fps != facts.fps:
-        yield f"its {float(facts.fps):.4g} frames a second are cut at {float(plan.fps):.4g}"
+        yield f"its {float(facts.fps):.4g} frames per second are cut at {float(plan.fps):.4g}"
     if facts.start_s:
-        yield f"its picture begins {facts.start_s:.2f} s late: the first one stands in until then"
+        yield f"its picture begins {facts.start_s:.2f} s late: the first picture is repeated until then"
     if facts.is_interlaced:
         yield "it is interlaced: its fields are not separated"
     if facts.transfer in HDR_TRANSFERS:
-        yield f"its transfer is {HDR_TRANSFERS[facts.transfer]}: colors come out pale, for tones are not mapped"
+        yield f"its transfer is {HDR_TRANSFERS[facts.transfer]}: colors look pale, because tones are not mapped"

@@ -1,6 +1,6 @@
-"""From a source video to the pictures of its chunks: each at its time, and what is lost between them.
+"""Reads a source video as the pictures of its chunks, each at its time, and records lost ranges.
 
-Runs in chunking workers: imports numpy and PyAV alone.
+This module runs in chunking workers, so it imports only numpy and PyAV.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from avion_dali.data.probe import MAX_MISSING_SECONDS, ChunkFacts
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One place of the constant-rate grid.
+    """One position of the constant-rate grid.
 
     Args:
-        index: its place.
-        frame: the picture to show there; None where it is lost.
-        due: the place where the picture's own time asks for it.
+        index: index of the position.
+        frame: the picture to show there; None if it is lost.
+        due: the position that corresponds to the picture's own time.
     """
 
     index: int
@@ -38,40 +38,40 @@ class SourceReader:
     """Decodes a source video onto a grid.
 
     Args:
-        container: the file, just opened.
+        container: the file, directly after opening.
         stream: its video stream.
-        facts: of the file.
+        facts: facts of the file.
         plan: the grid.
     """
 
     def __init__(
         self, container: InputContainer, stream: VideoStream, *, facts: ChunkFacts, plan: ChunkPlan
     ) -> None:
-        self.lost: list[tuple[float, float]] = []  # from and to, seconds on a player's clock
-        self.cut_short = ""  # how the file ends before it should
+        self.lost: list[tuple[float, float]] = []  # from and to, in seconds of a player's clock
+        self.cut_short = ""  # description of a premature end of the file
         self._reader = TolerantReader(container, stream)
         self._facts, self._plan = facts, plan
         self._densest = facts.densest_fps or facts.fps
-        self._tick = stream.time_base or Fraction(1, 1000)  # the last frames of a decoder carry none
+        self._tick = stream.time_base or Fraction(1, 1000)  # the last frames of a decoder have no time base
         self._shift = Fraction(facts.start_s) - facts.first_s
 
     def slots(self) -> Iterator[Slot]:
-        """Yield the places of the grid in order, each with the picture that is on show there.
+        """Yield the positions of the grid in order, each with the picture that is shown there.
 
         Raises:
-            DecodeError: when nothing of it is whole.
+            DecodeError: when no picture is undamaged.
         """
         plan = self._plan
         filled, previous, due = 0, None, 0
         intact_until = shown_at = Fraction(0)
         for delivered in self._reader:
             seconds = self._seconds(delivered.frame, delivered.number)
-            # Beside damage a decoder may deliver a picture after those that are shown later.
+            # Near damage, a decoder may deliver a picture after others that are shown later.
             if not delivered.is_whole or (previous is not None and seconds < shown_at):
                 continue
             begin = min(round(seconds * plan.fps), plan.total)
             lost_from = begin
-            # A stream that begins inside a group of pictures is not damaged: it only starts late.
+            # A stream that begins inside a group of pictures is not damaged; it only starts late.
             if delivered.after_loss and not (previous is None and self._reader.begins_inside):
                 lost_from = self._note_loss(intact_until, seconds, filled=filled)
             shown = previous if previous is not None or lost_from < begin else delivered.frame
@@ -83,7 +83,7 @@ class SourceReader:
         yield from self._tail(filled, previous, due=due, intact_until=intact_until)
 
     def _note_loss(self, intact_until: Fraction, whole_from: Fraction, *, filled: int) -> int:
-        """Write down a loss between two whole pictures; return the first place of the grid that is lost."""
+        """Record a loss between two undamaged pictures; return the first grid position that is lost."""
         start = min(intact_until, whole_from)
         self.lost.append((float(start), float(whole_from)))
         return max(round(start * self._plan.fps), filled)
@@ -94,18 +94,18 @@ class SourceReader:
         plan = self._plan
         missing = float((plan.total - filled - 1) / plan.fps)
         if previous is None:
-            raise self._corrupt("no picture of it can be decoded whole")
+            raise self._corrupt("none of its pictures can be decoded without damage")
         lost_from = plan.total
         if missing > max(MAX_MISSING_SECONDS, self._facts.last_s + 0.5):
             length = float(plan.total / plan.fps)
-            self.cut_short = f"decoding ends {missing:.1f} s before the {length:.1f} s it should have"
+            self.cut_short = f"decoding ends {missing:.1f} s before the expected {length:.1f} s"
         if self._reader.ends_broken or self.cut_short:
             lost_from = self._note_loss(intact_until, max(plan.total / plan.fps, intact_until), filled=filled)
         for index in range(filled, plan.total):
             yield Slot(index, None if index >= lost_from else previous, due)
 
     def _seconds(self, frame: VideoFrame, number: int) -> Fraction:
-        """Return a picture's seconds on a player's clock."""
+        """Return the time of a picture in seconds of a player's clock."""
         facts = self._facts
         if not facts.is_counted and frame.pts is not None:
             return frame.pts * self._tick + self._shift

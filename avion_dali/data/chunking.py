@@ -1,10 +1,10 @@
-"""Cut videos into chunks: short, small, quickly decodable files of equal length.
+"""Cuts videos into chunks: small files of equal length that decode quickly.
 
-Layout: `output/<video name>/<start second>.mp4`, where the video name keeps its ending and may have folders
-(`P01/P01_01.MP4/15.mp4`). Beside the chunks, `chunks.json` states what they were made from and how; a chunk
-exists under its name only when it was read back whole, so an interrupted run is continued by running again.
+Layout: `output/<video name>/<start second>.mp4`, where the video name includes its extension and may include
+folders (`P01/P01_01.MP4/15.mp4`). Next to the chunks, `chunks.json` records their source and settings. A chunk
+gets its final name only after it was read back and verified, so an interrupted run can simply be repeated.
 
-One process works on one video; this module is imported there, so nothing heavy is imported on top.
+Each process handles one video. The processes import this module, so it imports nothing that is slow to load.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from avion_dali.files import PARTIAL_PATTERN
 
 @dataclass(frozen=True)
 class ChunkSettings:
-    """How videos are cut.
+    """Settings for cutting videos.
 
     Args:
-        profile: a row of `avion_dali/data/profiles.py`.
-        chunk_seconds: length of a chunk; the last one of a video may be shorter.
-        short_side: short side of the pictures in pixels, a multiple of 16; videos that are displayed smaller
+        profile: name of a profile in `avion_dali/data/profiles.py`.
+        chunk_seconds: length of a chunk in seconds; the last chunk of a video may be shorter.
+        short_side: short side of the pictures in pixels, a multiple of 16; videos with a smaller display size
             are not enlarged.
-        max_fps: upper limit of the frame rate; 0 for none.
+        max_fps: upper limit of the frame rate; 0 for no limit.
 
     Raises:
         UserError: when a value is not allowed.
@@ -68,16 +68,16 @@ class ChunkSettings:
 
 @dataclass(frozen=True)
 class VideoReport:
-    """What became of one video.
+    """Result of cutting one video.
 
     Args:
         video: the source file.
-        folder: where its chunks are.
-        made: chunks encoded now.
-        kept: chunks that were there already.
-        failed: why the video is incomplete; empty when it is complete.
-        losses: what damage costs.
-        notes: what else is worth knowing.
+        folder: the folder of its chunks.
+        made: number of chunks encoded in this run.
+        kept: number of chunks that existed before.
+        failed: why the video is incomplete; empty if it is complete.
+        losses: what was lost to damage.
+        notes: further messages for the user.
     """
 
     video: str
@@ -91,18 +91,18 @@ class VideoReport:
 
 @dataclass(frozen=True)
 class ChunkReport:
-    """What became of all videos, in the order given."""
+    """Results of all videos, in the given order."""
 
     videos: tuple[VideoReport, ...]
 
     @property
     def made(self) -> int:
-        """Chunks encoded now."""
+        """Number of chunks encoded in this run."""
         return sum(video.made for video in self.videos)
 
     @property
     def kept(self) -> int:
-        """Chunks that were there already."""
+        """Number of chunks that existed before."""
         return sum(video.kept for video in self.videos)
 
     @property
@@ -112,21 +112,22 @@ class ChunkReport:
 
 
 def chunk_video(video: Path, folder: Path, settings: ChunkSettings) -> VideoReport:
-    """Make the missing chunks of one video, in one decoding pass.
+    """Create the missing chunks of one video in one decoding pass.
 
-    Only one run may work on a folder at a time. A continued video is decoded from its beginning, but only
-    missing chunks are scaled and encoded. Where a video is damaged, the chunks without damage are made.
+    Only one run may use a folder at a time. An interrupted video is decoded from its beginning again, but only
+    missing chunks are scaled and encoded. If a video is damaged, only the chunks without damage are created.
 
     Args:
         video: source file.
-        folder: where its chunks go; made when missing.
+        folder: folder for its chunks; created if it does not exist.
         settings: how to cut.
 
     Returns:
-        What was made; a video that cannot be read to its end is reported as failed, its finished chunks stay.
+        The result; a video that cannot be read completely is reported as failed, and its finished chunks are
+        kept.
 
     Raises:
-        UserError: when the folder holds chunks of other settings, of another file, or of unknown origin.
+        UserError: when the folder contains chunks of other settings, of another file, or of unknown origin.
     """
     job = _Job(video, folder, settings)
     try:
@@ -140,19 +141,19 @@ def chunk_video(video: Path, folder: Path, settings: ChunkSettings) -> VideoRepo
 
 
 def _shortfall(video: Path, losses: Losses) -> str:
-    """Say what of a video is not in its chunks."""
+    """Return what part of a video is missing from its chunks."""
     unread = find_unread_recording(video)
     causes = [f"is {losses}"] if losses.spans else []
     if unread is not None:
         causes.append(
-            f"goes on with another recording at byte {unread}, which is not read: separate the files there"
+            f"contains another recording from byte {unread} on, which is not read: split the file there"
         )
     return "; ".join(causes)
 
 
 @dataclass
 class _Job:
-    """The cutting of one video."""
+    """Cuts one video."""
 
     video: Path
     folder: Path
@@ -163,12 +164,12 @@ class _Job:
     notes: list[str] = field(default_factory=list)
 
     def report(self, failed: str) -> VideoReport:
-        """Return what became of the video."""
+        """Return the result for the video."""
         names = (str(self.video), str(self.folder))
         return VideoReport(*names, self.made, len(self.kept), failed, self.losses, tuple(self.notes))
 
     def is_done(self, planned: Sidecar | None) -> bool:
-        """Tell whether an earlier run left nothing to do."""
+        """Return whether an earlier run completed the video."""
         if planned is None:
             return False
         self.kept = _finished(self.folder, planned.chunks)
@@ -200,7 +201,7 @@ class _Job:
                 elif start in missing:
                     lost.append(start)
         if picture_of.changes:
-            self.notes.append("its picture changes its size or format: all was fitted into the first size")
+            self.notes.append("its picture changes size or format: all were fitted into the first size")
         if source.lost:
             self.losses = Losses(tuple(source.lost), tuple(lost))
             replace(sidecar, losses=self.losses).write(self.folder)
@@ -209,18 +210,18 @@ class _Job:
 
 
 def _check_rate(folder: Path, plan: ChunkPlan, *, kept: set[int]) -> None:
-    """Refuse to go on with chunks that were planned otherwise, by an earlier version."""
+    """Reject existing chunks that an earlier version planned differently."""
     planned = read_sidecar(folder) if kept else None
     if planned is not None and (planned.fps, planned.chunks) != (plan.fps, plan.frames):
         raise ValueError(
-            f"{folder} holds chunks of {float(planned.fps):.4g} frames a second, they would now have "
-            f"{float(plan.fps):.4g}; delete it to make its chunks again"
+            f"{folder} contains chunks of {float(planned.fps):.4g} frames per second, but they would now have "
+            f"{float(plan.fps):.4g}; delete it to create its chunks again"
         )
 
 
 def _by_chunk(source: SourceReader, plan: ChunkPlan) -> Iterator[tuple[int, Iterator[Slot]]]:
     """Yield the start second and the slots of each chunk."""
-    # Slots of chunks that exist are decoded and passed over by groupby.
+    # Slots of chunks that exist are decoded, and groupby skips them.
     for chunk, slots in groupby(source.slots(), key=lambda slot: bisect_right(plan.borders, slot.index) - 1):
         yield chunk * plan.chunk_seconds, slots
 
@@ -234,7 +235,7 @@ def _write_chunk(
     picture_of: PictureFilter,
     stream: VideoStream,
 ) -> bool:
-    """Encode and prove one chunk; return False, and leave no file, where one of its pictures is lost."""
+    """Encode and verify one chunk; return False, without a file, if one of its pictures is lost."""
     first, count = plan.borders[start // plan.chunk_seconds], plan.frames[start]
     looked_at = plan.looked_at(count)
     looks: dict[int, np.ndarray] = {}
@@ -247,7 +248,7 @@ def _write_chunk(
             picture_of.pixel_aspect = Fraction(aspect) if aspect else picture_of.pixel_aspect
             picture = picture_of(slot.frame)
             place = max(slot.due, first) - first
-            is_on_time = slot.due <= slot.index  # else the first picture stands in before its time
+            is_on_time = slot.due <= slot.index  # otherwise it is the first picture, repeated before its time
             if is_on_time and slot.index - first in looked_at and place not in looks:
                 looks[place] = look_of(picture)
             writer.write(picture)
@@ -256,25 +257,25 @@ def _write_chunk(
 
 
 def planned_frames(video: Path, folder: Path, *, settings: ChunkSettings) -> Sidecar | None:
-    """Return what an earlier run planned, if it cut the same file in the same way.
+    """Return the plan of an earlier run that cut the same file in the same way.
 
     Args:
         video: source file.
-        folder: where its chunks are.
-        settings: how to cut now.
+        folder: folder of its chunks.
+        settings: the current settings.
 
     Returns:
-        Its `chunks.json`, or None when there is none.
+        The contents of `chunks.json`, or None if it does not exist.
 
     Raises:
-        UserError: when the folder was made with other settings, from another file, or by something else.
+        UserError: when the folder was created with other settings, from another file, or by other means.
     """
     sidecar = read_sidecar(folder)
     if sidecar is None:
         if any(folder.glob("*.mp4")):
             raise UserError(
-                f"{folder} holds chunks but no {SIDECAR}: they were not made by this command; "
-                "choose another output folder or move them away"
+                f"{folder} contains chunks but no {SIDECAR}: they were not made by this command; "
+                "choose another output folder or move them elsewhere"
             )
         return None
     new, size = _recorded(settings), video.stat().st_size
@@ -285,16 +286,16 @@ def planned_frames(video: Path, folder: Path, *, settings: ChunkSettings) -> Sid
     if sidecar.source_bytes != size:
         raise UserError(
             f"{folder} was made from a file of {sidecar.source_bytes} bytes, but {video} has {size}; "
-            "delete it to make its chunks again"
+            "delete it to create its chunks again"
         )
     return sidecar
 
 
 def _recorded(settings: ChunkSettings) -> dict[str, object]:
-    """Settings as the sidecar states them: with the encoder's own, so that a changed profile is noticed."""
+    """Return the settings as recorded: with those of the encoder, so that a changed profile is detected."""
     recorded = {**asdict(settings), "encoder": asdict(PROFILES[settings.profile])}
     if not settings.max_fps:
-        del recorded["max_fps"]  # as in folders made before there was a limit
+        del recorded["max_fps"]  # compatible with folders created before this setting existed
     return recorded
 
 
@@ -303,22 +304,22 @@ def _finished(folder: Path, frames: dict[int, int]) -> set[int]:
 
 
 def _prepare_folder(folder: Path) -> None:
-    """Clear what a killed run left, before the first chunk exists."""
+    """Create the folder, and remove unfinished files of an interrupted run."""
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.glob(PARTIAL_PATTERN):
         partial.unlink()
 
 
 def chunk_folders(videos: Sequence[Path], output: Path, *, root: Path | None = None) -> list[Path]:
-    """Folder of each video's chunks.
+    """Return the folder of each video's chunks.
 
     Args:
         videos: source files.
         output: folder of all chunks.
-        root: folder that the videos lie in; their folders below it are kept. None uses the file names alone.
+        root: folder that contains the videos; their subfolders are kept. None uses only the file names.
 
     Returns:
-        One folder a video.
+        One folder per video.
 
     Raises:
         UserError: when two videos would share a folder, or a video is outside of `root`.
@@ -326,12 +327,12 @@ def chunk_folders(videos: Sequence[Path], output: Path, *, root: Path | None = N
     folders: dict[Path, Path] = {}
     for video in videos:
         if root is not None and not video.absolute().is_relative_to(root.absolute()):
-            raise UserError(f"{video} is not inside --root {root}; give the folder that holds all videos")
+            raise UserError(f"{video} is not inside --root {root}; give the folder that contains all videos")
         name = video.name if root is None else video.absolute().relative_to(root.absolute())
         if output / name in folders:
             raise UserError(
                 f"{folders[output / name]} and {video} would both become {output / name}; "
-                "give --root, the folder that holds all videos, to keep their folders apart"
+                "give --root, the folder that contains all videos, to keep their folders separate"
             )
         folders[output / name] = video
     return list(folders)
@@ -346,23 +347,23 @@ def chunk_videos(
     jobs: int = 0,
     progress: bool = True,
 ) -> ChunkReport:
-    """Cut videos into chunks, several videos at a time; a video that fails does not stop the others.
+    """Cut videos into chunks in parallel; a video that fails does not stop the others.
 
     Args:
         videos: source files.
-        output: folder of all chunks; may hold those of an earlier run with the same settings.
+        output: folder of all chunks; may contain those of an earlier run with the same settings.
         settings: how to cut.
         root: see `chunk_folders`.
-        jobs: videos worked on at a time, one process and one thread each; 0 for one a core.
-        progress: show a bar of finished videos.
+        jobs: number of videos cut in parallel, with one process and one thread each; 0 for one per core.
+        progress: whether to show a progress bar of finished videos.
 
     Returns:
-        What became of each video.
+        The result of each video.
 
     Raises:
-        UserError: before any work, when names collide or a folder was made differently.
+        UserError: before any work, when names collide or a folder was created differently.
     """
-    # Both are for this process only; the workers import this module and should stay light.
+    # Both are only needed in this process; the workers import this module and should load quickly.
     from pebble import ProcessPool
     from tqdm import tqdm
 
@@ -388,7 +389,7 @@ def chunk_videos(
     for video, folder, future in zip(videos, folders, futures, strict=True):
         try:
             reports.append(future.result())
-        except Exception as error:  # worker boundary: whatever ended the worker is that video's failure
+        except Exception as error:  # worker boundary: any error of a worker is a failure of its video
             cause = f"{type(error).__name__}: {error}"
             reports.append(VideoReport(str(video), str(folder), failed=cause))
     return ChunkReport(tuple(reports))

@@ -1,4 +1,4 @@
-"""The closed sets that a manifest's rows may refer to: classes, and captions with graded relevancy."""
+"""Tables that the rows of a manifest refer to: classes, and captions with relevancy."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from avion_dali.files import atomic_write_text, whole_or_absent
 
 CLASSES_FILE, CAPTIONS_FILE, RELEVANCY_FILE = "classes.json", "captions.arrow", "relevancy.npy"
 _CAPTION_SCHEMA = pa.schema([("text", pa.string()), ("tokens", pa.list_(pa.uint16()))])
-_BLOCK_GRADES = 1 << 24  # grades held at once while writing
+_BLOCK_GRADES = 1 << 24  # relevancies in memory at a time while writing
 
 
 @dataclass(frozen=True, slots=True)
 class ClassTable:
-    """The classes of a recognition task; a row's label counts these.
+    """The classes of a recognition task; a row's label is an index into this table.
 
     Args:
-        names: class names in label order, each once.
-        verbs: verb id of each class, for actions; else empty.
-        nouns: noun id of each class, for actions; else empty.
+        names: unique class names in label order.
+        verbs: verb id of each class, for actions; otherwise empty.
+        nouns: noun id of each class, for actions; otherwise empty.
 
     Raises:
-        ValueError: when a name repeats, or the ids do not fit the names.
+        ValueError: when a name repeats, or the numbers of ids and names differ.
     """
 
     names: tuple[str, ...]
@@ -49,15 +49,15 @@ class ClassTable:
 
 @dataclass(frozen=True, slots=True)
 class CaptionTable:
-    """Captions that the rows are graded against, to be stored in a manifest.
+    """Captions and their relevancy to the rows of a manifest.
 
     Args:
         texts: the captions.
-        tokens: their token ids, one tuple a caption.
-        relevancy: array (rows, captions) in [0, 1], rows as in the manifest; or the `.npy` file that holds it.
+        tokens: token ids of each caption.
+        relevancy: array (rows, captions) in [0, 1], rows as in the manifest; or a `.npy` file with this array.
 
     Raises:
-        ValueError: when texts and tokens differ in number.
+        ValueError: when the numbers of texts and token lists differ.
     """
 
     texts: tuple[str, ...]
@@ -66,7 +66,7 @@ class CaptionTable:
 
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.tokens):
-            raise ValueError(f"{len(self.texts)} captions need as many token lists, got {len(self.tokens)}")
+            raise ValueError(f"{len(self.texts)} captions need one token list each, got {len(self.tokens)}")
 
 
 def write_classes(path: Path, classes: ClassTable) -> None:
@@ -88,7 +88,7 @@ def read_classes(path: Path) -> ClassTable:
         path: its `classes.json`.
 
     Raises:
-        UserError: when they are missing or damaged.
+        UserError: when the file is missing or damaged.
     """
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ def write_captions(folder: Path, captions: CaptionTable, *, num_rows: int) -> li
         Where the batches of `captions.arrow` end, see `TableWriter`.
 
     Raises:
-        UserError: when the grades do not fit the rows or leave [0, 1].
+        UserError: when the relevancy does not fit the rows or is not in [0, 1].
     """
     rows = list(zip(captions.texts, captions.tokens, strict=True))
     table = write_table(
@@ -130,15 +130,15 @@ def write_captions(folder: Path, captions: CaptionTable, *, num_rows: int) -> li
 
 
 def write_relevancy(path: Path, grades_RC: np.ndarray, rows: np.ndarray) -> None:
-    """Write some rows of grades as float32, a block at a time.
+    """Write the relevancy of some rows as float32, block by block.
 
     Args:
-        path: the `.npy` file; a new one takes an old one's place.
+        path: the `.npy` file; an existing one is replaced.
         grades_RC: array (rows, captions) in [0, 1].
-        rows: int64 array, which of them, in which order.
+        rows: int64 array of the rows to write, in this order.
 
     Raises:
-        UserError: when a grade is not in [0, 1].
+        UserError: when a relevancy is not in [0, 1].
     """
     shape = (len(rows), grades_RC.shape[1])
     step = max(_BLOCK_GRADES // max(shape[1], 1), 1)
@@ -165,7 +165,7 @@ def read_captions(table: MappedTable, path: Path, *, num_rows: int) -> CaptionTa
         num_rows: clips of the manifest.
 
     Raises:
-        UserError: when a file is missing, damaged or of another manifest.
+        UserError: when a file is missing, damaged or belongs to another manifest.
     """
     batches = list(table.batches())
     texts = tuple(text for batch in batches for text in batch["text"].to_pylist())
@@ -176,7 +176,7 @@ def read_captions(table: MappedTable, path: Path, *, num_rows: int) -> CaptionTa
         raise UserError(f"{path} cannot be read ({error}); build the manifest again") from error
     if grades_RC.shape != (num_rows, len(texts)) or grades_RC.dtype != np.float32:
         raise UserError(
-            f"{path} holds {grades_RC.dtype} of shape {grades_RC.shape}, the manifest has {num_rows} rows and "
-            f"{len(texts)} captions; build it again"
+            f"{path} contains {grades_RC.dtype} of shape {grades_RC.shape}, the manifest has {num_rows} rows "
+            f"and {len(texts)} captions; build it again"
         )
     return CaptionTable(texts, tokens, grades_RC)

@@ -1,4 +1,4 @@
-"""Crop windows on the even pixel grid: numbers in, `CropWindow` out, no pixels touched."""
+"""Crop rules: compute crop windows on the even pixel grid from sizes, without access to pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ATTEMPTS = 10
 _SCALES = (1.0, 0.875, 0.75, 0.66)
 _SCALE_PAIRS = tuple((a, b) for i, a in enumerate(_SCALES) for j, b in enumerate(_SCALES) if abs(i - j) <= 1)
 _SNAP_PIXELS = 2
-# Corners, middles of the edges, centre, and the centres of the quarters, in quarters of the free room.
+# Corners, midpoints of the edges, center, and centers of the quadrants, in quarters of the free space.
 _PLACES = tuple((x, y) for y in range(5) for x in range(5) if x % 2 == y % 2)
 
 
@@ -24,10 +24,10 @@ def _even(value: float) -> int:
 
 
 def narrowed_window(window: CropWindow, factor: float, *, limit: int) -> CropWindow:
-    """Return the window of stored pixels that shows what a window of square pixels shows.
+    """Convert a window of square pixels to the window of stored pixels with the same content.
 
     Args:
-        window: in a picture of square pixels.
+        window: window in a picture of square pixels.
         factor: stored width divided by displayed width.
         limit: stored width in pixels, >= 2.
     """
@@ -47,23 +47,23 @@ def random_resized_window(
 ) -> CropWindow:
     """Draw a random-resized-crop window (Inception, arXiv 1409.4842, section 6).
 
-    The area is uniform in `scale` and the aspect log-uniform in `ratio`; the offset is uniform over the
-    even positions that keep the window inside. After ten draws that do not fit, the largest centred
-    window of the nearest allowed aspect is taken.
+    The area is uniform in `scale` and the aspect ratio is log-uniform in `ratio`; the offset is uniform over
+    the even positions for which the window fits. After ten draws that do not fit, the largest centered window
+    with the nearest allowed aspect ratio is used.
 
     Args:
         width: source width in pixels, >= 2.
         height: source height in pixels, >= 2.
-        scale: range of the window's share of the frame's area.
+        scale: range of the window's area as a fraction of the frame's area.
         ratio: range of width / height.
         rng: the clip's generator.
     """
     lowest, highest = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_ATTEMPTS):
-        # What `Generator.uniform` computes, at a third of its cost: most draws do not fit a wide frame.
+        # Equivalent to `Generator.uniform` at a third of its cost: most draws do not fit a wide frame.
         area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
         aspect = math.exp(lowest + (highest - lowest) * rng.random())
-        # Nearest even size: flooring would shrink the mean area below the drawn one.
+        # Nearest even size: rounding down would reduce the mean area.
         w, h = _even(math.sqrt(area * aspect) + 1), _even(math.sqrt(area / aspect) + 1)
         if 0 < w <= width and 0 < h <= height:
             x = 2 * int(rng.integers(0, (width - w) // 2 + 1))
@@ -76,11 +76,11 @@ def random_resized_window(
 
 
 def simple_random_window(width: int, height: int, *, rng: np.random.Generator) -> CropWindow:
-    """Draw a square as large as the short side, at a place uniform over the even positions.
+    """Draw a square as large as the short side, at a position that is uniform over the even positions.
 
     This is the simple random crop of DeiT III (arXiv 2204.07118, section 3.2: the short side is resized to the
-    training size, then a random square is taken) without its four pixels of reflected padding: a window shows
-    pixels of the frame only. So it moves along the longer side alone.
+    training size, then a random square is cut out) without its four pixels of reflection padding: a window only
+    contains pixels of the frame. The window therefore varies only along the longer side.
 
     Args:
         width: source width in pixels, >= 2.
@@ -94,16 +94,16 @@ def simple_random_window(width: int, height: int, *, rng: np.random.Generator) -
 
 
 def multi_scale_window(width: int, height: int, *, frame_size: int, rng: np.random.Generator) -> CropWindow:
-    """Draw one of ten window shapes and one of 13 places (TSN, arXiv 1608.00859, section 4.1).
+    """Draw one of ten window shapes and one of 13 positions (TSN, arXiv 1608.00859, section 4.1).
 
-    Width and height are shares 1, .875, .75 or .66 of the short side, no more than one step apart; a length
-    within two pixels of `frame_size` becomes that, which spares the resizing. The places are the corners, the
-    middles of the edges, the centre, and half way from it to the corners; all on the even grid.
+    Width and height are 1, .875, .75 or .66 of the short side, at most one step different from each other; a
+    length within two pixels of `frame_size` becomes `frame_size`, which avoids resizing. The positions are the
+    corners, the midpoints of the edges, the center, and halfway from it to the corners; all on the even grid.
 
     Args:
         width: source width in pixels, >= 4.
         height: source height in pixels, >= 4.
-        frame_size: side of the output in pixels.
+        frame_size: side length of the output in pixels.
         rng: the clip's generator.
     """
     base = min(width, height)
@@ -118,14 +118,14 @@ def _snapped(length: int, target: int, *, limit: int) -> int:
 
 
 def side_square_windows(width: int, height: int) -> tuple[CropWindow, CropWindow, CropWindow]:
-    """Return the largest squares at both ends and at the centre of the longer side (three-crop testing).
+    """Return the largest squares at both ends and at the center of the longer side (three-crop testing).
 
     Args:
         width: source width in pixels, >= 2.
         height: source height in pixels, >= 2.
 
     Returns:
-        Left, centre and right, or top, centre and bottom; on the even grid.
+        Left, center and right, or top, center and bottom; on the even grid.
     """
     side = _even(min(width, height))
     right, bottom = (_even(width - side), 0) if width >= height else (0, _even(height - side))
@@ -134,7 +134,7 @@ def side_square_windows(width: int, height: int) -> tuple[CropWindow, CropWindow
 
 
 def center_square_window(width: int, height: int) -> CropWindow:
-    """Return the largest centred square, floored to the even grid (evaluation).
+    """Return the largest centered square, rounded down to the even grid (evaluation).
 
     Args:
         width: source width in pixels, >= 2.
@@ -150,7 +150,7 @@ def _centred(width: int, height: int, *, window_width: float, window_height: flo
 
 
 CropRule = Callable[[int, int, ClipOptions, np.random.Generator], CropWindow]
-"""Draws a training window: (source width, source height, options, the clip's generator) to the window."""
+"""Maps (source width, source height, options, the clip's generator) to a training window."""
 
 CROPS: dict[str, CropRule] = {
     "random-resized": lambda width, height, options, rng: random_resized_window(
@@ -162,17 +162,17 @@ CROPS: dict[str, CropRule] = {
     ),
     "centre": lambda width, height, *_: center_square_window(width, height),
 }
-"""The table of crop rules, by the names in `crop`."""
+"""The crop rules by their names in `crop`."""
 
 
 def find_crop(name: str) -> CropRule:
-    """Return the crop rule of a name.
+    """Return the crop rule with a name.
 
     Args:
         name: the configuration's `crop`.
 
     Raises:
-        UserError: when there is none; lists those there are.
+        UserError: when there is no such rule; the message lists the rules.
     """
     if name not in CROPS:
         raise UserError(f"`crop` = {name!r} is not a crop rule; choose one of {', '.join(CROPS)}")

@@ -1,9 +1,9 @@
-"""What a decoder delivers of a file from its beginning on: the pictures, in order, and what is lost.
+"""Reads the pictures that a decoder delivers from the beginning of a file, in order, and detects losses.
 
-Which pictures a file has is decided by its decoder. The packets alone tell it only for streams of plain kinds
-(`indexing.packets_tell`); all others are decoded and counted, by every reader in the same way.
+The decoder determines which pictures a file has. Packets alone determine them only for plain streams
+(`indexing.packets_tell`); all other streams are decoded and counted, in the same way by every reader.
 
-Imports numpy and PyAV alone, since decode workers share it.
+Decode workers use this module, so it imports only numpy and PyAV.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from av.video.stream import VideoStream
 from avion_dali.data.bitstream import Entry, nal_length_size, picture_traits
 from avion_dali.data.indexing import STRICT, stream_facts
 
-_SEAM_PACKETS = 2  # the mark may come that many packets ahead of the seam
+_SEAM_PACKETS = 2  # the damage mark may precede the seam by this many packets
 
 
 def decode_strictly(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """Decode a file that was just opened; damage is an error where the first keyframe allows it.
+    """Decode a file that was just opened; damage is an error if the first keyframe allows strict decoding.
 
-    Some decoders deliver pictures from before the first keyframe; that others cannot is no damage.
+    Some decoders deliver pictures from before the first keyframe; failures of other decoders are not damage.
 
     Args:
         container: the file, at its beginning.
         stream: its video stream.
 
     Yields:
-        The pictures in the order in which they are shown.
+        The pictures in presentation order.
     """
     packets = _sized_packets(container, stream)
     ahead = _until_keyframe(packets)
@@ -51,18 +51,18 @@ def decode_strictly(container: InputContainer, stream: VideoStream) -> Iterator[
 
 
 def _sized_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """Yield packets without empty ones: the end marker, and frames that an AVI says to repeat."""
+    """Yield packets except empty ones: the end marker, and repeated frames of an AVI file."""
     return (packet for packet in container.demux(stream) if packet.size)
 
 
 def with_damage(packets: Iterable[Packet]) -> Iterator[tuple[Packet, bool]]:
-    """Yield packets, each with whether the container calls it damaged.
+    """Yield each packet with a flag that tells whether the container marks it as damaged.
 
-    At the seam of transport streams that were joined byte by byte its counters jump as they do where packets
-    are lost; there the time goes back as well, and nothing is missing.
+    Where transport streams were joined byte by byte, their counters jump as if packets were lost. At such a
+    seam the time decreases as well, and nothing is missing, so the mark is ignored.
 
     Args:
-        packets: in the order of the file.
+        packets: packets in file order.
     """
     coming, ahead = iter(packets), deque[Packet]()
     while (packet := ahead.popleft() if ahead else next(coming, None)) is not None:
@@ -86,7 +86,7 @@ def _until_keyframe(packets: Iterator[Packet]) -> list[Packet]:
 
 
 def _begins_clean(ahead: list[Packet], stream: VideoStream) -> bool:
-    """Tell whether a strict decoder has nothing to complain of at a stream's first keyframe."""
+    """Return whether a strict decoder accepts a stream's first keyframe."""
     if not ahead or not ahead[-1].is_keyframe:
         return False
     facts = stream_facts(stream)
@@ -99,13 +99,13 @@ def _begins_clean(ahead: list[Packet], stream: VideoStream) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """A picture as its decoder delivered it.
+    """A picture as delivered by its decoder.
 
     Args:
         frame: the picture.
-        number: its place among all delivered ones, from 0.
-        is_whole: False for pictures that are damaged, or that lean on damaged ones.
-        after_loss: what was damaged lies between the whole picture before and this whole one.
+        number: its index among all delivered pictures, from 0.
+        is_whole: False for pictures that are damaged or refer to damaged ones.
+        after_loss: True if damage lies between this undamaged picture and the previous undamaged one.
     """
 
     frame: VideoFrame
@@ -115,14 +115,14 @@ class Delivered:
 
 
 class TolerantReader:
-    """Decodes a file that may be damaged: pictures from an error up to the next keyframe are not whole.
+    """Decodes a file that may be damaged; pictures between an error and the next keyframe are not whole.
 
     Args:
-        container: the file, just opened.
+        container: the file, directly after opening.
         stream: its video stream.
 
-    Its attributes hold after the first picture, and after the last one: `begins_inside`, whether the stream
-    begins inside a group of pictures, and `ends_broken`, whether the end of the file is lost.
+    Two attributes are valid after iteration has started and ended, respectively: `begins_inside`, whether the
+    stream begins inside a group of pictures, and `ends_broken`, whether the end of the file is lost.
     """
 
     def __init__(self, container: InputContainer, stream: VideoStream) -> None:
@@ -138,13 +138,13 @@ class TolerantReader:
         packets = _sized_packets(self._container, self._stream)
         ahead = _until_keyframe(packets)
         self.begins_inside = bool(ahead) and not ahead[0].is_keyframe
-        # FFmpeg's HEVC decoder marks no damaged picture; asked to be strict, it reports the damage.
+        # FFmpeg's HEVC decoder does not mark damaged pictures; in strict mode it reports the damage.
         if self._stream.codec_context.codec.canonical_name == "hevc" and _begins_clean(ahead, self._stream):
             self._stream.codec_context.options = STRICT
         try:
             for packet, is_damaged in with_damage(chain(ahead, packets)):
                 yield from self._decode(packet, is_damaged=is_damaged)
-        except av.FFmpegError:  # from the demuxer: there is no way past it
+        except av.FFmpegError:  # raised by the demuxer, which cannot continue
             self._is_broken = True
         yield from self._decode(None, is_damaged=False)
         self.ends_broken = self._is_broken
@@ -156,7 +156,7 @@ class TolerantReader:
             frames = self._stream.codec_context.decode(packet)
         except av.FFmpegError:
             failed = True
-        # A stream that begins inside a group may fail up to its first keyframe; nothing is lost there.
+        # A stream that begins inside a group may fail up to its first keyframe; this is not a loss.
         self._had_keyframe |= packet is not None and packet.is_keyframe
         if failed and self._had_keyframe:
             self._is_broken = True
@@ -168,12 +168,12 @@ class TolerantReader:
             self._number += 1
 
     def _judge(self, frame: VideoFrame) -> Delivered:
-        """Tell whether a picture is whole, and remember where damage begins and ends."""
+        """Determine whether a picture is whole, and record where damage begins and ends."""
         number = self._number
         if frame.is_corrupt:
             self._is_broken = True
             return Delivered(frame, number, is_whole=False)
-        # What was decoded before the damage may be delivered after it.
+        # Pictures decoded before the damage may be delivered after it.
         is_early = frame.pts is not None and self._broken_from is not None and frame.pts < self._broken_from
         if not self._is_broken or is_early:
             return Delivered(frame, number, is_whole=True)

@@ -1,6 +1,6 @@
-"""Encode one chunk: pictures made upright, small and BT.601, an mp4 that appears only when proven whole.
+"""Encodes one chunk: pictures are made upright, small and BT.601; the mp4 gets its name only after a check.
 
-Runs in chunking workers: imports numpy and PyAV alone.
+This module runs in chunking workers, so it imports only numpy and PyAV.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from avion_dali.data.profiles import COLOR_RANGE_LIMITED, COLORSPACE_BT601, PIX_
 from avion_dali.files import partial_path, put_in_place
 
 _LOOK_SIDE = 16
-# Gray levels by which an encoded picture may differ from its source, and more than from another picture.
+# Limits in gray levels: of the difference to the source picture, and of how much closer another picture may be.
 _MAX_LOOK_DIFFERENCE, _LOOK_SLACK = 16.0, 2.0
 _MAX_OFF_FRAMES = 0.1
-_NEWER_KINDS = 16  # kinds of side data that FFmpeg may have beyond those that PyAV names
+_NEWER_KINDS = 16  # number of side data kinds that FFmpeg may have beyond those known to PyAV
 _SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int"
 
 
 def target_size(width: int, height: int, *, short_side: int) -> tuple[int, int]:
-    """Size of the chunk for a picture: short side as asked or smaller, both sides multiples of 16.
+    """Return the size of a chunk's pictures: the given short side or less, both sides multiples of 16.
 
-    Hardware decoders reuse a session only where the display size equals the coded size, hence the 16. The
-    long side is scaled to the nearest multiple rather than cropped: nothing of the picture is lost, and the
-    aspect is off by at most 8 pixels of the long side (1.6 % of 512), far less than a random-resized crop
-    changes it. Pictures are never enlarged, except that a side below 16 pixels becomes 16.
+    Hardware decoders reuse a session only if the display size equals the coded size, hence the multiples of 16.
+    The long side is scaled to the nearest multiple instead of being cropped: nothing of the picture is lost,
+    and the aspect ratio is off by at most 8 pixels of the long side (1.6 % of 512), far less than by a
+    random-resized crop. Pictures are never enlarged, except that a side below 16 pixels becomes 16.
 
     Args:
-        width: of the upright source picture, square pixels.
-        height: of the upright source picture, square pixels.
-        short_side: wanted short side, a multiple of 16.
+        width: width of the upright source picture in square pixels.
+        height: height of the upright source picture in square pixels.
+        short_side: requested short side, a multiple of 16.
 
     Returns:
         (width, height) in pixels.
@@ -59,22 +59,22 @@ def target_size(width: int, height: int, *, short_side: int) -> tuple[int, int]:
 
 
 def upright_filters(frame: VideoFrame) -> list[str]:
-    """Filters that show a decoded frame as its display matrix asks.
+    """Return the filters that show a decoded frame according to its display matrix.
 
-    The matrix sends a source point (x, y) to (a x + c y, b x + d y), y downwards (FFmpeg,
+    The matrix maps a source point (x, y) to (a x + c y, b x + d y), with y pointing down (FFmpeg,
     libavutil/display.h).
 
     Args:
         frame: a decoded frame.
 
     Returns:
-        FFmpeg filters in order: at most one transposition, then mirrorings.
+        FFmpeg filters in order: at most one transposition, then reflections.
 
     Raises:
-        ValueError: when the matrix turns by something else than quarter turns.
+        ValueError: when the matrix rotates by anything other than quarter turns.
     """
     a, b, c, d = _display_matrix(frame)
-    if not (a or b or c or d):  # no matrix, or one that a writer left empty
+    if not (a or b or c or d):  # no matrix, or an empty one
         return []
     if a and d and not (b or c):
         turned, mirror_x, mirror_y = False, a < 0, d < 0
@@ -86,10 +86,10 @@ def upright_filters(frame: VideoFrame) -> list[str]:
 
 
 def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
-    """Return the numbers a, b, c, d of a frame's display matrix; zeros where it has none."""
+    """Return the numbers a, b, c, d of a frame's display matrix; zeros if it has none."""
     try:
         side_data: Any = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV names all side data of a frame at once, and has no name for newer kinds
+    except ValueError:  # PyAV names all side data of a frame together, and does not know newer kinds
         side_data = _with_nameable_side_data(frame).side_data.get("DISPLAYMATRIX")
     if side_data is None:
         return 0, 0, 0, 0
@@ -98,7 +98,7 @@ def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
 
 
 def _with_nameable_side_data(frame: VideoFrame) -> VideoFrame:
-    """Return a frame without the kinds of side data that this PyAV has no name for (EXIF, view ids)."""
+    """Return a frame without the kinds of side data that this PyAV does not know (EXIF, view ids)."""
     named = max(int(cast(Any, kind).value) for kind in cast(Any, SideDataType))
     graph = Graph()
     graph.threads = 1
@@ -112,10 +112,10 @@ def _with_nameable_side_data(frame: VideoFrame) -> VideoFrame:
 
 
 class PictureFilter:
-    """Filter graph from the decoded frames of one video to the pictures of its chunks.
+    """Filter graph that converts the decoded frames of one video to the pictures of its chunks.
 
-    All pictures have the size that the first one asks for. Where the source changes (joined recordings), later
-    pictures are fitted into that size with black bars.
+    All pictures have the size that is computed for the first one. If the source changes (joined recordings),
+    later pictures are fitted into that size with black bars.
 
     Args:
         pixel_aspect: width of a source pixel divided by its height.
@@ -124,13 +124,13 @@ class PictureFilter:
 
     def __init__(self, pixel_aspect: Fraction, *, short_side: int) -> None:
         self.pixel_aspect = pixel_aspect
-        self.changes = 0  # how often the source changed its size, format or pixels
+        self.changes = 0  # number of changes of the source's size, format or pixel aspect ratio
         self._short_side = short_side
         self._target: tuple[int, int] | None = None
         self._source: tuple[object, ...] | None = None
 
     def __call__(self, frame: VideoFrame) -> VideoFrame:
-        """Turn one decoded frame into a chunk picture.
+        """Convert one decoded frame to a chunk picture.
 
         Args:
             frame: a decoded frame.
@@ -139,7 +139,7 @@ class PictureFilter:
             An upright `yuv420p` picture of the target size, limited-range BT.601.
 
         Raises:
-            ValueError: when the frame is turned by less than a quarter turn.
+            ValueError: when the rotation is not a multiple of a quarter turn.
         """
         source = (frame.width, frame.height, frame.format.name, self.pixel_aspect)
         if source != self._source:
@@ -148,12 +148,12 @@ class PictureFilter:
             self._source = source
         self._graph.vpush(frame)
         picture = self._graph.vpull()
-        picture.pict_type = 0  # else the encoder repeats the source's choice of keyframes
+        picture.pict_type = 0  # otherwise the encoder copies the source's choice of keyframes
         return picture
 
     def _build(self, like: VideoFrame) -> None:
         turns = upright_filters(like)
-        # Scaling comes before turning, on the smaller picture, so its size is the one before the turn.
+        # Scaling precedes rotation, because it makes the picture smaller; its size is that before the rotation.
         turned = "transpose=cclock_flip" in turns
         width, height = max(round(like.width * self.pixel_aspect), 1), like.height
         upright = (height, width) if turned else (width, height)
@@ -161,10 +161,10 @@ class PictureFilter:
             self._target = target_size(*upright, short_side=self._short_side)
         fitted = fit_inside(*upright, self._target)
         new_width, new_height = fitted[::-1] if turned else fitted
-        matrix, colour_range = _source_colour(like)
+        matrix, color_range = _source_color(like)
         steps = [
             f"scale={new_width}:{new_height}:flags={_SCALE_FLAGS}"
-            f":in_color_matrix={matrix}:in_range={colour_range}:out_color_matrix=smpte170m:out_range=tv",
+            f":in_color_matrix={matrix}:in_range={color_range}:out_color_matrix=smpte170m:out_range=tv",
             f"format={PIX_FMT}",
             *turns,
             "setsar=1",
@@ -185,25 +185,25 @@ class PictureFilter:
 
 
 def fit_inside(width: int, height: int, target: tuple[int, int]) -> tuple[int, int]:
-    """Return the even size that fills a target but for bars; the target itself where the shapes agree.
+    """Return the even size that fills a target except for bars; the target itself if the shapes agree.
 
     Args:
-        width: of an upright picture of square pixels.
-        height: of that picture.
+        width: width of an upright picture in square pixels.
+        height: height of this picture.
         target: (width, height) to fill.
     """
     scale = min(target[0] / width, target[1] / height)
-    # Sides of the target are rounded to 16 pixels: so much of a difference in shape is none.
+    # The sides of the target are rounded to 16 pixels, so a difference of this size is ignored.
     if max(abs(width * scale - target[0]), abs(height * scale - target[1])) <= 16:
         return target
     fitted = (width * scale, height * scale)
     return max(round(fitted[0] / 2) * 2, 2), max(round(fitted[1] / 2) * 2, 2)
 
 
-def _source_colour(frame: VideoFrame) -> tuple[str, str]:
-    """Matrix and range of a source in the scale filter's words; what is untagged counts as limited BT.601.
+def _source_color(frame: VideoFrame) -> tuple[str, str]:
+    """Return matrix and range of a source in terms of the scale filter; untagged sources are limited BT.601.
 
-    That is FFmpeg's own assumption, and so what untagged videos were trained on so far.
+    This is FFmpeg's assumption as well, so it keeps the colors with which untagged videos were trained so far.
     """
     if frame.format.is_rgb:
         return "auto", "auto"
@@ -217,12 +217,12 @@ def _source_colour(frame: VideoFrame) -> tuple[str, str]:
 
 
 class ChunkWriter:
-    """Writes one chunk under a temporary name; `finish` proves it and gives it its own.
+    """Writes one chunk under a temporary name; `finish` verifies it and gives it its final name.
 
-    As a context manager it deletes what an error left unfinished.
+    As a context manager, it deletes an unfinished file after an error.
 
     Args:
-        path: the chunk to make.
+        path: the chunk to create.
         profile: how to encode it.
         fps: constant frame rate.
     """
@@ -233,17 +233,17 @@ class ChunkWriter:
         self._fps = fps
         self._frames = 0
         self._partial = partial_path(path)
-        # An absolute path: FFmpeg takes what stands before a colon for a protocol.
+        # An absolute path, because FFmpeg interprets the part before a colon as a protocol.
         self._container = av.open(
             str(self._partial.absolute()), "w", format="mp4", options={"movflags": "+faststart"}
         )
         self._stream: VideoStream | None = None
 
     def write(self, picture: VideoFrame) -> None:
-        """Append a picture; all must have one size.
+        """Append a picture; all pictures must have the same size.
 
         Args:
-            picture: YUV 4:2:0, as `PictureFilter` makes them.
+            picture: YUV 4:2:0, as created by `PictureFilter`.
 
         Raises:
             OSError: when the file cannot be written, for example because the disk is full.
@@ -256,14 +256,14 @@ class ChunkWriter:
         self._frames += 1
 
     def finish(self, looks: Mapping[int, np.ndarray] | None = None) -> None:
-        """Complete the file, read it back and give it its name.
+        """Complete the file, read it back and give it its final name.
 
         Args:
             looks: see `verify_chunk`.
 
         Raises:
             OSError: when the file cannot be written.
-            DecodeError: when what was written does not read back as intended.
+            DecodeError: when the file that is read back differs from what was written.
         """
         assert self._stream is not None, "a chunk has at least one picture"
         with _write_errors(self._partial):
@@ -279,7 +279,7 @@ class ChunkWriter:
         assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, PIX_FMT
         stream.gop_size = self._profile.gop
-        stream.thread_count = 1  # the parallelism is over videos
+        stream.thread_count = 1  # videos are encoded in parallel
         stream.colorspace, stream.color_range = COLORSPACE_BT601, COLOR_RANGE_LIMITED
         stream.codec_context.time_base = 1 / self._fps
         return stream
@@ -290,14 +290,14 @@ class ChunkWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        with suppress(av.FFmpegError):  # closing writes the index, which may fail once more
+        with suppress(av.FFmpegError):  # closing writes the index, which may fail again
             self._container.close()
         self._partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def _write_errors(path: Path) -> Iterator[None]:
-    """Tell FFmpeg's errors in writing from those in reading the source, which happen in turns."""
+    """Distinguish FFmpeg's write errors from errors in reading the source, which alternates with writing."""
     try:
         yield
     except av.FFmpegError as error:
@@ -305,17 +305,17 @@ def _write_errors(path: Path) -> Iterator[None]:
 
 
 def write_chunk(path: Path, pictures: Iterable[VideoFrame], *, profile: EncodeProfile, fps: Fraction) -> None:
-    """Write one chunk; it appears under its name when it is complete and proven, or not at all.
+    """Write one chunk; it appears under its name only when it is complete and verified.
 
     Args:
-        path: the chunk to make.
-        pictures: at least one, all of one size.
+        path: the chunk to create.
+        pictures: at least one picture, all of one size.
         profile: how to encode it.
         fps: constant frame rate.
 
     Raises:
         OSError: when the file cannot be written.
-        DecodeError: when what was written does not read back as intended.
+        DecodeError: when the file that is read back differs from what was written.
     """
     with ChunkWriter(path, profile, fps=fps) as writer:
         for picture in pictures:
@@ -324,7 +324,7 @@ def write_chunk(path: Path, pictures: Iterable[VideoFrame], *, profile: EncodePr
 
 
 def look_of(picture: VideoFrame) -> np.ndarray:
-    """Return what a picture looks like in 16 x 16 gray levels, float32.
+    """Return a thumbnail of a picture: 16 x 16 gray levels, float32.
 
     Args:
         picture: a chunk picture; its sides are multiples of 16.
@@ -343,26 +343,26 @@ def verify_chunk(
     size: tuple[int, int],
     looks: Mapping[int, np.ndarray] | None = None,
 ) -> None:
-    """Check a chunk's facts, decode all of it and compare some pictures with what they should show.
+    """Check a chunk's facts, decode all of it, and compare some pictures with their source pictures.
 
     Args:
         path: the file.
-        frames: frames it must hold.
+        frames: number of frames it must have.
         fps: constant rate it must have.
         size: (width, height) it must have.
-        looks: `look_of` the source pictures by the place that their own times give them in the chunk.
+        looks: `look_of` source pictures by their position in the chunk, as computed from their own times.
 
     Raises:
-        DecodeError: `corrupt`, naming what differs.
+        DecodeError: `corrupt`; the message states the difference.
     """
     facts = probe_chunk(path)
-    # A short chunk fits several rates (29.97 and 30000/1001): what counts is when its last frame comes.
+    # A short chunk fits several rates (29.97 and 30000/1001), so the time of its last frame is compared.
     off = abs((frames - 1) / facts.fps - (frames - 1) / fps) * fps
     found = (facts.num_frames, facts.is_cfr, facts.width, facts.height)
     if found != (frames, True, *size) or off > _MAX_OFF_FRAMES:
         raise _unfit(
             path,
-            f"holds (frames, fps, constant, width, height) {(found[0], facts.fps, *found[1:])}, "
+            f"has (frames, fps, constant, width, height) {(found[0], facts.fps, *found[1:])}, "
             f"not {(frames, fps, True, *size)}",
         )
     times, shown = [], {}
@@ -380,14 +380,14 @@ def verify_chunk(
 def _compare(
     path: Path, looks: Mapping[int, np.ndarray], *, shown: Mapping[int, np.ndarray], fps: Fraction
 ) -> None:
-    """Make sure that each picture is the one of its time, rather than one of the others."""
+    """Check that each picture matches the source picture of its time better than the other pictures do."""
     for number, look in looks.items():
         found = shown.get(number)
         own = np.inf if found is None else float(np.abs(found - look).mean())
         others = [np.abs(found - other).mean() for other in looks.values()] if found is not None else []
         if own > _MAX_LOOK_DIFFERENCE or own > min(others) + _LOOK_SLACK:
             at = float(number / fps)
-            raise _unfit(path, f"shows another picture {at:.2f} s after its start than the source does then")
+            raise _unfit(path, f"shows a different picture than the source {at:.2f} s after its start")
 
 
 def _unfit(path: Path, cause: str) -> DecodeError:

@@ -1,6 +1,6 @@
-"""Make a chunk's packet index while its packets pass by, and decoders that need no container.
+"""Creates the packet index of a chunk during demuxing, and decoders that need no container.
 
-Imports numpy and PyAV alone, since decode workers share it.
+Decode workers use this module, so it imports only numpy and PyAV.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from avion_dali.data.bitstream import (
 )
 from avion_dali.data.packet_index import PacketPlaces, StreamFacts, pack_index, table_of
 
-# Codecs whose packets a decoder takes as they lie in the file, one picture each.
+# Codecs whose decoders accept packets as stored in the file, with one picture each.
 INDEXED_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mjpeg"})
-# Damaged slices are an error, not something to paint over.
+# Damaged slices raise an error instead of being concealed.
 STRICT = {"err_detect": "explode"}
-# H.264 need not say how far its pictures are reordered. Then FFmpeg guesses, and loses frames until it has
-# guessed enough; asked to be compliant, it goes by what the level allows.
+# H.264 streams need not state how far their pictures are reordered. FFmpeg then guesses, and loses frames until
+# the guess is large enough; in strict mode, it uses the limit of the level instead.
 _ORDERED = {"strict": "1"}
-# FFmpeg's own AV1 decoder only drives hardware.
+# FFmpeg's built-in AV1 decoder only supports hardware decoding.
 _DECODER_NAMES = {"av1": "libdav1d"}
 _PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE; 0 is unknown, more is interlaced
-_HEADERS_WITHIN = 4096  # what is said of a stream comes ahead of its first picture
+_HEADERS_WITHIN = 4096  # information about a stream precedes its first picture
 _X264_BUILD = re.compile(rb"x264 - core *(\d{1,4})")
-# Matroska and AVI point at a small header before the payload.
+# In Matroska and AVI, packet positions refer to a small header before the payload.
 _PAYLOAD_WITHIN = 64
 
 
 def stream_facts(stream: VideoStream) -> StreamFacts:
-    """Return what a decoder must be told of a stream.
+    """Return the properties of a stream that a decoder needs.
 
     Args:
-        stream: of an open container.
+        stream: stream of an open container.
     """
     context = stream.codec_context
     return StreamFacts(
@@ -62,9 +62,9 @@ def stream_facts(stream: VideoStream) -> StreamFacts:
 
 
 def tells_order(container: InputContainer, stream: VideoStream) -> bool:
-    """Tell whether packets carry the times at which their pictures are shown.
+    """Return whether packets have the times at which their pictures are shown.
 
-    AVI stores none; where a codec reorders pictures, what FFmpeg gives in their place is a guess.
+    AVI does not store them; if a codec reorders pictures, the times from FFmpeg are guesses.
 
     Args:
         container: an open file.
@@ -74,10 +74,10 @@ def tells_order(container: InputContainer, stream: VideoStream) -> bool:
 
 
 def is_plain(container: InputContainer, stream: VideoStream) -> bool:
-    """Tell whether packets can tell which pictures the decoder delivers: one each, at its own time.
+    """Return whether packets can determine the pictures that the decoder delivers: one each, at its own time.
 
-    Other codecs have packets without a picture of their own, pictures that replace others, or decoders that
-    deliver more or less than the keyframe flags promise.
+    Other codecs have packets without a picture, pictures that replace others, or decoders that deliver more or
+    fewer pictures than the keyframe flags indicate.
 
     Args:
         container: an open file.
@@ -85,39 +85,39 @@ def is_plain(container: InputContainer, stream: VideoStream) -> bool:
     """
     codec = stream.codec_context.codec
     if codec.canonical_name == "h264" and int(stream.codec_context.field_order) > _PROGRESSIVE:
-        return False  # a packet may hold one field or two
+        return False  # a packet may contain one field or two
     if stream.codec_context.pix_fmt == "pal8":
-        return False  # only the first packet may bring the palette
+        return False  # the palette may be only in the first packet
     return (codec.canonical_name in INDEXED_CODECS or codec.intra_only) and tells_order(container, stream)
 
 
 def packets_tell(first: Packet, traits: PictureTraits, *, pts: Sequence[int | None], pix_fmt: str) -> bool:
-    """Tell whether the packets of a plain stream, from its first one on, settle what its decoder delivers.
+    """Return whether the packets of a plain stream, from its first one on, determine what its decoder delivers.
 
     Args:
         first: the file's first packet.
-        traits: of that packet.
-        pts: times of the packets so far, in decode order.
+        traits: traits of this packet.
+        pts: times of the packets read so far, in decode order.
         pix_fmt: FFmpeg's name of the pixel format.
     """
     if traits.entry == Entry.NONE or any(time is None or time < (pts[0] or 0) for time in pts):
-        return False  # it begins inside a group, or shows pictures ahead of its first one
+        return False  # it begins inside a group, or shows pictures before its first one
     return len(set(pts)) == len(pts) and not is_of_old_build(first, pix_fmt=pix_fmt)
 
 
 def changes_settings(packet: Packet) -> bool:
-    """Tell whether the container hands new settings to the decoder beside a packet, for all that follow.
+    """Return whether the container attaches new settings for all further packets to a packet.
 
     Args:
-        packet: of any stream.
+        packet: packet of any stream.
     """
     return packet.has_sidedata("new_extradata") or packet.has_sidedata("param_change")
 
 
 def is_of_old_build(first: Packet, *, pix_fmt: str) -> bool:
-    """Tell whether FFmpeg decodes a stream in another way because an old build of x264 wrote it.
+    """Return whether FFmpeg decodes a stream differently because an old build of x264 wrote it.
 
-    It learns that from the first packet alone: decoding cannot start anywhere else.
+    FFmpeg reads this information only from the first packet, so decoding cannot start anywhere else.
 
     Args:
         first: the file's first packet.
@@ -129,11 +129,11 @@ def is_of_old_build(first: Packet, *, pix_fmt: str) -> bool:
 
 
 def make_decoder(stream: StreamFacts, *, strict: bool) -> VideoCodecContext:
-    """Make a decoder that runs on the caller's thread.
+    """Create a decoder that runs on the caller's thread.
 
     Args:
-        stream: what it will decode.
-        strict: fail on damaged slices instead of painting over them.
+        stream: properties of the stream to decode.
+        strict: whether to fail on damaged slices instead of concealing them.
     """
     name = _DECODER_NAMES.get(stream.codec, stream.codec)
     context = av.CodecContext.create(name, "r")
@@ -147,10 +147,10 @@ def make_decoder(stream: StreamFacts, *, strict: bool) -> VideoCodecContext:
 
 
 def make_packet(payload: bytes, pts: int) -> Packet:
-    """Make a packet that a decoder may safely read.
+    """Create a packet that a decoder can read safely.
 
-    Decoders read some bytes beyond a packet's end and take them for zeros. PyAV's `Packet(payload)` ends where
-    the bytes object ends; a packet made by its size is longer than it says.
+    Decoders read some bytes beyond the end of a packet and expect zeros. PyAV's `Packet(payload)` ends with the
+    bytes object; a packet that is created by its size has additional space.
 
     Args:
         payload: a coded picture.
@@ -163,10 +163,11 @@ def make_packet(payload: bytes, pts: int) -> Packet:
 
 
 class TraitsReader:
-    """Reads the traits of a stream's packets, met in decode order.
+    """Reads the traits of a stream's packets in decode order.
 
-    Where packets bring parameter sets that the stream's header lacks (files joined without encoding), later
-    keyframes that do not repeat them are no entries: a decoder that starts there lacks them, too.
+    If packets contain parameter sets that are not in the stream's header (files joined without encoding), later
+    keyframes that do not repeat these sets are not entries, because a decoder that starts there has no access
+    to them.
 
     Args:
         stream: the stream.
@@ -178,10 +179,10 @@ class TraitsReader:
         self._replaced = False
 
     def read(self, packet: Packet) -> PictureTraits:
-        """Read one packet.
+        """Read the traits of one packet.
 
         Args:
-            packet: not empty.
+            packet: the next packet; not empty.
         """
         data, codec, length_size = bytes(packet), self._codec, self._length_size
         traits = picture_traits(data, codec=codec, length_size=length_size, is_keyframe=packet.is_keyframe)
@@ -191,12 +192,12 @@ class TraitsReader:
 
 
 class PacketCollector:
-    """Gathers the packets of one file for its index.
+    """Collects the packets of one file for its index.
 
     Args:
-        file: descriptor of the file; every packet must lie in it just as the demuxer gives it.
+        file: descriptor of the file; it must contain every packet exactly as the demuxer returns it.
         container: the same file, opened.
-        stream: the stream whose packets come.
+        stream: the stream whose packets are collected.
     """
 
     def __init__(self, file: int, container: InputContainer, stream: VideoStream) -> None:
@@ -212,10 +213,10 @@ class PacketCollector:
         self._places: list[tuple[int, int, int]] = []
 
     def add(self, packet: Packet) -> None:
-        """Take the next packet in decode order.
+        """Add the next packet in decode order.
 
         Args:
-            packet: not empty; the first is a keyframe.
+            packet: a packet that is not empty; the first one is a keyframe.
         """
         if not self._usable:
             return
@@ -232,10 +233,10 @@ class PacketCollector:
         self._places.append((offset, len(data), zlib.crc32(data)))
 
     def record(self, shown: np.ndarray) -> bytes:
-        """Return the packed index, or nothing where this file cannot have one.
+        """Return the packed index; empty if this file cannot have one.
 
         Args:
-            shown: times in ticks, ascending, of the frames that decoding the file gives.
+            shown: ascending times in ticks of the frames that decoding the file delivers.
         """
         if not self._usable or not self._places:
             return b""
@@ -253,14 +254,14 @@ class PacketCollector:
         return pack_index(self._stream, table, places=PacketPlaces(offset, size, crc))
 
     def _find(self, position: int | None, data: bytes) -> int | None:
-        """Return where a packet's bytes begin in the file, or None when they do not lie there as they are."""
+        """Return the position of a packet's bytes in the file, or None if they are not stored as they are."""
         if position is None or position < 0:
             return None
         found = os.pread(self._file, len(data) + _PAYLOAD_WITHIN, position).find(data)
         return position + found if found >= 0 else None
 
     def _ranks_by_decoding(self) -> list[int]:
-        """Return each packet's place in presentation order as a decoder gives it; empty when it drops any."""
+        """Return each packet's rank in presentation order, found by decoding; empty if any is dropped."""
         decoder = make_decoder(self._stream, strict=False)
         delivered: list[int] = []
         for number, (offset, size, _) in enumerate(self._places):

@@ -1,6 +1,6 @@
-"""Find recordings that were joined byte by byte where readers stop at the end of the first one.
+"""Finds files in which recordings were joined byte by byte and readers stop at the end of the first one.
 
-Streams without an index (MPEG, elementary, Matroska) are read on; mp4, AVI and FLV are not.
+Streams without an index (MPEG, elementary, Matroska) are read to the end of the file; mp4, AVI and FLV are not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 
 
 def find_unread_recording(path: str | os.PathLike[str]) -> int | None:
-    """Return the first byte of another recording in a file, which its readers do not reach; None without one.
+    """Return the first byte of another recording that readers of a file do not reach; None if there is none.
 
     Args:
         path: a video file.
@@ -34,7 +34,7 @@ def find_unread_recording(path: str | os.PathLike[str]) -> int | None:
 
 
 def _second_mp4(file: BinaryIO, size: int) -> int | None:
-    """Walk over the outermost boxes (ISO/IEC 14496-12, section 4.2) to a second file type box."""
+    """Search the top-level boxes (ISO/IEC 14496-12, section 4.2) for a second file type box."""
     at, types = 0, 0
     while at + 16 <= size:
         file.seek(at)
@@ -44,14 +44,14 @@ def _second_mp4(file: BinaryIO, size: int) -> int | None:
         if types > 1:
             return at
         length = int.from_bytes(head[8:], "big") if length == 1 else length
-        if length < 8:  # to the end of the file, or damaged
+        if length < 8:  # extends to the end of the file, or is damaged
             return None
         at += length
     return None
 
 
 def _second_riff(file: BinaryIO, size: int) -> int | None:
-    """Walk over the outermost chunks to a second beginning of an AVI; its continuations are called AVIX."""
+    """Search the top-level chunks for a second start of an AVI file; its continuations have the type AVIX."""
     at, number = 0, 0
     while at + 12 <= size:
         file.seek(at)

@@ -1,4 +1,4 @@
-"""The manifest: what can be trained on, as memory-mapped Arrow tables.
+"""The manifest: lists the samples of a dataset in memory-mapped Arrow tables.
 
 A manifest is a folder; `manifest.json` says how it was made and which files it consists of (see
 `manifest_files.py`). `chunks.arrow` holds one row per chunk file with its probed facts, sorted by (video,
@@ -68,11 +68,11 @@ class Manifest:
     """An opened manifest.
 
     Args:
-        folder: what `avion-dali manifest` wrote.
-        chunk_root: where the chunk files are now, when they moved since; by default where they were.
+        folder: folder written by `avion-dali manifest`.
+        chunk_root: current folder of the chunk files, if they were moved; by default the recorded one.
 
     Raises:
-        UserError: when the folder is not a manifest, or of another format version.
+        UserError: when the folder is not a manifest, or has another format version.
     """
 
     def __init__(self, folder: str | Path, *, chunk_root: str | Path | None = None) -> None:
@@ -85,17 +85,17 @@ class Manifest:
         self._chunks, self._samples = self.table(CHUNKS_FILE), self.table(SAMPLES_FILE)
         self._chunk_columns: dict[int, ChunkColumns] = {}
         self._sample_columns: dict[int, SampleColumns] = {}
-        # Reading the timestamps of a variable-rate chunk costs milliseconds, and clips share chunks.
+        # Reading the timestamps of a variable-rate chunk takes milliseconds, and clips share chunks.
         self._recent_chunk = lru_cache(maxsize=1024)(self._read_chunk)
         self._fps = lru_cache(maxsize=1024)(Fraction)
         rows = (self._chunks.num_rows, self._samples.num_rows)
         if rows != (self.info["num_chunks"], self.info["num_samples"]):
             raise UserError(
-                f"{self.folder}: tables have {rows} rows, manifest.json says otherwise; build it again"
+                f"{self.folder}: tables have {rows} rows, but manifest.json has other numbers; build it again"
             )
 
     def __reduce__(self) -> tuple[type[Manifest], tuple[Path], dict[str, str]]:
-        # Another process opens the folder itself: tables are memory-mapped, and caches are its own.
+        # Another process opens the folder itself, because tables are memory-mapped and caches are not shared.
         return Manifest, (self.folder.absolute(),), {"chunk_root": self.chunk_root}
 
     def __setstate__(self, state: dict[str, str]) -> None:
@@ -129,12 +129,12 @@ class Manifest:
 
     @property
     def fingerprint(self) -> int:
-        """Checksum of both tables: the same rows, wherever the chunks lie."""
+        """Checksum of both tables; it does not depend on the location of the chunks."""
         return int(self.info["fingerprint"])
 
     @property
     def num_samples(self) -> int:
-        """Number of clips."""
+        """Number of samples."""
         return self._samples.num_rows
 
     @property
@@ -143,7 +143,7 @@ class Manifest:
         return self._chunks.num_rows
 
     def sample(self, row: int) -> Sample:
-        """Return one clip's row.
+        """Return one row as a sample.
 
         Args:
             row: in [0, num_samples).
@@ -162,11 +162,11 @@ class Manifest:
         )
 
     def samples(self) -> Iterator[Sample]:
-        """Yield all clips' rows, in order."""
+        """Yield all rows as samples, in order."""
         return map(self.sample, range(self.num_samples))
 
     def span(self, row: int) -> tuple[int, int, float, float]:
-        """Return (first chunk, number of chunks, start in seconds, end in seconds) of one clip.
+        """Return (first chunk, number of chunks, start in seconds, end in seconds) of one row.
 
         Args:
             row: in [0, num_samples).
@@ -175,7 +175,7 @@ class Manifest:
         return columns.first_chunk[i], columns.num_chunks[i], columns.start_s[i], columns.end_s[i]
 
     def label(self, row: int) -> int:
-        """Return one clip's class index, or -1.
+        """Return the class index of one row, or -1.
 
         Args:
             row: in [0, num_samples).
@@ -185,7 +185,7 @@ class Manifest:
         return label
 
     def num_texts(self, row: int) -> int:
-        """Return how many narrations one clip has.
+        """Return the number of texts of one row.
 
         Args:
             row: in [0, num_samples).
@@ -194,17 +194,17 @@ class Manifest:
         return len(columns.tokens.range(i))
 
     def tokens(self, row: int, text: int) -> tuple[int, ...]:
-        """Return the token ids of one narration.
+        """Return the token ids of one text.
 
         Args:
             row: in [0, num_samples).
-            text: which of the clip's texts, in [0, num_texts(row)).
+            text: index of the text, in [0, num_texts(row)).
         """
         columns, i = self._locate_sample(row)
         return columns.token_ids(columns.tokens.range(i)[text])
 
     def chunk(self, row: int) -> Chunk:
-        """Return one chunk's facts.
+        """Return the facts of one chunk.
 
         Args:
             row: in [0, num_chunks).
@@ -249,12 +249,12 @@ class Manifest:
 
 
 class IndexWriter:
-    """Writes the packet indexes of a manifest as they are made.
+    """Writes the packet indexes of a manifest as they are created.
 
-    As a context manager: what an error leaves unfinished is deleted.
+    As a context manager, it deletes an unfinished file after an error.
 
     Args:
-        folder: the manifest's folder; it is made.
+        folder: folder of the manifest; created if it does not exist.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -265,13 +265,13 @@ class IndexWriter:
         self._end = 0
 
     def add(self, record: bytes) -> PacketIndexRef | None:
-        """Append a chunk's record.
+        """Append the record of a chunk.
 
         Args:
-            record: from `ChunkFacts.packet_index`; an empty one is not stored.
+            record: from `ChunkFacts.packet_index`; empty records are not stored.
 
         Returns:
-            Where it lies, or None for an empty one.
+            Location of the record, or None if it is empty.
         """
         if not record:
             return None
@@ -281,7 +281,7 @@ class IndexWriter:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all records so far."""
+        """Size of all records so far in bytes."""
         return self._end
 
     def finish(self, path: Path | None = None) -> None:
@@ -312,23 +312,23 @@ def write_manifest(
     info: dict[str, Any] | None = None,
     index: IndexWriter | None = None,
 ) -> None:
-    """Write a manifest folder; an old manifest in it stays whole until all of the new one is written.
+    """Write a manifest folder; an existing manifest is kept until the new one is completely written.
 
-    Rows are written as they come: memory does not grow with their number.
+    Rows are written in batches, so memory use does not depend on their number.
 
     Args:
-        folder: where to write; its parents are made.
-        chunk_root: the folder that the chunks' paths are stored relative to.
+        folder: folder to write; created with its parents if it does not exist.
+        chunk_root: folder to which the stored chunk paths are relative.
         chunks: all chunk rows, sorted by (video, start).
-        samples: all clip rows; their `first_chunk` counts the rows of `chunks`.
-        captions: captions that the rows are graded against, with one row of grades a sample.
-        classes: what the rows' labels count.
-        info: further facts for `manifest.json`; read after the last row.
-        index: the chunks' indexes, all added, which are finished here; by default they are in the folder.
+        samples: all samples; their `first_chunk` is an index into `chunks`.
+        captions: captions with their relevancy, which has one row per sample.
+        classes: class table of the labels.
+        info: further facts for `manifest.json`; read after the last row is written.
+        index: the packet indexes, all added, which are finished here; by default those in the folder are used.
 
     Raises:
-        UserError: when the grades do not fit the rows or leave [0, 1].
-        ValueError: when a label is no class.
+        UserError: when the relevancy does not fit the rows or is not in [0, 1].
+        ValueError: when a label is not a class index.
     """
     folder, root = Path(folder), str(Path(chunk_root).resolve())
     with new_build(folder) as build:
@@ -395,5 +395,5 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: this version reads manifests of format {versions}; build it again")
     absent = [key for key, kind in _REQUIRED_FACTS.items() if not isinstance(info.get(key), kind)]
     if absent:
-        raise UserError(f"{path} lacks {', '.join(absent)}; build the manifest again")
+        raise UserError(f"{path} has no {', '.join(absent)}; build the manifest again")
     return info

@@ -1,4 +1,4 @@
-"""Which samples form which batch: pure functions of (seed, epoch, step, rank)."""
+"""Determines which samples form which batch, as pure functions of (seed, epoch, step, rank)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from avion_dali.contracts import UserError
 from avion_dali.data.randomness import generator
 
 
-@lru_cache(maxsize=1)  # steps come in order, so the epoch before is not asked for again
+@lru_cache(maxsize=1)  # steps are requested in order, so earlier epochs are not needed again
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of one training epoch: a permutation of all rows, another one each epoch.
+    """Return the order of one training epoch: a different permutation of all rows for each epoch.
 
-    Four bytes per row where they suffice: 35,000,000 rows take 140 MB per rank.
+    Four bytes per row are used if they suffice: 35,000,000 rows take 140 MB per rank.
 
     Args:
-        num_samples: rows to order.
+        num_samples: number of rows.
         seed: the run's seed.
         epoch: epoch number, >= 0.
 
     Returns:
-        int32 array (num_samples,), int64 from 2^31 rows on, read-only.
+        int32 array (num_samples,), or int64 from 2^31 rows on; read-only.
     """
     order = np.arange(num_samples, dtype=np.int32 if num_samples <= 1 << 31 else np.int64)
     generator("order", seed=seed, epoch=epoch).shuffle(order)
@@ -33,29 +33,29 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """The clips of every micro-batch of one rank.
+    """Determines the clips of every micro-batch of one rank.
 
-    In training each sample gives one clip. In evaluation a sample may give several, which are neighbors: clip c
+    In training, each sample has one clip. In evaluation, a sample may have several, which are neighbors: clip c
     is clip `c % clips_per_sample` of sample `c // clips_per_sample`.
 
-    Global batch k of an epoch is the same set of clips for any number of ranks and any micro-batch: it is a
-    slice of the epoch's order, cut into equal contiguous shares for the ranks, and each share into
+    Global batch k of an epoch consists of the same clips for any number of ranks and any micro-batch: it is a
+    slice of the epoch's order, which is divided into equal contiguous parts for the ranks, and each part into
     micro-batches.
 
     Args:
         num_samples: rows of the manifest.
         global_batch: clips per optimizer step over all ranks.
         micro_batch: clips per forward pass on one rank.
-        rank: this process.
+        rank: rank of this process.
         world_size: number of processes.
         seed: the run's seed.
-        training: shuffle each epoch anew and drop the last partial global batch; else keep the
-            manifest's order and drop nothing.
-        clips_per_sample: clips made from each row of the manifest; 1 in training.
+        training: True shuffles each epoch and drops the last partial global batch; False keeps the order of the
+            manifest and drops nothing.
+        clips_per_sample: clips per row of the manifest; 1 in training.
 
     Raises:
-        UserError: when the sizes do not divide, or a training set is smaller than one global batch.
-        ValueError: when several clips per sample are asked for in training.
+        UserError: when the sizes are not divisible, or a training set is smaller than one global batch.
+        ValueError: when several clips per sample are requested in training.
     """
 
     num_samples: int
@@ -84,7 +84,7 @@ class BatchSchedule:
 
     @property
     def num_clips(self) -> int:
-        """Clips to choose from in an epoch over all ranks: `num_samples * clips_per_sample`."""
+        """Number of clips of all ranks in an epoch before dropping: `num_samples * clips_per_sample`."""
         return self.num_samples * self.clips_per_sample
 
     @property
@@ -103,11 +103,11 @@ class BatchSchedule:
 
         Args:
             step: optimizer step counted over all epochs.
-            micro: which micro-batch of the step, in [0, accum_steps).
+            micro: index of the micro-batch in the step, in [0, accum_steps).
 
         Returns:
-            The epoch and an int64 array of clip numbers in [0, num_clips), in training the same as sample ids.
-            It is shorter than `micro_batch`, or empty, only at the end of an evaluation.
+            The epoch and an int64 array of clip indices in [0, num_clips); in training, these are sample ids.
+            The array is shorter than `micro_batch`, or empty, only at the end of an evaluation.
         """
         epoch, batch = divmod(step, self.steps_per_epoch)
         share = self.global_batch // self.world_size

@@ -1,12 +1,12 @@
-"""The packet index of a chunk: where each coded picture lies in the file, its checksum, and how it is used.
+"""The packet index of a chunk: position, checksum and role of each coded picture in the file.
 
-With it a clip is a few `pread`s: no container is opened, and no byte reaches a decoder unchecked. One record
-a chunk; records lie one after another in the manifest's `packets.bin`. A record is a head (stream facts and a
-directory, checksummed) and blocks of packets. A block begins at a keyframe that parts the file cleanly: what
-comes after it in the file is also shown after it. A clip therefore reads only the blocks that its frames lie
-in, however long the file is.
+With the index, a clip is read by a few `pread`s, without opening a container, and all bytes are verified before
+they reach a decoder. There is one record per chunk; the manifest's `packets.bin` is their concatenation. A
+record consists of a head (stream facts and a directory, with a checksum) and blocks of packets. A block starts
+at a keyframe that divides the file cleanly: all packets after it in the file are also shown after it. A clip
+therefore reads only the blocks of its frames, regardless of the length of the file.
 
-Numbers of a block are stored in byte planes and deflated, except the checksums, which do not compress.
+The numbers of a block are stored in byte planes and deflated, except the checksums, which do not compress.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from avion_dali.data.bitstream import Entry, PictureTraits
 
-# Enough that deflating pays (a 15 s chunk has one or two blocks), few enough that unpacking costs 50 us.
+# Large enough for deflating (a 15 s chunk has one or two blocks), small enough to unpack in 50 us.
 PACKETS_PER_BLOCK = 256
 
 _MAGIC, _MAGIC_WITHOUT_CHECKSUMS = b"PKT2", b"PKT1"
@@ -34,20 +34,20 @@ _FIRST_READ = 2048  # covers the head of any but very long files, and all of a 1
 
 
 class IndexDamagedError(ValueError):
-    """A record of the packet index is not what was written; the message says how."""
+    """A record of the packet index is damaged; the message states how."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamFacts:
-    """What a decoder must be told of a stream besides its packets.
+    """Properties of a stream that a decoder needs besides its packets.
 
     Args:
         codec: FFmpeg's codec name, such as `h264`.
         extradata: parameter sets as the container stores them.
         width: coded width in pixels.
         height: coded height in pixels.
-        colorspace: FFmpeg's AVColorSpace number, as the container says it.
-        color_range: FFmpeg's AVColorRange number, as the container says it.
+        colorspace: FFmpeg's AVColorSpace number, as stated by the container.
+        color_range: FFmpeg's AVColorRange number, as stated by the container.
     """
 
     codec: str
@@ -60,15 +60,15 @@ class StreamFacts:
 
 @dataclass(frozen=True, slots=True)
 class PacketTable:
-    """Packets of a file, or of a part of it that decodes alone, in decode order.
+    """Packets of a file, or of a separately decodable part of it, in decode order.
 
     Args:
-        pts: int64 (P,), presentation times or ranks, all different.
+        pts: int64 (P,), presentation times or ranks; unique.
         entry: uint8 (P,), an `Entry`: whether decoding can start here.
-        is_reference: bool (P,), False for pictures that no other of the same layer refers to.
+        is_reference: bool (P,), False for pictures to which no other picture of the same layer refers.
         layer: uint8 (P,), temporal layer.
-        order: int64 (F,), decode position of the f-th frame in presentation order. Frames that an edit list
-            hides, or that nobody can decode, are no frames.
+        order: int64 (F,), decode position of the f-th frame in presentation order. Pictures that an edit list
+            hides, or that cannot be decoded, are not frames.
     """
 
     pts: np.ndarray
@@ -80,12 +80,12 @@ class PacketTable:
 
 @dataclass(frozen=True, slots=True)
 class PacketPlaces:
-    """Where packets lie in their file.
+    """Positions of packets in their file.
 
     Args:
-        offset: int64 (P,), first byte.
-        size: int64 (P,), bytes.
-        crc: uint32 (P,), CRC-32 of these bytes.
+        offset: int64 (P,), position of the first byte.
+        size: int64 (P,), size in bytes.
+        crc: uint32 (P,), CRC-32 of the bytes.
     """
 
     offset: np.ndarray
@@ -95,12 +95,12 @@ class PacketPlaces:
 
 @dataclass(frozen=True, slots=True)
 class IndexBlock:
-    """The packets of some consecutive frames, which decode without any other packet.
+    """The packets of consecutive frames, which can be decoded without other packets.
 
     Args:
         first_frame: frame id of the first frame.
         table: the packets; `pts` are ranks over the whole file.
-        places: where they lie.
+        places: their positions in the file.
     """
 
     first_frame: int
@@ -109,18 +109,18 @@ class IndexBlock:
 
 
 def table_of(pts: Sequence[int], traits: Sequence[PictureTraits], *, shown: Sequence[bool]) -> PacketTable:
-    """Make a table of packets met in decode order.
+    """Create a table of packets in decode order.
 
     Args:
-        pts: presentation times, all different.
-        traits: of each packet.
-        shown: False for frames that an edit list hides.
+        pts: presentation times; unique.
+        traits: traits of each packet.
+        shown: False for pictures that an edit list hides.
     """
     times = np.array(pts, dtype=np.int64)
     entry = np.array([t.entry for t in traits], dtype=np.uint8)
     visible = np.array(shown, dtype=bool)
     if len(entry):
-        # A file starts where it starts: frames shown before its first picture can be decoded by nobody.
+        # Nothing precedes the first picture, so frames that are shown before it cannot be decoded.
         entry[0] = entry[0] or Entry.OPEN
         visible &= times >= times[0]
     positions = np.flatnonzero(visible)
@@ -134,12 +134,12 @@ def table_of(pts: Sequence[int], traits: Sequence[PictureTraits], *, shown: Sequ
 
 
 def pack_index(stream: StreamFacts, table: PacketTable, *, places: PacketPlaces) -> bytes:
-    """Make the record of a file.
+    """Create the record of a file.
 
     Args:
         stream: facts of the stream.
-        table: all its packets.
-        places: where they lie.
+        table: all packets of the file.
+        places: their positions in the file.
 
     Returns:
         The record.
@@ -175,9 +175,9 @@ def _pack_head(stream: StreamFacts, directory: np.ndarray) -> bytes:
 
 
 def _block_starts(rank: np.ndarray, entry: np.ndarray) -> list[int]:
-    """Decode positions where blocks begin: clean borders, `PACKETS_PER_BLOCK` or more apart."""
+    """Return the decode positions where blocks begin: clean borders at distances >= `PACKETS_PER_BLOCK`."""
     positions = np.arange(len(rank))
-    # Everything before a clean border is shown before it: so many packets, so many ranks.
+    # All packets before a clean border are shown before it, so its rank equals its position.
     shown_before = np.concatenate([[-1], np.maximum.accumulate(rank)[:-1]])
     clean = np.flatnonzero((entry != Entry.NONE) & (rank == positions) & (shown_before < positions))
     starts = [0]
@@ -188,7 +188,7 @@ def _block_starts(rank: np.ndarray, entry: np.ndarray) -> list[int]:
 
 
 def _planes(numbers: np.ndarray) -> bytes:
-    """Store int32 numbers byte plane by byte plane: the high planes are nearly constant and deflate away."""
+    """Store int32 numbers by byte planes: the high planes are nearly constant and compress well."""
     return np.ascontiguousarray(numbers.astype("<i4").view(np.uint8).reshape(-1, 4).T).tobytes()
 
 
@@ -200,7 +200,7 @@ class PacketIndex:
     """The opened record of one chunk.
 
     Args:
-        read: returns `n` bytes from the `i`-th byte of the record on, fewer at its end.
+        read: returns `n` bytes of the record from byte `i` on, fewer at its end.
 
     Raises:
         IndexDamagedError: when the head is damaged.
@@ -225,10 +225,10 @@ class PacketIndex:
         self._directory = np.frombuffer(head[names_end:], dtype=directory)
 
     def block_of(self, frame_id: int) -> int:
-        """Number of the block that holds a frame.
+        """Return the index of the block that contains a frame.
 
         Args:
-            frame_id: in presentation order, from 0.
+            frame_id: frame index in presentation order, from 0.
         """
         return int(np.searchsorted(self._directory["first_frame"], frame_id, side="right")) - 1
 
@@ -236,10 +236,10 @@ class PacketIndex:
         """Read one block.
 
         Args:
-            number: from `block_of`.
+            number: block index, from `block_of`.
 
         Raises:
-            IndexDamagedError: when it is damaged.
+            IndexDamagedError: when the block is damaged.
         """
         first_frame, packets, start, num_bytes, offset, *checksum = self._directory[number].tolist()
         start += self._blocks_start
@@ -271,5 +271,5 @@ class PacketIndex:
     def _bytes(self, start: int, end: int) -> bytes:
         data = self._begin[start:end] if end <= len(self._begin) else self._read(start, end - start)
         if len(data) != end - start:
-            raise IndexDamagedError("is cut short")
+            raise IndexDamagedError("is truncated")
         return data

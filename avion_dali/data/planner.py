@@ -1,4 +1,4 @@
-"""Manifest row to `ClipRequest`: everything random about a clip is decided here, before any file is read."""
+"""Plans clips: turns manifest rows into `ClipRequest`s and makes all random choices before files are read."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from avion_dali.data.manifest import Chunk, Manifest
 from avion_dali.data.randomness import generator
 from avion_dali.data.relevancy import open_captions
 
-_SQUARE_ENOUGH = 0.01  # pixels are seldom exactly square where sizes were rounded
+_SQUARE_ENOUGH = 0.01  # rounded sizes rarely give an aspect ratio of exactly 1
 
 
 @dataclass(frozen=True)
 class ClipRules(ClipOptions):
-    """How clips are drawn, and whether for training.
+    """How clips are drawn, and whether they are for training.
 
     Args:
-        training: draw frames, windows, flips and texts; else middles, fixed windows and first texts.
+        training: True draws frames, crop windows, flips and texts at random; False uses middle frames, fixed
+            windows and first texts.
     """
 
     training: bool = True
 
     @classmethod
     def from_options(cls, options: ClipOptions, *, training: bool) -> ClipRules:
-        """Take the rules from a configuration.
+        """Create the rules from a configuration.
 
         Args:
             options: the configuration, or a section of one that extends `ClipOptions`.
@@ -55,7 +56,7 @@ class ClipRules(ClipOptions):
 
     @property
     def clips_per_row(self) -> int:
-        """Clips planned for each row of the manifest."""
+        """Number of clips per row of the manifest."""
         return 1 if self.training else self.eval_clips
 
 
@@ -68,29 +69,29 @@ class Planner:
         seed: the run's seed.
 
     Raises:
-        UserError: when there is no such crop rule.
+        UserError: when the crop rule does not exist.
     """
 
     def __init__(self, manifest: Manifest, rules: ClipRules, *, seed: int) -> None:
-        find_crop(rules.crop)  # an unknown name is an error now, not in the first clip
+        find_crop(rules.crop)  # reject an unknown name here instead of at the first clip
         self.manifest, self.rules, self.seed = manifest, rules, seed
         self._captions = open_captions(manifest) if rules.training and rules.text == "relevant" else None
 
     @property
     def num_clips(self) -> int:
-        """Number of clips that `plan` knows: the manifest's samples times the clips made from each."""
+        """Number of clips that `plan` accepts: samples of the manifest times clips per sample."""
         return self.manifest.num_samples * self.rules.clips_per_row
 
     def plan(self, clip: int, epoch: int) -> ClipRequest:
-        """Return the request of (seed, epoch, clip); the same on every rank and in every run.
+        """Return the request of (seed, epoch, clip), which is equal on all ranks and in all runs.
 
         Args:
-            clip: in [0, num_clips): in training a row of the manifest; in evaluation clip
-                `clip % eval_clips` of the manifest's row `clip // eval_clips`.
+            clip: index in [0, num_clips): in training a row of the manifest; in evaluation, clip
+                `clip % eval_clips` of row `clip // eval_clips`.
             epoch: epoch number, >= 0.
 
         Raises:
-            UserError: when the clip should get a relevant caption and has none.
+            UserError: when the clip needs a relevant caption and has none.
         """
         rules, manifest = self.rules, self.manifest
         sample_id, clip_of_row = divmod(clip, rules.clips_per_row)
@@ -119,12 +120,12 @@ class Planner:
         )
 
     def _text(self, sample_id: int, rng: np.random.Generator | None) -> tuple[tuple[int, ...], int]:
-        """Return the token ids of a clip's text, and which caption it is or -1."""
+        """Return the token ids of a clip's text, and its caption id or -1."""
         if rng is not None and self._captions is not None:
             caption = self._relevant_caption(sample_id, rng)
             return self._captions.tokens[caption], caption
         count = self.manifest.num_texts(sample_id)
-        # A lone text takes no draw.
+        # No random number is drawn for a single text.
         number = int(rng.integers(count)) if rng is not None and count > 1 else 0
         return (self.manifest.tokens(sample_id, number) if count else ()), -1
 
@@ -143,24 +144,24 @@ class Planner:
 def locate_frames(
     start_s: float, end_s: float, *, chunks: Sequence[Chunk], choose: Callable[[int], np.ndarray]
 ) -> tuple[tuple[ClipPart, ...], tuple[int, ...]]:
-    """Choose a clip's frames from the chunks its time span touches.
+    """Choose a clip's frames from the chunks of its time span.
 
-    Each chunk contributes the frames inside the span by its own frame rate and real frame count; the
+    Each chunk contributes its frames inside the span, according to its own frame rate and frame count; the
     clip is sampled from their concatenation.
 
     Args:
         start_s: start in seconds of the video.
         end_s: end in seconds of the video.
-        chunks: the chunks the span touches, in order.
-        choose: picks T of N frames, which are numbered from 0.
+        chunks: the chunks of the span, in order.
+        choose: chooses T of N frames, given N; returns indices from 0.
 
     Returns:
-        The parts with unique sorted ids, and the gather order (length T).
+        The parts with unique sorted frame ids, and the gather order (length T).
     """
     ranges = [_frames_inside(start_s, end_s, chunk=chunk) for chunk in chunks]
     total = sum(stop - first for first, stop in ranges)
     if not total:
-        # A span shorter than a frame: the one on show when it starts.
+        # The span contains no frame: use the one that is shown at its start.
         chunk, total = chunks[0], 1
         shown = frame_at(
             start_s - chunk.start_s,
@@ -182,15 +183,15 @@ def locate_frames(
 
 
 def choose_frames(total: int, rules: ClipRules, *, clip: int, rng: np.random.Generator | None) -> np.ndarray:
-    """Choose which of a span's frames make a clip.
+    """Choose the frames of a clip from those of a span.
 
-    Several evaluation clips of a row are spread evenly over its span: `segments` gives each an equal part;
-    `strided` and `dense` begin at equal distances, read at the plain stride, and repeat the last frame.
+    The evaluation clips of a row are evenly spread over its span: with `segments`, each clip has an equal part;
+    with `strided` and `dense`, clips start at equal distances, use every `stride`-th frame and repeat the last.
 
     Args:
         total: frames of the span, >= 1.
         rules: how clips are drawn.
-        clip: which of the row's clips, in [0, clips_per_row).
+        clip: index among the clips of the row, in [0, clips_per_row).
         rng: the clip's generator; None for evaluation.
 
     Returns:
@@ -209,7 +210,7 @@ def choose_frames(total: int, rules: ClipRules, *, clip: int, rng: np.random.Gen
 def _draw_views_of(
     chunk: Chunk, rules: ClipRules, *, rng: np.random.Generator | None
 ) -> tuple[tuple[CropWindow, ...], tuple[bool, ...]]:
-    """Draw views over the picture as it is displayed; windows count the pixels as they are stored."""
+    """Draw views over the displayed picture; windows are in stored pixels."""
     width, height, aspect = chunk.ref.width, chunk.ref.height, chunk.pixel_aspect
     if abs(aspect - 1) < _SQUARE_ENOUGH:
         return draw_views(width, height, rules, rng)
@@ -221,11 +222,11 @@ def _draw_views_of(
 def draw_views(
     width: int, height: int, rules: ClipRules, rng: np.random.Generator | None
 ) -> tuple[tuple[CropWindow, ...], tuple[bool, ...]]:
-    """Choose the crop window and flip of each view of a clip; a view keeps them also when it spans chunks.
+    """Choose the crop window and flip of each view of a clip; they apply to all chunks of the clip.
 
     Args:
-        width: of the clip's chunks in pixels.
-        height: of the clip's chunks in pixels.
+        width: width of the clip's chunks in pixels.
+        height: height of the clip's chunks in pixels.
         rules: how clips are drawn.
         rng: the clip's generator; None for evaluation.
     """

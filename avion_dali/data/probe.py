@@ -1,8 +1,8 @@
-"""Facts of one video file, read by demuxing: frame count, rate, timing, size, colour and rotation.
+"""Reads facts of a video file by demuxing: frame count, rate, timing, size, color and rotation.
 
-Of plain streams nothing is decoded but the first keyframe (PyAV shows the display rotation on decoded frames
-only). Where packets do not tell which pictures the decoder delivers, the file is decoded and they are counted.
-Imports numpy and PyAV alone, since decode workers share `open_video`.
+In plain streams, only the first keyframe is decoded (PyAV provides the rotation only on decoded frames). If
+packets do not determine which pictures the decoder delivers, the file is decoded and its pictures are counted.
+Decode workers use `open_video`, so this module imports only numpy and PyAV.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from avion_dali.data.survey import PacketSurvey, survey_packets
 from avion_dali.data.timing import SLOW_FPS, complete_times, densest_rate, measure_rate
 
 _LINGERING_S = 0.25
-MAX_MISSING_SECONDS = 1.0  # a file may end this much before its stated duration (rounding, last frame)
+MAX_MISSING_SECONDS = 1.0  # a file may end this long before its stated duration (rounding, last frame)
 
 # FFmpeg's numbers of transfer characteristics (ITU-T H.273, table 3).
 HDR_TRANSFERS = {16: "PQ (SMPTE 2084)", 18: "HLG"}
-# FFmpeg's AVColorSpace numbers (ITU-T H.273, table 4); PyAV's own enum leaves several out.
+# FFmpeg's AVColorSpace numbers (ITU-T H.273, table 4); PyAV's enum does not contain all of them.
 _COLORSPACES = {
     0: "gbr",
     1: "bt709",
@@ -48,33 +48,33 @@ _COLORSPACES = {
 
 @dataclass(frozen=True, slots=True)
 class ChunkFacts:
-    """What a manifest must know of a video file.
+    """Facts of a video file that a manifest needs.
 
     Args:
-        path: the file, as given.
-        size_bytes: file size.
-        num_frames: frames in presentation order that a decoder delivers: those an edit list cuts, or that
-            lean on frames before the first keyframe, are not counted.
-        fps: frames per second: exact for a constant rate, else the average over the frames.
+        path: path of the file, as given.
+        size_bytes: size of the file.
+        num_frames: number of frames that a decoder delivers, in presentation order; frames that an edit list
+            removes, or that refer to frames before the first keyframe, are not counted.
+        fps: frames per second: exact for a constant rate, otherwise the average.
         width: coded picture width in pixels, before rotation.
         height: coded picture height in pixels, before rotation.
         codec: FFmpeg's codec name, such as `h264`, `hevc`, `vp9`.
         pix_fmt: FFmpeg's pixel format name, such as `yuv420p`.
         color_range: `limited`, `full` or `unspecified`.
         colorspace: FFmpeg's name of the YUV matrix, such as `smpte170m` (BT.601), `bt709`, `unspecified`.
-        rotation: degrees counter-clockwise, in [0, 360), by which a player turns the pictures.
-        start_s: seconds on a player's clock before the first frame; 0 nearly always.
-        is_cfr: True when every frame lies within one clock tick of `index / fps`.
+        rotation: degrees counter-clockwise, in [0, 360), by which a player rotates the pictures.
+        start_s: seconds on a player's clock before the first frame; usually 0.
+        is_cfr: whether every frame lies within one clock tick of `index / fps`.
         frame_times: float64 (num_frames,), seconds after the first frame; None for a constant rate.
-        packet_index: packed index of the packets; empty when not asked for or not possible.
-        first_s: the stated time of the first frame, in seconds of the stream's own clock.
-        is_counted: the packets do not tell the frames: they were decoded and counted.
-        last_s: seconds that the last frame is shown.
-        densest_fps: frames per second where they are densest; `fps` for a constant rate.
+        packet_index: packed index of the packets; empty if it was not requested or is not possible.
+        first_s: stated time of the first frame, in seconds of the stream's clock.
+        is_counted: whether frames were decoded and counted, because the packets do not determine them.
+        last_s: seconds for which the last frame is shown.
+        densest_fps: frames per second in the densest passage; `fps` for a constant rate.
         pixel_aspect: width of a pixel divided by its height.
-        is_interlaced: the first frame consists of two fields.
-        transfer: FFmpeg's number of the transfer characteristics; 2 for unspecified.
-        primaries: FFmpeg's number of the color primaries; 2 for unspecified.
+        is_interlaced: whether the first frame consists of two fields.
+        transfer: FFmpeg's number of the transfer characteristics; 2 if unspecified.
+        primaries: FFmpeg's number of the color primaries; 2 if unspecified.
     """
 
     path: str
@@ -103,19 +103,19 @@ class ChunkFacts:
 
     @property
     def lingers(self) -> bool:
-        """Whether the last picture stays on show for longer than the others do."""
+        """Whether the last picture is shown for longer than the others."""
         return self.last_s > max(2 / float(self.fps), _LINGERING_S)
 
     def end_s(self) -> float:
-        """Return the seconds on a player's clock at which the last frame ends."""
+        """Return the end of the last frame in seconds of a player's clock."""
         last = (self.num_frames - 1) / float(self.fps) if self.frame_times is None else self.frame_times[-1]
         return self.start_s + float(last) + (self.last_s or float(1 / self.fps))
 
     def clock_times(self) -> np.ndarray | None:
-        """Return seconds on a player's clock for each frame; None where frame i is shown at `i / fps`.
+        """Return the time of each frame in seconds of a player's clock; None if frame i is shown at `i / fps`.
 
-        A slow constant rate has times too: where a picture stays long, the one on show counts, not the
-        nearest one.
+        A low constant rate has times as well: if pictures are shown for long, the one shown at a time is used,
+        not the nearest one.
         """
         times = self.frame_times
         if times is None and not self.start_s and self.fps >= SLOW_FPS and not self.lingers:
@@ -127,21 +127,21 @@ class ChunkFacts:
 def open_video(
     path: str | os.PathLike[str], *, decoder: str = "probe", frame_ids: tuple[int, ...] = ()
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a file and choose its video stream; the one place that does either.
+    """Open a file and choose its video stream; no other function does this.
 
-    The stream decodes on the caller's thread. FFmpeg errors inside the `with` block leave it as
-    `DecodeError` too, so that no decoder needs its own translation.
+    The stream decodes on the caller's thread. FFmpeg errors inside the `with` block are converted to
+    `DecodeError`, so decoders need not convert them.
 
     Args:
         path: the video file.
-        decoder: name that errors carry.
-        frame_ids: wanted frames that errors carry.
+        decoder: name of the decoder in errors.
+        frame_ids: the wanted frames in errors.
 
     Yields:
         The open container and its best video stream.
 
     Raises:
-        DecodeError: `missing` when the file cannot be opened at all, `corrupt` when it holds no readable
+        DecodeError: `missing` when the file cannot be opened at all, `corrupt` when it contains no readable
             video.
     """
     name = os.fspath(path)
@@ -162,9 +162,9 @@ def open_video(
     with opened as container:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
-            raise failure("corrupt", "holds no video stream")
+            raise failure("corrupt", "contains no video stream")
         if stream.codec_context is None:
-            raise failure("corrupt", "holds video of a codec that FFmpeg does not know")
+            raise failure("corrupt", "contains video of a codec that FFmpeg does not know")
         stream.thread_count = 1
         try:
             yield container, stream
@@ -185,14 +185,14 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
 
     Args:
         path: the video file.
-        index: make a packet index too.
-        tolerant: describe a damaged file by what is left of it, instead of refusing it.
+        index: whether to create a packet index.
+        tolerant: whether to describe the undamaged part of a damaged file instead of raising an error.
 
     Returns:
-        Its facts.
+        The facts of the file.
 
     Raises:
-        DecodeError: `missing`, or `corrupt` when it is no video, is empty, or ends too early.
+        DecodeError: `missing`, or `corrupt` when the file is not a video, is empty, or ends too early.
     """
     name = os.fspath(path)
     with open_video(path) as (container, stream), open(path, "rb") if index else nullcontext() as file:
@@ -242,13 +242,13 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
 
 def _check_times(name: str, shown: np.ndarray) -> None:
     if not len(shown):
-        raise corrupt(name, "holds no decodable frame")
+        raise corrupt(name, "contains no decodable frame")
     if len(shown) > 1 and shown[0] == shown[-1]:
-        raise corrupt(name, "shows all its frames at one time")
+        raise corrupt(name, "shows all its frames at the same time")
 
 
 def is_turned(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a player turns the pictures of a video, by its first one.
+    """Return whether a player rotates the pictures of a video, according to its first one.
 
     Args:
         path: the video file.
@@ -262,36 +262,36 @@ def is_turned(path: str | os.PathLike[str]) -> bool:
 
 
 def _start_seconds(container: InputContainer, first_frame: Fraction, *, fps: Fraction) -> float:
-    """Seconds on a player's clock before the first frame, as where sound begins before the picture.
+    """Return the seconds on a player's clock before the first frame, if sound begins before the picture.
 
-    Less than half a frame is no delay: it comes from the priming of an audio encoder.
+    Less than half a frame is not a delay: it is caused by the priming of an audio encoder.
     """
     seconds = first_frame - Fraction(container.start_time or 0, 1_000_000)
     return float(seconds) if seconds * 2 > 1 / fps else 0.0
 
 
 def color_range_name(color_range: int, pix_fmt: str) -> str:
-    """Name FFmpeg's range number: `limited`, `full` or `unspecified`; the old `yuvj` formats are full."""
+    """Return the name of FFmpeg's range number; the old `yuvj` pixel formats are `full`."""
     if pix_fmt.startswith("yuvj"):
         return "full"
     return {1: "limited", 2: "full"}.get(color_range, "unspecified")
 
 
 def colorspace_name(colorspace: int) -> str:
-    """Name FFmpeg's YUV matrix number, such as `bt709`; unknown ones are `unspecified`."""
+    """Return the name of FFmpeg's YUV matrix number, such as `bt709`; `unspecified` if it is unknown."""
     return _COLORSPACES.get(colorspace, "unspecified")
 
 
 def expected_seconds(container: InputContainer, stream: VideoStream) -> float | None:
-    """Duration that the file's header promises for its video stream.
+    """Return the duration that the file's header states for its video stream.
 
     Args:
         container: the open file.
         stream: its video stream.
 
     Returns:
-        Seconds, or None when the header says nothing of the video alone (a container's total may be the
-        audio's).
+        Seconds, or None if the header has no duration of the video alone (a container's duration may be that of
+        the audio).
     """
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
@@ -305,17 +305,17 @@ def expected_seconds(container: InputContainer, stream: VideoStream) -> float | 
 
 
 def corrupt(name: str, cause: str) -> DecodeError:
-    """Return the error of a file that cannot be used.
+    """Create the error of a file that cannot be used.
 
     Args:
-        name: the file.
-        cause: what is wrong, in words.
+        name: path of the file.
+        cause: description of the problem.
     """
     return DecodeError(name, (), decoder="probe", kind="corrupt", cause=cause)
 
 
 def _check_index(name: str, stream: VideoStream, *, size_bytes: int) -> None:
-    """Refuse a file whose own packet index points behind its end (an mp4 cut short keeps its index)."""
+    """Reject a file whose index refers to bytes after its end (a truncated mp4 keeps its index)."""
     end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
     if end > size_bytes:
         raise corrupt(name, f"is truncated: its index needs {end} bytes, the file has {size_bytes}")
@@ -324,19 +324,19 @@ def _check_index(name: str, stream: VideoStream, *, size_bytes: int) -> None:
 def _last_duration(
     container: InputContainer, stream: VideoStream, *, survey: PacketSurvey, shown: np.ndarray
 ) -> int:
-    """Return how many ticks the last picture is shown; 0 where the container does not say.
+    """Return the number of ticks for which the last picture is shown; 0 if the container does not state it.
 
-    The table of an mp4 holds decoding times: where pictures are reordered, the last one shown is not the last
-    one decoded, whose length the table has.
+    The table of an mp4 contains decoding times: if pictures are reordered, the last one shown is not the one
+    decoded last, whose duration is in the table.
     """
     if "mp4" not in container.format.name or not stream.frames or not stream.duration:
-        return survey.last_duration  # fragments have no such table
+        return survey.last_duration  # fragmented files have no such table
     by_table = stream.duration - int(shown[-1] - shown[0])
     return max(survey.last_duration, min(by_table, survey.last_decoded_duration))
 
 
 def _check_end(name: str, container: InputContainer, *, stream: VideoStream, extent: int) -> None:
-    """Refuse a file that ends well before its header says; `extent` is where it ends, in ticks."""
+    """Reject a file that ends well before the end stated in its header; `extent` is its end in ticks."""
     expected = expected_seconds(container, stream)
     if expected is None:
         return
@@ -347,16 +347,16 @@ def _check_end(name: str, container: InputContainer, *, stream: VideoStream, ext
 
 
 def _check_size(name: str, declared: tuple[int, int], *, first: VideoFrame | None) -> None:
-    """Refuse a file whose header says another picture size than its pictures have: one of both is damaged."""
+    """Reject a file whose header states another picture size than that of its pictures: one is damaged."""
     if first is not None and (first.width, first.height) != declared:
         says = "x".join(map(str, declared))
-        raise corrupt(name, f"says that its pictures are {says}, but they are {first.width}x{first.height}")
+        raise corrupt(name, f"declares pictures of {says}, but they are {first.width}x{first.height}")
 
 
 def _count_pictures(
     name: str, survey: PacketSurvey, *, stated: tuple[Fraction | None, ...], tolerant: bool
 ) -> tuple[np.ndarray, VideoFrame | None]:
-    """Decode a file whose packets do not tell its pictures; return the times of those, and the first one."""
+    """Decode a file whose packets do not determine its pictures; return their times and the first picture."""
     times: list[int | None] = []
     first: VideoFrame | None = None
     with open_video(name) as (container, stream):
@@ -367,7 +367,7 @@ def _count_pictures(
         rate = next((rate for rate in stated if rate), Fraction(25))
         step = 1 / (rate * (stream.time_base or Fraction(1, 1000)))
         if not tells_order(container, stream):
-            # In order, decoding times have the spacing of the presentation times that AVI lacks.
+            # Sorted decoding times have the spacing of the presentation times, which AVI does not store.
             decoding = np.sort(survey.decoding)
             same = len(decoding) == len(times) and bool((np.diff(decoding) > 0).all())
             return decoding if same else complete_times([None] * len(times), step), first
@@ -375,10 +375,10 @@ def _count_pictures(
 
 
 def rotation_of(frame: VideoFrame | None) -> int:
-    """Return by how many degrees, in [0, 360), a player turns a picture counter-clockwise.
+    """Return the degrees, in [0, 360), by which a player rotates a picture counter-clockwise.
 
     Args:
         frame: a decoded frame, or None.
     """
-    # A matrix of zeros has no angle, and FFmpeg returns the least integer for it; players do not turn then.
+    # For a zero matrix FFmpeg returns the least integer as its angle; players do not rotate in this case.
     return frame.rotation % 360 if frame is not None and abs(frame.rotation) <= 360 else 0

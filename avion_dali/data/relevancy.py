@@ -1,4 +1,4 @@
-"""Which captions say what a clip shows, and how much: stored grades, grades by classes, or equal text.
+"""Relevancy of captions to clips: stored, computed from classes, or by equal text.
 
 Axes: R rows of a manifest, C captions, K noun classes.
 """
@@ -16,19 +16,19 @@ from avion_dali.data.manifest import Manifest, Sample
 
 
 class Grades(Protocol):
-    """Where the relevancy of rows to captions comes from."""
+    """A source of the relevancy of captions to rows."""
 
     def of(self, rows: np.ndarray, captions: np.ndarray | None) -> np.ndarray:
-        """Return float32 (rows, captions) in [0, 1]; all captions when None."""
+        """Return float32 (rows, captions) in [0, 1]; of all captions if `captions` is None."""
 
 
 @dataclass(frozen=True)
 class Captions:
-    """A manifest's captions and how relevant each is to each row.
+    """The captions of a manifest and their relevancy to its rows.
 
     Args:
         texts: the captions.
-        tokens: their token ids.
+        tokens: token ids of each caption.
         grades: the source of relevancy.
     """
 
@@ -37,54 +37,54 @@ class Captions:
     grades: Grades
 
     def relevancy(self, rows: np.ndarray, captions: np.ndarray | None = None) -> np.ndarray:
-        """Return how relevant captions are to rows.
+        """Return the relevancy of captions to rows.
 
         Args:
             rows: int64 array (R,), rows of the manifest.
-            captions: int64 array (C,), caption numbers; None for all.
+            captions: int64 array (C,) of caption ids; None for all captions.
 
         Returns:
-            Float32 (R, C) in [0, 1].
+            float32 (R, C) in [0, 1].
         """
         return self.grades.of(rows, captions)
 
     def positives(self, row: int, threshold: float) -> np.ndarray:
-        """Return the captions that are relevant to a row.
+        """Return the captions whose relevancy to a row exceeds a threshold.
 
         Args:
-            row: of the manifest.
-            threshold: relevancy must exceed it.
+            row: row of the manifest.
+            threshold: the threshold.
 
         Returns:
-            int64 array of caption numbers, increasing; possibly empty.
+            int64 array of caption ids, increasing; may be empty.
         """
         return np.flatnonzero(self.grades.of(np.array([row]), None)[0] > threshold)
 
 
 @dataclass(frozen=True)
 class StoredGrades:
-    """Grades kept in the manifest.
+    """Relevancy that is stored in the manifest.
 
     Args:
-        grades_RC: float32 (rows, captions), mapped.
+        grades_RC: float32 (rows, captions), memory-mapped.
     """
 
     grades_RC: np.ndarray
 
     def of(self, rows: np.ndarray, captions: np.ndarray | None) -> np.ndarray:
         """See `Grades`."""
-        # A slice stays a view of the file, so that only what is looked at is read.
+        # A slice is a view of the file, so that only the requested values are read.
         picked_RC = self.grades_RC[rows[0] : rows[0] + 1] if len(rows) == 1 else self.grades_RC[rows]
         return np.asarray(picked_RC if captions is None else picked_RC[:, captions])
 
 
 @dataclass(frozen=True)
 class TextGrades:
-    """A caption is relevant (1) to the rows that carry its very text, and to no other (0).
+    """Relevancy by equal text: 1 for rows with the text of the caption, 0 for all others.
 
     Args:
-        text_R: int64 (rows,), number of each row's text.
-        text_C: int64 (captions,), number of each caption's text.
+        text_R: int64 (rows,), text number of each row.
+        text_C: int64 (captions,), text number of each caption.
     """
 
     text_R: np.ndarray
@@ -98,16 +98,16 @@ class TextGrades:
 
 @dataclass(frozen=True)
 class ClassGrades:
-    """The mean of verb equality and the overlap (intersection over union) of noun sets.
+    """Relevancy by classes: the mean of verb equality and the intersection over union of the noun sets.
 
-    Source: arXiv 2006.13256, multi-instance retrieval (after arXiv 1908.03477). Rows and captions of one verb
-    and noun set share a meaning, and meanings are far fewer.
+    Source: arXiv 2006.13256, multi-instance retrieval (after arXiv 1908.03477). Rows and captions with the same
+    verb and noun set share a meaning; there are far fewer meanings than captions.
 
     Args:
         meaning_R: int64 (rows,), meaning of each row.
         meaning_C: int64 (captions,), meaning of each caption.
         verb_M: int64 (meanings,), verb of each meaning.
-        has_noun_MK: float32 (meanings, nouns), 1 where a meaning has the noun.
+        has_noun_MK: float32 (meanings, nouns), 1 if the meaning has the noun.
     """
 
     meaning_R: np.ndarray
@@ -129,11 +129,12 @@ class ClassGrades:
 
 
 def open_captions(manifest: Manifest) -> Captions:
-    """Return a manifest's captions with their grades.
+    """Return the captions of a manifest and their relevancy.
 
-    These are the stored ones where it has such. Otherwise they are the unique first texts of its rows (told
-    apart by verb and nouns, too), in order of appearance; when every row has verb and noun classes, relevancy
-    is graded by them (`ClassGrades`), else only the same text is relevant (`TextGrades`).
+    If the manifest stores captions, these are returned. Otherwise, the captions are the unique first texts of
+    its rows, in order of appearance; equal texts with different verb or nouns are different captions. If every
+    row has verb and noun classes, relevancy is computed from them (`ClassGrades`), otherwise from equal text
+    (`TextGrades`).
 
     Args:
         manifest: the opened manifest.
@@ -179,6 +180,6 @@ def _grade_by_classes(classes_C: Sequence[tuple[str, frozenset[str]]], caption_R
 
 
 def _numbered(items: Collection[object]) -> np.ndarray:
-    """Number equal items alike, in order of appearance: int64 array."""
+    """Assign equal numbers to equal items, in order of appearance; returns an int64 array."""
     numbers: dict[object, int] = {}
     return np.array([numbers.setdefault(item, len(numbers)) for item in items], dtype=np.int64)

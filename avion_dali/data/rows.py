@@ -1,4 +1,4 @@
-"""Rows of a manifest's two tables: as objects, and as views of Arrow columns."""
+"""Rows of a manifest's two tables, as objects and as views of Arrow columns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHUNK_SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # relative to the chunk folder
         ("video", pa.string()),
-        ("start_s", pa.float64()),  # where the chunk begins in its video
+        ("start_s", pa.float64()),  # start of the chunk in its video
         ("fps_num", pa.int32()),
         ("fps_den", pa.int32()),
         ("num_frames", pa.int32()),
@@ -25,14 +25,14 @@ CHUNK_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("size_bytes", pa.int64()),
         ("codec", pa.string()),
-        ("frame_times", pa.list_(pa.float64())),  # null where frame i is shown at i / fps
-        ("index_offset", pa.int64()),  # of its record in packets.bin
+        ("frame_times", pa.list_(pa.float64())),  # null if frame i is shown at i / fps
+        ("index_offset", pa.int64()),  # position of its record in packets.bin
         ("index_bytes", pa.int32()),  # 0 for a chunk without index
-        ("last_s", pa.float64()),  # seconds that the last frame is shown
+        ("last_s", pa.float64()),  # seconds for which the last frame is shown
         ("pixel_aspect", pa.float64()),  # width of a pixel divided by its height
     ]
 )
-# Columns that manifests of earlier builds lack, and what stands for them.
+# Columns that manifests of earlier builds do not have, and their default values.
 _LATER_COLUMNS = {"last_s": 0.0, "pixel_aspect": 1.0}
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -41,10 +41,10 @@ SAMPLE_SCHEMA = pa.schema(
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
         ("texts", pa.list_(pa.string())),
-        ("tokens", pa.list_(pa.list_(pa.uint16()))),  # one list a text
+        ("tokens", pa.list_(pa.list_(pa.uint16()))),  # one list per text
         ("verb", pa.string()),
         ("nouns", pa.list_(pa.string())),
-        ("label", pa.int32()),  # -1 for none
+        ("label", pa.int32()),  # -1 for no label
     ]
 )
 
@@ -58,10 +58,10 @@ class Chunk:
         video: name of the source video.
         start_s: seconds from the start of the video to time 0 of the chunk.
         fps: frames per second.
-        codec: codec name as libavcodec says it.
-        frame_times: float64 seconds of each frame after time 0 of the chunk, or None where frame i is shown at
+        codec: FFmpeg's codec name.
+        frame_times: float64 seconds of each frame after time 0 of the chunk, or None if frame i is shown at
             `i / fps`.
-        last_s: seconds that the last frame is shown; 0 for `1 / fps`.
+        last_s: seconds for which the last frame is shown; 0 for `1 / fps`.
         pixel_aspect: width of a pixel divided by its height.
     """
 
@@ -84,21 +84,21 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row: a time span of a video and what is said of it.
+    """One row: a time span of a video with its texts and classes.
 
     Args:
-        first_chunk: row of the first chunk the span touches.
-        num_chunks: how many consecutive chunk rows it touches.
+        first_chunk: row of the first chunk of the span.
+        num_chunks: number of consecutive chunk rows of the span.
         start_s: start in seconds of the video.
         end_s: end in seconds of the video.
-        texts: its narrations.
-        tokens: token ids of each text, start and end markers included, not padded.
+        texts: its texts.
+        tokens: token ids of each text, including start and end markers, without padding.
         verb: verb class, or empty.
         nouns: noun classes.
         label: class index, or -1.
 
     Raises:
-        ValueError: when texts and tokens differ in number.
+        ValueError: when the numbers of texts and token lists differ.
     """
 
     first_chunk: int
@@ -117,7 +117,7 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """The first narration, or an empty text."""
+        """The first text, or an empty string."""
         return self.texts[0] if self.texts else ""
 
 
@@ -136,7 +136,7 @@ class ChunkColumns:
         self._has_times = self._times.null_count < len(self._times)
 
     def frame_times(self, row: int) -> np.ndarray | None:
-        """Return the seconds of a chunk's frames, float64; None where frame i is shown at `i / fps`."""
+        """Return the times of a chunk's frames in seconds, float64; None if frame i is shown at `i / fps`."""
         if not self._has_times or not self._times[row].is_valid:
             return None
         return self._times[row].values.to_numpy()
@@ -160,7 +160,7 @@ class SampleColumns:
         self.nouns: Lists[Strings] = lists(batch["nouns"], strings)
 
     def token_ids(self, item: int) -> tuple[int, ...]:
-        """Return the token ids of the text that is the batch's `item`-th."""
+        """Return the token ids of the text with index `item` in the batch."""
         inner = self.tokens.values
         return tuple(inner.values[inner.offsets[item] : inner.offsets[item + 1]])
 
@@ -170,7 +170,7 @@ def chunk_values(chunks: list[Chunk], root: str) -> dict[str, list[Any]]:
 
     Args:
         chunks: the rows.
-        root: folder that paths are stored relative to.
+        root: folder to which stored paths are relative.
     """
     refs = [chunk.ref for chunk in chunks]
     values: dict[str, list[Any]] = {
@@ -188,14 +188,14 @@ def chunk_values(chunks: list[Chunk], root: str) -> dict[str, list[Any]]:
 
 
 def sample_values(samples: list[Sample], num_classes: int) -> dict[str, list[Any]]:
-    """Return the columns of some clip rows.
+    """Return the columns of some samples.
 
     Args:
-        samples: the rows.
-        num_classes: what labels must stay below.
+        samples: the samples.
+        num_classes: exclusive upper limit of labels.
 
     Raises:
-        ValueError: when a label is no class.
+        ValueError: when a label is not a class index.
     """
     for sample in samples:
         if not -1 <= sample.label < num_classes:

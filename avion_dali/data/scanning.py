@@ -1,4 +1,4 @@
-"""Find and probe the chunks of a folder: `<folder>/<video>/<start second>.<extension>`."""
+"""Finds and probes the chunks of a folder: `<folder>/<video>/<start second>.<extension>`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _ENDINGS = (
 )
 VIDEO_SUFFIXES = frozenset(_ENDINGS.split())
 CHUNK_SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi"})
-_LEAST_SIDE = 2  # crop windows lie on the even pixel grid
-# Chunks cut at keyframes are up to a keyframe distance longer than their names say.
+_LEAST_SIDE = 2  # crop windows are on the even pixel grid
+# Chunks cut at keyframes are up to one keyframe distance longer than their names suggest.
 _OVERLAP_S, _OVERLAP_SHARE, _GAP_SHARE = 0.5, 0.5, 1.5
-# Below this many files, starting processes takes longer than probing.
+# For fewer files, starting processes takes longer than probing.
 _SERIAL_LIMIT = 64
 
 
@@ -33,15 +33,15 @@ ChunkFile = tuple[str, float, Path]  # video, start in seconds, file
 
 @dataclass(frozen=True, slots=True)
 class ChunkNames:
-    """What the names of chunk files say.
+    """Meaning of the names of chunk files.
 
     Args:
-        kind: `start` for the second at which a chunk begins, `index` for its place among the pieces of its
-            video, counted from 0 or 1; empty for start seconds that nobody vouches for.
-        seconds: length of the pieces that an index counts.
+        kind: `start` if a name is the second at which the chunk begins, `index` if it is the index of the chunk
+            in its video, counted from 0 or 1; empty for start seconds that are checked for plausibility.
+        seconds: length of the chunks, for names that are indices.
 
     Raises:
-        UserError: when a length is missing or superfluous.
+        UserError: when a length is missing or not applicable.
     """
 
     kind: str = ""
@@ -49,19 +49,19 @@ class ChunkNames:
 
     def __post_init__(self) -> None:
         if self.kind == "index" and not self.seconds > 0:
-            raise UserError("--chunk-names index needs --chunk-seconds, the length of a piece")
+            raise UserError("--chunk-names index needs --chunk-seconds, the length of a chunk")
         if self.kind != "index" and self.seconds:
-            raise UserError("--chunk-seconds goes with --chunk-names index")
+            raise UserError("--chunk-seconds requires --chunk-names index")
 
     def problem(self, spans: Sequence[tuple[float, float | None]]) -> str:
-        """Tell why the names of one video's chunks cannot be what they are taken for.
+        """Return why the names of one video's chunks cannot have the assumed meaning.
 
         Args:
-            spans: (start, end) in seconds of each chunk, by name and length, sorted; the end of a chunk that
-                cannot be read is None.
+            spans: (start, end) in seconds of each chunk, from its name and duration, sorted; the end is None if
+                the chunk cannot be read.
 
         Returns:
-            What is wrong and the way out; empty when nothing is.
+            The problem and how to solve it; empty if there is no problem.
         """
         pairs = [(start, end, after) for (start, end), (after, _) in pairwise(spans) if end is not None]
         for start, end, after in pairs:
@@ -77,16 +77,16 @@ class ChunkNames:
         length = end - start
         names = ", ".join(f"{start + i * length:.4g}" for i in range(3))
         if self.kind == "index":
-            advice = f"give --chunk-seconds {length:.4g} if that is how long the pieces are"
+            advice = f"give --chunk-seconds {length:.4g} if this is the length of the chunks"
         else:
             advice = (
-                f"names must be start seconds ({names}, ...); for names that count pieces, give "
+                f"names must be start seconds ({names}, ...); for names that are indices, give "
                 f"--chunk-names index --chunk-seconds {length:.4g}"
             )
-            advice += "" if how == "overlap" else ", and --chunk-names start if the gaps are meant"
+            advice += "" if how == "overlap" else ", and --chunk-names start if the gaps are intended"
         return (
-            f"chunks {how}: the one taken to begin at {start:g} s lasts {length:.2f} s, the next one is taken "
-            f"to begin at {following:g} s; {advice}"
+            f"chunks {how}: by its name, one begins at {start:g} s and lasts {length:.2f} s, and the next one "
+            f"begins at {following:g} s; {advice}"
         )
 
 
@@ -96,7 +96,7 @@ class UnusableChunk:
 
     Args:
         path: the file.
-        reason: why not.
+        reason: the reason.
     """
 
     path: str
@@ -109,22 +109,22 @@ Probed = tuple[Chunk | UnusableChunk, bytes]
 def find_chunk_files(
     folder: str | Path, *, names: ChunkNames = ChunkNames(), passed_over: list[Path] | None = None
 ) -> list[ChunkFile]:
-    """List a folder's chunk files, sorted by video and start.
+    """List the chunk files of a folder, sorted by video and start.
 
     Args:
-        folder: the chunk folder; videos may lie deeper (`P01/P01_01.MP4/15.MP4`).
-        names: what the file names say.
-        passed_over: takes the videos whose names are no numbers.
+        folder: the chunk folder; videos may be in subfolders (`P01/P01_01.MP4/15.MP4`).
+        names: meaning of the file names.
+        passed_over: list to which videos are added whose names are not numbers.
 
     Returns:
-        (video, start in seconds, file), the video named by its path below the folder.
+        (video, start in seconds, file); the name of a video is its path relative to the folder.
 
     Raises:
-        UserError: when the folder is missing or holds no chunk.
+        UserError: when the folder is missing or contains no chunk.
     """
     root = Path(folder).resolve()
     if not root.is_dir():
-        raise UserError(f"{folder} is not a folder; name the one that `avion-dali chunk --output` wrote")
+        raise UserError(f"{folder} is not a folder; name the output folder of `avion-dali chunk`")
     videos = [path for path in files_below(root) if path.suffix.lower() in VIDEO_SUFFIXES]
     found = [
         (path.parent.relative_to(root).as_posix(), float(path.stem), path)
@@ -135,7 +135,7 @@ def find_chunk_files(
         passed_over += [path for path in videos if not _is_second(path.stem)]
     if not found:
         raise UserError(
-            f"{folder} holds no chunks (files <video>/<start second>.mp4); make them with `avion-dali chunk`"
+            f"{folder} contains no chunks (files <video>/<start second>.mp4); make them with `avion-dali chunk`"
         )
     if names.kind == "index":
         base = 1 if min(start for _, start, _ in found) == 1 else 0
@@ -144,15 +144,15 @@ def find_chunk_files(
 
 
 def check_names(files: Iterable[ChunkFile], chunks: Iterable[Chunk], *, names: ChunkNames) -> None:
-    """Make sure that the names of chunks can be what they are taken for.
+    """Check that the names of chunks are consistent with their durations.
 
     Args:
         files: all chunk files, sorted by (video, start).
-        chunks: those of them that can be used.
-        names: what the file names say.
+        chunks: the usable chunks among them.
+        names: meaning of the file names.
 
     Raises:
-        UserError: when chunks of a video overlap, or all leave gaps between them.
+        UserError: when chunks of a video overlap, or there are gaps between all of them.
     """
     ends = {chunk.ref.path: chunk.end_s for chunk in chunks}
     for video, members in groupby(files, key=lambda file: file[0]):
@@ -172,15 +172,15 @@ def scan_chunks(
 
     Args:
         folder: the chunk folder.
-        jobs: processes.
-        index: takes the packet index of each usable chunk; without one, none are made.
-        on_progress: called with the number of files done.
+        jobs: number of processes.
+        index: receives the packet index of each usable chunk; None creates no indexes.
+        on_progress: called with the number of probed files.
 
     Returns:
-        The usable chunks, sorted by (video, start), and those that are not, with reasons.
+        The usable chunks, sorted by (video, start), and the unusable ones, with reasons.
 
     Raises:
-        UserError: when the folder is missing or holds no chunk.
+        UserError: when the folder is missing or contains no chunk.
     """
     return probe_files(find_chunk_files(folder), jobs=jobs, index=index, on_progress=on_progress)
 
@@ -192,16 +192,16 @@ def probe_files(
     index: IndexWriter | None = None,
     on_progress: Callable[[int], object] | None = None,
 ) -> tuple[list[Chunk], list[UnusableChunk]]:
-    """Probe files in parallel, chunks or whole videos.
+    """Probe files, which are chunks or whole videos, in parallel.
 
     Args:
         files: (video, start in seconds, file), sorted by (video, start).
-        jobs: processes.
-        index: takes the packet index of each usable file; without one, none are made.
-        on_progress: called with the number of files done.
+        jobs: number of processes.
+        index: receives the packet index of each usable file; None creates no indexes.
+        on_progress: called with the number of probed files.
 
     Returns:
-        The usable files as chunks, in the order given, and those that are not, with reasons.
+        The usable files as chunks, in the given order, and the unusable ones, with reasons.
     """
     chunks: list[Chunk] = []
     unusable: list[UnusableChunk] = []
@@ -210,7 +210,7 @@ def probe_files(
         if isinstance(result, UnusableChunk):
             unusable.append(result)
         elif chunks and (result.video, result.start_s) == (chunks[-1].video, chunks[-1].start_s):
-            unusable.append(UnusableChunk(result.ref.path, f"holds the same seconds as {chunks[-1].ref.path}"))
+            unusable.append(UnusableChunk(result.ref.path, f"has the same start as {chunks[-1].ref.path}"))
         else:
             chunks.append(result if index is None else _indexed(result, index.add(record)))
         if on_progress is not None:
@@ -219,7 +219,7 @@ def probe_files(
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """Yield all files, also those in linked folders (videos spread over disks), each folder once.
+    """Yield all files, including those in linked folders (videos on several disks), visiting each folder once.
 
     Args:
         root: the folder.
@@ -227,7 +227,7 @@ def files_below(root: Path) -> Iterator[Path]:
     entered: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in entered:  # a link back to where we are
+        if real in entered:  # a link to a folder that was visited
             subfolders.clear()
             continue
         entered.add(real)
@@ -250,7 +250,7 @@ def _lost(file: ChunkFile, reason: str) -> Probed:
 
 
 def _probe(file: ChunkFile, *, index: bool) -> Probed:
-    """Return a file's facts, or why it is unusable, and its packet index."""
+    """Return a file as a chunk, or why it is unusable, and its packet index."""
     video, start_s, path = file
     if not _is_text(str(path)):
         return UnusableChunk(str(path), "its name is not UTF-8; rename it"), b""
@@ -258,7 +258,7 @@ def _probe(file: ChunkFile, *, index: bool) -> Probed:
         facts = probe_chunk(path, index=index)
     except DecodeError as error:
         return UnusableChunk(str(path), f"{error.kind}: {error.cause}"), b""
-    except Exception as error:  # a process boundary: what one damaged file provokes is that file's failure
+    except Exception as error:  # a process boundary: any error is a failure of this file
         return UnusableChunk(str(path), f"corrupt: {type(error).__name__}: {error}"), b""
     if facts.rotation:
         reason = f"rotated by {facts.rotation} degrees; chunk it with `avion-dali chunk`"
@@ -280,7 +280,7 @@ def _probe(file: ChunkFile, *, index: bool) -> Probed:
 
 
 def _is_text(name: str) -> bool:
-    """Tell whether a name can be written down: file systems allow bytes that are no text."""
+    """Return whether a file name can be encoded: file systems allow bytes that are not text."""
     try:
         name.encode()
     except UnicodeEncodeError:

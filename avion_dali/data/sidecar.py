@@ -1,6 +1,6 @@
-"""`chunks.json`: what the chunks of a video were made from and how, and which of them are lost.
+"""The file `chunks.json`: source and settings of a video's chunks, and which of them are lost.
 
-Runs in chunking workers: nothing heavy is imported.
+This module runs in chunking workers, so it imports nothing that is slow to load.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ SIDECAR = "chunks.json"
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """What damage costs a video.
+    """Losses of a video due to damage.
 
     Args:
         spans: (from, to) in seconds of the video that cannot be decoded.
-        chunks: start seconds of the chunks that therefore do not exist.
+        chunks: start seconds of the chunks that were not created for this reason.
     """
 
     spans: tuple[tuple[float, float], ...] = ()
@@ -40,12 +40,12 @@ class Sidecar:
     """The contents of a `chunks.json`.
 
     Args:
-        settings: how the video was cut, as its writer states it.
+        settings: how the video was cut, as recorded by the writer.
         source: file name of the video.
-        source_bytes: its size.
+        source_bytes: size of the video file.
         fps: frames per second of the chunks.
-        chunks: frames of each chunk by its start second.
-        losses: what damage costs.
+        chunks: number of frames of each chunk by its start second.
+        losses: losses due to damage.
     """
 
     settings: dict[str, Any]
@@ -56,10 +56,10 @@ class Sidecar:
     losses: Losses = Losses()
 
     def write(self, folder: Path) -> None:
-        """Write it, whole or not at all.
+        """Write the file atomically.
 
         Args:
-            folder: of the chunks.
+            folder: folder of the chunks.
         """
         values: dict[str, Any] = {
             "settings": self.settings,
@@ -78,13 +78,13 @@ def read_sidecar(folder: Path) -> Sidecar | None:
     """Read the `chunks.json` of a folder.
 
     Args:
-        folder: of the chunks.
+        folder: folder of the chunks.
 
     Returns:
-        Its contents, or None when there is none.
+        The contents, or None if the file does not exist.
 
     Raises:
-        UserError: when it is damaged.
+        UserError: when the file is damaged.
     """
     path = folder / SIDECAR
     if not path.is_file():

@@ -1,6 +1,6 @@
-"""Walk over a file's packets: which pictures they promise, and whether that promise can be relied on.
+"""Reads all packets of a file: which pictures they indicate, and whether the decoder delivers exactly these.
 
-Runs in probing workers: imports numpy and PyAV alone.
+This module runs in probing workers, so it imports only numpy and PyAV.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from avion_dali.data.indexing import (
 
 @dataclass(frozen=True, slots=True)
 class PacketSurvey:
-    """What the packets of a file say.
+    """Information from the packets of a file.
 
     Args:
-        shown: int64 (F,), sorted presentation times in ticks of the pictures that the packets promise.
-        decoding: int64 (F,), decoding times of these packets, where all have one; else empty.
-        last_duration: ticks that the last picture is shown, 0 where the container does not say.
-        last_decoded_duration: the same of the picture that is decoded last.
-        first_picture: the first keyframe, decoded by itself; None where that gives nothing.
-        tells: the decoder delivers just the pictures that the packets promise.
+        shown: int64 (F,), sorted presentation times in ticks of the pictures that the packets indicate.
+        decoding: int64 (F,), decoding times of these packets if all have one; otherwise empty.
+        last_duration: ticks for which the last picture is shown, 0 if the container does not state it.
+        last_decoded_duration: the same for the picture that is decoded last.
+        first_picture: the first keyframe, decoded separately; None if this fails.
+        tells: whether the decoder delivers exactly the pictures that the packets indicate.
     """
 
     shown: np.ndarray
@@ -65,17 +65,17 @@ def survey_packets(
     name: str,
     tolerant: bool,
 ) -> PacketSurvey:
-    """Walk over the packets of a file that was just opened.
+    """Read the packets of a file that was just opened.
 
     Args:
         container: the open file.
         stream: its video stream.
-        collector: takes the packets from the first keyframe on, for an index.
-        name: the file, as errors name it.
-        tolerant: pass over damage.
+        collector: receives the packets from the first keyframe on, for an index.
+        name: name of the file in errors.
+        tolerant: whether to ignore damage.
 
     Returns:
-        What they say.
+        The information from the packets.
 
     Raises:
         DecodeError: `corrupt` when a packet is damaged and `tolerant` is False.
@@ -101,11 +101,11 @@ def survey_packets(
 
 
 def _packets(container: InputContainer, stream: VideoStream, *, name: str, tolerant: bool) -> Iterator[Packet]:
-    """Yield packets without empty ones: the end marker, and frames that an AVI says to repeat."""
+    """Yield packets except empty ones: the end marker, and repeated frames of an AVI file."""
     try:
         for packet, is_damaged in with_damage(container.demux(stream)):
             if is_damaged and not tolerant:
-                raise DecodeError(name, (), decoder="probe", kind="corrupt", cause="holds a damaged packet")
+                raise DecodeError(name, (), decoder="probe", kind="corrupt", cause="contains a damaged packet")
             if packet.size:
                 yield packet
     except av.FFmpegError:
@@ -117,7 +117,7 @@ def _settled(stream: VideoStream, first: Packet, *, rows: list[_Row]) -> bool:
     traits = TraitsReader(stream_facts(stream)).read(first)
     pts = [row.pts for row in rows]
     dts = [row.dts for row in rows if row.dts is not None]
-    ascending = all(a <= b for a, b in zip(dts, dts[1:], strict=False))  # else recordings were joined
+    ascending = all(a <= b for a, b in zip(dts, dts[1:], strict=False))  # False if recordings were joined
     return ascending and packets_tell(first, traits, pts=pts, pix_fmt=stream.codec_context.pix_fmt or "")
 
 
@@ -137,8 +137,8 @@ def _summary(rows: list[_Row], picture: VideoFrame | None, *, tells: bool) -> Pa
 
 
 def _decode_alone(stream: VideoStream, keyframe: Packet) -> VideoFrame | None:
-    """Decode a keyframe by itself, for what PyAV shows on decoded frames only."""
-    # A bare copy of the packet: with its flags, a keyframe that an edit list hides would give no frame.
+    """Decode a keyframe separately, for properties that PyAV provides only on decoded frames."""
+    # A plain copy of the packet: with its flags, a keyframe that an edit list hides would give no frame.
     context = stream.codec_context
     try:
         frames = [*context.decode(make_packet(bytes(keyframe), 0)), *context.decode(None)]

@@ -1,9 +1,9 @@
 """A small procedural data set: videos of simple objects in motion, with a timed sentence for each motion.
 
-It stands in for narrated video where none can be downloaded. Twelve objects (four colours, three shapes) times
-six actions; four of the actions differ in nothing but the direction of motion. The picture wraps around
-(what leaves on one side enters on the other) and the first picture of a motion is drawn before its action is
-chosen, so neither the place nor the look of a single picture tells the directions apart.
+It replaces narrated video where none can be downloaded. Twelve objects (four colors, three shapes) are combined
+with six actions; four of the actions differ only in the direction of motion. The picture wraps around (objects
+that leave on one side enter on the other), and the first picture of a motion is drawn before its action is
+chosen, so a single picture does not reveal the direction by its position or appearance.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from avion_dali.files import whole_or_absent
 Split = Literal["train", "heldout"]
 _SPLIT_KEYS: dict[Split, int] = {"train": 0, "heldout": 1}
 
-COLOURS = {"red": (215, 45, 40), "green": (45, 170, 70), "blue": (50, 85, 220), "yellow": (235, 205, 50)}
+COLORS = {"red": (215, 45, 40), "green": (45, 170, 70), "blue": (50, 85, 220), "yellow": (235, 205, 50)}
 SHAPES = ("ball", "cube", "ring")
-# Action: direction in the picture (y downwards), change of size, ways to say it.
+# Action: direction in the picture (y points down), factor of size, phrases.
 ACTIONS: dict[str, tuple[tuple[float, float], float, tuple[str, ...]]] = {
     "moves left": ((-1.0, 0.0), 1.0, ("moves left", "slides to the left", "goes left", "travels to the left")),
     "moves right": (
@@ -49,12 +49,12 @@ class SyntheticSettings:
     """Size of the data set.
 
     Args:
-        train_videos: videos to train on.
-        heldout_videos: videos to evaluate on.
-        seconds: length of a video.
+        train_videos: number of videos for training.
+        heldout_videos: number of videos for evaluation.
+        seconds: length of a video in seconds.
         fps: frames per second.
         side: width and height in pixels, a multiple of 16.
-        seed: decides everything that varies.
+        seed: determines all random choices.
 
     Raises:
         UserError: when a value is not allowed.
@@ -81,16 +81,16 @@ class SyntheticSettings:
 
 @dataclass(frozen=True)
 class Annotation:
-    """One row of an annotation file: a narrated stretch of a video.
+    """One row of an annotation file: a time span of a video with its text.
 
     Args:
         video: file name of the video.
-        start: seconds, inclusive.
-        end: seconds, exclusive.
+        start: start in seconds, inclusive.
+        end: end in seconds, exclusive.
         text: the sentence.
         verb: key of `ACTIONS`.
-        noun: colour and shape.
-        label: class for recognition, the verb: telling classes apart takes the motion.
+        noun: color and shape.
+        label: class for recognition, which is the verb: distinguishing classes requires the motion.
     """
 
     video: str
@@ -104,7 +104,7 @@ class Annotation:
 
 @dataclass(frozen=True)
 class SyntheticDataset:
-    """What `make_videos` wrote; files lie in its folder.
+    """The files that `make_videos` wrote to its folder.
 
     Args:
         videos: all video files.
@@ -123,26 +123,26 @@ class SyntheticDataset:
 
 @dataclass(frozen=True)
 class Scene:
-    """One motion. Lengths are shares of the picture's side; all but `verb` and `text` is drawn without them.
+    """One motion. Lengths are fractions of the picture's side; only `verb` and `text` depend on the action.
 
     Args:
-        frames: pictures it lasts.
+        frames: number of pictures.
         verb: key of `ACTIONS`.
-        colour: key of `COLOURS`.
+        color: key of `COLORS`.
         shape: one of `SHAPES`.
         text: the sentence.
-        tint: brightness factor of the colour.
-        place: centre (x, y) in the first picture, in [0, 1).
-        radius: in the first picture.
-        travel: way of a motion, in sides.
-        drift: small motion (x, y) besides the action.
-        swell: small change of size besides the action, a factor.
+        tint: brightness factor of the color.
+        place: center (x, y) in the first picture, in [0, 1).
+        radius: radius in the first picture.
+        travel: distance of a motion.
+        drift: small motion (x, y) in addition to the action.
+        swell: factor of a small change of size in addition to the action.
         backdrop: seed of the background.
     """
 
     frames: int
     verb: str
-    colour: str
+    color: str
     shape: str
     text: str
     tint: float
@@ -155,8 +155,8 @@ class Scene:
 
     @property
     def noun(self) -> str:
-        """The object in words."""
-        return f"{self.colour} {self.shape}"
+        """The name of the object."""
+        return f"{self.color} {self.shape}"
 
 
 def make_videos(folder: Path, *, settings: SyntheticSettings | None = None, jobs: int = 0) -> SyntheticDataset:
@@ -165,9 +165,9 @@ def make_videos(folder: Path, *, settings: SyntheticSettings | None = None, jobs
     The videos go to `folder/videos`. The same settings write the same bytes.
 
     Args:
-        folder: where to write; made when missing.
-        settings: how much; defaults when None.
-        jobs: processes; 0 for one a core.
+        folder: folder to write; created if it does not exist.
+        settings: size of the data set; None for the defaults.
+        jobs: number of processes; 0 for one per core.
 
     Returns:
         Paths and annotations.
@@ -192,22 +192,22 @@ def plan_video(settings: SyntheticSettings, split: Split, *, index: int) -> list
     """Choose the motions of one video, in order; a pure function of its arguments.
 
     Args:
-        settings: of the data set.
-        split: which part; videos of different parts share nothing.
-        index: number of the video within its part.
+        settings: settings of the data set.
+        split: part of the data set; videos of different parts share nothing.
+        index: index of the video within its part.
 
     Returns:
         Scenes that fill the video exactly.
     """
     rng = np.random.Generator(np.random.Philox(key=[settings.seed, 2 * index + _SPLIT_KEYS[split]]))
-    pairs = [(colour, shape, verb) for colour in COLOURS for shape in SHAPES for verb in ACTIONS]
+    pairs = [(color, shape, verb) for color in COLORS for shape in SHAPES for verb in ACTIONS]
     left = settings.seconds * settings.fps
     scenes: list[Scene] = []
     while left > 0:
         if len(scenes) % len(pairs) == 0:
             order = rng.permutation(len(pairs))
         frames = round(float(rng.uniform(1.1, 1.7)) * settings.fps)
-        # A rest too short for a scene of its own lengthens the last one.
+        # A remainder that is too short for another scene extends the last one.
         frames = left if left - frames < settings.fps else frames
         scenes.append(_draw_scene(rng, frames, *pairs[order[len(scenes) % len(pairs)]]))
         left -= frames
@@ -219,7 +219,7 @@ def draw_scene_frame(scene: Scene, progress: float, *, backdrop_HWC: np.ndarray)
 
     Args:
         scene: the motion.
-        progress: share of the motion that is over, in [0, 1].
+        progress: elapsed fraction of the motion, in [0, 1].
         backdrop_HWC: uint8 (side, side, 3) background, from `draw_backdrop`.
 
     Returns:
@@ -228,21 +228,21 @@ def draw_scene_frame(scene: Scene, progress: float, *, backdrop_HWC: np.ndarray)
     frame_HWC = backdrop_HWC.copy()
     side = len(frame_HWC)
     direction, growth, _ = ACTIONS[scene.verb]
-    centre = [
+    center = [
         (start + (way * scene.travel + drift) * progress) * side
         for start, way, drift in zip(scene.place, direction, scene.drift, strict=True)
     ]
     radius = scene.radius * side * (growth * scene.swell) ** progress
-    colour = np.clip(np.array(COLOURS[scene.colour]) * scene.tint, 0, 255)
-    _paint(frame_HWC, scene.shape, centre, radius=radius, colour=colour)
+    color = np.clip(np.array(COLORS[scene.color]) * scene.tint, 0, 255)
+    _paint(frame_HWC, scene.shape, center, radius=radius, color=color)
     return frame_HWC
 
 
 def draw_backdrop(seed: int, side: int) -> np.ndarray:
-    """Draw a background: a dim two-colour gradient, soft blotches, and one small grey object.
+    """Draw a background: a dim two-color gradient, soft blotches, and one small gray object.
 
     Args:
-        seed: decides it.
+        seed: determines the background.
         side: width and height in pixels.
 
     Returns:
@@ -256,14 +256,14 @@ def draw_backdrop(seed: int, side: int) -> np.ndarray:
     picture = base + (end - base) * ramp + np.broadcast_to(0.0, (side, side, 3))
     picture[: len(blotches), : len(blotches)] += blotches
     backdrop_HWC = np.clip(picture, 0, 255).astype(np.uint8)
-    shape, grey = SHAPES[rng.integers(len(SHAPES))], rng.uniform(90, 200)
+    shape, gray = SHAPES[rng.integers(len(SHAPES))], rng.uniform(90, 200)
     place = (rng.random(2) * side).tolist()
-    _paint(backdrop_HWC, shape, place, radius=side * 0.05, colour=np.full(3, grey))
+    _paint(backdrop_HWC, shape, place, radius=side * 0.05, color=np.full(3, gray))
     return backdrop_HWC
 
 
-def _draw_scene(rng: np.random.Generator, frames: int, colour: str, shape: str, verb: str) -> Scene:
-    # Away from the borders, whatever the action: where an object stands first says nothing of where it goes.
+def _draw_scene(rng: np.random.Generator, frames: int, color: str, shape: str, verb: str) -> Scene:
+    # Away from the borders for all actions, so that the first position does not reveal the direction.
     place, drift = rng.uniform(0.35, 0.65, 2), rng.uniform(-0.04, 0.04, 2)
     look = {
         "tint": float(rng.uniform(0.75, 1.1)),
@@ -272,11 +272,11 @@ def _draw_scene(rng: np.random.Generator, frames: int, colour: str, shape: str, 
         "swell": float(rng.uniform(0.9, 1.1)),
     }
     ways = ACTIONS[verb][2]
-    text = f"{ARTICLES[rng.integers(2)]} {colour} {shape} {ways[rng.integers(len(ways))]}"
+    text = f"{ARTICLES[rng.integers(2)]} {color} {shape} {ways[rng.integers(len(ways))]}"
     return Scene(
         frames=frames,
         verb=verb,
-        colour=colour,
+        color=color,
         shape=shape,
         text=text,
         place=(float(place[0]), float(place[1])),
@@ -287,13 +287,13 @@ def _draw_scene(rng: np.random.Generator, frames: int, colour: str, shape: str, 
 
 
 def _paint(
-    frame_HWC: np.ndarray, shape: str, centre: Sequence[float], *, radius: float, colour: np.ndarray
+    frame_HWC: np.ndarray, shape: str, center: Sequence[float], *, radius: float, color: np.ndarray
 ) -> None:
-    """Paint an object with soft edges in place; it wraps around the borders."""
+    """Paint an object with soft edges into a frame; it wraps around the borders."""
     side, reach = len(frame_HWC), int(radius) + 2
-    left, top = int(np.floor(centre[0])) - reach, int(np.floor(centre[1])) - reach
+    left, top = int(np.floor(center[0])) - reach, int(np.floor(center[1])) - reach
     columns, rows = np.arange(left, left + 2 * reach + 1), np.arange(top, top + 2 * reach + 1)
-    x, y = columns[None, :] - centre[0], rows[:, None] - centre[1]
+    x, y = columns[None, :] - center[0], rows[:, None] - center[1]
     if shape == "cube":
         inside = 0.88 * radius - np.maximum(np.abs(x), np.abs(y))
     elif shape == "ball":
@@ -302,7 +302,7 @@ def _paint(
         inside = 0.25 * radius - np.abs(np.hypot(x, y) - 0.75 * radius)
     alpha = np.clip(inside + 0.5, 0, 1)[..., None]
     window = np.ix_(rows % side, columns % side)
-    frame_HWC[window] = (frame_HWC[window] * (1 - alpha) + colour * alpha).astype(np.uint8)
+    frame_HWC[window] = (frame_HWC[window] * (1 - alpha) + color * alpha).astype(np.uint8)
 
 
 def _video_name(split: Split, index: int) -> str:
@@ -314,7 +314,7 @@ def _raise_loss(task: tuple[Path, SyntheticSettings, Split, int], reason: str) -
 
 
 def _write_video_task(task: tuple[Path, SyntheticSettings, Split, int]) -> list[Annotation]:
-    """Write one video under a temporary name, then its own; runs in a worker."""
+    """Write one video under a temporary name, then rename it; runs in a worker."""
     folder, settings, split, index = task
     scenes = plan_video(settings, split, index=index)
     name = _video_name(split, index)
@@ -322,7 +322,7 @@ def _write_video_task(task: tuple[Path, SyntheticSettings, Split, int]) -> list[
         whole_or_absent(folder / name) as partial,
         av.open(str(partial), "w", format="mp4") as container,
     ):
-        # The videos are only read to be cut into chunks: fast to write, little loss.
+        # The videos are only read for cutting them into chunks: fast encoding, little loss.
         options = {"preset": "ultrafast", "crf": "18"}
         stream = container.add_stream("libx264", rate=settings.fps, options=options)
         assert isinstance(stream, VideoStream)

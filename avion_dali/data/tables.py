@@ -1,7 +1,7 @@
 """Arrow tables on disk: written in record batches of equal size, read through memory maps without copies.
 
-A batch's strings stay far below Arrow's 2 GB limit, and a row is found by division. Opening costs nothing and
-all processes share pages.
+The strings of a batch stay far below Arrow's 2 GB limit, and a row is located by division. Opening reads no
+rows, and all processes share memory pages.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Strings:
     """A column of strings.
 
     Args:
-        offsets: R + 1 places in `data`.
+        offsets: R + 1 positions in `data`.
         data: UTF-8 bytes of all rows.
     """
 
@@ -36,7 +36,7 @@ class Strings:
     data: memoryview
 
     def at(self, row: int) -> str:
-        """Return one row's string."""
+        """Return the string of one row."""
         return str(self.data[self.offsets[row] : self.offsets[row + 1]], "utf-8")
 
 
@@ -45,7 +45,7 @@ class Lists(Generic[Values]):
     """A column of lists.
 
     Args:
-        offsets: R + 1 places in `values`.
+        offsets: R + 1 positions in `values`.
         values: the items of all rows.
     """
 
@@ -53,12 +53,12 @@ class Lists(Generic[Values]):
     values: Values
 
     def range(self, row: int) -> range:
-        """Return the places of one row's items."""
+        """Return the positions of one row's items."""
         return range(self.offsets[row], self.offsets[row + 1])
 
 
 class MappedTable:
-    """A memory-mapped Arrow file whose batches all have `rows_per_batch` rows, but for the last.
+    """A memory-mapped Arrow file in which every batch except the last has `rows_per_batch` rows.
 
     Args:
         path: the file.
@@ -117,7 +117,7 @@ class MappedTable:
         return UserError(f"{self._path} is not a readable manifest table ({cause}); build it again")
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Return which batch holds a row, and where in it.
+        """Return the batch that contains a row, and the row's position in it.
 
         Args:
             row: in [0, num_rows).
@@ -131,7 +131,7 @@ class MappedTable:
 
 
 def numbers(column: pa.Array) -> memoryview:
-    """Return a zero-copy view of a column of numbers; a memoryview's items are plain numbers, and quick."""
+    """Return a zero-copy view of a column of numbers; items of a memoryview are Python numbers and fast."""
     return memoryview(column.to_numpy(zero_copy_only=True))
 
 
@@ -149,7 +149,7 @@ def lists(column: pa.Array, values: Callable[[pa.Array], Values]) -> Lists[Value
 
     Args:
         column: a list array.
-        values: how to view its items.
+        values: creates the view of its items.
     """
     return Lists(numbers(column.offsets), values(column.values))
 
@@ -200,11 +200,11 @@ def write_table(
     """Write rows as they come; only one batch of them is held.
 
     Args:
-        path: the file; a new one takes an old one's place, so that runs that map the old one keep reading it.
-        schema: of the table.
-        rows: what to write.
-        columns: turns a batch of rows into the values of each column.
-        rows_per_batch: how many rows make a batch.
+        path: the file; an existing one is replaced, and processes that have mapped it can still read it.
+        schema: schema of the table.
+        rows: the rows to write.
+        columns: converts a batch of rows to the values of each column.
+        rows_per_batch: number of rows per batch.
 
     Returns:
         The closed writer, which knows the number of rows and where batches end.

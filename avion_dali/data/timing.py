@@ -1,6 +1,6 @@
-"""Times of pictures and what follows from them: order, constant or varying rate, the densest rate.
+"""Times of pictures and their consequences: order, constant or variable rate, and the densest rate.
 
-Runs in probing and chunking workers: imports numpy alone.
+This module runs in probing and chunking workers, so it imports only numpy.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from fractions import Fraction
 import numpy as np
 
 NTSC = Fraction(1000, 1001)
-# Below this rate a picture stays long enough that the one on show and the nearest one are worth telling apart.
+# Below this rate, pictures are shown for so long that the picture shown at a time and the nearest one differ.
 SLOW_FPS = 10
-# A burst of this many intervals is movement that is worth its rate; fewer may be jitter of a clock.
+# A burst of at least this many intervals is motion that deserves its rate; a shorter one may be clock jitter.
 _SUSTAINED_INTERVALS = 12
 _FREQUENT_SHARE = 0.25
-# Clocks jitter: a measured rate so near a plain one is that one.
+# Because of clock jitter, a measured rate this close to a plain rate is replaced by it.
 _SNAP = 0.04
 
 
 def complete_times(times: Sequence[int | None], step: Fraction) -> np.ndarray:
-    """Return a time for each picture in the order in which a decoder delivers them, strictly increasing.
+    """Return strictly increasing times of pictures in the order in which a decoder delivers them.
 
-    Pictures without a time stand evenly between those that have one. Where times go back, as in recordings
-    that were joined byte by byte, what follows continues one step after what came before.
+    Pictures without a time are spaced evenly between those with one. If times decrease, as in recordings that
+    were joined byte by byte, the following pictures continue one step after the previous ones.
 
     Args:
-        times: stated times in ticks, None for pictures that have none.
-        step: ticks from one picture to the next where nothing else is known.
+        times: stated times in ticks; None for pictures without one.
+        step: ticks between pictures if nothing else is known.
 
     Returns:
         int64 array (len(times),) of ticks.
@@ -51,15 +51,15 @@ def complete_times(times: Sequence[int | None], step: Fraction) -> np.ndarray:
 def measure_rate(
     ticks: np.ndarray, tick: Fraction, *, stated: Sequence[Fraction | None]
 ) -> tuple[Fraction, bool]:
-    """Return the frame rate and whether it is constant: the plainest rate that fits, else the average.
+    """Return the frame rate and whether it is constant: the plainest rate that fits, otherwise the average.
 
     Args:
         ticks: int64 (F,), sorted presentation times.
-        tick: seconds of a tick.
-        stated: rates that the container states, the likeliest first.
+        tick: length of a tick in seconds.
+        stated: rates that the container states, the most likely one first.
 
     Returns:
-        Frames per second, and True when every frame lies within a tick of `index / rate`.
+        Frames per second, and whether every frame lies within one tick of `index / rate`.
     """
     rates = [rate for rate in stated if rate]
     if len(ticks) == 1:
@@ -68,10 +68,10 @@ def measure_rate(
     average = exact.limit_denominator(100_000)
     plain = [rate for rate in rates if rate.denominator in (1, 1001)]
     seconds = (ticks - ticks[0]) * float(tick)
-    # A header's average over a short file is off by the rounding of its clock (19001/317 for 59.94), so
+    # For short files, the average in the header is affected by rounding of the clock (19001/317 for 59.94), so
     # whole and NTSC rates are tried first.
     for rate in (*plain, *_plain_rates(exact), *rates, average):
-        # Times are rounded to ticks; where a tick is as coarse as a frame (AVI) no rounding is excused.
+        # Times are rounded to ticks; if a tick is as long as a frame (AVI), rounding is not tolerated.
         tolerance = min(float(tick), 0.25 / max(float(rate), 1.0)) * 1.001
         if rate and np.abs(seconds - np.arange(len(ticks)) / float(rate)).max() <= tolerance:
             return rate, True
@@ -79,13 +79,13 @@ def measure_rate(
 
 
 def _plain_rates(rate: Fraction) -> list[Fraction]:
-    """Return the nearest whole rate and the nearest NTSC rate, the nearer one first."""
+    """Return the nearest whole rate and the nearest NTSC rate, the closer one first."""
     candidates = [Fraction(round(rate)), round(rate / NTSC) * NTSC]
     return sorted((r for r in candidates if r), key=lambda candidate: abs(candidate - rate))
 
 
 def _frequent_interval(intervals: np.ndarray) -> float:
-    """Return the most frequent of some intervals, give or take a millisecond; infinity when none stands out."""
+    """Return the most frequent interval, with a tolerance of a millisecond; infinity if none is frequent."""
     milliseconds, counts = np.unique(np.round(intervals * 1000).astype(np.int64), return_counts=True)
     edges = np.searchsorted(milliseconds, [milliseconds - 1, milliseconds + 2])
     before = np.concatenate([[0], counts.cumsum()])
@@ -97,17 +97,17 @@ def _frequent_interval(intervals: np.ndarray) -> float:
 
 
 def densest_rate(seconds: np.ndarray, stated: Sequence[Fraction | None]) -> Fraction:
-    """Return the rate of a video whose rate varies, in the passage where its pictures are densest.
+    """Return the rate of a variable-rate video in the passage where its pictures are densest.
 
-    The mean rate says nothing of a video that pauses. A passage has 12 intervals, or half of a shorter video;
-    an interval that is frequent all over the video counts as well (a camera that drops frames).
+    The mean rate is not meaningful for a video with pauses. A passage has 12 intervals, or half of those of a
+    shorter video; an interval that is frequent in the whole video counts as well (a camera that drops frames).
 
     Args:
         seconds: float64 (F,), F >= 2, ascending times of the pictures.
         stated: rates that the container states.
 
     Returns:
-        Frames per second, a stated or plain rate where one is near.
+        Frames per second; a stated or plain rate if one is close.
     """
     count = min(_SUSTAINED_INTERVALS, max((len(seconds) - 1) // 2, 1))
     passage = float((seconds[count:] - seconds[:-count]).min()) / count

@@ -1,4 +1,4 @@
-"""Text to token ids, once, when the manifest is built; open_clip is imported nowhere else on this path."""
+"""Converts texts to token ids when a manifest is built; loading and training do not import open_clip."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ END_OF_TEXT = 49407
 
 
 def clip_tokenizer() -> Callable[[str], tuple[int, ...]]:
-    """Return CLIP's byte-pair encoder (49,408 entries): text to ids with start and end markers.
+    """Return CLIP's byte-pair encoder (49,408 entries), which maps a text to ids with start and end markers.
 
-    The import takes seconds, so it happens here and not with the module.
+    The import takes seconds, so it happens in this function.
     """
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -26,10 +26,10 @@ def clip_tokenizer() -> Callable[[str], tuple[int, ...]]:
 
 
 def cut_to_context(ids: tuple[int, ...]) -> tuple[int, ...]:
-    """Cut over-long text to 77 ids; it keeps its end marker (Radford et al., arXiv 2103.00020, section 2.4).
+    """Truncate a text to 77 ids; the end marker is kept (Radford et al., arXiv 2103.00020, section 2.4).
 
     Args:
-        ids: of one text, start and end markers included.
+        ids: token ids of one text, including start and end markers.
     """
     return ids if len(ids) <= CONTEXT_LENGTH else (*ids[: CONTEXT_LENGTH - 1], ids[-1])
 
@@ -38,8 +38,8 @@ def pad_tokens(rows: Sequence[tuple[int, ...]], context_length: int) -> np.ndarr
     """Stack token ids into one zero-padded array.
 
     Args:
-        rows: ids of each text, the end marker last.
-        context_length: L; longer rows are cut and keep their last id, the end marker.
+        rows: ids of each text, with the end marker last.
+        context_length: L; longer rows are truncated but keep their last id, the end marker.
 
     Returns:
         int64 array (B, L).

@@ -1,1 +1,1 @@
-"""Annotation files to manifests."""
+"""Builds manifests from annotation files."""

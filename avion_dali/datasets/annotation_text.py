@@ -1,4 +1,4 @@
-"""Opening annotation files: text in UTF-8, and errors that name the file once."""
+"""Opens annotation files as UTF-8 text, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from avion_dali.contracts import UserError
 
 @contextmanager
 def opened_text(path: Path) -> Iterator[TextIO]:
-    """Open a text file, with or without a byte order mark; line ends stay as they are, as `csv` needs them.
+    """Open a text file, with or without a byte order mark; line endings are kept, as `csv` requires.
 
     Args:
         path: the file.
 
     Raises:
-        UserError: when it cannot be read or is not UTF-8, here or while it is read in the block.
+        UserError: when the file cannot be read or is not UTF-8, on opening or while the block reads it.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:

@@ -1,4 +1,4 @@
-"""What readers of annotation files share: rows are put on chunks as they come, unusable ones are listed."""
+"""Shared code of the annotation readers: assigns annotation rows to chunks and lists unusable rows."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from avion_dali.locks import folder_lock
 
 REJECTED_FILE = "rejected.jsonl"
 UNUSABLE_FILE = "unusable_chunks.jsonl"
-# A record batch of the longest texts must stay below Arrow's 2 GB of strings; a narration has a few dozen.
+# A record batch of the longest texts must stay below Arrow's 2 GB of strings; most texts are a few dozen long.
 MAX_TEXT_LENGTH = 8_000
 _SHOWN, _SHOWN_NAME = 5, 200
-# Annotators repeat themselves: the token ids of recent texts are kept, in about 100 MB.
+# Annotations repeat texts, so the token ids of recent texts are cached, in about 100 MB.
 _REMEMBERED_TEXTS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class AnnotationRow:
-    """One row of an annotation file, read but not yet put on chunks.
+    """One row of an annotation file, before it is assigned to chunks.
 
     Args:
         line: its line or position in the file, from 1.
         video: name of the video.
         start_s: start in seconds of the video.
-        end_s: end in seconds of the video; None for the video's own end.
-        texts: its narrations.
+        end_s: end in seconds of the video; None for the end of the video.
+        texts: its texts.
         verb: verb class, or empty.
         nouns: noun classes.
         label: class index, or -1.
-        file: the annotation file, where there are several.
+        file: the annotation file, if there are several.
     """
 
     line: int
@@ -69,10 +69,10 @@ class RejectedRow:
 
     Args:
         line: its line or position in the file, from 1.
-        video: the video it names.
-        reason: why not, in words.
-        kind: the class of reason that reports count by.
-        file: the annotation file, where there are several.
+        video: name of its video.
+        reason: description of the reason.
+        kind: short category of the reason, by which reports count.
+        file: the annotation file, if there are several.
     """
 
     line: int
@@ -84,16 +84,16 @@ class RejectedRow:
 
 @dataclass(frozen=True, slots=True)
 class BuildSettings:
-    """How a manifest is built.
+    """Settings for building a manifest.
 
     Args:
         chunk_root: folder of the chunks, or of whole videos.
         output: manifest folder to write.
-        skip_bad_rows: leave unusable rows out instead of refusing the file.
-        jobs: probing processes; 0 takes all cores.
+        skip_bad_rows: whether to skip unusable rows instead of raising an error.
+        jobs: number of probing processes; 0 uses all cores.
         on_chunk: called with the number of files probed.
-        on_row: called with the number of rows read, after each one.
-        names: what the names of chunk files say.
+        on_row: called after each row with the number of rows read.
+        names: meaning of the names of chunk files.
     """
 
     chunk_root: Path
@@ -107,15 +107,15 @@ class BuildSettings:
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """What a manifest was made of.
+    """Summary of a built manifest.
 
     Args:
-        num_samples: clips in the manifest.
-        num_texts: their narrations, all counted.
+        num_samples: samples in the manifest.
+        num_texts: number of their texts, repeated ones included.
         num_chunks: chunk files in the manifest.
-        rejected: number of annotation rows left out for each kind of reason.
-        unusable: chunk files left out.
-        notes: what else the user should know.
+        rejected: number of skipped annotation rows by kind of reason.
+        unusable: chunk files that were left out.
+        notes: further messages for the user.
     """
 
     num_samples: int
@@ -126,15 +126,15 @@ class BuildReport:
     notes: tuple[str, ...] = ()
 
     def with_notes(self, *notes: str) -> BuildReport:
-        """Return the report with notes added."""
+        """Return a copy of the report with additional notes."""
         return replace(self, notes=(*self.notes, *notes))
 
 
 class Rejections:
-    """Writes rejected rows to a file as they come; keeps their counts and the first few.
+    """Writes rejected rows to a file as they occur, and keeps their counts and the first few of them.
 
     Args:
-        path: the file; an old one is removed, and one is made only when a row is rejected.
+        path: the file; an existing one is removed, and a new one is created only when a row is rejected.
     """
 
     def __init__(self, path: Path) -> None:
@@ -157,27 +157,27 @@ class Rejections:
         return self.counts.total()
 
     def describe(self) -> str:
-        """Return the counts per kind in words, most frequent first."""
+        """Return the counts per kind as text, most frequent first."""
         return ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common())
 
     def close(self) -> None:
-        """Finish the file."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
 
 
 @dataclass
 class ManifestBuild:
-    """A manifest in the making: its chunks are known, its rows are put on them as they are read.
+    """A manifest under construction: its chunks are known, and rows are assigned to them as they are read.
 
     Args:
-        settings: how it is built.
+        settings: how the manifest is built.
         chunks: the usable chunks, sorted by (video, start).
-        unusable: the others.
-        rejections: takes the rows that cannot be used.
-        index: the packet indexes, written but not yet under their name.
+        unusable: the unusable chunks.
+        rejections: records the rows that cannot be used.
+        index: the packet indexes, still under a temporary name.
         files: the files that were probed.
-        passed_over: videos of the chunk folder whose names are no numbers.
+        passed_over: skipped videos of the chunk folder, whose names are not numbers.
     """
 
     settings: BuildSettings
@@ -200,7 +200,7 @@ class ManifestBuild:
         self.lookup = ChunkLookup(self.chunks, lost, damage=damaged_parts(self.files))
 
     def tokens(self, text: str) -> tuple[int, ...]:
-        """Return a text's token ids; the tokenizer is loaded with the first text."""
+        """Return a text's token ids; the tokenizer is loaded when the first text is encoded."""
         if self._tokenize is None:
             self._tokenize = lru_cache(_REMEMBERED_TEXTS)(clip_tokenizer())
         ids = self._tokenize(text)
@@ -208,27 +208,28 @@ class ManifestBuild:
         return cut_to_context(ids)
 
     def unusable_reason(self, path: Path) -> str:
-        """Return why a probed file is not among the chunks."""
+        """Return the reason why a probed file is not among the chunks."""
         if self._reasons is None:
             self._reasons = {chunk.path: chunk.reason for chunk in self.unusable}
         return self._reasons.get(str(path), "cannot be used")
 
     def place(self, rows: Iterable[AnnotationRow | RejectedRow], *, source: str = "") -> Iterator[Sample]:
-        """Yield the samples of usable rows, in order; only the row at hand is held.
+        """Yield the samples of usable rows in order; only the current row is in memory.
 
         Args:
-            rows: what a reader found, rows that it could not read included.
-            source: what an error names: the annotation files.
+            rows: the rows from a reader, including those that it could not parse.
+            source: the annotation files, for error messages.
 
         Raises:
-            UserError: after the last row, when rows are unusable and not to be skipped, or none is left.
+            UserError: after the last row, when rows are unusable and `skip_bad_rows` is False, or no row is
+                usable.
         """
         return (sample for _, sample in self.place_numbered(rows, source=source))
 
     def place_numbered(
         self, rows: Iterable[AnnotationRow | RejectedRow], *, source: str = ""
     ) -> Iterator[tuple[int, Sample]]:
-        """Yield the samples of usable rows with their positions among `rows`, from 0; see `place`."""
+        """Yield each usable row's sample with its position in `rows`, from 0; see `place`."""
         total = 0
         for total, row in enumerate(rows, start=1):
             sample = self._sample(row)
@@ -251,10 +252,10 @@ class ManifestBuild:
         """Write the manifest.
 
         Args:
-            samples: the rows, from `place`.
-            source: the annotation files, as `manifest.json` names them.
-            captions: captions with graded relevancy, if the data set has them.
-            classes: class names, if the data set has them.
+            samples: the samples from `place`.
+            source: the annotation files, as recorded in `manifest.json`.
+            captions: the captions with relevancy, if the data set has them.
+            classes: the class names, if the data set has them.
         """
         info: dict[str, Any] = {"annotations": source}
         write_manifest(
@@ -274,20 +275,20 @@ class ManifestBuild:
     def _notes(self) -> Iterator[str]:
         if self.passed_over:
             first = self.passed_over[0].name.encode(errors="backslashreplace").decode()
-            yield f"{len(self.passed_over)} videos passed over, for their names are no numbers: {first}, ..."
+            yield f"{len(self.passed_over)} videos skipped because their names are not numbers: {first}, ..."
         if not self._long_texts:
             return
         yield (
             f"{self._long_texts} of {self._texts} texts are longer than the {CONTEXT_LENGTH} tokens that a "
-            "text tower sees (fewer, if model.context_length says so): their ends are cut off"
+            "text tower reads (or fewer, see model.context_length): they are truncated"
         )
 
     def _counted(self, samples: Iterable[Sample], info: dict[str, Any]) -> Iterator[Sample]:
         yield from samples
-        info["rejected_rows"] = self.rejections.total  # known now; `manifest.json` is written after the rows
+        info["rejected_rows"] = self.rejections.total  # final count; `manifest.json` is written after the rows
 
     def _sample(self, row: AnnotationRow | RejectedRow) -> Sample | None:
-        """Return a row's sample; None for a bad row, and for a good one of files that will be refused."""
+        """Return a row's sample; None if it is unusable, or if earlier rows already make the build fail."""
         if isinstance(row, RejectedRow):
             self.rejections.add(row)
             return None
@@ -325,30 +326,30 @@ class ManifestBuild:
             if bad.total > _SHOWN:
                 lines.append(f"  and {bad.total - _SHOWN} more in {path}")
             lines += [f"  chunk {u.path}: {u.reason}" for u in self.unusable[:_SHOWN]]
-            lines.append("correct them, or leave them out with --skip-bad-rows")
+            lines.append("correct them, or skip them with --skip-bad-rows")
             raise UserError("\n".join(lines))
         if not self._placed:
-            where = f"reasons are in {path}" if bad.total else "the files have none"
+            where = f"the reasons are in {path}" if bad.total else "the files have no rows"
             raise UserError(f"{source}no annotation row can be used; {where}")
 
 
 @contextmanager
 def manifest_build(settings: BuildSettings, files: list[ChunkFile] | None = None) -> Iterator[ManifestBuild]:
-    """Probe the chunks and open a manifest to be filled; an error leaves an old one in the folder as it was.
+    """Probe the chunks and start a manifest; if an error occurs, an existing manifest in the folder is kept.
 
     Args:
-        settings: how it is built.
-        files: the files to probe, sorted; by default all chunks of the folder.
+        settings: how the manifest is built.
+        files: the files to probe, sorted; by default all chunks of the chunk folder.
 
     Yields:
-        The manifest in the making.
+        The manifest under construction.
 
     Raises:
-        UserError: when the folder holds no chunk, or the output cannot be written.
+        UserError: when the folder contains no chunk, or the output cannot be written.
     """
     folder = settings.output
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; --output names the manifest's folder")
+        raise UserError(f"{folder} is a file; --output must name the folder of the manifest")
     passed_over: list[Path] = []
     found = files
     if found is None:
@@ -382,7 +383,7 @@ def _check_text(text: str) -> None:
     if not text.strip():
         raise SpanError("its text is empty", "no text")
     if len(text) > MAX_TEXT_LENGTH:
-        raise SpanError(f"a text of it is longer than {MAX_TEXT_LENGTH} characters", "bad text")
+        raise SpanError(f"one of its texts is longer than {MAX_TEXT_LENGTH} characters", "bad text")
     try:
         text.encode()
     except UnicodeEncodeError as error:

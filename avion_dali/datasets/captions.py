@@ -1,4 +1,4 @@
-"""The generic annotation file: CSV or JSON lines with video, start, end, text, and optional classes."""
+"""Reads generic annotation files: CSV or JSON lines with video, start, end, text, and optional classes."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def build_captions_manifest(
     jobs: int = 0,
     classes_from: str | Path | None = None,
 ) -> BuildReport:
-    """Make a manifest of chunks and annotated spans; see `read_captions_into`.
+    """Build a manifest of chunks and annotated spans; see `read_captions_into`.
 
     Args:
         chunk_root: folder of `<video>/<start second>.mp4` chunks.
         annotations: `.csv` or `.jsonl` file.
         output: manifest folder to write.
-        skip_bad_rows: leave unusable rows out instead of refusing the file.
-        jobs: probing processes; 0 takes all cores.
-        classes_from: a manifest whose classes the labels are.
+        skip_bad_rows: whether to skip unusable rows instead of raising an error.
+        jobs: number of probing processes; 0 uses all cores.
+        classes_from: a manifest whose class table numbers the labels.
 
     Returns:
-        What went in and what was left out.
+        Counts of the rows that were included and rejected.
     """
     settings = BuildSettings(Path(chunk_root), Path(output), skip_bad_rows, jobs)
     return read_captions_into(settings, annotations, classes_from=classes_from)
@@ -63,25 +63,25 @@ def build_captions_manifest(
 def read_captions_into(
     settings: BuildSettings, annotations: str | Path, *, classes_from: str | Path | None = None
 ) -> BuildReport:
-    """Make a manifest of chunks and annotated spans.
+    """Build a manifest of chunks and annotated spans.
 
-    Rows that cannot be used are listed in `<output>/rejected.jsonl`, so nothing is lost silently. The file is
-    read twice and never held: once to refuse what is malformed before any chunk is probed, and to number the
-    labels; once to put its rows on the chunks.
+    Rows that cannot be used are listed in `<output>/rejected.jsonl`. The file is read twice, one row at a time:
+    the first pass rejects malformed files before any chunk is probed and collects the labels; the second
+    pass assigns the rows to chunks.
 
     Args:
         settings: how the manifest is built.
-        annotations: `.csv` (with a header) or `.jsonl` file. `noun` may hold several, separated by `;`; in JSON
-            it may be a list, and so may `text`. A row needs a `text` or a `label`, the name of its class; a row
-            without `start` and `end` means the whole video.
-        classes_from: a manifest whose classes the labels are: the training one, for held-out rows. By default
-            all labels of the file are the classes, sorted as strings.
+        annotations: `.csv` (with a header) or `.jsonl` file. `noun` may contain several nouns separated by `;`;
+            in JSON, `noun` and `text` may be lists. A row needs a `text` or a `label`, which is the name of its
+            class; a row without `start` and `end` refers to the whole video.
+        classes_from: a manifest whose class table numbers the labels: the training manifest, for held-out rows.
+            By default, all labels of the file are the classes, sorted as strings.
 
     Returns:
-        What went in and what was left out.
+        Counts of the rows that were included and rejected.
 
     Raises:
-        UserError: when a file or column is missing, or rows are unusable and not to be skipped.
+        UserError: when a file or column is missing, or rows are unusable and `skip_bad_rows` is False.
     """
     path = Path(annotations)
     survey = _survey(path)
@@ -89,7 +89,7 @@ def read_captions_into(
     if classes_from is not None:
         classes = Manifest(classes_from).classes
         if classes is None:
-            raise UserError(f"{classes_from} has no classes; name the training manifest of labelled clips")
+            raise UserError(f"{classes_from} has no classes; name the training manifest of labeled clips")
     with manifest_build(settings) as build:
         counts = _Counts()
         samples = counts.seen(_placed(build, annotation_rows(path, classes), path))
@@ -99,7 +99,7 @@ def read_captions_into(
 
 @dataclass
 class _Counts:
-    """Counts the clips whose captions cannot be graded by classes, as they pass."""
+    """Counts samples without verb or noun while they are written: classes give them no relevancy."""
 
     samples: int = 0
     ungraded: int = 0
@@ -117,8 +117,8 @@ class _Counts:
             return ()
         number = "all" if self.ungraded == self.samples else str(self.ungraded)
         return (
-            f"{number} clips lack a verb or a noun: an evaluation on this manifest takes a caption as "
-            "relevant to the clips of the very same text only",
+            f"{number} clips have no verb or no noun: an evaluation on this manifest treats a caption as "
+            "relevant only to clips with the same text",
         )
 
 
@@ -131,26 +131,26 @@ def _placed(build: ManifestBuild, rows: Iterator[AnnotationRow | RejectedRow], p
 
 @dataclass
 class _Survey:
-    """What a first look through an annotation file finds."""
+    """Results of the first pass through an annotation file."""
 
     labels: set[str] = field(default_factory=set)
     columns: dict[str, None] = field(default_factory=dict)
     rows: int = 0
     whole: int = 0  # rows without times
-    lists: int = 0  # text cells that hold a list
+    lists: int = 0  # text cells that contain a list
 
     def notes(self) -> Iterator[str]:
-        """Say what is not read as it may have been meant."""
+        """Yield notes on input that may have been meant differently."""
         yield from _unread_note([name for name in self.columns if name and name not in _COLUMNS])
         if self.whole:
             count = "all" if self.whole == self.rows else str(self.whole)
-            yield f"{count} rows have neither start nor end: each means its whole video"
+            yield f"{count} rows have neither start nor end: each refers to its whole video"
         if self.lists:
-            yield f"{self.lists} text cells hold a list: each is taken for several texts of one clip"
+            yield f"{self.lists} text cells contain a list: each is read as several texts of one clip"
 
 
 def _survey(path: Path) -> _Survey:
-    """Look through a file and check it on the way; labels of rows that will be rejected are counted too."""
+    """Read and check a file; labels of rows that will be rejected are included."""
     survey = _Survey()
     for _, row in read_rows(path):
         survey.rows += 1
@@ -164,10 +164,10 @@ def _survey(path: Path) -> _Survey:
 
 
 def _unread_note(columns: Sequence[str]) -> tuple[str, ...]:
-    """Return what is said of columns that are not read: one of them may be misspelt."""
+    """Return a note on columns that are not read, because one of them may be misspelled."""
     if not columns:
         return ()
-    return (f"columns not read: {few(columns, 10)}; read are {', '.join(_COLUMNS)}",)
+    return (f"ignored columns: {few(columns, 10)}; known columns are {', '.join(_COLUMNS)}",)
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -177,7 +177,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         path: `.csv` or `.jsonl` file.
 
     Raises:
-        UserError: when the file is missing, of another kind, malformed, or lacks a column.
+        UserError: when the file is missing, of an unknown type, malformed, or has no column that is required.
     """
     readers = {".csv": _csv_rows, ".jsonl": _json_rows}
     if path.suffix.lower() not in readers:
@@ -187,8 +187,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Strict: a quote that is never closed is an error, not one text that swallows all rows after it.
-    # Blanks after commas are no part of a field, so that a quote after one is a quote.
+    # Strict: an unclosed quote is an error; otherwise all following rows would become part of one text.
+    # Spaces after commas do not belong to a field, so that a quote may follow them.
     reader = csv.DictReader(file, strict=True, skipinitialspace=True)
     try:
         header = list(map(_column_name, reader.fieldnames or ()))
@@ -197,13 +197,13 @@ def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             absent.append("text")
         if absent:
             raise UserError(
-                f"{path}: column {', '.join(absent)} is missing; the header must name video, text (or label), "
-                "and start and end if clips are not whole videos, separated by commas, and is "
+                f"{path}: column {', '.join(absent)} is missing; the header must contain video, text (or "
+                "label), and start and end unless clips are whole videos, separated by commas, but it is "
                 f"{','.join(header)!r}"
             )
         twice = [name for name in _COLUMNS if header.count(name) > 1]
         if twice:
-            raise UserError(f"{path}: column {', '.join(twice)} is there twice; keep one")
+            raise UserError(f"{path}: column {', '.join(twice)} occurs twice; keep one")
         reader.fieldnames = header
         for row in reader:
             yield reader.line_num, row
@@ -212,7 +212,7 @@ def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _column_name(field: str) -> str:
-    """Return a column's name; those that are read may be written with blanks around them and in capitals."""
+    """Return the name of a column; known names may have surrounding spaces and upper-case letters."""
     name = field.strip()
     return name.lower() if name.lower() in _COLUMNS else name
 
@@ -235,10 +235,10 @@ def annotation_rows(path: Path, classes: ClassTable | None) -> Iterator[Annotati
 
     Args:
         path: `.csv` or `.jsonl` file.
-        classes: what its labels name; None for a file without labels.
+        classes: the classes that its labels name; None for a file without labels.
 
     Raises:
-        UserError: when the file is missing, of another kind, malformed, or lacks a column.
+        UserError: when the file is missing, of an unknown type, malformed, or has no column that is required.
     """
     labels = {name: label for label, name in enumerate(classes.names)} if classes else {}
     for line, row in read_rows(path):
@@ -274,12 +274,12 @@ def _annotation_row(line: int, row: dict[str, Any], labels: dict[str, int]) -> A
 
 
 def _listed(value: Any) -> tuple[str, ...]:
-    """Return the texts of a field that holds one or a list of them, without empty ones."""
+    """Return the texts of a field that is one text or a list of texts, without empty ones."""
     return tuple(filter(None, map(_words, value if isinstance(value, list) else [value])))
 
 
 def list_in_cell(value: Any) -> list[str] | None:
-    """Return the texts of a cell that holds a list as Python or JSON write it; None for any other cell.
+    """Return the texts of a cell that contains a list in Python or JSON syntax; None for any other cell.
 
     Args:
         value: the cell.
@@ -296,7 +296,7 @@ def list_in_cell(value: Any) -> list[str] | None:
 
 
 def _words(value: Any) -> str:
-    """Return a field as text without surrounding blanks; empty for an absent one, `0` for the class 0."""
+    """Return a field as text without surrounding spaces; empty if it is absent, `0` for the class 0."""
     if isinstance(value, dict | list | bool):
         raise SpanError(f"{shown(value)} should be a text or a number")
     text = "" if value is None else str(value).strip()
@@ -308,7 +308,7 @@ def _words(value: Any) -> str:
 
 
 def _seconds(value: Any, *, default: Default) -> float | Default:
-    """Return a time; the default for an absent one."""
+    """Return a time in seconds; the default if it is absent."""
     words = _words(value)
     if not words:
         return default

@@ -1,4 +1,4 @@
-"""Ego4D narrations as EgoVLP, LaViLa and AVION share them: pickled lists of (video, start, end, narration)."""
+"""Reads Ego4D narrations as EgoVLP, LaViLa and AVION use them: pickled (video, start, end, narration) lists."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from avion_dali.datasets.building import (
 from avion_dali.datasets.unpickling import check_pickle, load_pickle
 from avion_dali.wording import shown
 
-# The fields every row begins with; what follows (likelihoods of generated narrations) is not read.
+# Number of fields of a row that are read; further fields (likelihoods of generated narrations) are ignored.
 _FIELDS = 4
 
 
 class Narrations:
-    """The rows of some pickles, one file in memory at a time.
+    """The rows of several pickles; only one file is in memory at a time.
 
     Args:
-        paths: the files; their rows follow each other.
+        paths: the files, whose rows are concatenated.
 
     Raises:
-        UserError: when a file is missing or no whole pickle.
+        UserError: when a file is missing or not a complete pickle.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -38,22 +38,22 @@ class Narrations:
         self.blank_texts = 0
 
     def __iter__(self) -> Iterator[AnnotationRow | RejectedRow]:
-        """Yield the rows; of a row's narrations blank ones are left out and counted.
+        """Yield the rows; blank narrations within a row are dropped and counted.
 
         Raises:
-            UserError: when a file is damaged, or holds no list of rows.
+            UserError: when a file is damaged, or does not contain a list of rows.
         """
         for path in self._paths:
             rows = load_pickle(path)
             if not isinstance(rows, list):
                 raise UserError(
-                    f"{path} holds a {type(rows).__name__}; narrations are a list of (video, start second, end "
-                    "second, narration)"
+                    f"{path} contains a {type(rows).__name__}; narrations are a list of (video, start second, "
+                    "end second, narration)"
                 )
             file = path.name if len(self._paths) > 1 else ""
             for number, row in enumerate(rows, start=1):
                 yield self._row(row, number, file=file)
-            # Two corpora do not fit in memory where one does.
+            # Memory may suffice for one corpus but not for two.
             del rows
 
     def _row(self, row: Any, number: int, *, file: str) -> AnnotationRow | RejectedRow:
@@ -80,29 +80,29 @@ class Narrations:
 
 
 def build_ego4d_manifest(settings: BuildSettings, annotations: Sequence[Path]) -> BuildReport:
-    """Make a manifest of Ego4D's chunks and narrations.
+    """Build a manifest of Ego4D's chunks and narrations.
 
     Args:
-        settings: how it is built.
-        annotations: pickled narration files; their rows follow each other.
+        settings: how the manifest is built.
+        annotations: pickled narration files, whose rows are concatenated.
 
     Returns:
-        What went in and what was left out.
+        Counts of the rows that were included and rejected.
 
     Raises:
-        UserError: when a file cannot be read, or rows are unusable and not to be skipped.
+        UserError: when a file cannot be read, or rows are unusable and `skip_bad_rows` is False.
     """
     narrations, source = Narrations(annotations), ", ".join(map(str, annotations))
     with manifest_build(settings) as build:
         report = build.finish(build.place(narrations, source=source), source=source)
     notes = []
     if narrations.blank_texts:
-        notes.append(f"{narrations.blank_texts} blank narrations among others of their rows were left out")
+        notes.append(f"{narrations.blank_texts} blank narrations in rows with other narrations were dropped")
     return report.with_notes(*notes)
 
 
 def _decoded(value: Any) -> Any:
-    """Return text that Python 2 pickled as bytes as text, when it is UTF-8."""
+    """Decode text that Python 2 pickled as bytes, if it is UTF-8."""
     if not isinstance(value, bytes):
         return value
     try:
@@ -112,5 +112,5 @@ def _decoded(value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether a value is a number that a float holds (Python's integers may be larger)."""
+    """Return whether a value is a number that a float can represent (Python's integers may be larger)."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 53)

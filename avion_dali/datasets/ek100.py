@@ -1,4 +1,4 @@
-"""EPIC-KITCHENS-100 to manifests: action recognition and multi-instance retrieval."""
+"""Builds manifests of EPIC-KITCHENS-100 for action recognition and multi-instance retrieval."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from avion_dali.datasets.spans import ChunkLookup
 CLASS_FILES = ("EPIC_100_train.csv", "EPIC_100_validation.csv")
 # Distinct pairs of verb and noun class in both published files; weights depend on their number and order.
 PUBLISHED_CLASSES = 3806
-# A sentence is fully relevant to the clip it was taken from; in a matrix of other files that is rare.
+# A sentence has relevancy 1 to the clip from which it was taken; this is rare in a matrix of other files.
 _EXACT, _MIN_EXACT_SHARE = 0.999, 0.5
 _BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """The unique sentences of a retrieval set and their relevancy.
+    """The unique sentences of a retrieval set and their relevancy to clips.
 
     Args:
         sentences: `..._sentence.csv`.
-        relevancy: `caption_relevancy_....pkl`, rows of the annotations by rows of `sentences`.
+        relevancy: `caption_relevancy_....pkl`, (rows of the annotations, rows of `sentences`).
     """
 
     sentences: Path
@@ -50,26 +50,26 @@ class Retrieval:
 def build_recognition_manifest(
     settings: BuildSettings, annotations: Path, *, classes_from: Sequence[Path] = ()
 ) -> BuildReport:
-    """Make a manifest whose rows are labelled with actions.
+    """Build a manifest whose rows have actions as labels.
 
     Args:
-        settings: how it is built.
+        settings: how the manifest is built.
         annotations: `EPIC_100_train.csv` or `EPIC_100_validation.csv`.
-        classes_from: the files whose actions are the classes, train and validation; by default those two
-            beside `annotations`.
+        classes_from: the train and validation files whose actions are the classes; by default the two files in
+            the folder of `annotations`.
 
     Returns:
-        What went in and what was left out.
+        Counts of the rows that were included and rejected.
 
     Raises:
-        UserError: when a file cannot be read, or rows are unusable and not to be skipped.
+        UserError: when a file cannot be read, or rows are unusable and `skip_bad_rows` is False.
     """
     sources = tuple(classes_from) or tuple(annotations.parent / name for name in CLASS_FILES)
     missing = [str(path) for path in sources if not path.is_file()]
     if missing:
         raise UserError(
-            f"{', '.join(missing)} not found: an action's label is its place among those of the train and "
-            "the validation file; name both with --classes-from"
+            f"{', '.join(missing)} not found: the label of an action is its index among the actions of the "
+            "train and the validation file; name both with --classes-from"
         )
     classes = action_classes(sources)
     label_of = {name: label for label, name in enumerate(classes.names)}
@@ -81,7 +81,7 @@ def build_recognition_manifest(
     if len(classes) == PUBLISHED_CLASSES:
         return report
     return report.with_notes(
-        f"{len(classes)} actions where the published annotations have {PUBLISHED_CLASSES}: labels do not fit "
+        f"{len(classes)} actions, but the published annotations have {PUBLISHED_CLASSES}: labels do not match "
         "published weights"
     )
 
@@ -89,20 +89,20 @@ def build_recognition_manifest(
 def build_retrieval_manifest(
     settings: BuildSettings, annotations: Path, retrieval: Retrieval | None = None
 ) -> BuildReport:
-    """Make a manifest for video-text retrieval.
+    """Build a manifest for video-text retrieval.
 
     Args:
-        settings: how it is built.
+        settings: how the manifest is built.
         annotations: `EPIC_100_retrieval_train.csv` or `..._test.csv`.
-        retrieval: the captions to retrieve and their relevancy; without, captions are the unique narrations,
-            graded by verb and noun classes.
+        retrieval: the captions to retrieve and their relevancy; by default, the captions are the unique
+            narrations, and their relevancy is computed from verb and noun classes.
 
     Returns:
-        What went in and what was left out.
+        Counts of the rows that were included and rejected.
 
     Raises:
-        UserError: when a file cannot be read, the matrix does not fit, or rows are unusable and not to be
-            skipped.
+        UserError: when a file cannot be read, the matrix does not fit, or rows are unusable and
+            `skip_bad_rows` is False.
     """
     found, source = read_annotations(annotations), str(annotations)
     if retrieval is None:
@@ -123,7 +123,7 @@ def build_retrieval_manifest(
 def _on_videos(
     rows: Iterable[AnnotationRow | RejectedRow], lookup: ChunkLookup
 ) -> Iterator[AnnotationRow | RejectedRow]:
-    """Yield rows whose videos are named as the chunk folder does: by participant and video, or video alone."""
+    """Yield rows with the video names of the chunk folder: participant and video, or only the video."""
     for row in rows:
         known = isinstance(row, RejectedRow) or lookup.knows(row.video)
         yield row if known else replace(row, video=row.video.partition("/")[2])
@@ -134,12 +134,12 @@ def _labelled(row: AnnotationRow | RejectedRow, label_of: dict[str, int]) -> Ann
         return row
     action = f"{row.verb}:{row.nouns[0]}"
     if action not in label_of:
-        return RejectedRow(row.line, row.video, f"action {action} is none of the classes", "unknown class")
+        return RejectedRow(row.line, row.video, f"action {action} is not among the classes", "unknown class")
     return replace(row, label=label_of[action])
 
 
 def _picked_rows(grades_RC: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Return some rows as float32, block by block: the matrix of the training set fills memory once only."""
+    """Return some rows as float32, copied by blocks: the training set's matrix fits into memory only once."""
     if len(kept) == len(grades_RC):
         return grades_RC
     picked_RC = np.empty((len(kept), grades_RC.shape[1]), np.float32)
@@ -151,9 +151,9 @@ def _picked_rows(grades_RC: np.ndarray, kept: np.ndarray) -> np.ndarray:
 def _check_alignment(
     found: Annotations, ids: Sequence[str], *, grades_RC: np.ndarray, retrieval: Retrieval
 ) -> None:
-    """Refuse a matrix whose rows or columns are in another order.
+    """Reject a matrix whose rows or columns are in another order.
 
-    Sentence ids of some releases are plain numbers; then there is nothing to compare.
+    In some releases, sentence ids are plain numbers; then nothing can be compared.
     """
     row_of = {name: row for row, name in reversed(list(enumerate(found.ids)))}
     pairs = [(row_of[name], column) for column, name in enumerate(ids) if name in row_of]
@@ -161,5 +161,5 @@ def _check_alignment(
     if exact < _MIN_EXACT_SHARE * len(pairs):
         raise UserError(
             f"{retrieval.relevancy}: only {exact} of {len(pairs)} sentences of {retrieval.sentences} have "
-            "relevancy 1 for the clip they were taken from: its rows or columns are of other files"
+            "relevancy 1 to the clip they were taken from: its rows or columns belong to other files"
         )

@@ -1,7 +1,7 @@
-"""The files of EPIC-KITCHENS-100: annotations, actions as classes, sentences and relevancy matrices.
+"""Reads the files of EPIC-KITCHENS-100: annotations, actions as classes, sentences and relevancy matrices.
 
-Columns are taken by position: their names differ between releases, their order does not. Frame numbers are
-not read: they count frames of the original rate, which some videos do not have; the times hold for all.
+Columns are read by position: their names differ between releases, but their order does not. Frame numbers are
+not used, because they refer to the original frame rate, which some videos do not have; times are always valid.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _BLOCK_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Annotations:
-    """The rows of an annotation file, in its order.
+    """The rows of an annotation file, in file order.
 
     Args:
         ids: narration id of each row.
-        rows: the rows, those that cannot be read as rejected ones.
+        rows: the rows; those that cannot be parsed are `RejectedRow`s.
     """
 
     ids: tuple[str, ...]
@@ -41,22 +41,22 @@ class Annotations:
 
 
 def read_annotations(path: Path) -> Annotations:
-    """Read a file of actions; verb and nouns are class numbers, videos are named `<participant>/<video>`.
+    """Read a file of actions; verbs and nouns are class numbers, videos are named `<participant>/<video>`.
 
-    Rows of an id that was there before are rejected.
+    Rows that repeat an earlier narration id are rejected.
 
     Args:
         path: the CSV file.
 
     Raises:
-        UserError: when the file cannot be read, is no CSV, or has no row.
+        UserError: when the file cannot be read, is not CSV, or has no row.
     """
     lines_of: dict[str, int] = {}
     ids, rows = [], []
     for line, fields in _csv_rows(path, min_columns=_NOUN + 1):
         row, name = _annotation_row(line, fields), fields[_ID].strip()
         if name in lines_of:
-            reason = f"narration id {name} is in line {lines_of[name]} already"
+            reason = f"narration id {name} already occurs in line {lines_of[name]}"
             row = RejectedRow(line, row.video, reason, "duplicate")
         lines_of.setdefault(name, line)
         ids.append(name)
@@ -65,9 +65,9 @@ def read_annotations(path: Path) -> Annotations:
 
 
 def action_classes(paths: Iterable[Path]) -> ClassTable:
-    """Return the actions of some files in label order: `verb:noun` pairs of class numbers sorted as text.
+    """Return the actions of several files in label order: `verb:noun` pairs of class numbers, sorted as text.
 
-    Sorted as text, `0:10` comes before `0:9`: the order that AVION's and LaViLa's recognition weights have.
+    Sorted as text, `0:10` precedes `0:9`. This is the order of AVION's and LaViLa's recognition weights.
 
     Args:
         paths: train and validation CSV files.
@@ -88,10 +88,10 @@ def action_classes(paths: Iterable[Path]) -> ClassTable:
 
 
 def read_sentences(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return ids and texts of a sentence file, in the order of the relevancy matrix's columns.
+    """Return the ids and texts of a sentence file, in the order of the relevancy matrix's columns.
 
     Args:
-        path: the CSV file: id of a clip that says so (or a number), sentence.
+        path: the CSV file with the id of a clip that has the sentence (or a number), and the sentence.
 
     Raises:
         UserError: when the file cannot be read, a sentence is empty, or an id repeats.
@@ -102,7 +102,7 @@ def read_sentences(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if len(fields) < 2 or not fields[0].strip() or not fields[1].strip():
             raise UserError(f"{path}, line {line}: needs an id and a sentence")
         if fields[0] in lines_of:
-            raise UserError(f"{path}, line {line}: id {fields[0]} is in line {lines_of[fields[0]]} already")
+            raise UserError(f"{path}, line {line}: id {fields[0]} already occurs in line {lines_of[fields[0]]}")
         lines_of[fields[0]] = line
         texts.append(fields[1].strip())
     return tuple(lines_of), tuple(texts)
@@ -116,25 +116,25 @@ def load_relevancy(path: Path, *, shape: tuple[int, int]) -> np.ndarray:
         shape: (rows of the annotation file, rows of the sentence file).
 
     Returns:
-        Array of that shape, of numbers in [0, 1], as stored.
+        Array of this shape with numbers in [0, 1] and the stored dtype.
 
     Raises:
-        UserError: when it is no matrix of finite numbers in [0, 1], or of another shape.
+        UserError: when it is not a matrix of finite numbers in [0, 1], or has another shape.
     """
     grades_RC = load_pickle(path)
     if not isinstance(grades_RC, np.ndarray) or grades_RC.ndim != 2 or grades_RC.dtype.kind not in "fiub":
         kind = type(grades_RC).__name__
         if isinstance(grades_RC, np.ndarray):
             kind = f"{grades_RC.dtype} array of shape {grades_RC.shape}"
-        raise UserError(f"{path} holds a {kind}; a relevancy matrix is a 2-D array of numbers")
+        raise UserError(f"{path} contains a {kind}; a relevancy matrix is a 2-D array of numbers")
     if grades_RC.shape != shape:
         raise UserError(
             f"{path} has shape {grades_RC.shape}, but the annotations have {shape[0]} rows and the sentences "
-            f"{shape[1]}: these files do not belong together (train and test mixed?)"
+            f"{shape[1]}: these files do not belong together (train and test files may be mixed)"
         )
     for start in range(0, len(grades_RC), _BLOCK_ROWS):
         block_RC = grades_RC[start : start + _BLOCK_ROWS]
-        bad = ~((block_RC >= 0) & (block_RC <= 1))  # NaN is neither
+        bad = ~((block_RC >= 0) & (block_RC <= 1))  # also finds NaN
         if bad.any():
             row, column = np.argwhere(bad)[0]
             value = block_RC[row, column]
@@ -166,7 +166,7 @@ def _annotation_row(line: int, fields: Sequence[str]) -> AnnotationRow | Rejecte
 
 
 def _csv_rows(path: Path, *, min_columns: int) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line, fields) of all rows but the header, blank lines passed over."""
+    """Yield (line, fields) of all rows except the header and blank lines."""
     has_rows = False
     try:
         with opened_text(path) as file:
@@ -178,31 +178,31 @@ def _csv_rows(path: Path, *, min_columns: int) -> Iterator[tuple[int, list[str]]
     except csv.Error as error:
         raise UserError(f"{path} cannot be read as CSV: {error}") from error
     if not has_rows:
-        raise UserError(f"{path} has no row after its header")
+        raise UserError(f"{path} has no rows after its header")
 
 
 def _check_header(path: Path, header: Sequence[str], *, min_columns: int) -> None:
     if len(header) < min_columns:
         raise UserError(
-            f"{path} has {len(header)} columns in its first line, the published file {min_columns} or more, "
-            "parted by commas"
+            f"{path} has {len(header)} columns in its first line; the published file has {min_columns} or "
+            "more, separated by commas"
         )
 
 
 def _seconds(text: str) -> float | None:
-    """Return `HH:MM:SS.ss` in seconds; None when it is something else."""
+    """Convert `HH:MM:SS.ss` to seconds; return None for any other text."""
     parts = _TIME.fullmatch(text.strip())
     return parts and int(parts[1]) * 3600 + int(parts[2]) * 60 + float(parts[3])
 
 
 def _class_number(fields: Sequence[str], column: int) -> str:
-    """Return a class number as text without leading zeros; empty when it is none."""
+    """Return a class number as text without leading zeros; empty if the field is not a number."""
     text = fields[column].strip() if column < len(fields) else ""
     return str(int(text)) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else ""
 
 
 def _all_nouns(fields: Sequence[str], noun: str) -> tuple[str, ...]:
-    """Return all noun classes, the main one first; empty when their list is none."""
+    """Return all noun classes, the main one first; empty if the field is not a list of numbers."""
     text = fields[_ALL_NOUNS].strip() if len(fields) > _ALL_NOUNS else ""
     if not text:
         return (noun,)

@@ -1,4 +1,4 @@
-"""Lists of videos with class numbers, as for Kinetics: `path frames label` or `path label`."""
+"""Reads lists of videos with class numbers, as for Kinetics: `path frames label` or `path label`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from avion_dali.datasets.building import (
     manifest_build,
 )
 
-# Endings tried for names without one; the published lists mean mp4.
+# Extensions that are tried for names without one; the published lists refer to mp4 files.
 _ENDINGS = (".mp4", *sorted(CHUNK_SUFFIXES - {".mp4"}), ".MP4")
 
 
@@ -29,8 +29,8 @@ class ListedVideo:
     """One line of a list.
 
     Args:
-        line: its number, from 1.
-        path: the video, as the list has it.
+        line: line number, from 1.
+        path: path of the video, as given in the list.
         label: class number, or -1.
     """
 
@@ -42,21 +42,21 @@ class ListedVideo:
 def build_kinetics_manifest(
     settings: BuildSettings, annotations: Path, *, whole_files: bool, class_names: Path | None = None
 ) -> BuildReport:
-    """Make a manifest of whole videos and their class numbers.
+    """Build a manifest of whole videos and their class numbers.
 
     Args:
-        settings: how it is built; `chunk_root` is the folder of the videos, or of their chunks.
+        settings: how the manifest is built; `chunk_root` is the folder of the videos, or of their chunks.
         annotations: the list.
-        whole_files: each listed path is a video file, which becomes one chunk; else it names the video of a
-            chunk folder.
-        class_names: text file of one class name a line, in label order; without, classes are named by their
-            numbers, up to the largest of the list.
+        whole_files: True if each listed path is a video file, which becomes one chunk; False if it is the name
+            of a video in a chunk folder.
+        class_names: text file with one class name per line, in label order; by default, classes are named by
+            their numbers, up to the largest number in the list.
 
     Returns:
-        What went in and what was left out.
+        Counts of the rows that were included and rejected.
 
     Raises:
-        UserError: when a file cannot be read, or rows are unusable and not to be skipped.
+        UserError: when a file cannot be read, or rows are unusable and `skip_bad_rows` is False.
     """
     names = read_class_names(class_names) if class_names is not None else None
     listed, source = list(read_list(annotations)), str(annotations)
@@ -69,7 +69,7 @@ def build_kinetics_manifest(
             return build.finish(placed, source=source, classes=classes)
     root = settings.chunk_root.resolve()
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder; --videos names the one that the list's paths lie below")
+        raise UserError(f"{root} is not a folder; --videos must name the folder that contains the listed paths")
     found = {row.line: _find_file(root, row.path) for row in rows if isinstance(row, ListedVideo)}
     files = sorted({_chunk_file(root, path) for path in found.values() if path is not None})
     with manifest_build(settings, files) as build:
@@ -79,16 +79,16 @@ def build_kinetics_manifest(
 
 
 def read_list(path: Path) -> Iterator[ListedVideo | RejectedRow]:
-    """Yield the lines of a list; fields are parted by blanks, a tab or a comma, paths may hold blanks.
+    """Yield the lines of a list; fields are separated by spaces, a tab or a comma; paths may contain spaces.
 
-    Lines of three fields have a frame count in the middle, which is not used: frames are counted when a
-    video is probed. A label of -1 means none. A path that was there before is rejected.
+    In lines of three fields, the middle one is a frame count, which is ignored: frames are counted when a
+    video is probed. A label of -1 means no label. Repeated paths are rejected.
 
     Args:
         path: the list.
 
     Raises:
-        UserError: when it cannot be read or is empty.
+        UserError: when the list cannot be read or is empty.
     """
     lines_of: dict[str, int] = {}
     for line, text in enumerate(_lines(path), start=1):
@@ -96,7 +96,7 @@ def read_list(path: Path) -> Iterator[ListedVideo | RejectedRow]:
             continue
         row = _listed_video(line, text.strip())
         if isinstance(row, ListedVideo) and row.path in lines_of:
-            reason = f"is in line {lines_of[row.path]} already"
+            reason = f"already occurs in line {lines_of[row.path]}"
             row = RejectedRow(line, row.path, reason, "duplicate")
         elif isinstance(row, ListedVideo):
             lines_of[row.path] = line
@@ -106,19 +106,19 @@ def read_list(path: Path) -> Iterator[ListedVideo | RejectedRow]:
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Return the class names of a text file, one a line.
+    """Return the class names of a text file with one name per line.
 
     Args:
         path: the file.
 
     Raises:
-        UserError: when it cannot be read, is empty, or a name is missing or repeats.
+        UserError: when the file cannot be read, is empty, or a name is missing or repeated.
     """
     names = [line.strip() for line in _lines(path)]
     while names and not names[-1]:
         names.pop()
     if not names:
-        raise UserError(f"{path} has no class name")
+        raise UserError(f"{path} has no class names")
     for number, name in enumerate(names, start=1):
         if not name or name in names[: number - 1]:
             raise UserError(f"{path}, line {number}: {f'{name!r} repeats' if name else 'has no class name'}")
@@ -131,7 +131,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _listed_video(line: int, text: str) -> ListedVideo | RejectedRow:
-    """Read one line from its end: only the path may hold separators."""
+    """Parse one line from its end, because only the path may contain separators."""
     separator = "\t" if "\t" in text else "," if _number(text.rpartition(",")[2]) is not None else None
     fields = [field.strip() for field in text.rsplit(separator, 2)]
     numbers = [_number(field) for field in fields[1:]]
@@ -151,7 +151,7 @@ def _number(text: str) -> int | None:
 
 
 def _classes(names: tuple[str, ...] | None, labels: Sequence[int]) -> ClassTable | None:
-    """Return the classes, or None for an unlabelled list without names."""
+    """Return the classes, or None for an unlabeled list without names."""
     if names is not None:
         return ClassTable(names)
     count = max(labels, default=-1) + 1
@@ -170,8 +170,8 @@ def _classified(
 
 
 def _find_file(root: Path, name: str) -> Path | None:
-    """Return the file of a listed path, which may lack its ending or carry it twice on disk."""
-    exact = os.path.join(root, name)  # an absolute path stays what it is
+    """Return the file of a listed path; on disk, its extension may be missing from the list or be doubled."""
+    exact = os.path.join(root, name)  # an absolute path is unchanged
     found = (exact + ending for ending in ("", *_ENDINGS) if os.path.isfile(exact + ending))
     return next((Path(os.path.normpath(path)) for path in found), None)
 
@@ -191,7 +191,7 @@ def _whole_file(
         return row
     if path is None:
         reason = "is a folder, not a file; for chunks use --chunks" if os.path.isdir(root / row.path) else ""
-        return RejectedRow(row.line, row.path, reason or f"is no file below {root}", "missing file")
+        return RejectedRow(row.line, row.path, reason or f"is not a file in {root}", "missing file")
     name = _video_name(root, path)
     if not build.lookup.has(name):
         return RejectedRow(row.line, row.path, build.unusable_reason(path), "unusable file")

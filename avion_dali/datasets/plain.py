@@ -1,4 +1,4 @@
-"""Videos without annotations to a manifest: each file is one chunk, cut into clips of equal length or none."""
+"""Builds manifests of videos without annotations: each file is one chunk, optionally cut into equal spans."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ _ONE_PIECE_S = 1_000_000  # longer than any video
 def build_plain_manifest(
     settings: BuildSettings, videos: Sequence[Path], *, clip_seconds: float = 0.0
 ) -> BuildReport:
-    """Make a manifest of whole video files.
+    """Build a manifest of whole video files.
 
-    Decoders do not turn pictures: upright copies are made of videos that a player turns, beside the manifest.
+    Decoders do not rotate pictures. For videos with a display rotation, upright copies are stored next to the
+    manifest.
 
     Args:
-        settings: how it is built; `chunk_root` is a folder that all videos lie below.
+        settings: how the manifest is built; `chunk_root` is a folder that contains all videos.
         videos: the files.
-        clip_seconds: length of a clip, the last of a video may be shorter; 0 takes each video as one clip.
+        clip_seconds: length of each span, of which the last one of a video may be shorter; 0 uses each video as
+            one span.
 
     Returns:
-        What went in and what was left out.
+        Counts of the rows that were included and rejected.
 
     Raises:
-        UserError: when files are unusable and not to be skipped.
+        UserError: when files are unusable and `skip_bad_rows` is False.
     """
     root = settings.chunk_root.resolve()
     named = sorted((path.resolve().relative_to(root).as_posix(), path.resolve()) for path in videos)
@@ -51,12 +53,12 @@ def build_plain_manifest(
 
 
 def _upright(path: Path, folder: Path) -> Path:
-    """Return the file, or an upright copy of it in one piece where a player turns its pictures."""
+    """Return the file; if it has a display rotation, an upright copy of it in one chunk."""
     try:
         if not is_turned(path):
             return path
     except DecodeError:
-        return path  # reported with the reason when it is probed
+        return path  # reported with its reason when it is probed
     report = chunk_video(path, folder, ChunkSettings("compat", chunk_seconds=_ONE_PIECE_S))
     return path if report.failed else folder / "0.mp4"
 

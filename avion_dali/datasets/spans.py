@@ -1,4 +1,4 @@
-"""Put time spans on chunks: which rows of the chunk table a clip touches, or why it cannot be used."""
+"""Assigns time spans to chunks: finds the chunk rows of a span, or the reason why it cannot be used."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from avion_dali.data.scanning import VIDEO_SUFFIXES, ChunkFile
 from avion_dali.data.sidecar import Sidecar, read_sidecar
 from avion_dali.wording import few
 
-# How much a span may reach past the last frame before it is refused: annotations are rounded, and the
-# last frames of a source may not make a chunk.
+# How far a span may extend beyond the last frame before it is rejected: annotations are rounded, and the last
+# frames of a source may be too few for a chunk.
 PAST_END_TOLERANCE_S = 1.0
-# Neighbouring chunks may lie this far apart: a chunk can miss its last frame.
+# Permitted gap between neighboring chunks: the last frame of a chunk may be missing.
 _GAP_TOLERANCE_S = 0.5
 
 
@@ -27,8 +27,8 @@ class SpanError(ValueError):
     """A row or its span cannot be used.
 
     Args:
-        reason: why, in words.
-        kind: the class of reason that reports count by.
+        reason: description of the reason.
+        kind: short category of the reason, by which reports count.
     """
 
     def __init__(self, reason: str, kind: str = "malformed row") -> None:
@@ -38,7 +38,7 @@ class SpanError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class _VideoChunks:
-    """One video's chunks: their rows from `first_row` on, their times, and the holes between them.
+    """The chunks of one video: their rows from `first_row` on, their times, and the gaps between them.
 
     `lost_s` is the start of the first unusable chunk after the last usable one, or infinity.
     """
@@ -53,12 +53,12 @@ class _VideoChunks:
 
 @dataclass(frozen=True, slots=True)
 class LostPart:
-    """Seconds of a video that have no chunk because the video is damaged there.
+    """A time range of a video without a chunk, because the video is damaged there.
 
     Args:
-        start_s: where the part begins.
-        end_s: where it ends.
-        reason: what is damaged, in words.
+        start_s: start of the range in seconds.
+        end_s: end of the range in seconds.
+        reason: description of the damage.
     """
 
     start_s: float
@@ -67,12 +67,12 @@ class LostPart:
 
 
 class ChunkLookup:
-    """Finds the chunks of a time span.
+    """Finds the chunks of time spans.
 
     Args:
         chunks: all chunk rows, sorted by (video, start).
         lost: (video, start in seconds) of chunk files that cannot be used, in any order.
-        damage: by video, the parts that were left out when it was cut.
+        damage: by video, the ranges that were left out when it was cut.
     """
 
     def __init__(
@@ -100,16 +100,16 @@ class ChunkLookup:
                 self._names.setdefault(_composed(name), []).append(video)
 
     def locate(self, video: str, start_s: float, end_s: float) -> tuple[int, int, float]:
-        """Return (first chunk row, number of chunks, end clamped to the video).
+        """Return (first chunk row, number of chunks, end limited to the video).
 
         Args:
-            video: the video's name as in the chunk folder, or its file name without extension.
+            video: name of the video in the chunk folder, or its file name without extension.
             start_s: start in seconds of the video.
             end_s: end in seconds of the video.
 
         Raises:
-            SpanError: when the span is not a span, the video is unknown, the span lies past its end, or
-                a chunk of it is missing.
+            SpanError: when the times are invalid, the video is unknown, the span extends beyond its end, or one
+                of its chunks is missing.
         """
         if not (np.isfinite(start_s) and np.isfinite(end_s)) or start_s < 0:
             raise SpanError(f"start {start_s} and end {end_s} must be seconds >= 0", "bad times")
@@ -130,14 +130,14 @@ class ChunkLookup:
         return known.first_row + first, last - first + 1, end_s
 
     def locate_whole(self, video: str, *, start_s: float = 0.0) -> tuple[int, int, float]:
-        """Return (first chunk row, number of chunks, end in seconds) of a video from some second to its end.
+        """Return (first chunk row, number of chunks, end in seconds) of a video from a start time to its end.
 
         Args:
-            video: the video's name, as for `locate`.
-            start_s: where to begin.
+            video: name of the video, as for `locate`.
+            start_s: start in seconds of the video.
 
         Raises:
-            SpanError: when the video is unknown or a chunk of it is missing.
+            SpanError: when the video is unknown or one of its chunks is missing.
         """
         known = self._find(video)
         self._check_damage(known, start_s, end_s=math.inf)
@@ -146,18 +146,18 @@ class ChunkLookup:
         return self.locate(video, start_s, max(float(known.ends[-1]), start_s))
 
     def has(self, video: str) -> bool:
-        """Return whether there is a video of this very name.
+        """Return whether a video has exactly this name.
 
         Args:
-            video: the video's name as in the chunk folder.
+            video: name of the video in the chunk folder.
         """
         return video in self._videos
 
     def knows(self, video: str) -> bool:
-        """Return whether there is a chunk of a video of this name, be it unusable.
+        """Return whether a video of this name has any chunk, usable or not.
 
         Args:
-            video: the video's name.
+            video: name of the video, as for `locate`.
         """
         return video in self._videos or bool(self._candidates(video))
 
@@ -188,7 +188,7 @@ class ChunkLookup:
         if touched.any():
             hole = int(np.argmax(touched))
             where = f"{known.hole_starts[hole]:g}-{known.hole_ends[hole]:g} s"
-            raise SpanError(f"the chunk that holds {where} is missing", "missing chunk")
+            raise SpanError(f"the chunk of {where} is missing", "missing chunk")
         rows = [self._chunks[known.first_row + i] for i in range(first, last + 1)]
         if len({(row.ref.width, row.ref.height, row.pixel_aspect) for row in rows}) > 1:
             raise SpanError("its chunks differ in frame size", "mixed frame sizes")
@@ -210,7 +210,7 @@ def _video_chunks(chunks: Sequence[Chunk], rows: list[int], *, lost_starts: Iter
 
 
 def _composed(name: str) -> str:
-    """Return a name in one of the two ways to write accents: macOS takes letters and accents apart (NFD)."""
+    """Return a name in composed form (NFC): macOS separates letters from accents (NFD)."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -220,7 +220,7 @@ def _without_suffix(name: str) -> str:
 
 
 def damaged_parts(files: Iterable[ChunkFile]) -> dict[str, list[LostPart]]:
-    """Return the parts of videos that `avion-dali chunk` found damaged and left out.
+    """Return the ranges of videos that `avion-dali chunk` found damaged and left out.
 
     Args:
         files: chunk files.

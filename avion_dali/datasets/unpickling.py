@@ -1,9 +1,9 @@
-"""Pickled annotations read as data: built-in values and numpy arrays, nothing that runs code.
+"""Reads pickled annotations as data: only built-in values and numpy arrays, without running code from the file.
 
-A pickle is a program that may call any function it names (Python library reference, module `pickle`). Here it
-gets none: names of numpy's own reconstruction functions lead to stand-ins that check what they are given,
-and every other name is refused. numpy's `__setstate__` of dtypes and arrays, which trusts its input, is
-never handed a state from the file.
+A pickle is a program that may call any function it names (Python library reference, module `pickle`). This
+reader admits no real functions: names of numpy's reconstruction functions are mapped to stand-ins that check
+their arguments, and all other names are rejected. numpy's `__setstate__` of dtypes and arrays, which does not
+validate its input, never receives an unchecked state from the file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from avion_dali.contracts import UserError
 from avion_dali.time_limit import bounded_time
 from avion_dali.wording import shown
 
-# What a damaged file makes the unpickler or a stand-in raise.
+# Errors that a damaged file causes in the unpickler or a stand-in.
 _DAMAGE = (
     pickle.UnpicklingError,
     EOFError,
@@ -36,49 +36,49 @@ _DAMAGE = (
     RecursionError,
 )
 _PLAIN_KINDS = frozenset("biufSU")
-_HINT = "it may be cut short, or be something else (a web page, a pointer of git-lfs); fetch it again"
+_HINT = "it may be truncated, or something else (a web page, a git-lfs pointer); download it again"
 _PROTOCOL_2, _STOP = b"\x80", b"."
-_OLD_PROTOCOLS = b"(]}lcdt"  # first opcodes of lists, tuples, dicts and arrays without a protocol mark
+_OLD_PROTOCOLS = b"(]}lcdt"  # first opcodes of lists, tuples, dicts and arrays in protocols without a header
 
 
-# Address space that reading may take: no pickle of annotations grows by more (empty lists: about 50 times).
+# Limit of additional address space: no pickle of annotations needs more (empty lists: about 50 times its size).
 _MEMORY_BASE, _MEMORY_PER_BYTE = 1 << 28, 128
 
 
 class _Refused(pickle.UnpicklingError):
-    """The file asks for something that is no data."""
+    """The file requests something that is not data."""
 
 
 def check_pickle(path: Path) -> None:
-    """Refuse early what cannot be a whole pickle, by its first and last byte.
+    """Reject a file that cannot be a complete pickle, by its first and last byte.
 
     Args:
         path: the file.
 
     Raises:
-        UserError: when it is missing, empty, no pickle or cut short.
+        UserError: when the file is missing, empty, not a pickle or truncated.
     """
     with _opened(path) as file:
         first = file.read(1)
         if not first:
-            raise UserError(f"{path} is empty; fetch it again")
+            raise UserError(f"{path} is empty; download it again")
         file.seek(-1, 2)
         if (first != _PROTOCOL_2 and first not in _OLD_PROTOCOLS) or file.read(1) != _STOP:
-            raise UserError(f"{path} is not a whole pickle: {_HINT}")
+            raise UserError(f"{path} is not a complete pickle: {_HINT}")
 
 
 def load_pickle(path: Path) -> Any:
     """Read a pickle of plain values and numpy arrays.
 
     Args:
-        path: the file, of any protocol, also one of Python 2 (whose byte strings stay bytes).
+        path: the file, of any protocol, including those of Python 2 (whose byte strings remain bytes).
 
     Returns:
-        Lists, tuples, dicts, sets, strings, bytes, numbers, booleans, None; numpy scalars as Python numbers;
-        numpy arrays of numbers or text as such.
+        Lists, tuples, dicts, sets, strings, bytes, numbers, booleans or None; numpy scalars become Python
+        numbers; numpy arrays of numbers or text remain arrays.
 
     Raises:
-        UserError: when the file is missing, damaged, or asks for anything else, which is named.
+        UserError: when the file is missing or damaged, or requests anything else, which the message names.
     """
     check_pickle(path)
     with _opened(path) as file, bounded_time(path), _without_collection(), _bounded_memory(path):
@@ -86,11 +86,11 @@ def load_pickle(path: Path) -> Any:
             value = _DataUnpickler(file, encoding="bytes").load()
         except _Refused as error:
             raise UserError(
-                f"{path} holds {error}, which is no plain data; only lists, tuples, dicts, texts, numbers and "
-                "numpy arrays of these are read, because a pickle can run code. Convert it where it was made"
+                f"{path} contains {error}, which is not plain data; only lists, tuples, dicts, texts, numbers "
+                "and numpy arrays of these are read, because a pickle can run code. Convert it at its origin"
             ) from None
         except MemoryError:
-            reason = "asks for more memory than there is: it is damaged, or too large for this machine"
+            reason = "needs more memory than is available: it is damaged, or too large for this machine"
             raise UserError(f"{path} {reason}") from None
         except _DAMAGE as error:
             raise UserError(f"{path} is not a readable pickle ({error}): {_HINT}") from error
@@ -108,7 +108,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Pause the search for cycles, which would walk millions of new tuples again and again."""
+    """Pause cyclic garbage collection, which would scan millions of new tuples repeatedly."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -120,7 +120,7 @@ def _without_collection() -> Iterator[None]:
 
 @contextmanager
 def _bounded_memory(path: Path) -> Iterator[None]:
-    """Let an absurd allocation fail, on Linux: a changed byte may ask for a table of 2^32 entries."""
+    """Let excessive allocations fail, on Linux: a changed byte may request a table of 2^32 entries."""
     if sys.platform != "linux":
         yield
         return
@@ -139,7 +139,7 @@ def _bounded_memory(path: Path) -> Iterator[None]:
 
 
 class _StandIn:
-    """A callable that a pickle may use and can do nothing else to."""
+    """A callable for use in pickles that permits nothing but the call."""
 
     __slots__ = ("_call",)
 
@@ -150,11 +150,11 @@ class _StandIn:
         return self._call(*args)
 
     def __setstate__(self, state: object) -> None:
-        raise pickle.UnpicklingError("a function was given a state")
+        raise pickle.UnpicklingError("a function received a state")
 
 
 class _Dtype:
-    """A numpy dtype of plain numbers or text, by its code and byte order."""
+    """A numpy dtype of plain numbers or text, stored as its code and byte order."""
 
     __slots__ = ("_code", "_order")
 
@@ -162,26 +162,26 @@ class _Dtype:
         self._code, self._order = code, "="
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Take the byte order, second in the state; the rest restates the code."""
+        """Read the byte order, the second element of the state; the others repeat the code."""
         order = _as_text(state[1])
         if order not in ("<", ">", "|", "="):
-            raise pickle.UnpicklingError(f"{order!r} is no byte order")
+            raise pickle.UnpicklingError(f"{order!r} is not a byte order")
         self._order = order
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The real dtype."""
+        """The numpy dtype."""
         return np.dtype(self._order + self._code)
 
 
 class _Array(np.ndarray):
-    """An array that is filled by its state, as numpy pickles it."""
+    """An array that is filled by its state, as in numpy's pickles."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Take (version, shape, dtype, column-major, bytes)."""
+        """Read (version, shape, dtype, column-major, bytes)."""
         shape, dtype, by_columns, data = state[-4:]
         raw, real, sizes = _checked(data, dtype, shape=shape)
-        checked: Any = (1, sizes, real, bool(by_columns), raw)  # numpy's stub asks for another type
+        checked: Any = (1, sizes, real, bool(by_columns), raw)  # numpy's stub declares another type
         super().__setstate__(checked)
 
 
@@ -201,7 +201,7 @@ def _new_dtype(code: Any, *_: object) -> _Dtype:
 
 
 def _checked(data: Any, dtype: Any, *, shape: Any) -> tuple[Any, np.dtype[Any], tuple[int, ...]]:
-    """Return an array's bytes, dtype and shape when they fit each other."""
+    """Return the bytes, dtype and shape of an array, after checking that they match."""
     if not isinstance(dtype, _Dtype):
         raise pickle.UnpicklingError("an array without a dtype")
     raw = data.encode("latin1") if isinstance(data, str) else data
@@ -212,18 +212,18 @@ def _checked(data: Any, dtype: Any, *, shape: Any) -> tuple[Any, np.dtype[Any], 
 
 
 def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray:
-    """Return an array over bytes, read-only."""
+    """Return a read-only array over bytes."""
     raw, real, sizes = _checked(data, dtype, shape=shape)
     return np.ndarray(sizes, real, raw, order="F" if _as_text(order) == "F" else "C")
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
-    """Return a numpy scalar as a Python value."""
+    """Convert a numpy scalar to a Python value."""
     return _frombuffer(data, dtype, ())[()].item()
 
 
 def _bytes_of(text: Any, encoding: Any) -> bytes:
-    """Return bytes that an old protocol stores as text."""
+    """Return bytes that an old protocol stored as text."""
     if _as_text(encoding) not in ("latin1", "latin-1"):
         raise _Refused(f"text to be encoded as {shown(encoding)}")
     return _as_text(text).encode("latin1")
@@ -240,7 +240,7 @@ def _as_text(value: Any) -> str:
 
 
 def _allowed() -> dict[tuple[str, str], _StandIn]:
-    """Return what each admitted name leads to; numpy 2 moved its modules from `core` to `_core`."""
+    """Return the stand-ins of the admitted names; numpy 2 moved its modules from `core` to `_core`."""
     found = {
         ("numpy", "ndarray"): _StandIn(_new_array),
         ("numpy", "dtype"): _StandIn(_new_dtype),
@@ -250,7 +250,7 @@ def _allowed() -> dict[tuple[str, str], _StandIn]:
         found[f"{core}.multiarray", "_reconstruct"] = _StandIn(_new_array)
         found[f"{core}.multiarray", "scalar"] = _StandIn(_scalar)
         found[f"{core}.numeric", "_frombuffer"] = _StandIn(_frombuffer)
-    # Containers that only newer protocols have opcodes for.
+    # Containers without opcodes in older protocols.
     for module in ("builtins", "__builtin__"):
         found[module, "set"] = _StandIn(set)
         found[module, "frozenset"] = _StandIn(frozenset)
@@ -260,17 +260,17 @@ def _allowed() -> dict[tuple[str, str], _StandIn]:
 
 
 def _byte_array(data: Any = b"", encoding: Any = "latin1") -> bytearray:
-    """Return a bytearray of given bytes; a bare number, which would reserve as much memory, is an error."""
+    """Return a bytearray of given bytes; a number, which would allocate that many bytes, is an error."""
     return bytearray(_bytes_of(data, encoding) if isinstance(data, str) else memoryview(data))
 
 
 def _empty_bytes() -> bytes:
-    """Return what old protocols call the type for."""
+    """Return the result of the call that old protocols use for empty bytes."""
     return b""
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """Resolves admitted names alone."""
+    """Resolves only admitted names."""
 
     _found = _allowed()
 

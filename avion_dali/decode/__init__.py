@@ -1,1 +1,1 @@
-"""From a clip request to frames: packet planning and the CPU decoders."""
+"""Turns clip requests into frames: packet planning and the CPU decoders."""

@@ -1,4 +1,4 @@
-"""Decode a clip into an array from its request: the part that all CPU decoders share."""
+"""Decodes the clip of a request into an array. All CPU decoders share this module."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ ReadFrames = Callable[[ClipPart], list[VideoFrame]]
 
 
 class View(Protocol):
-    """Renders decoded frames of a clip through one crop window."""
+    """Renders decoded frames of a clip through one crop window and flip."""
 
     def render(self, frame: VideoFrame) -> np.ndarray:
         """Return uint8 (H, W, 3) RGB."""
 
 
 class MakeView(Protocol):
-    """Makes a view for frames like a given one."""
+    """Creates a view for frames with the properties of a given frame."""
 
     def __call__(self, like: VideoFrame, window: CropWindow, *, flip: bool, frame_size: int) -> View:
         """Return the view."""
 
 
 def keep_everything() -> None:
-    """Do nothing: for decoders that keep nothing from one clip to the next."""
+    """Do nothing: the default `forget` of decoders without state between clips."""
 
 
 @dataclass(frozen=True)
 class ClipDecoder:
-    """A decoder that runs on a CPU core: how it reads the wanted frames, and how it renders them.
+    """A decoder that runs on a CPU core, defined by how it reads frames and how it renders them.
 
-    Called with a request and an array, it decodes the clip into the array. Workers are sent it by the names of
-    its functions.
+    Calling it with a request and an array decodes the clip into the array. It is sent to workers as the names
+    of its functions.
 
     Args:
-        name: what errors call it.
+        name: name of the decoder in errors.
         read_frames: decodes the wanted frames of one part.
-        make_view: makes what renders frames through one crop window.
-        forget: drops what is kept for the next clip; called when a clip fails, since a decoder or filter that
-            stopped half-way may still hold a picture of it.
+        make_view: creates the view that renders frames through one crop window.
+        forget: discards the state kept for the next clip; called when a clip fails, because an interrupted
+            decoder or filter may still contain one of its pictures.
     """
 
     name: str
@@ -61,7 +61,7 @@ class ClipDecoder:
             frames_VTHWC: uint8 array of `request.frames_shape`, written in place.
 
         Raises:
-            DecodeError: when a chunk cannot give its frames.
+            DecodeError: when the frames of a chunk cannot be decoded.
         """
         gather = np.array(request.gather)
         views = enumerate(zip(request.windows, request.flips, strict=True))

@@ -1,6 +1,6 @@
-"""`--decoder cpu-fused`: the packet plan, then crop, scale and RGB in one filter graph; both are reused.
+"""`--decoder cpu-fused`: decodes only the needed packets; one filter graph crops, scales and converts to RGB.
 
-Decoders and graphs are kept for the next clip, so a process calls this decoder from one thread.
+Decoders and graphs are kept for the next clip, so each process must call this decoder from one thread.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from avion_dali.decode.rendering import forget_graphs, fused_view
 
 
 def forget_kept() -> None:
-    """Drop the decoders and the graphs that are kept for the next clip."""
+    """Discard the decoders and filter graphs that are kept for the next clip."""
     reused_decoder.cache_clear()
     forget_graphs()
 
 
 decode_clip = ClipDecoder("cpu-fused", read_planned, fused_view, forget=forget_kept)
-"""Decodes a clip into an array, decoding only the packets that it needs."""
+"""Decodes a clip into an array; only the needed packets are decoded."""

@@ -1,4 +1,4 @@
-"""The table of decoders that run on CPU cores, by their names in `--decoder`."""
+"""The CPU decoders by their names in `--decoder`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from avion_dali.contracts import ClipRequest
 from avion_dali.decode import cpu_fused, paper_fused, reference
 
 DecodeClip = Callable[[ClipRequest, np.ndarray], None]
-"""Fills an array uint8 of `request.frames_shape` or raises `DecodeError`: a `ClipDecoder`, or any function that
-can be imported by name, since decode workers are sent it."""
+"""Fills a uint8 array of shape `request.frames_shape` or raises `DecodeError`. It is a `ClipDecoder` or any
+function that can be imported by name, because it is sent to the decode workers."""
 
 CPU_DECODERS: dict[str, DecodeClip] = {
     "cpu-fused": cpu_fused.decode_clip,

@@ -1,10 +1,10 @@
-"""The packet plan: which coded packets a set of frames needs, and no others.
+"""The packet plan: selects the coded packets that a set of frames needs.
 
-A file's packets come in decode order. A wanted frame needs its GOP from the keyframe on, up to its own
-packet; packets of pictures that nobody refers to and nobody wants are left out. Decoding such a run gives
-the same frames, bit for bit, as decoding the whole file.
+Packets are stored in decode order. To decode a frame, its GOP is needed from the keyframe to the packet of the
+frame; packets of pictures that are neither wanted nor used as references are dropped. The frames are
+bit-identical to those from decoding the whole file.
 
-DALI's mini clips are made of the same runs, so this module knows nothing of pixels or files.
+DALI's mini clips consist of the same runs, so this module depends neither on pixels nor on files.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from avion_dali.data.packet_index import PacketTable
 
 @dataclass(frozen=True, slots=True)
 class PacketRun:
-    """Packets to feed to a freshly flushed decoder, then drain.
+    """Packets to feed to a freshly flushed decoder, which is drained afterwards.
 
     Args:
-        positions: decode positions of the packets, ascending, the first a keyframe.
+        positions: decode positions of the packets, ascending; the first packet is a keyframe.
         wanted: decode positions whose frames are kept, ascending.
     """
 
@@ -32,17 +32,17 @@ class PacketRun:
 
 
 def plan_runs(table: PacketTable, frame_ids: Sequence[int]) -> list[PacketRun]:
-    """Choose the packets that a set of frames needs.
+    """Select the packets that a set of frames needs.
 
-    A frame's run starts at the last entry that comes no later than the frame in decode order and in
-    presentation order: in an open GOP the frames shown before their keyframe lean on the GOP before.
+    The run of a frame starts at the last entry that precedes the frame in decode order and does not follow it
+    in presentation order: in an open GOP, frames shown before their keyframe refer to the previous GOP.
 
     Args:
         table: the packets.
         frame_ids: strictly increasing indices into `table.order`.
 
     Returns:
-        Runs in decode order; together their `wanted` are the frames asked for, each once.
+        Runs in decode order; together, their `wanted` contain each requested frame once.
     """
     entries = np.flatnonzero(table.entry != Entry.NONE)
     entry_pts = table.pts[entries]
@@ -53,7 +53,7 @@ def plan_runs(table: PacketTable, frame_ids: Sequence[int]) -> list[PacketRun]:
     groups: list[tuple[int, list[int]]] = []
     for start, position in sorted(starts):
         if groups and start <= max(groups[-1][1]):
-            groups[-1][1].append(position)  # the run before passes this entry anyway
+            groups[-1][1].append(position)  # the previous run decodes past this entry anyway
         else:
             groups.append((start, [position]))
     return [_run(table, start, wanted=sorted(members)) for start, members in groups]
@@ -61,20 +61,20 @@ def plan_runs(table: PacketTable, frame_ids: Sequence[int]) -> list[PacketRun]:
 
 def _run(table: PacketTable, start: int, *, wanted: Sequence[int]) -> PacketRun:
     positions = np.arange(start, wanted[-1] + 1)
-    # Frames shown before the run's keyframe lean on the GOP before it; nothing after leans on them.
+    # Frames shown before the run's keyframe refer to the previous GOP; no later frame refers to them.
     positions = positions[table.pts[positions] >= table.pts[start]]
     return PacketRun(tuple(positions.tolist()), tuple(wanted))
 
 
 def drop_unneeded(runs: Sequence[PacketRun], table: PacketTable) -> list[PacketRun]:
-    """Leave out the packets that nobody refers to and nobody wants.
+    """Drop packets whose pictures are neither wanted nor used as references.
 
-    A picture without references in its temporal layer can go when no picture of a higher layer is kept
-    (ITU-T H.265, section 7.4.2.2); codecs without layers have the one layer 0.
+    A picture that is not a reference within its temporal layer can be dropped if no picture of a higher layer
+    is kept (ITU-T H.265, section 7.4.2.2); codecs without layers have only layer 0.
 
     Args:
         runs: planned runs.
-        table: the packets they were planned over.
+        table: the packets for which the runs were planned.
     """
     return [_without_unneeded(run, table) for run in runs]
 
@@ -86,13 +86,13 @@ def _without_unneeded(run: PacketRun, table: PacketTable) -> PacketRun:
     for layer in range(int(layers.max()), -1, -1):
         droppable = (layers == layer) & ~needed
         kept, needed, layers = kept[~droppable], needed[~droppable], layers[~droppable]
-        if (layers == layer).any():  # a picture kept in this layer may refer to any below
+        if (layers == layer).any():  # a picture kept in this layer may refer to any lower layer
             break
     return PacketRun(tuple(kept.tolist()), run.wanted)
 
 
 def spanning_run(table: PacketTable, frame_ids: Sequence[int]) -> PacketRun:
-    """Return one run from the first wanted frame's keyframe to the last wanted frame, dropping nothing."""
+    """Return one run from the first wanted frame's keyframe to the last wanted frame; nothing is dropped."""
     runs = plan_runs(table, frame_ids)
     positions = range(runs[0].positions[0], runs[-1].positions[-1] + 1)
     return PacketRun(tuple(positions), tuple(p for run in runs for p in run.wanted))

@@ -1,6 +1,6 @@
-"""The plan of a read through the packet index: which packets a clip part decodes, and where their bytes lie.
+"""Plans the reads of a clip part with the packet index: which packets are decoded, and which bytes are read.
 
-The reader follows this plan, and `avion-dali plan` counts from it. Only the index is read; no chunk is opened.
+The reader executes this plan, and `avion-dali plan` counts it. Only the index is read; chunks are not opened.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from avion_dali.decode.packets import PacketRun, drop_unneeded, plan_runs
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """Neighboring packets of a chunk file, read with one call.
+    """Adjacent packets of a chunk file, fetched with one read.
 
     Args:
-        offset: first byte in the file.
-        sizes: bytes of each packet.
+        offset: position of the first byte in the file.
+        sizes: size of each packet in bytes.
     """
 
     offset: int
@@ -39,18 +39,18 @@ class ByteRange:
 
     @property
     def num_bytes(self) -> int:
-        """Length of the read."""
+        """Number of bytes of the read."""
         return sum(self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
 class RunReads:
-    """One run and where its packets lie.
+    """One run and the byte ranges of its packets.
 
     Args:
-        run: the packets, as positions in the block.
-        block: the block of the packet index that the run was planned in.
-        ranges: the reads, in the order of the run's positions.
+        run: the packets, as positions within the block.
+        block: the block of the packet index for which the run was planned.
+        ranges: the byte ranges, in the order of the run's positions.
     """
 
     run: PacketRun
@@ -60,12 +60,12 @@ class RunReads:
 
 @dataclass(frozen=True, slots=True)
 class PlannedReads:
-    """Everything that reading a clip part through the packet index will fetch and decode.
+    """Everything that is read and decoded for a clip part with a packet index.
 
     Args:
-        stream: what a decoder must be told.
-        runs: in the order of presentation.
-        index_reads: bytes of each read of the packet index that this plan itself took.
+        stream: properties of the stream that a decoder needs.
+        runs: the runs in presentation order.
+        index_reads: bytes of each read of the packet index that this plan required.
     """
 
     stream: StreamFacts
@@ -74,25 +74,25 @@ class PlannedReads:
 
     @property
     def decoded(self) -> int:
-        """Coded pictures that are fed to the decoder."""
+        """Number of coded pictures that are fed to the decoder."""
         return sum(len(planned.run.positions) for planned in self.runs)
 
     @property
     def read_sizes(self) -> tuple[int, ...]:
-        """Bytes of every read, those of the packet index first."""
+        """Bytes of each read, those of the packet index first."""
         return self.index_reads + tuple(r.num_bytes for planned in self.runs for r in planned.ranges)
 
 
 def planned_reads(part: ClipPart, *, decoder: str) -> PlannedReads:
-    """Plan which packets of a chunk a part needs and which byte ranges hold them; the chunk is not opened.
+    """Plan the packets of a chunk that a part needs and their byte ranges, without opening the chunk.
 
     Args:
         part: the chunk, which has a packet index, and its wanted frames.
-        decoder: name that errors carry.
+        decoder: name of the decoder in errors.
 
     Raises:
         UserError: when the chunk has no packet index.
-        DecodeError: `corrupt` when the index cannot be read or does not hold the frames.
+        DecodeError: `corrupt` when the index cannot be read or does not contain the frames.
     """
     ref = part.chunk.index
     if ref is None:
@@ -110,7 +110,7 @@ def planned_reads(part: ClipPart, *, decoder: str) -> PlannedReads:
 
 
 def _open_index(ref: PacketIndexRef) -> tuple[PacketIndex, list[int]]:
-    """Open a chunk's record, and return a list that every read of it adds its size to."""
+    """Open the record of a chunk, and return it with a list to which the size of each of its reads is added."""
     file, sizes = _index_file(ref.path).fileno(), list[int]()
 
     def read(start: int, count: int) -> bytes:
@@ -123,23 +123,23 @@ def _open_index(ref: PacketIndexRef) -> tuple[PacketIndex, list[int]]:
 
 @lru_cache(maxsize=4)
 def _index_file(path: str) -> BinaryIO:
-    """Keep index files open: a manifest has one, read for every clip."""
-    return open(path, "rb", buffering=0)  # closed when it leaves the cache
+    """Open an index file and keep it open: a manifest has one file, which is read for every clip."""
+    return open(path, "rb", buffering=0)  # closed when it is evicted from the cache
 
 
 def _planned_runs(index: PacketIndex, frame_ids: Sequence[int]) -> Iterator[RunReads]:
-    """Plan each block's share of the frames."""
+    """Plan the runs of each block."""
     for number, members in groupby(frame_ids, key=index.block_of):
         block = index.block(number)
         local = [frame_id - block.first_frame for frame_id in members]
         if local[-1] >= len(block.table.order):
-            raise IndexDamagedError("knows fewer frames than the manifest")
+            raise IndexDamagedError("has fewer frames than the manifest")
         for run in drop_unneeded(plan_runs(block.table, local), block.table):
             yield RunReads(run, block, _byte_ranges(block.places, np.array(run.positions)))
 
 
 def _byte_ranges(places: PacketPlaces, positions: np.ndarray) -> tuple[ByteRange, ...]:
-    """Join packets that follow each other in the file."""
+    """Merge packets that are adjacent in the file."""
     offsets, sizes = places.offset[positions], places.size[positions]
     gaps = np.flatnonzero(offsets[1:] != (offsets + sizes)[:-1]) + 1
     groups = np.split(np.arange(len(positions)), gaps)

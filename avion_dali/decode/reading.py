@@ -1,4 +1,4 @@
-"""Read the wanted frames of one chunk: three ways that differ in how much they decode, not in the frames."""
+"""Reads the wanted frames of one chunk, in three ways that decode different amounts but return equal frames."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from avion_dali.decode.source import (
     read_table,
 )
 
-# A decoder remembers parameter sets, so making one costs more than flushing it. Chunks of one data set share
-# few settings.
+# A decoder keeps parameter sets, so creating one costs more than flushing it. The chunks of a data set have few
+# different settings.
 reused_decoder = lru_cache(maxsize=8)(make_decoder)
 _NEW_EXTRADATA = 1  # AV_PKT_DATA_NEW_EXTRADATA
 
 
 def read_planned(part: ClipPart) -> list[VideoFrame]:
-    """Decode only the packets the wanted frames need (the packet plan).
+    """Decode only the packets that the wanted frames need (the packet plan).
 
     Args:
         part: the chunk and its wanted frames.
 
     Returns:
-        One decoded frame for each id, in order.
+        One decoded frame per frame id, in the same order.
 
     Raises:
         DecodeError: when the file is missing, changed or corrupt.
@@ -49,7 +49,7 @@ def read_planned(part: ClipPart) -> list[VideoFrame]:
     except UnorderedStreamError:
         return _read_by_counting(part, "cpu-fused")
     if packets.stream.codec not in INDEXED_CODECS:
-        # Its decoder needs more than a packet index knows (pixel format, bits per sample, the codec's tag).
+        # Its decoder needs more than a packet index contains (pixel format, bits per sample, the codec tag).
         return _read_span(part, "cpu-fused")
     found: dict[int, VideoFrame] = {}
     with damage_as_decode_error(part, decoder="cpu-fused"):
@@ -61,13 +61,13 @@ def read_planned(part: ClipPart) -> list[VideoFrame]:
 def read_spanned(part: ClipPart) -> list[VideoFrame]:
     """Decode everything from the keyframe before the first wanted frame to the last wanted frame.
 
-    This is what AVION's fused reader does (arXiv 2309.16669, section 4.1 and appendix A).
+    This is the method of AVION's fused reader (arXiv 2309.16669, section 4.1 and appendix A).
 
     Args:
         part: the chunk and its wanted frames.
 
     Returns:
-        One decoded frame for each id, in order.
+        One decoded frame per frame id, in the same order.
 
     Raises:
         DecodeError: when the file is missing, changed or corrupt.
@@ -79,7 +79,7 @@ def read_spanned(part: ClipPart) -> list[VideoFrame]:
 
 
 def _read_span(part: ClipPart, decoder: str) -> list[VideoFrame]:
-    """Decode everything between the wanted frames with the decoder that the container sets up."""
+    """Decode everything between the wanted frames with the decoder that the container configures."""
     with opened(part, decoder=decoder) as (container, stream):
         table, packets = read_table(part, container, stream=stream)
         run = spanning_run(table, part.frame_ids)
@@ -91,13 +91,13 @@ def _read_span(part: ClipPart, decoder: str) -> list[VideoFrame]:
 
 
 def read_everything(part: ClipPart) -> list[VideoFrame]:
-    """Decode the file from its beginning and count frames: the yardstick for the other two.
+    """Decode the file from its beginning and count frames: the reference for the other two functions.
 
     Args:
         part: the chunk and its wanted frames.
 
     Returns:
-        One decoded frame for each id, in order.
+        One decoded frame per frame id, in the same order.
 
     Raises:
         DecodeError: when the file is missing, changed or corrupt.
@@ -115,9 +115,9 @@ def _decode_run(stream: StreamFacts, run: RunPackets) -> dict[int, VideoFrame]:
 def _packets(run: RunPackets, extradata: bytes) -> Iterator[Packet]:
     for i, (payload, pts) in enumerate(zip(run.payloads, run.pts, strict=True)):
         packet = make_packet(payload, pts)
-        packet.is_keyframe = i == 0  # PNG's decoder adds the picture before to one that is none
+        packet.is_keyframe = i == 0  # PNG's decoder adds the previous picture to a packet that is no keyframe
         if i == 0 and extradata:
-            # A run before may have brought parameter sets of its own, which outlive a flush.
+            # A previous run may have contained other parameter sets, which a flush does not discard.
             packet.set_sidedata(_parameter_sets(extradata))
         yield packet
 
@@ -132,7 +132,7 @@ def _parameter_sets(extradata: bytes) -> PacketSideData:
 def _decode(
     decoder: VideoCodecContext, packets: Iterable[Packet], wanted: Iterable[int]
 ) -> dict[int, VideoFrame]:
-    """Feed packets, drain the decoder, and keep the wanted frames by presentation time."""
+    """Feed packets, drain the decoder, and return the wanted frames by presentation time."""
     kept = set(wanted)
     decoded = chain.from_iterable(decoder.decode(packet) for packet in chain(packets, [None]))
     return {frame.pts: frame for frame in decoded if frame.pts in kept}
@@ -154,15 +154,15 @@ def _read_by_counting(part: ClipPart, decoder: str) -> list[VideoFrame]:
 
 
 def _sound(frame_id: int, frame: VideoFrame | None) -> VideoFrame:
-    """Return the frame if the decoder delivered it undamaged."""
+    """Return the frame if the decoder delivered it without damage."""
     if frame is None or frame.is_corrupt:
-        state = "was not delivered by" if frame is None else "is marked damaged by"
+        state = "was not delivered by" if frame is None else "is marked as damaged by"
         raise ChunkDamagedError(f"frame {frame_id} {state} the decoder")
     return frame
 
 
 def _alike(part: ClipPart, frames: list[VideoFrame]) -> list[VideoFrame]:
-    """Return the frames if one filter graph can take them all: in others it reads beyond their end."""
+    """Return the frames if one filter graph can process all of them; otherwise it would read past their end."""
     expected = (part.chunk.width, part.chunk.height, frames[0].format.name)
     for frame_id, frame in zip(part.frame_ids, frames, strict=True):
         picture = (frame.width, frame.height, frame.format.name)

@@ -1,4 +1,4 @@
-"""`--decoder reference`: decode the whole file, convert full frames, then crop and resize as arrays."""
+"""`--decoder reference`: decodes the whole file, converts full frames, then crops and resizes arrays."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from avion_dali.decode.reading import read_everything
 from avion_dali.decode.rendering import ReferenceView
 
 decode_clip = ClipDecoder("reference", read_everything, ReferenceView)
-"""Decodes a clip into an array without any shortcut."""
+"""Decodes a clip into an array without optimizations."""

@@ -1,7 +1,7 @@
-"""From a decoded YUV frame to the square RGB picture a model sees.
+"""Renders a decoded YUV frame as the square RGB picture of a model's input.
 
-`FusedView` crops before anything else is done; `ReferenceView` crops last and differs by the rounding of
-another scaler.
+`FusedView` crops before all other operations. `ReferenceView` crops last; its result differs by the rounding of
+a different scaler.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from PIL import Image
 from avion_dali.contracts import CropWindow
 
 # Measured against exact BT.601 with antialiased bilinear scaling: worst frame 52.9 dB, bias 0.06 levels.
-# swscale's default flags take the nearest chroma sample and are biased by up to 2.9 levels.
+# swscale's default flags use the nearest chroma sample and have a bias of up to 2.9 levels.
 SCALE_FLAGS = "bilinear+full_chroma_int:in_chroma_loc=center"
 _FULL_FRAME_FLAGS = "bilinear+full_chroma_int+accurate_rnd:in_chroma_loc=center"
 
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """What a filter graph must know of the frames pushed into it and of what is to come out."""
+    """Properties of a filter graph's input frames and of its output."""
 
     width: int
     height: int
@@ -37,14 +37,14 @@ class _Picture:
 
 
 class FusedView:
-    """Crop, scale, flip and RGB conversion in one filter graph: no full-size RGB frame ever exists.
+    """Crops, scales, flips and converts to RGB in one filter graph, without a full-size RGB frame.
 
-    Source: AVION, arXiv 2309.16669, section 4.1 and appendix A. Beyond it, the pictures pass through planar
-    RGB, whose conversion FFmpeg has in vector instructions: half the time of going to packed RGB directly.
+    Source: AVION, arXiv 2309.16669, section 4.1 and appendix A. In addition, pictures pass through planar RGB,
+    for which FFmpeg has vectorized conversions: this takes half the time of converting to packed RGB directly.
 
     Args:
-        graph: a graph made by `_fused_graph`.
-        crop: its crop filter.
+        graph: a graph created by `_fused_graph`.
+        crop: the crop filter of the graph.
         window: the crop window in source pixels.
     """
 
@@ -54,7 +54,7 @@ class FusedView:
             crop.process_command(name, str(value))
 
     def render(self, frame: VideoFrame) -> np.ndarray:
-        """Return uint8 (H, W, 3) RGB, a view of the filter's own buffer.
+        """Return uint8 (H, W, 3) RGB as a view of the filter's buffer.
 
         Args:
             frame: a decoded frame of the clip.
@@ -64,29 +64,29 @@ class FusedView:
 
 
 def fused_view(like: VideoFrame, window: CropWindow, *, flip: bool, frame_size: int) -> FusedView:
-    """Take the graph that the clips before used, and only move its crop window.
+    """Reuse the graph of earlier clips with another crop window.
 
     Args:
-        like: a frame of the clip; the graph takes its size, pixel format and colour tags.
+        like: a frame of the clip, which determines size, pixel format and color tags of the graph.
         window: the crop window in source pixels.
-        flip: mirror left to right.
-        frame_size: side of the output in pixels.
+        flip: whether to mirror left to right.
+        frame_size: side length of the output in pixels.
     """
     return FusedView(*_kept_graph(_picture(like, flip, frame_size)), window)
 
 
 class SizedView:
-    """Crop, scale and RGB conversion of frames to any size, with the filters of `FusedView`.
+    """Crops, scales to any size and converts to RGB, with the filters of `FusedView`.
 
     Args:
-        graph: a graph made by `sized_view`.
+        graph: a graph created by `sized_view`.
     """
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
 
     def render(self, frame: VideoFrame) -> np.ndarray:
-        """Return uint8 (H, W, 3) RGB, a view of the filter's own buffer.
+        """Return uint8 (H, W, 3) RGB as a view of the filter's buffer.
 
         Args:
             frame: a decoded frame of the clip.
@@ -96,7 +96,7 @@ class SizedView:
 
 
 def sized_view(like: VideoFrame, region: tuple[int, int, int, int], *, size: tuple[int, int]) -> SizedView:
-    """Make a view that need be neither even nor square.
+    """Create a view whose region and output may have odd sizes and need not be square.
 
     Args:
         like: a frame of the clip.
@@ -116,25 +116,25 @@ def sized_view(like: VideoFrame, region: tuple[int, int, int, int], *, size: tup
 
 
 def fresh_fused_view(like: VideoFrame, window: CropWindow, *, flip: bool, frame_size: int) -> FusedView:
-    """Make a graph for this clip alone, as the paper does; the bytes are those of `fused_view`.
+    """Create a graph for this clip only, as in the paper; the output is bit-identical to that of `fused_view`.
 
     Args:
         like: a frame of the clip.
         window: the crop window in source pixels.
-        flip: mirror left to right.
-        frame_size: side of the output in pixels.
+        flip: whether to mirror left to right.
+        frame_size: side length of the output in pixels.
     """
     return FusedView(*_fused_graph(_picture(like, flip, frame_size)), window)
 
 
 class ReferenceView:
-    """Full-frame RGB first, then an array crop, then antialiased bilinear resizing: slow and plain.
+    """Converts full frames to RGB, crops the array, then resizes with antialiased bilinear filtering.
 
     Args:
         like: a frame of the clip.
         window: the crop window in source pixels.
-        flip: mirror left to right.
-        frame_size: side of the output in pixels.
+        flip: whether to mirror left to right.
+        frame_size: side length of the output in pixels.
     """
 
     def __init__(self, like: VideoFrame, window: CropWindow, *, flip: bool, frame_size: int) -> None:
@@ -158,7 +158,7 @@ class ReferenceView:
 
 
 def forget_graphs() -> None:
-    """Drop the kept graphs: after a failure a frame may be left in one."""
+    """Discard the kept graphs; after a failure, one of them may still contain a frame."""
     _kept_graph.cache_clear()
 
 
@@ -168,7 +168,7 @@ def _picture(like: VideoFrame, flip: bool, frame_size: int) -> _Picture:
 
 
 def _fused_graph(picture: _Picture) -> tuple[Graph, FilterContext]:
-    """Make a graph whose crop filter takes the window by command; returns it and that filter."""
+    """Create a graph whose crop filter can be moved by commands; return the graph and this filter."""
     size = picture.frame_size
     steps = [
         ("crop", f"{picture.width}:{picture.height}:0:0:exact=1"),
@@ -178,7 +178,7 @@ def _fused_graph(picture: _Picture) -> tuple[Graph, FilterContext]:
         ("format", "rgb24"),
     ]
     if picture.flip:
-        steps.insert(3, ("hflip", ""))  # at its final size: this filter does not notice a moved crop window
+        steps.insert(3, ("hflip", ""))  # at the final size, because hflip ignores changes of the crop window
     graph, nodes = _linear_graph(picture.width, picture.height, pixel_format=picture.pixel_format, steps=steps)
     return graph, nodes[0]
 

@@ -1,6 +1,6 @@
-"""From wanted frames to the coded packets they need: through the packet index, or else through the container.
+"""Reads the coded packets that frames need, through the packet index or, without one, through the container.
 
-What comes out decodes without the file: `cpu-fused` feeds it to a decoder, DALI gets it as a mini clip.
+The result can be decoded without the file: `cpu-fused` feeds it to a decoder, DALI receives it as a mini clip.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from avion_dali.decode.planned_reads import RunReads, planned_reads
 
 @dataclass(frozen=True, slots=True)
 class RunPackets:
-    """The packets of one run; a freshly flushed decoder gives its frames from them alone.
+    """The packets of one run, from which a freshly flushed decoder decodes its frames.
 
     Args:
-        payloads: coded pictures in decode order, the first a keyframe.
-        pts: one for each payload, in the order of presentation, different over the whole part.
+        payloads: coded pictures in decode order; the first is a keyframe.
+        pts: presentation time of each payload; unique and increasing in presentation order within the part.
         wanted: pts of the frames to keep, ascending.
-        clean: the keyframe is an IDR picture, so a strict decoder has nothing to complain of.
+        clean: whether the keyframe is an IDR picture, so that a strict decoder accepts the run.
     """
 
     payloads: tuple[bytes, ...]
@@ -54,8 +54,8 @@ class PartPackets:
     """The packets that the frames of one clip part need.
 
     Args:
-        stream: what a decoder must be told.
-        runs: in the order of presentation; their `wanted` together are the part's frames.
+        stream: properties of the stream that a decoder needs.
+        runs: the runs in presentation order; together, their `wanted` are the frames of the part.
     """
 
     stream: StreamFacts
@@ -66,23 +66,23 @@ Packets = Sequence[Packet] | dict[int, bytes]  # payloads by decode position
 
 
 class UnorderedStreamError(ValueError):
-    """The container gives no usable presentation times, so frames can only be counted while decoding."""
+    """The container has no usable presentation times, so frames can only be counted while decoding."""
 
 
 class ChunkDamagedError(ValueError):
-    """The chunk cannot give the wanted frames; the message says why."""
+    """The wanted frames of a chunk cannot be decoded; the message states the reason."""
 
 
 def gather_packets(part: ClipPart, *, decoder: str) -> PartPackets:
-    """Read the packets a part needs, and no others.
+    """Read only the packets that a part needs.
 
     Args:
         part: the chunk and its wanted frames.
-        decoder: name that errors carry.
+        decoder: name of the decoder in errors.
 
     Raises:
-        DecodeError: `missing`, `changed` when the file is not the one of the manifest, or `corrupt`.
-        UnorderedStreamError: without an index, where the container tells no order (H.264 in AVI).
+        DecodeError: `missing`, `changed` when the file is not that of the manifest, or `corrupt`.
+        UnorderedStreamError: when there is no index and the container defines no order (H.264 in AVI).
     """
     if part.chunk.index is not None:
         return _gather_indexed(part, decoder)
@@ -105,7 +105,7 @@ def _gather_indexed(part: ClipPart, decoder: str) -> PartPackets:
 
 
 def _read_run(file: int, planned: RunReads) -> RunPackets:
-    """Read and check a run's packets."""
+    """Read the packets of a run and check their checksums."""
     payloads: list[bytes] = []
     for wanted in planned.ranges:
         data, end = os.pread(file, wanted.num_bytes, wanted.offset), 0
@@ -121,16 +121,16 @@ def _check(payloads: Sequence[bytes], places: PacketPlaces, positions: Sequence[
     for payload, position in zip(payloads, positions, strict=True):
         if zlib.crc32(payload) != places.crc[position]:
             offset = places.offset[position]
-            raise ChunkDamagedError(f"its bytes from {offset} on are not those the manifest was built from")
+            raise ChunkDamagedError(f"its bytes from {offset} on differ from those of the manifest")
 
 
 def run_packets(run: PacketRun, table: PacketTable, *, packets: Packets) -> RunPackets:
-    """Put the packets of a run together.
+    """Collect the packets of a run.
 
     Args:
         run: the plan.
-        table: the packets it was planned over.
-        packets: payload of a decode position.
+        table: the packets for which the run was planned.
+        packets: payloads by decode position.
     """
     return RunPackets(
         payloads=tuple(bytes(packets[p]) for p in run.positions),
@@ -142,11 +142,11 @@ def run_packets(run: PacketRun, table: PacketTable, *, packets: Packets) -> RunP
 
 @contextmanager
 def opened(part: ClipPart, *, decoder: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open the container of a part's chunk if it is still the file that the manifest describes.
+    """Open the container of a part's chunk, if it is still the file that the manifest describes.
 
     Args:
         part: the chunk and its wanted frames.
-        decoder: name that errors carry.
+        decoder: name of the decoder in errors.
 
     Yields:
         The open container and its video stream.
@@ -170,14 +170,14 @@ def opened(part: ClipPart, *, decoder: str) -> Iterator[tuple[InputContainer, Vi
 
 @contextmanager
 def damage_as_decode_error(part: ClipPart, *, decoder: str) -> Iterator[None]:
-    """Turn what a damaged chunk provokes inside the `with` block into a `DecodeError`.
+    """Convert errors that a damaged chunk causes inside the `with` block to a `DecodeError`.
 
     Args:
         part: the chunk and its wanted frames.
-        decoder: name that errors carry.
+        decoder: name of the decoder in errors.
 
     Raises:
-        DecodeError: `missing` when the chunk cannot be opened, else `corrupt`.
+        DecodeError: `missing` when the chunk cannot be opened, otherwise `corrupt`.
     """
     try:
         yield
@@ -196,7 +196,7 @@ def damage_as_decode_error(part: ClipPart, *, decoder: str) -> Iterator[None]:
 def read_table(
     part: ClipPart, container: InputContainer, *, stream: VideoStream
 ) -> tuple[PacketTable, Sequence[Packet]]:
-    """Demux the beginning of a file, until all frames up to the last wanted one are known.
+    """Demux a file from its beginning until all frames up to the last wanted one are known.
 
     Args:
         part: the chunk and its wanted frames.
@@ -204,28 +204,28 @@ def read_table(
         stream: its video stream.
 
     Returns:
-        The table, in which only keyframes were looked into, and its packets.
+        The table, for which only the contents of keyframes were parsed, and its packets.
 
     Raises:
-        ChunkDamagedError: when the file ends before the last wanted frame, or a packet is cut short.
-        UnorderedStreamError: when the packets do not tell which frames the decoder delivers.
+        ChunkDamagedError: when the file ends before the last wanted frame, or a packet is truncated.
+        UnorderedStreamError: when the packets do not determine which frames the decoder delivers.
     """
     if not is_plain(container, stream):
-        raise UnorderedStreamError("its kind of packets does not tell its frames")
-    # A generator, which its stub hides; left half-way it must be closed, or 150 bytes are lost.
+        raise UnorderedStreamError("its kind of packets does not determine its frames")
+    # A generator, although its stub says otherwise; if it is not closed when left early, 150 bytes are leaked.
     with closing(cast(Generator[Packet, None, None], container.demux(stream))) as demuxed:
         packets, pts, ended = _packets_until(demuxed, part.frame_ids[-1])
     if not packets:
-        raise ChunkDamagedError("holds no frame")
+        raise ChunkDamagedError("contains no frame")
     facts = stream_facts(stream)
     if not all(shows_picture(memoryview(packet), codec=facts.codec) for packet in packets):
         raise UnorderedStreamError("a packet shows no frame")
     reader = TraitsReader(facts)
     traits = [reader.read(packet) if packet.is_keyframe else _INNER for packet in packets]
     if not packets_tell(packets[0], traits[0], pts=pts, pix_fmt=stream.codec_context.pix_fmt or ""):
-        raise UnorderedStreamError("its packets do not tell its frames")
+        raise UnorderedStreamError("its packets do not determine its frames")
     table = table_of(pts, traits, shown=[not packet.is_discard for packet in packets])
-    # Cut in the middle of a reordered group, a file has frames, but lacks some that are shown before them.
+    # A file that is truncated within a reordered group misses frames that are shown before its last frames.
     if ended and len(table.order) != part.chunk.num_frames:
         raise ChunkDamagedError(f"ends after {len(table.order)} frames of {part.chunk.num_frames}")
     return table, packets
@@ -235,19 +235,19 @@ _INNER = PictureTraits(Entry.NONE, is_reference=True, layer=0)
 
 
 def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[Packet], list[int], bool]:
-    """Take packets, and their times, until `last_frame_id + 1` frames in presentation order are certain.
+    """Take packets and their times until the first `last_frame_id + 1` frames in presentation order are known.
 
-    The third thing returned tells whether the file ended before they were.
+    The third returned value tells whether the file ended before that.
     """
     kept: list[Packet] = []
     times: list[int] = []
-    visible: list[int] = []  # times of the frames a decoder delivers
+    visible: list[int] = []  # times of the frames that a decoder delivers
     horizon = None
     for packet in _sound_packets(demuxed):
         if packet.pts is None:
-            raise UnorderedStreamError("a packet carries no presentation time")
-        # Decode times never decrease and no frame is shown before it is decoded: once they pass the
-        # last wanted frame's time, no later packet can come before that frame.
+            raise UnorderedStreamError("a packet has no presentation time")
+        # Decode times never decrease, and no frame is shown before it is decoded: once the decode time exceeds
+        # the time of the last wanted frame, no later packet can precede that frame.
         if horizon is not None and packet.dts is not None and packet.dts > horizon:
             return kept, times, False
         kept.append(packet)
@@ -261,7 +261,7 @@ def _packets_until(demuxed: Iterable[Packet], last_frame_id: int) -> tuple[list[
 
 
 def _sound_packets(demuxed: Iterable[Packet]) -> Iterator[Packet]:
-    """Yield packets without the demuxer's end marker; they begin with a keyframe and follow in decode order."""
+    """Yield packets without the demuxer's end marker; check that they start at a keyframe, in decode order."""
     decoded: int | None = None
     for number, (packet, is_damaged) in enumerate(with_damage(demuxed)):
         if not packet.size:
@@ -269,11 +269,11 @@ def _sound_packets(demuxed: Iterable[Packet]) -> Iterator[Packet]:
         if number == 0 and not packet.is_keyframe:
             raise UnorderedStreamError("it does not begin with a keyframe")
         if is_damaged:
-            raise ChunkDamagedError("holds a damaged packet")
+            raise ChunkDamagedError("contains a damaged packet")
         if decoded is not None and packet.dts is not None and packet.dts < decoded:
-            raise UnorderedStreamError("its times go back")
+            raise UnorderedStreamError("its times decrease")
         if changes_settings(packet):
-            raise UnorderedStreamError("its settings change on the way")
+            raise UnorderedStreamError("its settings change within the stream")
         decoded = packet.dts
         yield packet
 
@@ -281,7 +281,7 @@ def _sound_packets(demuxed: Iterable[Packet]) -> Iterator[Packet]:
 def _with_references(
     table: PacketTable, runs: Sequence[PacketRun], *, packets: Sequence[Packet], stream: StreamFacts
 ) -> PacketTable:
-    """Look into the packets of some runs for what may be dropped of them."""
+    """Parse the packets of some runs to find out which of them may be dropped."""
     is_reference, layer = table.is_reference.copy(), table.layer.copy()
     for position in (p for run in runs for p in run.positions):
         traits = _packet_traits(packets[position], stream)

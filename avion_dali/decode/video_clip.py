@@ -1,4 +1,4 @@
-"""Decodes frames of any video file, without a manifest."""
+"""Decodes frames of any video file without a manifest."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ def decode_clip(
     window: CropWindow | tuple[int, int, int, int] | None = None,
     frame_size: int | None = None,
 ) -> np.ndarray:
-    """Decode chosen frames of a video file, as `--decoder cpu-fused` does.
+    """Decode selected frames of a video file, as `--decoder cpu-fused` does.
 
     Only the packets that the frames need are decoded. The file is read once to find them; the facts of the last
     files are kept, so further clips of a file cost only their packets. Threads that call it decode one after
     another; processes decode at the same time.
 
     Args:
-        path: any video file that FFmpeg reads.
-        frame_ids: numbers of the wanted frames in presentation order, from 0; any order, repeats allowed.
-        seconds: times on a player's clock in place of numbers; each gives the frame on show at that time, and
-            times outside the video the first or last frame.
-        window: what to cut out of each upright picture before scaling, as a `CropWindow` or (x, y, width,
-            height) in pixels, all even; by default the centre square where `frame_size` is given, else
-            everything.
-        frame_size: side of the square output in pixels; by default the size of the window.
+        path: any video file that FFmpeg can read.
+        frame_ids: indices of the wanted frames in presentation order, from 0; any order, repeats allowed.
+        seconds: times in a player's clock instead of indices; each selects the frame shown at that time, and
+            times outside the video select the first or last frame.
+        window: region to cut out of each upright picture before scaling, as a `CropWindow` or (x, y, width,
+            height) in pixels, all even; by default the center square if `frame_size` is given, otherwise the
+            whole picture.
+        frame_size: side length of the square output in pixels; by default the size of the window.
 
     Returns:
         uint8 (T, H, W, 3), RGB, upright.
 
     Raises:
-        UserError: when not exactly one of `frame_ids` and `seconds` is given, or a number or the window lies
+        UserError: when not exactly one of `frame_ids` and `seconds` is given, or an index or the window lies
             outside the video.
         DecodeError: when the file cannot be read.
     """
@@ -88,7 +88,7 @@ def _numbers(facts: ChunkFacts, frame_ids: Sequence[int]) -> list[int]:
 
 
 def _version(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Size and time of change of a file: facts are kept for as long as both stay; zeros where there is none."""
+    """Return size and modification time of a file, for which facts are valid; zeros if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:
@@ -102,12 +102,12 @@ def _facts(path: str, _size: int, _changed_ns: int) -> ChunkFacts:
 
 
 def _at(facts: ChunkFacts, seconds: Sequence[Seconds]) -> list[int]:
-    """Return the frames on show, the first before the video and the last after it."""
+    """Return the frames shown at some times: the first before the video starts, the last after its end."""
     times = np.array([float(time) - facts.start_s for time in seconds])
     if not len(times) or not np.isfinite(times).all():
         raise UserError(f"`seconds` = {list(seconds)} must be one or more finite times")
     if facts.frame_times is None:
-        # A time computed as number / rate may lie just below the frame that it means.
+        # A time computed as number / rate may be slightly less than that of the intended frame.
         frames = np.floor(times * float(facts.fps) + ROUNDING_FRAMES).astype(int)
     else:
         frames = (
@@ -119,7 +119,7 @@ def _at(facts: ChunkFacts, seconds: Sequence[Seconds]) -> list[int]:
 def _region(
     facts: ChunkFacts, window: CropWindow | tuple[int, int, int, int] | None, *, frame_size: int | None
 ) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
-    """Return what to cut out of the coded picture, (x, y, width, height), and its size before turning."""
+    """Return the region of the coded picture, (x, y, width, height), and the output size before rotation."""
     turned = facts.rotation % 180 != 0
     width, height = (facts.height, facts.width) if turned else (facts.width, facts.height)
     if window is None:
@@ -129,7 +129,7 @@ def _region(
         chosen = window if isinstance(window, CropWindow) else _as_window(window)
         x, y, w, h = chosen.x, chosen.y, chosen.width, chosen.height
     if x + w > width or y + h > height:
-        raise UserError(f"`window` = {(x, y, w, h)} leaves the {width}x{height} pictures of {facts.path}")
+        raise UserError(f"`window` = {(x, y, w, h)} exceeds the {width}x{height} pictures of {facts.path}")
     coded = {
         0: (x, y, w, h),
         90: (height - y - h, x, h, w),
@@ -147,5 +147,5 @@ def _as_window(window: tuple[int, int, int, int]) -> CropWindow:
 
 
 def _upright(picture_HWC: np.ndarray, facts: ChunkFacts) -> np.ndarray:
-    """Turn a coded picture as a player does; a copy, since the filter reuses its buffer."""
+    """Rotate a coded picture as a player does; returns a copy, because the filter reuses its buffer."""
     return np.ascontiguousarray(np.rot90(picture_HWC, facts.rotation // 90))
