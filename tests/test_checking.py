@@ -169,7 +169,7 @@ def test_warnings_do_not_fail_and_misuse_is_explained(sound: Path, tmp_path: Pat
         command(chunks, "--repair-manifest", *output)
     with pytest.raises(UserError, match="is not a folder"):
         command(tmp_path / "nowhere", *output)
-    with pytest.raises(UserError, match="cannot make"):
+    with pytest.raises(UserError, match="cannot create"):
         command(chunks, "--output", sound)
     with pytest.raises(UserError, match="negative"):
         command(chunks, "--timeout", -1)

@@ -1,8 +1,8 @@
-"""Leave the clips of bad chunks out of a manifest.
+"""Removes the clips of bad chunks from a manifest.
 
-The chunk table stays as it is, so that chunks keep their row numbers; the sample table, and stored relevancies
-with it, loses rows. What they were is kept beside them, and later repairs start from that: chunks that were
-restored give their clips back.
+The chunk table does not change, so chunks keep their row numbers; rows are removed from the sample table and
+from stored relevancies. The original files are kept in the same folder, and later repairs start from them, so
+the clips of restored chunks return.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ BAD_CHUNKS_FILE = "bad_chunks.jsonl"
 _CHUNKS, _SAMPLES, _INFO = "chunks.arrow", "samples.arrow", "manifest.json"
 _SAMPLES_BEFORE, _INFO_BEFORE = "samples.before-repair.arrow", "manifest.before-repair.json"
 _RELEVANCY_BEFORE = "relevancy.before-repair.npy"
-# What a repair changes, and the names under which the first one keeps it; manifest.json goes first.
+# Files that a repair changes, with the names for the originals; manifest.json is moved first.
 _KEPT = {_INFO: _INFO_BEFORE, _SAMPLES: _SAMPLES_BEFORE, RELEVANCY_FILE: _RELEVANCY_BEFORE}
-_REMOVED = "removed_samples"  # the key in manifest.json that tells a repaired manifest
+_REMOVED = "removed_samples"  # the key in manifest.json that marks a repaired manifest
 
 
 @dataclass(frozen=True, slots=True)
 class RepairReport:
-    """What a repair did.
+    """Result of a repair.
 
     Args:
-        num_samples: clips that are in the manifest now.
-        removed: clips left out of it.
-        undo: shell command that brings back what was there; empty when nothing is left out.
+        num_samples: clips in the repaired manifest.
+        removed: clips removed from it.
+        undo: shell command that restores the original manifest; empty if no clip is removed.
     """
 
     num_samples: int
@@ -50,16 +50,16 @@ class RepairReport:
 def repair_manifest(folder: str | Path, bad_chunks: Mapping[str, Sequence[str]]) -> RepairReport:
     """Rewrite a manifest without the clips that touch bad chunks.
 
-    The fingerprint follows the rows, so a run that began with other rows is not resumed by mistake. Runs that
-    have the manifest open go on with the rows they opened. The new files take the places of the old ones at
-    the very end; an interruption just there leaves no `manifest.json` rather than one of other rows.
+    The fingerprint depends on the rows, so a run that started with other rows is not resumed by mistake. Runs
+    that have the manifest open continue with the rows that they opened. The old files are replaced at the very
+    end; an interruption at that point leaves no `manifest.json` rather than one that does not match the rows.
 
     Args:
         folder: the manifest.
-        bad_chunks: by path of the chunk, as the manifest gives it, what is wrong with it.
+        bad_chunks: kinds of errors by path of the chunk, as `Manifest.chunk` returns the path.
 
     Raises:
-        UserError: when the folder is no manifest, a path is none of its chunks, or no clip would be left.
+        UserError: when the folder is not a manifest, a path is not one of its chunks, or no clip would be left.
     """
     folder = Path(folder)
     manifest = Manifest(folder)
@@ -74,8 +74,8 @@ def repair_manifest(folder: str | Path, bad_chunks: Mapping[str, Sequence[str]])
     kept, touched = int(is_good_N.sum()), int((~is_good_N).sum())
     if touched and not kept:
         raise UserError(
-            f"{folder}: no clip is left without the {len(bad_rows)} bad chunks, so nothing was changed; are "
-            f"the chunks really in {manifest.chunk_root}?"
+            f"{folder}: no clip is left without the {len(bad_rows)} bad chunks, so nothing was changed; check "
+            f"that the chunks are in {manifest.chunk_root}"
         )
     removed = manifest.num_samples + manifest.info.get(_REMOVED, 0) - kept
     if touched:
@@ -115,7 +115,7 @@ def _rows_of(manifest: Manifest, bad_chunks: Mapping[str, Sequence[str]]) -> dic
             rows[row] = full
     unknown = sorted(set(bad_chunks) - set(rows.values()))
     if unknown:
-        raise UserError(f"{unknown[0]} is no chunk of {manifest.folder}")
+        raise UserError(f"{unknown[0]} is not a chunk of {manifest.folder}")
     return rows
 
 
@@ -132,7 +132,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _sorted_out(path: Path, bad_before_N: np.ndarray) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
-    """Yield the batches of a sample table, and which of their rows touch no bad chunk."""
+    """Yield the batches of a sample table, each with a bool array that marks rows without bad chunks."""
     for batch in _batches(path):
         first_R = batch["first_chunk"].to_numpy()
         end_R = first_R + batch["num_chunks"].to_numpy()
@@ -140,7 +140,7 @@ def _sorted_out(path: Path, bad_before_N: np.ndarray) -> Iterator[tuple[pa.Recor
 
 
 def _write_samples(path: Path, batches: Iterable[tuple[pa.RecordBatch, np.ndarray]]) -> None:
-    """Write the good rows, in batches of `ROWS_PER_BATCH` again: rows are found by division."""
+    """Write the good rows in batches of exactly `ROWS_PER_BATCH`, since rows are found by division."""
     waiting = SAMPLE_SCHEMA.empty_table()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SAMPLE_SCHEMA) as writer:
         for batch, is_good_R in batches:
@@ -154,7 +154,7 @@ def _write_samples(path: Path, batches: Iterable[tuple[pa.RecordBatch, np.ndarra
 
 
 def _swap(folder: Path, partials: Mapping[str, Path], *, info: dict[str, Any], keep: Iterable[str]) -> None:
-    """Put new files in place; `manifest.json` goes first and comes last."""
+    """Put new files in place; `manifest.json` is removed first and written last."""
     for name in keep:
         put_in_place(folder / name, folder / _KEPT[name])
     (folder / _INFO).unlink(missing_ok=True)
@@ -164,13 +164,13 @@ def _swap(folder: Path, partials: Mapping[str, Path], *, info: dict[str, Any], k
 
 
 def _restore(folder: Path, kept: Mapping[str, str], *, info: dict[str, Any]) -> None:
-    """Put the files of before any repair back."""
+    """Restore the original files."""
     before = json.loads((folder / _INFO_BEFORE).read_text())
     (folder / _INFO).unlink()
     for name in kept:
         if name != _INFO:
             put_in_place(folder / _KEPT[name], folder / name)
-    _write_info(folder, {**before, "chunk_root": info["chunk_root"]})  # the chunks may have moved since
+    _write_info(folder, {**before, "chunk_root": info["chunk_root"]})  # the chunks may have been moved since
     for name in (_INFO_BEFORE, BAD_CHUNKS_FILE):
         (folder / name).unlink(missing_ok=True)
 
