@@ -1,7 +1,7 @@
-"""The one supervised pool of worker processes, for any task.
+"""The supervised pool of worker processes, for any task.
 
-Each task has the pool's time limit. A task that exceeds it, or whose process dies, fails alone: its process is
-replaced and the other tasks go on.
+All tasks have the same time limit. If a task exceeds it or its process dies, only this task fails: the process
+is replaced and the other tasks continue.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 def default_workers(ranks_on_machine: int = 1) -> int:
-    """Return this rank's share of the cores that this process may use, at least one.
+    """Return the number of usable cores divided by the ranks on this machine, at least 1.
 
     Args:
         ranks_on_machine: training processes on this machine.
@@ -40,16 +40,16 @@ def default_workers(ranks_on_machine: int = 1) -> int:
 
 
 class PoolBrokenError(Exception):
-    """The pool lost its processes before a task ended; the task itself did not cause this."""
+    """The pool lost its processes before a task ended, and the task did not cause this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket(Generic[Result]):
-    """A task that was handed to a pool.
+    """A task that was scheduled in a pool.
 
     Args:
-        future: what the task returns, or how it failed.
-        generation: which set of processes it was handed to.
+        future: the result of the task, or its error.
+        generation: number of restarts of the pool when the task was scheduled.
     """
 
     future: Future[Result]
@@ -57,21 +57,24 @@ class Ticket(Generic[Result]):
 
 
 class _RecordingSpawn(SpawnContext):
-    """Starts processes, and keeps those that run or lack a main guard; pebble does not tell exit statuses."""
+    """Starts processes, and keeps those that run or ended for a missing main guard.
+
+    Pebble does not report exit statuses, so the pool reads them here.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.processes: list[SpawnProcess] = []
 
     def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
-        """Make a process, as multiprocessing's contexts do."""
+        """Create a process, as the contexts of multiprocessing do."""
         process = SpawnProcess(*args, **kwargs)
         kept = [p for p in self.processes if p.exitcode in (None, MISSING_MAIN_GUARD)]
         self.processes = [*kept, process]
         return process
 
     def kill_all(self) -> None:
-        """Kill all processes that run."""
+        """Kill all running processes."""
         for process in self.processes:
             if process.is_alive():
                 process.kill()
@@ -80,7 +83,7 @@ class _RecordingSpawn(SpawnContext):
 class WorkerPool:
     """Worker processes, which all loaders of a rank can share.
 
-    Processes are spawned, not forked: a forked child of a process that holds CUDA or threads may hang. A
+    Processes are spawned, not forked, because a forked child of a process with CUDA or threads may hang. A
     spawned child imports the program's main module, so that module needs `if __name__ == "__main__":`.
 
     Args:
@@ -107,13 +110,13 @@ class WorkerPool:
 
         Args:
             task: a function that can be imported by name, or a `functools.partial` of one.
-            *arguments: what it is called with; they are pickled.
+            *arguments: arguments of the function, which must be picklable.
 
         Returns:
-            What to wait for with `wait`.
+            A ticket for `wait`.
 
         Raises:
-            UserError: when the worker processes cannot start, or die one after another.
+            UserError: when the worker processes cannot start, or repeatedly die.
         """
         if not self._pool.active:
             self._restart()
@@ -128,18 +131,18 @@ class WorkerPool:
             ticket: from `schedule`.
 
         Returns:
-            What the task returned.
+            The return value of the task.
 
         Raises:
-            PoolBrokenError: the processes were lost; schedule the task again.
-            UserError: when the worker processes cannot start, or die one after another.
-            Exception: what the task raised, `concurrent.futures.TimeoutError`, or `pebble.ProcessExpired`.
+            PoolBrokenError: when the processes were lost; the task must be scheduled again.
+            UserError: when the worker processes cannot start, or repeatedly die.
+            Exception: the exception of the task, `concurrent.futures.TimeoutError` or `pebble.ProcessExpired`.
         """
         began = time.monotonic()
         while not ticket.future.done():
             futures.wait([ticket.future], timeout=_POLL_S)
-            # A task that a dying process had just taken is never reported: when no task at all has ended for
-            # longer than one may take, something was lost.
+            # A task that a process had just received when it died is never reported. If no task has ended for
+            # longer than the time limit of a task, such a task is assumed.
             silent_s = time.monotonic() - max(began, self._last_done)
             lost = ticket.generation != self._generation or not self._pool.active
             if not ticket.future.done() and (lost or silent_s > self._timeout_s + _GRACE_S):
@@ -154,13 +157,13 @@ class WorkerPool:
         return result
 
     def wait_until_over(self, ticket: Ticket[Any]) -> None:
-        """Return when a task no longer runs, whatever became of it.
+        """Wait until a task no longer runs, and ignore its result or error.
 
         Args:
             ticket: from `schedule`.
 
         Raises:
-            UserError: when worker processes die one after another.
+            UserError: when the worker processes cannot start, or repeatedly die.
         """
         if ticket.future.done():
             return
@@ -168,13 +171,13 @@ class WorkerPool:
             self.wait(ticket)
         except UserError:
             raise
-        except Exception:  # the process boundary: nobody wants this task's result, nor how it failed
+        except Exception:  # the process boundary: neither the result nor the error of this task is needed
             return
 
     def close(self) -> None:
-        """Kill what is running and wait for the processes to end; may be called twice."""
+        """Kill all running processes and wait until they have ended; may be called twice."""
         self._pool.stop()
-        # All at once: pebble ends them one after another, and one that is still starting would meet an error.
+        # All at once: pebble ends them one after another, and a process that is still starting would then fail.
         self._spawn.kill_all()
         self._pool.join()
 
@@ -184,10 +187,10 @@ class WorkerPool:
         )
 
     def _restart(self) -> None:
-        """Replace all processes after an idle one died, which breaks pebble's pool.
+        """Replace all processes after an idle process died, which breaks pebble's pool.
 
         Raises:
-            UserError: when that does not help.
+            UserError: when the processes cannot start, or repeatedly die.
         """
         self.close()
         self._generation += 1
@@ -196,18 +199,18 @@ class WorkerPool:
             raise loss
         if self._restarts > _MAX_RESTARTS:
             raise UserError(
-                f"the worker processes died {self._restarts} times in a row; is the machine out of memory? "
-                "Take fewer processes (data.workers, --jobs) or a smaller data.prefetch_batches"
+                f"the worker processes died {self._restarts} times in a row, perhaps because memory ran out; "
+                "use fewer processes (data.workers, --jobs) or a smaller data.prefetch_batches"
             )
         self._pool = self._start()
 
     def _loss(self) -> Exception:
-        """Return the error that says why the processes were lost."""
+        """Return the error with the reason for which the processes were lost."""
         if all(process.exitcode != MISSING_MAIN_GUARD for process in self._spawn.processes):
             return PoolBrokenError()
         return UserError(
-            "worker processes import the main module again, and this one starts worker processes whenever it "
-            'is imported; put the code that does so under `if __name__ == "__main__":`'
+            "worker processes import the main module again, and this module starts worker processes whenever "
+            'it is imported; put the code that starts them under `if __name__ == "__main__":`'
         )
 
     def _note_done(self, _: Future[Any]) -> None:

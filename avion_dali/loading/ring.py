@@ -1,4 +1,4 @@
-"""Shared memory that workers write clips into and the trainer copies batches from."""
+"""Shared memory to which workers write clips, and from which batches are copied."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from avion_dali.contracts import UserError
 
 
 class Place(NamedTuple):
-    """Where in shared memory a worker writes one clip; a tuple, which is pickled faster than a dataclass.
+    """The place of one clip in shared memory; a tuple, which is pickled faster than a dataclass.
 
     Args:
         memory_name: name of the shared memory.
         offset: first byte.
-        num_bytes: length; exactly enough for the clip's decoded frames.
+        num_bytes: length in bytes, exactly that of the clip's decoded frames.
     """
 
     memory_name: str
@@ -31,7 +31,7 @@ class SharedRing:
     """Equal slots of shared memory, one micro-batch each.
 
     Args:
-        slots: how many micro-batches fit.
+        slots: number of micro-batches.
         slot_shape: shape of one micro-batch, (B, V, T, H, W, C), uint8.
 
     Raises:
@@ -45,15 +45,15 @@ class SharedRing:
         self._memory = _allocate(slots * self.slot_bytes)
         self.name = self._memory.name
         self._bytes = np.frombuffer(memoryview(self._memory.buf or b""), np.uint8)
-        # Also for a ring that nobody closes: when it is collected, or at the end of the program.
+        # Releases a ring that is not closed when it is garbage-collected, or at the end of the program.
         self._release = weakref.finalize(self, _release, self._memory)
 
     def place(self, slot: int, row: int) -> Place:
         """Return the place of one clip.
 
         Args:
-            slot: which micro-batch.
-            row: which clip of it.
+            slot: number of the micro-batch's slot.
+            row: row of the clip in the micro-batch.
         """
         return Place(self.name, slot * self.slot_bytes + row * self.clip_bytes, self.clip_bytes)
 
@@ -61,7 +61,7 @@ class SharedRing:
         """Return one micro-batch as a uint8 view of `slot_shape`; valid until `close`.
 
         Args:
-            slot: which micro-batch.
+            slot: number of the micro-batch's slot.
         """
         start = slot * self.slot_bytes
         return self._bytes[start : start + self.slot_bytes].reshape(self.slot_shape)
@@ -71,7 +71,7 @@ class SharedRing:
         return self._bytes
 
     def close(self) -> None:
-        """Give the memory back to the machine; may be called twice."""
+        """Release the memory; may be called twice."""
         self._bytes = np.empty(0, np.uint8)
         self._release()
 
@@ -81,12 +81,12 @@ def _release(memory: SharedMemory) -> None:
     try:
         memory.close()
     except BufferError:
-        # A view is still alive, and the mapping goes with it; the destructor would complain of the same.
+        # A view still exists; the mapping ends with it. Otherwise the destructor would raise the same error.
         memory.close = _do_nothing  # type: ignore[method-assign]
 
 
 def _do_nothing() -> None:
-    """Stand in for the `close` of a memory that is in use to the end."""
+    """Replace `close` of a memory that is still in use at the end."""
 
 
 def _allocate(size: int) -> SharedMemory:
@@ -95,12 +95,12 @@ def _allocate(size: int) -> SharedMemory:
     except OSError as error:
         raise _too_small(size) from error
     if hasattr(os, "posix_fallocate"):
-        # Without this the file is sparse, and a full /dev/shm kills a worker with SIGBUS much later.
+        # Without this, the file is sparse, and a full /dev/shm kills a worker with SIGBUS much later.
         try:
             with open(f"/dev/shm/{memory.name}", "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
         except FileNotFoundError:
-            pass  # not Linux: shared memory is no file there
+            pass  # not Linux: shared memory is not a file there
         except OSError as error:
             memory.close()
             memory.unlink()
