@@ -244,7 +244,7 @@ def test_a_state_of_other_clips_names_what_differs(
     state = loader.state_dict()
     with (
         loader_of(planner_of(manifest), pool, decoder="cpu-fused", **TRAINING | {"seed": 6}) as other,
-        pytest.raises(UserError, match="seed = 5, and this one has 6"),
+        pytest.raises(UserError, match="seed = 5, but this loader has 6"),
     ):
         other.load_state_dict(state)
     path = make_videos.write_video(tmp_path / "a.mp4", frames=60)

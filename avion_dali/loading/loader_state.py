@@ -59,7 +59,7 @@ def position_of(state: Mapping[str, int | bool], schedule: BatchSchedule, *, fin
     consumed, per_micro = state["clips_consumed"], schedule.micro_batch * schedule.world_size
     first_step = state["epoch"] * schedule.steps_per_epoch
     if consumed % state["global_batch"]:
-        # Each rank takes a contiguous part of a step, so clips consumed within a step are no prefix of the order.
+        # Ranks take contiguous parts of a step: clips consumed within one are no prefix of the epoch's order.
         if sizes != {name: state[name] for name in sizes}:
             was = ", ".join(f"{name} = {state[name]}" for name in sizes)
             raise UserError(
