@@ -9,10 +9,10 @@ from avion_dali.contracts import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, build, run, close.
+    """Pre-train a model.
 
     Args:
-        argv: arguments; None takes the process's.
+        argv: arguments; None uses the arguments of the process.
     """
     return train_from_command_line(
         argv, command="pretrain", description=__doc__ or "", objectives=("contrastive", "masked-video")
@@ -22,13 +22,13 @@ def main(argv: list[str] | None = None) -> int:
 def train_from_command_line(
     argv: list[str] | None, *, command: str, description: str, objectives: tuple[str, ...]
 ) -> int:
-    """Parse, build, run, close; for both subcommands that train.
+    """Train with the configuration of a command line, for both subcommands that train.
 
     Args:
-        argv: arguments; None takes the process's.
+        argv: arguments; None uses the arguments of the process.
         command: name of the subcommand.
         description: its help.
-        objectives: what it trains.
+        objectives: names of the objectives that it accepts.
 
     Raises:
         UserError: when the configuration names another objective, or cannot be used.
@@ -40,10 +40,10 @@ def train_from_command_line(
         other = "pretrain" if command == "finetune" else "finetune"
         raise UserError(
             f"avion-dali {command} trains {' and '.join(objectives)}; objective.name = {config.objective.name} "
-            f"is for avion-dali {other}. Give --config a recipe of `avion-dali recipes`: it names an objective "
-            "and what goes with it"
+            f"is for avion-dali {other}. Use --config with a recipe of `avion-dali recipes`, which sets the "
+            "objective and the settings that belong to it"
         )
-    # Decode workers import this module again: everything heavy is imported here.
+    # Decode workers import this module again, so slow imports are here.
     from avion_dali.assembly.training import training
     from avion_dali.engine.distributed import distributed_session
     from avion_dali.engine.signals import exit_status
@@ -51,6 +51,8 @@ def train_from_command_line(
     keys = parameters_as_keys(TrainConfig)
     with keys, distributed_session() as distributed, training(config, distributed) as loop:
         if loop.step >= loop.last_step:
-            print(f"{config.output_dir} has all its {loop.last_step} steps; raise optim.epochs to train on")
+            print(
+                f"{config.output_dir} has completed all {loop.last_step} steps; raise optim.epochs to continue"
+            )
         summary = loop.run()
     return exit_status(summary.stopped_by)
