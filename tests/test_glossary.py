@@ -29,7 +29,8 @@ RETIRED = (
 FOLDERS = (
     *(f"avion_dali/{name}" for name in ("models", "metrics", "device_ops", "objectives", "config", "tasks")),
     *(f"avion_dali/{name}" for name in ("inference", "assembly", "report", "engine")),
-    *("train", "configs", "docs"),
+    *(f"avion_dali/{name}" for name in ("inspection", "loading", "cli")),
+    *("pipelines", "benchmarks", "train", "configs", "docs"),
 )
 
 

@@ -122,7 +122,7 @@ def test_our_own_configuration_is_kept(tmp_path):
     ("arguments", "message"),
     [
         (("--to", "lavila"), "--to requires --output"),
-        (("--output", "w.pt"), r"must end in .safetensors"),
+        (("--output", "w.pt"), r"must end in \.safetensors"),
         (("--output", "w.safetensors", "--to", "lavila"), "cannot be written as lavila"),
     ],
 )
