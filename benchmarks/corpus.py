@@ -1,4 +1,4 @@
-"""Chunks and manifests to load from, made of videos by the project's own chunker, and clips of them."""
+"""Chunks and manifests for benchmarks, made from videos by the project's chunker, and clips of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ START_TOKEN, END_TOKEN = 49406, 49407
 
 @dataclass(frozen=True)
 class ClipKind:
-    """What a clip asks of its chunk."""
+    """The length and span of a clip."""
 
     name: str  # as tables show it
     num_frames: int  # clip length T
@@ -61,7 +61,7 @@ def chunk_sources(videos: Sequence[Path], folder: Path, profile: ProfileName, *,
 
 
 def repeat_chunk(source: Path, target: Path, times: int) -> None:
-    """Write a chunk's packets several times in a row: a long file with a short one's pictures and bit rate."""
+    """Write a chunk's packets repeatedly into one long file with the same pictures and bit rate."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(source)) as short, av.open(str(target), "w", options={"movflags": "+faststart"}) as long:
         own = short.streams.video[0]
@@ -72,7 +72,7 @@ def repeat_chunk(source: Path, target: Path, times: int) -> None:
 
 
 def _played_again(container: InputContainer, stream: VideoStream, number: int) -> Iterator[Packet]:
-    """A file's packets, timed as if the file had been played so many times before."""
+    """Return a file's packets, with times shifted by a number of repetitions."""
     container.seek(0)
     for packet in container.demux(stream):
         if packet.dts is not None and packet.pts is not None and packet.time_base is not None:
@@ -158,7 +158,7 @@ def draw_clips(
     for number in range(clips):
         start = int((number + rng.random()) / clips * (chunk.num_frames - span + 1))
         ids = segment_frame_ids(start, start + span, kind.num_frames, rng)
-        while len(set(ids.tolist())) < kind.num_frames:  # not every library can be asked for a frame twice
+        while len(set(ids.tolist())) < kind.num_frames:  # not every library can return a frame twice
             ids = segment_frame_ids(start, start + span, kind.num_frames, rng)
         window = random_resized_window(
             chunk.width, chunk.height, scale=rules.crop_scale, ratio=rules.crop_ratio, rng=rng

@@ -1,4 +1,4 @@
-"""What every benchmark result says about the machine, and readings of processor time and memory.
+"""Facts about the machine for benchmark results, and readings of processor time and memory.
 
 Imports stay light: spawned processes whose memory is measured import the benchmark's module again.
 """

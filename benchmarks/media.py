@@ -1,4 +1,4 @@
-"""The videos that benchmarks and tests decode, made without network and always the same.
+"""The videos of benchmarks and tests, generated without a network and always identical.
 
 python -m benchmarks.media [--output media] [--seconds 15]
 
@@ -43,7 +43,7 @@ _MARGIN = 2.0  # of a world around the picture, in pictures
 
 @dataclass(frozen=True)
 class Scene:
-    """What a camera films and how it moves."""
+    """Content of a scene and movement of its camera."""
 
     seed: int  # of textures, objects and motion
     sway: float  # distance of slow pans from the middle, in picture heights
@@ -190,7 +190,7 @@ def write_video(
     codec: str = "libx264",
     options: Mapping[str, str] = NEARLY_LOSSLESS,
 ) -> Path:
-    """Encode a scene; a file that is there is kept.
+    """Encode a scene; an existing file is kept.
 
     Args:
         path: of the file; its ending is FFmpeg's name of the container, such as `mp4` or `webm`.
@@ -218,7 +218,7 @@ def write_video(
 
 
 def write_media(folder: Path = MEDIA, *, seconds: int = 15) -> list[Path]:
-    """Write the videos of all scenes, several at a time; those that are there are kept."""
+    """Write the videos of all scenes in parallel; existing files are kept."""
     paths = [folder / f"{name}_{seconds}s.mp4" for name in SCENES]
     write = partial(write_video, frames=seconds * FPS)
     with ProcessPoolExecutor(available_cores(), mp_context=get_context("spawn")) as pool:
@@ -226,7 +226,7 @@ def write_media(folder: Path = MEDIA, *, seconds: int = 15) -> list[Path]:
 
 
 def extra_videos(folder: Path | None = None) -> tuple[list[Path], list[Row]]:
-    """Find real videos to measure as well.
+    """Find additional real videos.
 
     Args:
         folder: of `--extra-videos`; None takes that of the environment variable.
@@ -243,7 +243,7 @@ def extra_videos(folder: Path | None = None) -> tuple[list[Path], list[Row]]:
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
-    """Let a command line choose its videos and keep what is made of them."""
+    """Add options for videos and a folder of derived files."""
     parser.add_argument(
         "--videos", type=Path, nargs="+", help=f"measure these instead of those of {MEDIA.name}/"
     )
@@ -273,7 +273,7 @@ def measure_videos(
 
 
 def describe(videos: list[Path], folder: Path) -> list[Row]:
-    """Chunk videos as `compat` and say what each takes."""
+    """Chunk videos as `compat` and return their bit rates."""
     low, high = COMPAT_KB_PER_S
     report = chunk_videos(videos, folder, settings=ChunkSettings(profile="compat"), progress=False)
     if report.failed:
@@ -289,7 +289,7 @@ def describe(videos: list[Path], folder: Path) -> list[Row]:
 
 
 def tables(rows: list[Row]) -> str:
-    """What each video takes."""
+    """Return a table of the videos."""
     columns = ("source", "size", "source_mb", "compat_kb_per_s", "as_head_mounted_footage")
     heads = ("video", "chunk", "source, MB", "`compat`, kB/s", "60 to 100 kB/s")
     lines = ([row[name] for name in columns] for row in rows if row["measured"] == "video")

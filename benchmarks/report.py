@@ -1,4 +1,4 @@
-"""The one form of all results, and what is shown of them: `benchmarks/results/<name>.json`, tables, pictures.
+"""The format of all results in `benchmarks/results/<name>.json`, with their tables and pictures.
 
 Imports stay light: spawned processes whose memory is measured import the benchmark's module again.
 """
@@ -31,7 +31,7 @@ Rows = list[Row]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a result is named, judged and shown."""
+    """Name, requirements and presentation of a result."""
 
     name: str  # of `results/<name>.json` and `docs/<name>.png`
     tables: Callable[[Rows], str]  # makes Markdown of the rows
@@ -40,7 +40,7 @@ class Benchmark:
     requirement: Row = field(default_factory=dict)
 
     def run(self, options: argparse.Namespace, measure: Callable[[], Rows]) -> None:
-        """Measure and write the result, or read the one that is there; then print tables and draw the picture.
+        """Measure and write the result, or read the existing one; then print tables and draw the picture.
 
         Args:
             options: of a parser made by `parser_of`.
@@ -73,7 +73,7 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 def write_result(
     benchmark: Benchmark, rows: Rows, *, machine: dict[str, Any], folder: Path | None = None
 ) -> Path:
-    """Write a result, whole or not at all.
+    """Write a result atomically.
 
     Args:
         benchmark: whose.
@@ -108,7 +108,7 @@ def write_result(
 
 
 def read_rows(name: str) -> Rows:
-    """The rows of a result; none where there is no such result."""
+    """Return the rows of a result; empty if it does not exist."""
     path = RESULTS / f"{name}.json"
     rows: Rows = json.loads(path.read_text())["rows"] if path.exists() else []
     return rows

@@ -1,1 +1,1 @@
-"""The DALI way from clip requests to batches: mini clips, one plain DALI graph."""
+"""Decoding with DALI: workers make mini clips from clip requests, and a DALI graph decodes batches of them."""

@@ -1,4 +1,4 @@
-"""What DALI decodes, by device, and which packets it would count wrongly.
+"""The codecs that DALI decodes, by device, and the packets whose frames it would number wrongly.
 
 Workers import this module, so it imports neither DALI nor torch.
 """
@@ -16,7 +16,7 @@ from .mini_clip import UnfitForMiniClipError
 Device = Literal["cpu", "mixed"]
 
 # The FFmpeg inside DALI has no H.264 and no HEVC decoder. On NVDEC, DALI reads the pixel range from a field
-# that JPEG pictures do not have (DALI 2.4, frames_decoder_gpu.cc), so MJPEG is left to the CPU.
+# that JPEG pictures do not have (DALI 2.4, frames_decoder_gpu.cc), so MJPEG is decoded on the CPU.
 DECODABLE: dict[Device, frozenset[str]] = {
     "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
     "mixed": frozenset({"h264", "hevc", "vp8", "vp9"}),
@@ -26,15 +26,16 @@ DECODABLE: dict[Device, frozenset[str]] = {
 def require_decodable(parts: Sequence[PartPackets], *, device: Device) -> None:
     """Check that DALI delivers the frames of these packets, each at its position.
 
-    On NVDEC, DALI gives every decoded picture the time of its packet: a packet must hold exactly one picture,
-    and show it. (This follows from the code, DALI 2.4, frames_decoder_gpu.cc; no such failure was observed.)
+    On NVDEC, DALI gives every decoded picture the time of its packet, so a packet must contain exactly one
+    picture, which is shown. (This follows from the code, DALI 2.4, frames_decoder_gpu.cc; no such failure was
+    observed.)
 
     Args:
         parts: packets of a clip's parts.
-        device: where DALI will decode them.
+        device: device on which DALI decodes them.
 
     Raises:
-        UnfitForMiniClipError: when it does not; the message says why.
+        UnfitForMiniClipError: when DALI does not deliver them; the message states the reason.
     """
     for part in parts:
         codec = part.stream.codec
@@ -43,17 +44,17 @@ def require_decodable(parts: Sequence[PartPackets], *, device: Device) -> None:
             raise UnfitForMiniClipError(f"DALI does not decode {codec} {where}")
         payloads = [payload for run in part.runs for payload in run.payloads] if device == "mixed" else []
         if codec == "vp9" and not all(map(shows_one_picture, payloads)):
-            raise UnfitForMiniClipError("it has hidden pictures, which DALI takes for frames on a GPU")
+            raise UnfitForMiniClipError("it has hidden pictures, which DALI counts as frames on a GPU")
         length_size = nal_length_size(codec, part.stream.extradata)
         if codec == "h264" and any(holds_two_fields(payload, length_size) for payload in payloads):
-            raise UnfitForMiniClipError("it is interlaced, and DALI takes fields for frames on a GPU")
+            raise UnfitForMiniClipError("it is interlaced, and DALI counts fields as frames on a GPU")
 
 
 def shows_one_picture(payload: bytes) -> bool:
-    """Tell whether a VP9 packet is one coded picture that is shown.
+    """Return whether a VP9 packet is a single coded picture that is shown.
 
     Source: VP9 bitstream specification 0.6, section 6.2 (show_existing_frame, show_frame) and annex B (the
-    marker that ends a superframe). Profile 3 has one bit more ahead; its pictures are taken as hidden.
+    marker that ends a superframe). In profile 3 these bits are shifted by one; its pictures count as hidden.
 
     Args:
         payload: the packet, not empty.
@@ -62,9 +63,9 @@ def shows_one_picture(payload: bytes) -> bool:
 
 
 def holds_two_fields(payload: bytes, length_size: int) -> bool:
-    """Tell whether an H.264 packet holds two pictures: the fields of an interlaced frame.
+    """Return whether an H.264 packet contains two pictures, which are the fields of an interlaced frame.
 
-    Each picture begins with a slice whose first macroblock is 0, written as a single bit 1 (ITU-T H.264,
+    Each picture starts with a slice whose first macroblock is 0, coded as a single bit 1 (ITU-T H.264,
     section 7.3.3).
 
     Args:

@@ -1,8 +1,8 @@
-"""Colors: DALI converts to RGB as BT.601 whatever a stream says; this corrects them to what the stream means.
+"""Color correction: DALI converts all streams to RGB with the BT.601 matrix, even if they declare another one.
 
-DALI does honor limited and full range. Both conversions are linear, so one 3x3 matrix leads from one to the
-other; BT.709 then agrees with the CPU decoders as well as BT.601 does. This is not part of the graph: hardly
-any chunk needs it, and which ones do is known only when their packets have been read.
+DALI does respect limited and full range. Both conversions are linear, so a 3x3 matrix converts one result into
+the other; BT.709 then agrees with the CPU decoders as well as BT.601 does. The correction is not part of the
+graph, because few chunks need it, and which ones is known only when their packets have been read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-# Shares of red and blue in luma by AVColorSpace number (ITU-T H.273, Table 4); all others are taken as BT.601.
+# Weights of red and blue in luma by AVColorSpace number (ITU-T H.273, Table 4); all others count as BT.601.
 _BT601 = (0.299, 0.114)
 _LUMA_SHARES = {
     1: (0.2126, 0.0722),  # BT.709
@@ -25,7 +25,7 @@ _LUMA_SHARES = {
 
 
 def need_correction(colorspaces: Sequence[int]) -> bool:
-    """Tell whether DALI gives any of some clips other colors than its stream means.
+    """Return whether DALI converts any of the clips with a matrix that its stream does not declare.
 
     Args:
         colorspaces: AVColorSpace number of each clip's stream.
@@ -34,7 +34,7 @@ def need_correction(colorspaces: Sequence[int]) -> bool:
 
 
 def correct_colors(frames: torch.Tensor, colorspaces: Sequence[int]) -> None:
-    """Turn colors that were converted as BT.601 into those the streams mean, in place.
+    """Correct colors that were converted with BT.601 to the matrices that the streams declare, in place.
 
     Args:
         frames: uint8 (B, ..., 3) RGB.
@@ -49,7 +49,7 @@ def correct_colors(frames: torch.Tensor, colorspaces: Sequence[int]) -> None:
 
 @lru_cache(maxsize=16)
 def from_bt601(colorspace: int) -> np.ndarray:
-    """Return the matrix float32 (3, 3) from RGB converted as BT.601 to the RGB that a stream means.
+    """Return the matrix float32 (3, 3) from RGB converted with BT.601 to the RGB that a stream declares.
 
     Args:
         colorspace: AVColorSpace number of the stream.
@@ -59,7 +59,7 @@ def from_bt601(colorspace: int) -> np.ndarray:
 
 
 def _rgb_from_ycc(red: float, blue: float) -> np.ndarray:
-    """Matrix (3, 3) of ITU-T H.273, section 8.3 (matrix coefficients), inverted."""
+    """Return the inverse of the matrix (3, 3) of ITU-T H.273, section 8.3 (matrix coefficients)."""
     green = 1 - red - blue
     from_cb, from_cr = 2 * (1 - blue), 2 * (1 - red)
     return np.array([[1, 0, from_cr], [1, -from_cb * blue / green, -from_cr * red / green], [1, from_cb, 0]])

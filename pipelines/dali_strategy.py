@@ -1,4 +1,4 @@
-"""Decoding with DALI: workers collect the packets of clips, one DALI graph decodes them."""
+"""Decoding with DALI: workers collect the packets of clips, and one DALI graph decodes them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Sent(NamedTuple):
-    """What of a batch was given to the graph: its rows, their samples and the color spaces of their streams."""
+    """The part of a batch that the graph decodes: rows, their samples and the color spaces of their streams."""
 
     rows: list[int]
     sample_ids: list[int]
@@ -37,28 +37,28 @@ _NOTHING = _Sent([], [], [])
 
 
 class DaliStrategy:
-    """A `LoaderStrategy` that decodes on NVDEC when batches go to a GPU, else with DALI on the CPU.
+    """A `LoaderStrategy` that decodes on NVDEC if batches are delivered to a GPU, and otherwise on the CPU.
 
     Clips that DALI cannot decode correctly are decoded by `cpu-fused` in the workers, and counted.
 
     Args:
-        num_threads: clips that DALI decodes at the same time.
+        num_threads: number of clips that DALI decodes in parallel.
     """
 
     depth = 2  # batches in the graph: the host works on one while the device works on the other
 
     def __init__(self, *, num_threads: int) -> None:
         self._num_threads = num_threads
-        self._sent: dict[int, _Sent] = {}  # by slot: what of a batch the graph decodes
+        self._sent: dict[int, _Sent] = {}  # by slot
         self._reasons: set[str] = set()
 
     def open(self, ring: SharedRing, device: torch.device, stats: LoaderStats) -> None:
         """Build the graph.
 
         Args:
-            ring: where tasks write; a batch that the graph fails on is read from there again.
-            device: where frames are delivered.
-            stats: where the time and the clips of `cpu-fused` are counted.
+            ring: shared memory to which tasks write; a batch on which the graph fails is read again from it.
+            device: device to which frames are delivered.
+            stats: counts to which decoding time and clips decoded by `cpu-fused` are added.
         """
         self._device, self._stats = device, stats
         self._slots = [ring.frames(slot) for slot in range(ring.slots)]
@@ -78,14 +78,14 @@ class DaliStrategy:
         self._graph = GraphRunner(self._settings)
 
     def wait_until_free(self, slot: int) -> None:
-        """Do nothing: a slot's batch was delivered or discarded, and is not read any more.
+        """Do nothing, since a slot's delivered or discarded batch is no longer read.
 
         Args:
-            slot: which slot of the ring.
+            slot: number of the slot.
         """
 
     def start(self, batch: PendingBatch[CollectedClip]) -> None:
-        """Give the batch's mini clips to the graph.
+        """Queue the batch's mini clips in the graph.
 
         Args:
             batch: the batch.
@@ -98,7 +98,7 @@ class DaliStrategy:
             self._graph.put(graph_inputs(clips))
 
     def frames(self, batch: PendingBatch[CollectedClip]) -> torch.Tensor:
-        """Return a batch as the graph decoded it, with the rows that workers decoded.
+        """Return the frames of a batch, from the graph and from workers.
 
         Args:
             batch: the batch.
@@ -108,12 +108,12 @@ class DaliStrategy:
 
         Raises:
             RefusedRowsError: when DALI cannot decode some rows.
-            RuntimeError: when DALI delivers other clips than it was given.
+            RuntimeError: when DALI delivers other clips than the queued ones.
         """
-        sent = self._sent.pop(batch.slot, _NOTHING)  # nothing in a second call, after the graph had failed
+        sent = self._sent.pop(batch.slot, _NOTHING)  # empty in a second call, after the graph failed
         rows, frames = sent.rows, None
         if rows:
-            with contextlib.suppress(RuntimeError):  # it failed on a clip; which one is found out below
+            with contextlib.suppress(RuntimeError):  # it failed on a clip, which is found below
                 frames, sample_ids = self._graph.take()
         if frames is None:
             rows = []
@@ -133,22 +133,22 @@ class DaliStrategy:
         return frames.flatten(0, 1)
 
     def discard(self) -> None:
-        """Forget the batches that were started; waits for those that the graph works on."""
+        """Discard the batches that were started, and wait for those that the graph is decoding."""
         self._sent.clear()
         self._graph.discard()
 
     def close(self) -> None:
-        """Forget the batches that were started."""
+        """Discard the batches that were started."""
         self._graph.clear()
         self._slots = []
 
     @cached_property
     def _one_clip_graph(self) -> GraphRunner:
-        """The graph again, for finding the clip that a batch failed on; made when that first happens."""
+        """A second graph, created when a batch first fails, which finds the clips that cannot be decoded."""
         return GraphRunner(replace(self._settings, batch_size=1, num_threads=1, prefetch_depth=1))
 
     def _decode_one_by_one(self, batch: PendingBatch[CollectedClip]) -> None:
-        """Decode a batch's mini clips, put frames where workers put theirs, and report those that fail."""
+        """Decode a batch's mini clips one at a time into the ring, and report those that fail."""
         refused: dict[int, ClipError] = {}
         for row in _rows_for_graph(batch):
             mini_clip, request = self._mini_clip(batch, row), batch.requests[row]
@@ -169,7 +169,7 @@ class DaliStrategy:
     def _with_rows_in_place(
         self, batch: PendingBatch[CollectedClip], rows: list[int], *, frames: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return all rows: those of the graph, those whose frames are in the ring, zeros for invalid ones."""
+        """Return all rows: those from the graph, those with frames in the ring, and zeros for invalid rows."""
         shape = (len(batch.requests), *self._slots[batch.slot].shape[1:])
         everything = torch.zeros(shape, dtype=torch.uint8, device=self._device)
         if frames is not None:
@@ -181,7 +181,7 @@ class DaliStrategy:
         return everything
 
     def _mini_clip(self, batch: PendingBatch[CollectedClip], row: int) -> MiniClip:
-        """Return a row's mini clip, whose data may lie in the ring."""
+        """Return a row's mini clip, whose data may be in the ring."""
         clip = batch.results[row]
         assert clip is not None and clip.mini_clip is not None
         if not clip.num_bytes:

@@ -1,31 +1,33 @@
-"""The DALI graph: mini clips in, square uint8 clips out, on NVDEC (`mixed`) or on the CPU.
+"""The DALI graph, which decodes mini clips to square uint8 clips, on NVDEC (`mixed`) or on the CPU.
 
 Reasons for each step (DALI 2.4):
 
-- `external_source` calls back in this process for whole batches. DALI's own worker processes are not used:
-  one that is killed can hang the training. A batch may be smaller than the pipeline's, so a last batch needs
-  no padding.
-- `decoders.video` takes the wanted frames by number, each number once: a repeated one decodes the clip again
-  from its start. Numbers out of range must raise (`pad_mode="none"`): the default delivers black frames.
-- `slice` before `resize` rather than `resize` with a region: near a region's border `resize` reads pixels
-  beyond it, which the CPU decoders, cropping first, do not have. For training windows that is 0.5 dB at most,
-  for small windows at a border 4 dB, and one upscaled from there was at 43 dB. All views share one decode.
+- `external_source` calls a function in this process for each batch. DALI's worker processes are not used,
+  because a killed worker can block the training. A batch may be smaller than the pipeline's batch size, so a
+  last batch needs no padding.
+- `decoders.video` takes the requested frames by number, each number once, because a repeated number decodes the
+  clip again from its start. Numbers out of range must raise (`pad_mode="none"`); the default delivers black
+  frames.
+- `slice` runs before `resize`, instead of `resize` with a region: near the border of a region, `resize` reads
+  pixels beyond it, which the CPU decoders do not have because they crop first. For crop windows of training the
+  difference is at most 0.5 dB; for small windows at a border it is 4 dB, and an upscaled one was at 43 dB. All
+  views share one decode.
 - `resize` with antialiasing is the triangle filter that swscale calls bilinear.
-- `flip` after `resize`: fewest pixels, and within one level of mirroring first.
-- `sequence_rearrange` comes last, so repeated frames are decoded and resized once. Every clip then has T
-  frames, which makes the batch one dense tensor.
+- `flip` runs after `resize`, where there are fewest pixels; the result is within one level of flipping first.
+- `sequence_rearrange` runs last, so repeated frames are decoded and resized once. Every clip then has T frames,
+  which makes the batch one dense tensor.
 
-Nothing here is random: all random decisions about a clip are in its request.
+The graph makes no random choices; all random choices of a clip are in its request.
 
-A clip that cannot be decoded raises RuntimeError for its whole batch and does not say which clip it was; feed
-the batch again one clip at a time to find it. The dynamic executor continues with the next batch, although
-the message says otherwise; the older executor does not. DALI's iterator, however, does not schedule a batch
-in place of one that raised: after `prefetch_depth` of them it ends early (StopIteration), without losing a
-batch, and continues after its `reset`.
+A clip that cannot be decoded raises RuntimeError for its whole batch without naming the clip; to find it, the
+batch must be decoded again one clip at a time. The dynamic executor continues with the next batch, although the
+message says otherwise; the older executor does not. DALI's iterator, however, does not schedule a batch in
+place of one that raised: after `prefetch_depth` errors it ends early (StopIteration), without losing a batch,
+and continues after its `reset`.
 
-On a CPU a VP9 clip of 4 frames of 512x288 takes about 20 ms (`benchmarks.loader.dali`): 15 to decode it to
-whole RGB pictures, 4 for `resize`, which computes with plain floating point, 0.5 for `slice`, 0.1 for the rest.
-`cpu-fused` takes 14, of which cropping, scaling and RGB together are 0.7.
+On a CPU, a VP9 clip of 4 frames of 512x288 takes about 20 ms (`benchmarks.loader.dali`): 15 to decode it to
+whole RGB pictures, 4 for `resize`, which uses plain floating-point code, 0.5 for `slice` and 0.1 for the rest.
+`cpu-fused` takes 14, of which cropping, scaling and conversion to RGB together take 0.7.
 """
 
 from __future__ import annotations
@@ -55,15 +57,15 @@ _NDIMS = [1, 1, 2, 1, 1, 0]
 
 @dataclass(frozen=True, slots=True)
 class GraphSettings:
-    """Size and speed of a graph.
+    """Settings of a graph.
 
     Args:
-        device: `mixed` decodes on NVDEC; `cpu` decodes VP8, VP9 and MJPEG, all that DALI's own FFmpeg has.
-        device_id: the GPU; ignored for `cpu`.
+        device: `mixed` decodes on NVDEC; `cpu` decodes VP8, VP9 and MJPEG, the codecs of DALI's own FFmpeg.
+        device_id: index of the GPU; ignored for `cpu`.
         batch_size: largest number of clips in a batch.
-        num_views: V, crop windows of every clip.
+        num_views: V, crop windows per clip.
         frame_size: side of the square output in pixels.
-        num_threads: clips decoded at the same time; see `default_threads`.
+        num_threads: clips decoded in parallel; see `default_threads`.
         prefetch_depth: batches under way in the graph. With 2, the host works on one while the device works on
             the other.
     """
@@ -78,20 +80,20 @@ class GraphSettings:
 
 
 def default_threads(device: Device, ranks_on_machine: int = 1) -> int:
-    """Return how many clips to decode at the same time.
+    """Return the number of clips to decode in parallel.
 
-    On the CPU one per core. With NVDEC a thread mostly waits for its decode session, and one session uses one
-    of the GPU's engines (7 on H100 and H200, 4 on L4): two per engine, for up to 8 engines.
+    On the CPU, it is one per core. With NVDEC, a thread mostly waits for its decode session, and one session
+    uses one of the GPU's engines (7 on H100 and H200, 4 on L4), so it is two per engine for up to 8 engines.
 
     Args:
-        device: where frames are decoded.
+        device: device on which frames are decoded.
         ranks_on_machine: training processes that share the cores.
     """
     return 16 if device == "mixed" else max(1, available_cores() // ranks_on_machine)
 
 
 def graph_inputs(clips: Sequence[tuple[ClipRequest, MiniClip]]) -> GraphInputs:
-    """Return what the graph's source yields for a batch: for each input a list with one array per clip.
+    """Return a batch in the form of the graph's source: for each input, a list with one array per clip.
 
     Args:
         clips: requests and their mini clips.
@@ -111,25 +113,25 @@ def graph_inputs(clips: Sequence[tuple[ClipRequest, MiniClip]]) -> GraphInputs:
 
 
 def failure_cause(error: RuntimeError) -> str:
-    """Return the one line of DALI's message that says what went wrong; the others say where.
+    """Return the line of DALI's message that states the cause; the other lines state where it occurred.
 
     Args:
-        error: what the pipeline raised.
+        error: the error of the pipeline.
     """
     before, found, after = str(error).partition("encountered:")
     return ((after if found else before).strip().splitlines() or ["no reason given"])[0]
 
 
 def build_graph(source: Callable[[], GraphInputs], settings: GraphSettings) -> Pipeline:
-    """Build the pipeline; it has the outputs `OUTPUTS`.
+    """Build the pipeline with the outputs `OUTPUTS`.
 
     `frames` is uint8 (V, T, H, W, C) per clip, RGB, on the GPU for `mixed`; `sample_ids` is int64, on the CPU,
-    in the order they were fed.
+    in input order.
 
     Args:
-        source: gives the next batch, see `graph_inputs`. It is called ahead by `prefetch_depth` batches, and
-            raises StopIteration at the end, again and again until the pipeline is reset.
-        settings: sizes and threads.
+        source: returns the next batch, see `graph_inputs`. It is called `prefetch_depth` batches ahead; at the
+            end, every call raises StopIteration until the pipeline is reset.
+        settings: settings of the graph.
     """
     pipeline = _clip_graph(
         source,

@@ -1,4 +1,4 @@
-"""The graph behind DALI's iterator: batches are put in and taken out in order, also when one fails."""
+"""Runs the graph with DALI's iterator: batches are queued and returned in order, even if some fail."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from .graph import OUTPUTS, GraphInputs, GraphSettings, build_graph
 
 
 class BatchQueue:
-    """The graph's source: gives the batches that were put into it, and pauses when it has none.
+    """The source of the graph: returns the queued batches, and pauses when there is none.
 
-    DALI calls it from within its iterator, where waiting for workers would hold up a finished batch, and where
-    an error would lose it. So it hands over what is there and does nothing else.
+    DALI calls it inside its iterator, where waiting for workers would delay a finished batch and an error would
+    lose it. Therefore it only returns batches that are already queued.
     """
 
     def __init__(self) -> None:
         self.is_open = True
-        self.under_way = 0  # batches that the graph has asked for and not returned yet
+        self.under_way = 0  # batches that the graph has requested and not yet returned
         self.ready: deque[GraphInputs] = deque()
 
     def __call__(self) -> GraphInputs:
         """Return the next batch.
 
         Raises:
-            StopIteration: when it has none, or is closed.
+            StopIteration: when the queue is empty or closed.
         """
         if not self.is_open or not self.ready:
             raise StopIteration
@@ -36,10 +36,10 @@ class BatchQueue:
 
 
 class GraphRunner:
-    """Runs the graph on batches, in the order in which they are put in.
+    """Runs the graph on batches, in the order of `put`.
 
     Args:
-        settings: of the graph.
+        settings: settings of the graph.
     """
 
     def __init__(self, settings: GraphSettings) -> None:
@@ -63,16 +63,16 @@ class GraphRunner:
             Frames uint8 (B, V, T, H, W, C) on the graph's device, and sample ids int64 (B,).
 
         Raises:
-            RuntimeError: when DALI cannot decode one of its clips. The batch is gone, the others go on.
+            RuntimeError: when DALI cannot decode one of its clips. This batch is lost; the others continue.
         """
         try:
             (outputs,) = next(self._iterator)
         except StopIteration:
-            # Nothing is under way: this is the first batch after a pause, or after a failure.
+            # No batch is under way: this is the first batch after a pause or a failure.
             self._restart()
             return self.take()
         except RuntimeError:
-            # DALI begins no other batch in place of one that failed: it is restarted when the others are done.
+            # DALI starts no other batch in place of a failed one; it is restarted when the others are finished.
             self._queue.is_open = False
             self._queue.under_way -= 1
             raise
@@ -80,25 +80,25 @@ class GraphRunner:
         return outputs["frames"], outputs["sample_ids"]
 
     def clear(self) -> None:
-        """Forget the batches that are queued."""
+        """Discard the queued batches."""
         self._queue.ready.clear()
 
     def discard(self) -> None:
-        """Forget the batches that are queued, and wait for those under way without returning them."""
+        """Discard the queued batches, and wait for those under way without returning them."""
         self.clear()
         while self._queue.under_way:
-            # What a batch that nobody wants failed on does not matter.
+            # Errors of discarded batches are ignored.
             with contextlib.suppress(RuntimeError):
                 self.take()
 
     def _restart(self) -> None:
-        """Let DALI fill up with batches again.
+        """Let DALI prefetch batches again.
 
-        It does so only after the source has ended; a reset before that begins a single batch.
+        DALI does so only after the source has ended; an earlier reset starts a single batch.
         """
         self._queue.under_way = 0
         if not self._queue.ready:
-            raise RuntimeError("no batch was put in")
+            raise RuntimeError("no batch is queued; call put before take")
         self._queue.is_open = False
         self._iterator.reset()
         self._queue.is_open = True

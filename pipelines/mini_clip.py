@@ -1,11 +1,12 @@
-"""Mini clips: the coded packets of one clip as a tiny mp4 in memory, which DALI decodes as a whole video.
+"""Mini clips: the coded packets of one clip as a small mp4 in memory, which DALI decodes as a whole video.
 
-DALI's decoder starts at a file's first frame, so a clip cut out of the middle of a chunk must become a file
-that begins there. Packets are copied, never changed: the frames are those of the chunk, bit for bit.
+DALI decodes a file from its first frame, so a clip from the middle of a chunk must become a file that starts
+there. Packets are copied unchanged, so the frames are bit-identical to those of the chunk.
 
-Runs in decode workers, so DALI is not imported here. The mp4 is written by hand (ISO/IEC 14496-12; parameter
-sets: ISO/IEC 14496-15): a muxer wants an open file to copy the stream's description from, which clips read
-through the packet index do not have, and takes six times as long (0.14 against 0.023 ms for 35 packets).
+This module runs in decode workers, so it does not import DALI. The mp4 is written without a muxer (ISO/IEC
+14496-12; parameter sets: ISO/IEC 14496-15): a muxer copies the description of the stream from an open file,
+which clips read through the packet index do not have, and takes six times as long (0.14 instead of 0.023 ms for
+35 packets).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from avion_dali.data.bitstream import brings_parameter_sets, nal_length_size
 from avion_dali.data.packet_index import StreamFacts
 from avion_dali.decode.source import PartPackets, RunPackets
 
-# NVDEC pictures reach DALI in decode order. It holds back 8 of them and shows the earliest (DALI 2.4,
-# frames_decoder_gpu.cc), so a picture may be decoded at most this much later than its place in the order shown.
+# NVDEC delivers pictures to DALI in decode order. DALI buffers 8 of them and outputs the earliest (DALI 2.4,
+# frames_decoder_gpu.cc), so a picture may be decoded at most this many places after its place in display order.
 MAX_REORDER_FRAMES = 7
 
 # Sample entry and configuration record of each codec; None where packets need no configuration record.
@@ -37,7 +38,7 @@ _UNITY_MATRIX = struct.pack(">9I", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 
 
 class UnfitForMiniClipError(ValueError):
-    """A fresh decoder would not reproduce these packets' frames from one file; the message says why."""
+    """A new decoder would not reproduce the frames of these packets from one file; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,9 @@ class MiniClip:
 
     Args:
         data: the mp4; bytes, or a uint8 view of shared memory.
-        frame_ids: place of each wanted frame in the order that the mp4 is shown in, ascending: the frames of
-            the first part, then those of the next.
-        colorspace: FFmpeg's AVColorSpace number of its stream, which DALI does not look at.
+        frame_ids: place of each requested frame in the mp4's display order, ascending: first the frames of the
+            first part, then those of the next part.
+        colorspace: FFmpeg's AVColorSpace number of its stream, which DALI ignores.
     """
 
     data: bytes | np.ndarray
@@ -63,8 +64,8 @@ def build_mini_clip(parts: Sequence[PartPackets]) -> MiniClip:
         parts: packets of the clip's parts, at least one.
 
     Raises:
-        UnfitForMiniClipError: when the parts' streams differ, a run starts inside an open GOP, or DALI knows
-            no way to decode such packets.
+        UnfitForMiniClipError: when the parts' streams differ, a run starts inside an open GOP, or DALI cannot
+            decode such packets.
     """
     stream, runs = parts[0].stream, [run for part in parts for run in part.runs]
     _check(stream, parts, runs)
@@ -73,7 +74,7 @@ def build_mini_clip(parts: Sequence[PartPackets]) -> MiniClip:
         timeline.append(run)
     if timeline.delay > MAX_REORDER_FRAMES:
         raise UnfitForMiniClipError(
-            f"pictures are decoded up to {timeline.delay} places late, DALI can sort {MAX_REORDER_FRAMES}"
+            f"pictures are decoded up to {timeline.delay} places late, but DALI reorders {MAX_REORDER_FRAMES}"
         )
     payloads = [payload for run in runs for payload in run.payloads]
     return MiniClip(_mp4(stream, payloads, timeline=timeline), tuple(timeline.wanted), stream.colorspace)
@@ -86,16 +87,16 @@ def _check(stream: StreamFacts, parts: Sequence[PartPackets], runs: Sequence[Run
         raise UnfitForMiniClipError("its chunks differ in codec, size, color or parameter sets")
     if _ENTRIES[stream.codec][1] and not nal_length_size(stream.codec, stream.extradata):
         raise UnfitForMiniClipError("its parameter sets are not stored as mp4 and Matroska store them")
-    # Away from its own GOP such a keyframe takes what was decoded before it for its neighbourhood: picture
-    # order counts are resumed, and frames come out in another order.
+    # Outside its GOP, such a keyframe continues the picture order counts of the previously decoded pictures, so
+    # frames are output in another order.
     if not all(run.clean for run in runs):
         raise UnfitForMiniClipError("it starts at a keyframe inside an open GOP")
     if len(runs) > 1 and any(_brings_parameter_sets(stream, run) for run in runs):
-        raise UnfitForMiniClipError("its keyframes bring parameter sets of their own")
+        raise UnfitForMiniClipError("its keyframes contain their own parameter sets")
 
 
 def _brings_parameter_sets(stream: StreamFacts, run: RunPackets) -> bool:
-    """Tell whether a run leaves a decoder with other parameter sets than the stream's."""
+    """Return whether a run leaves a decoder with other parameter sets than the stream's."""
     length_size = nal_length_size(stream.codec, stream.extradata)
     return brings_parameter_sets(
         run.payloads[0], codec=stream.codec, length_size=length_size, known=stream.extradata
@@ -103,13 +104,13 @@ def _brings_parameter_sets(stream: StreamFacts, run: RunPackets) -> bool:
 
 
 class _Timeline:
-    """When each packet is decoded and shown, in frames; runs follow one another without a gap."""
+    """The decode and display time of each packet, in frames; runs follow one another without a gap."""
 
     def __init__(self) -> None:
-        self.shown: list[int] = []  # place of each packet in the order of presentation
+        self.shown: list[int] = []  # place of each packet in presentation order
         self.keyframes: list[int] = []  # place of each run's first packet in decode order
         self.wanted: list[int] = []
-        self.delay = 0  # largest number of places that a packet is decoded after its turn
+        self.delay = 0  # largest number of places by which a packet is decoded after its display place
 
     def append(self, run: RunPackets) -> None:
         start = len(self.shown)
@@ -121,10 +122,11 @@ class _Timeline:
         self.delay = max(self.delay, *late)
 
     def composition_offsets(self) -> Iterator[int]:
-        """Yield by how much each packet is shown after it is decoded.
+        """Yield the time from decoding to display of each packet.
 
-        All are moved by the delay so that none is negative. The first frame is then shown at time `delay`
-        rather than 0, which no decoder minds; an edit list would say 0, but DALI passes edit lists over.
+        The delay is added to all offsets so that none is negative. The first frame is then shown at time
+        `delay` instead of 0, which does not affect decoders; an edit list could correct this, but DALI ignores
+        edit lists.
         """
         return (shown - decoded + self.delay for decoded, shown in enumerate(self.shown))
 
@@ -139,13 +141,13 @@ def _full_box(kind: bytes, *content: bytes, flags: int = 0) -> bytes:
 
 
 def _table(kind: bytes, *numbers: int) -> bytes:
-    """A full box of 32-bit numbers."""
+    """Return a full box of 32-bit numbers."""
     return _full_box(kind, struct.pack(f">{len(numbers)}I", *numbers))
 
 
 def _mp4(stream: StreamFacts, payloads: Sequence[bytes], *, timeline: _Timeline) -> bytes:
     moov = _moov(stream, [len(payload) for payload in payloads], timeline=timeline)
-    # The last number of the last table says where the packets begin: known only now.
+    # The last number of the last table is the offset of the packets, which is known only now.
     start = len(_FILE_TYPE) + len(moov) + 8
     mdat = struct.pack(">I4s", 8 + sum(map(len, payloads)), b"mdat")
     return b"".join([_FILE_TYPE, moov[:-4], struct.pack(">I", start), mdat, *payloads])
@@ -165,7 +167,7 @@ def _moov(stream: StreamFacts, sizes: Sequence[int], *, timeline: _Timeline) -> 
 
 
 def _sample_tables(sizes: Sequence[int], timeline: _Timeline) -> Iterator[bytes]:
-    """Yield the tables of times, keyframes, sizes and places; all packets lie in one piece."""
+    """Yield the tables of times, keyframes, sizes and offsets; all packets are contiguous."""
     count = len(sizes)
     yield _table(b"stts", 1, count, 1)
     if timeline.delay:

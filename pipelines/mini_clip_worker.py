@@ -1,10 +1,11 @@
-"""What a worker does for a clip under DALI: its packets are read, checked and put into a mini clip.
+"""The task of a worker with DALI: reads and checks the packets of a clip, and writes them as a mini clip.
 
-DALI has readers of its own, but they read whole files: they decode a chunk from its first frame on, or open
-every file of the data set ahead; they check no byte, name no file when they fail, and cannot be stopped when a
-disk does not answer. Here a clip takes a few reads, in a process that may fail without harming others.
+The readers of DALI are not used, because they read whole files: they decode a chunk from its first frame, or
+open all files of the dataset in advance. They verify no checksums, do not name the file of an error, and cannot
+be stopped when a disk does not answer. Here, a clip needs a few reads, in a process whose failure does not
+affect other clips.
 
-Light: neither DALI nor torch is imported.
+This module imports neither DALI nor torch.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from .mini_clip import MiniClip, UnfitForMiniClipError, build_mini_clip
 
 @dataclass(frozen=True, slots=True)
 class CollectedClip:
-    """What became of a clip in a worker.
+    """Result of `collect_into`.
 
     Args:
-        mini_clip: the clip for DALI; None when its decoded frames are at its place in the ring instead.
-        num_bytes: how many bytes of the mini clip's data are at its place; 0 when they did not fit and are
-            part of `mini_clip`.
-        seconds: spent on it.
-        unfit: why the worker decoded the clip itself; empty when it did not.
+        mini_clip: the clip for DALI; None if its decoded frames are at its place in the ring instead.
+        num_bytes: number of bytes of the mini clip's data at its place; 0 if they did not fit and are part of
+            `mini_clip`.
+        seconds: time spent by the worker in seconds.
+        unfit: reason why the worker decoded the clip; empty if it did not.
     """
 
     mini_clip: MiniClip | None
@@ -43,12 +44,12 @@ class CollectedClip:
 
 
 def collect_into(request: ClipRequest, place: Place, device: Device) -> CollectedClip:
-    """Write a clip's mini clip into shared memory, or its frames where DALI cannot decode it.
+    """Write a clip's mini clip into shared memory, or its decoded frames if DALI cannot decode it.
 
     Args:
         request: the clip.
-        place: where to write; frames are uint8 of `request.frames_shape`.
-        device: where DALI will decode.
+        place: place to write to; frames are uint8 of `request.frames_shape`.
+        device: device on which DALI decodes.
 
     Raises:
         DecodeError: when the clip cannot be read, whatever the cause.

@@ -1,7 +1,7 @@
-"""Finds out which codecs can be decoded on this machine, by decoding a tiny clip of each as all clips are.
+"""Determines which codecs can be decoded on this machine, by decoding a small test clip of each codec.
 
-Importing this module imports neither PyTorch nor DALI. Whatever may crash or hang in a driver runs in a process
-of its own, with a time limit, so that it cannot end a training.
+Importing this module imports neither PyTorch nor DALI. Calls that may crash or hang in a driver run in a
+separate process with a time limit, so that they cannot end a training.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 Backend = Literal["nvdec", "dali-cpu", "cpu-fused"]
 
 WORKS = "works"
-# A frame at the wrong place differs by 20 levels for each place; coding noise by less than 2 of them.
+# A misplaced frame differs by 20 levels per place; coding noise is below 2 levels.
 MAX_DIFFERENCE_LEVELS = 6.0
 
-_SIDE = 256  # pixels; NVDEC refuses pictures below 48 to 144 pixels, by codec and generation
+_SIDE = 256  # pixels; NVDEC rejects pictures below 48 to 144 pixels, depending on codec and generation
 _FRAMES, _WANTED, _STEP_LEVELS = 8, (2, 5), 20
 _DALI_CPU_CODEC = "vp9"
 _DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
@@ -41,7 +41,7 @@ _INSTALL_DALI = "pip install nvidia-dali-cuda130 (nvidia-dali-cuda120 for driver
 
 @dataclass(frozen=True, slots=True)
 class _Encoding:
-    """How the tiny clip of a codec is made: quickly, on one thread, without words."""
+    """How the test clip of a codec is encoded: quickly, on one thread, without log messages."""
 
     encoder: str
     ending: str
@@ -58,7 +58,7 @@ _ENCODINGS = {
         {"preset": "ultrafast", "x265-params": "log-level=none:pools=none:frame-threads=1"},
     ),
     "vp9": _Encoding("libvpx-vp9", "mp4", "yuv420p", {"deadline": "realtime", "cpu-used": "8"}),
-    # Faster presets skip what changes in so short a clip.
+    # Faster presets drop the differences between the frames of such a short clip.
     "av1": _Encoding("libsvtav1", "mp4", "yuv420p", {"preset": "8", "crf": "20", "svtav1-params": "lp=1"}),
     "mjpeg": _Encoding("mjpeg", "mov", "yuvj420p", {"q": "3"}),
 }
@@ -66,49 +66,49 @@ CODECS = tuple(_ENCODINGS)
 
 
 def nvdec_problem(device_index: int) -> str | None:
-    """Find out whether NVDEC decodes H.264 through the project's own graph; without a GPU at no cost.
+    """Determine whether NVDEC decodes H.264 in the project's graph; without a GPU this returns at once.
 
     Args:
-        device_index: the GPU, counted as PyTorch does.
+        device_index: index of the GPU in PyTorch.
 
     Returns:
-        None when it does, else one line that says why not and what to do.
+        None if it does, otherwise one line with the reason and the remedy.
     """
     return nvdec_obstacle(device_index) or _decode_in_subprocess("h264", "nvdec", device_index=device_index)
 
 
 def codec_support(device_index: int) -> dict[str, str]:
-    """Find out which codecs NVDEC decodes through the project's own graph.
+    """Determine which codecs NVDEC decodes in the project's graph.
 
     Args:
-        device_index: the GPU, counted as PyTorch does.
+        device_index: index of the GPU in PyTorch.
 
     Returns:
-        For each of `CODECS`, `WORKS` or one line that says why not.
+        For each of `CODECS`, `WORKS` or one line with the reason why not.
     """
     obstacle = nvdec_obstacle(device_index)
     return dict.fromkeys(CODECS, obstacle) if obstacle else _try_all("nvdec", device_index)
 
 
 def cpu_codec_support() -> dict[str, str]:
-    """Find out which codecs `--decoder cpu-fused` decodes; for each `WORKS` or why not."""
+    """Determine which codecs `--decoder cpu-fused` decodes; see `codec_support` for the result."""
     return _try_all("cpu-fused")
 
 
 def dali_cpu_problem() -> str | None:
-    """Find out whether DALI decodes on the CPU (VP9; it has no H.264 or HEVC there).
+    """Determine whether DALI decodes VP9 on the CPU, where it supports neither H.264 nor HEVC.
 
     Returns:
-        None when it does, else one line that says why not.
+        None if it does, otherwise one line with the reason.
     """
     return _dali_missing() or _decode_in_subprocess(_DALI_CPU_CODEC, "dali-cpu")
 
 
 def dali_problem() -> str | None:
-    """Find out whether DALI can be imported, without importing it here.
+    """Determine whether DALI can be imported, without importing it in this process.
 
     Returns:
-        None when it can, else one line that says why not and what to do.
+        None if it can, otherwise one line with the reason and the remedy.
     """
     missing = _dali_missing()
     if missing:
@@ -118,37 +118,37 @@ def dali_problem() -> str | None:
 
 
 def auto_decoder(nvdec: str | None) -> tuple[Literal["dali", "cpu-fused"], str]:
-    """Decide what `--decoder auto` means here.
+    """Return the decoder that `--decoder auto` selects on this machine.
 
     Args:
-        nvdec: what `nvdec_problem` found.
+        nvdec: result of `nvdec_problem`.
 
     Returns:
-        The decoder, and why.
+        The decoder, and the reason.
     """
     return ("dali", "NVDEC decodes H.264 here") if nvdec is None else ("cpu-fused", nvdec)
 
 
 def nvdec_obstacle(device_index: int) -> str | None:
-    """Look for what rules NVDEC out before anything is decoded: packages, driver, GPU.
+    """Check the requirements of NVDEC without decoding: packages, driver and GPU.
 
     Args:
-        device_index: the GPU, counted as PyTorch does.
+        device_index: index of the GPU in PyTorch.
 
     Returns:
-        None when nothing does, else one line that says what and what to do.
+        None if they are met, otherwise one line with the problem and the remedy.
     """
     return _dali_missing() or cuda_problem(device_index) or _driver_too_old() or nvcuvid_problem()
 
 
 def cuda_problem(device_index: int) -> str | None:
-    """Find out whether PyTorch computes on a GPU.
+    """Determine whether PyTorch can use a GPU.
 
     Args:
-        device_index: the GPU, counted as PyTorch does.
+        device_index: index of the GPU in PyTorch.
 
     Returns:
-        None when it does, else one line that says why not and what to do.
+        None if it can, otherwise one line with the reason and the remedy.
     """
     driver = driver_cuda_version()
     if driver is None:
@@ -159,7 +159,7 @@ def cuda_problem(device_index: int) -> str | None:
         return f"PyTorch cannot be imported ({error}); reinstall it: pip install --force-reinstall torch"
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA; on a machine with a GPU install a CUDA build (pytorch.org)"
-    with warnings.catch_warnings():  # of a driver that is too old
+    with warnings.catch_warnings():  # about a driver that is too old
         warnings.simplefilter("ignore")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device_index < count:
@@ -171,15 +171,15 @@ def cuda_problem(device_index: int) -> str | None:
 
 def _no_gpu(built_for: str, driver: tuple[int, int]) -> str:
     if driver[0] < int(built_for.split(".")[0]):
-        return f"the driver knows CUDA {driver[0]}.{driver[1]}, PyTorch needs {built_for}; update the driver"
+        return f"the driver supports CUDA {driver[0]}.{driver[1]}, PyTorch needs {built_for}; update the driver"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return f"no GPU is visible with CUDA_VISIBLE_DEVICES={visible!r}; unset it"
-    return "the NVIDIA driver shows no GPU; see what nvidia-smi says"
+    return "the NVIDIA driver shows no GPU; run nvidia-smi for details"
 
 
 def driver_cuda_version() -> tuple[int, int] | None:
-    """Return the newest CUDA version that the NVIDIA driver knows, or None without a driver."""
+    """Return the newest CUDA version that the NVIDIA driver supports, or None without a driver."""
     version = ctypes.c_int()
     try:
         status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -217,14 +217,14 @@ def _driver_too_old() -> str | None:
     if driver[0] >= needed:
         return None
     known = f"{driver[0]}.{driver[1]}"
-    return f"the driver knows CUDA {known}, {package[0]} needs {needed}; update the driver, or {_INSTALL_DALI}"
+    return f"the driver supports CUDA {known}, {package[0]} needs {needed}; update it, or {_INSTALL_DALI}"
 
 
 def nvcuvid_problem() -> str | None:
-    """Find out whether the driver's video library can be loaded.
+    """Determine whether the driver's video library can be loaded.
 
     Returns:
-        None when it can, else one line that says what to do.
+        None if it can, otherwise one line with the remedy.
     """
     for name in ("libnvcuvid.so.1", "libnvcuvid.so"):  # the names that DALI tries
         try:
@@ -239,7 +239,7 @@ def nvcuvid_problem() -> str | None:
 
 
 def _try_all(backend: Backend, device_index: int = 0) -> dict[str, str]:
-    """Decode a clip of each codec, each in a process of its own: one that fails may leave the GPU unusable."""
+    """Decode a clip of each codec in a separate process, since a failure may leave the GPU unusable."""
     with ThreadPoolExecutor(min(available_cores(), len(CODECS))) as pool:
         problems = pool.map(
             lambda codec: _decode_in_subprocess(codec, backend, device_index=device_index), CODECS
@@ -249,19 +249,19 @@ def _try_all(backend: Backend, device_index: int = 0) -> dict[str, str]:
 
 def _decode_in_subprocess(codec: str, backend: Backend, *, device_index: int = 0) -> str | None:
     failure = call_in_subprocess(decode_problem, codec, backend, device_index)
-    return failure and f"a tiny {codec} clip: {failure}"
+    return failure and f"test clip of {codec}: {failure}"
 
 
 def decode_problem(codec: str, backend: Backend, device_index: int = 0) -> str | None:
-    """Make a tiny clip, decode it and look at its frames; a task for `call_in_subprocess`.
+    """Encode a test clip, decode it and check its frames; `call_in_subprocess` runs this function.
 
     Args:
         codec: one of `CODECS`.
-        backend: what decodes. `cpu-fused` is held against the painted pictures, DALI against `cpu-fused`.
-        device_index: the GPU, for `nvdec`.
+        backend: the decoder. `cpu-fused` is compared with the painted pictures, DALI with `cpu-fused`.
+        device_index: index of the GPU in PyTorch, for `nvdec`.
 
     Returns:
-        None when the frames are right, else what is wrong.
+        None if the frames are correct, otherwise the problem.
     """
     import av
     import numpy as np
@@ -272,7 +272,7 @@ def decode_problem(codec: str, backend: Backend, device_index: int = 0) -> str |
         try:
             request = _tiny_clip(Path(folder), codec)
         except (av.FFmpegError, av.codec.codec.UnknownCodecError) as error:
-            return f"not tried, for PyAV cannot encode it ({_ENCODINGS[codec].encoder}: {error})"
+            return f"not tested, because PyAV cannot encode it ({_ENCODINGS[codec].encoder}: {error})"
         frames_VTHWC = np.empty(request.frames_shape, dtype=np.uint8)
         cpu_fused.decode_clip(request, frames_VTHWC)
         expected_VTHWC = np.stack([[_paint(number) for number in _WANTED]])
@@ -283,12 +283,12 @@ def decode_problem(codec: str, backend: Backend, device_index: int = 0) -> str |
                 return found
             frames_VTHWC = found
     difference = np.abs(frames_VTHWC.astype(np.float64) - expected_VTHWC).mean()
-    wrong = f"its pictures are wrong by {difference:.1f} levels on average"
+    wrong = f"its pictures differ by {difference:.1f} levels on average"
     return None if difference <= MAX_DIFFERENCE_LEVELS else wrong
 
 
 def _decode_with_dali(request: ClipRequest, backend: Backend, *, device_index: int) -> np.ndarray | str:
-    """Return frames (V, T, H, W, C), uint8, or what DALI cannot do."""
+    """Return frames, uint8 (V, T, H, W, C), or the reason why DALI cannot decode them."""
     import numpy as np
 
     from avion_dali.decode.source import gather_packets
@@ -320,12 +320,12 @@ def _decode_with_dali(request: ClipRequest, backend: Backend, *, device_index: i
     try:
         frames, _ = build_graph(lambda: inputs, settings).run()
         return np.array(frames.as_cpu().as_tensor())[0]
-    except RuntimeError as error:  # all that DALI raises
+    except RuntimeError as error:  # the only exception that DALI raises
         return failure_cause(error)
 
 
 def _paint(number: int) -> np.ndarray:
-    """Picture (H, W, 3), uint8 RGB: soft colors that grow brighter with the frame number."""
+    """Return a picture, uint8 (H, W, 3) RGB, with smooth colors that get brighter with the frame number."""
     import numpy as np
 
     y, x = np.mgrid[0:_SIDE, 0:_SIDE]
@@ -333,7 +333,7 @@ def _paint(number: int) -> np.ndarray:
 
 
 def _tiny_clip(folder: Path, codec: str) -> ClipRequest:
-    """Encode the painted pictures and ask for two of them, whole."""
+    """Encode the painted pictures, and return a request for two uncropped frames."""
     import av
 
     from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest, CropWindow

@@ -150,7 +150,7 @@ def test_the_command_reports_and_repairs(
     assert f"{manifest}: 3 files checked, 1 with errors" in out
     assert f"checksum              1  {bad}" in out
     assert KINDS["checksum"].advice in out
-    assert "3 clips left out, 2 left" in out and "to undo: mv " in out
+    assert "3 clips removed, 2 left" in out and "to undo: mv " in out
     assert lines(tmp_path / "check-m" / "findings.jsonl")[0]["kind"] == "checksum"
     planner = Planner(Manifest(manifest), ClipRules(num_frames=4, frame_size=32, training=True), seed=0)
     plans = [planner.plan(i, 0) for i in range(planner.manifest.num_samples)]

@@ -185,9 +185,9 @@ def test_damaged_packet_indexes(sound: Path, tmp_path: Path) -> None:
 
 ODD_VIDEOS = {
     "rotation": {"rotation": 90},
-    "colour": {"colorspace": 1, "color_range": 1},
-    "colour: full": {"colorspace": 6, "color_range": 2},
-    "colour: 4:4:4": {"pix_fmt": "yuv444p"},
+    "color": {"colorspace": 1, "color_range": 1},
+    "color: full": {"colorspace": 6, "color_range": 2},
+    "color: 4:4:4": {"pix_fmt": "yuv444p"},
     "nvdec-size": {"size": (100, 76)},
     "variable-rate": {"times": [i / 30 for i in range(21) if i != 9]},
     "long-gop": {"frames": 40, "fps": 5, "gop": 250},

@@ -213,7 +213,7 @@ def test_the_graph_goes_on_at_full_depth_after_a_pause_and_after_failures() -> N
     from pipelines.graph import GraphSettings
 
     runner = GraphRunner(GraphSettings("cpu", 0, 4, 1, 16, num_threads=1))
-    with pytest.raises(RuntimeError, match="no batch was put in"):
+    with pytest.raises(RuntimeError, match="no batch is queued"):
         runner.take()
     for _ in range(2):
         for number in range(6):

@@ -77,7 +77,7 @@ def test_the_table_says_each_problem_once(
     assert lines.count(f"    -> {NO_GPU}") == 1
     marked = [line.split("  ")[0] for line in lines if line.startswith("! NVDEC")]
     assert marked == [f"! NVDEC {codec}" for codec in support.CODECS]
-    assert f"--decoder auto takes cpu-fused: {NO_GPU}" in lines
+    assert f"--decoder auto selects cpu-fused: {NO_GPU}" in lines
     assert lines[-1] == "This environment can train."
 
 
@@ -128,7 +128,7 @@ def test_an_optional_library_that_is_broken_is_a_problem_of_its_own(
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN2at')")
     monkeypatch.syspath_prepend(tmp_path)
     found = env._optional_finding("flash-attn", "flash_attn")
-    assert "undefined symbol: _ZN2at; not needed" in str(found.problem)
+    assert "undefined symbol: _ZN2at; it is optional" in str(found.problem)
     assert not found.essential
     assert env._optional_finding("other", "no_such_module.part").problem is None
 
@@ -166,7 +166,7 @@ def test_versions_out_of_bounds_and_missing_packages_are_named(monkeypatch: pyte
     monkeypatch.setattr(metadata, "requires", lambda name: lines)
     found = by_name(env.requirement_findings())
     assert set(found) == {"numpy", "no-such-package", "tqdm"}
-    assert found["numpy"].problem == "'numpy>=99' is asked for; pip install 'numpy>=99'"
+    assert found["numpy"].problem == "'numpy>=99' is required; pip install 'numpy>=99'"
     assert found["no-such-package"].value == "missing"
     assert found["tqdm"].problem is None
 

@@ -174,12 +174,12 @@ def test_unreadable_clips_are_counted_and_listed(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "f.txt", "a.mp4"], "end it in .safetensors or .npy"),
-        (["--output", "f.npy"], "give videos or --manifest"),
-        (["--output", "f.npy", "a.mp4", "--manifest", "m"], "give videos or --manifest"),
-        (["--output", "f.npy", "a.mp4", "--clip-seconds", "-3"], "--clip-seconds -3: give seconds > 0"),
+        (["--output", "f.txt", "a.mp4"], "must end in .safetensors or .npy"),
+        (["--output", "f.npy"], "give either videos or --manifest"),
+        (["--output", "f.npy", "a.mp4", "--manifest", "m"], "give either videos or --manifest"),
+        (["--output", "f.npy", "a.mp4", "--clip-seconds", "-3"], "--clip-seconds -3 must be > 0"),
         (["--output", "f.npy", "a.mp4", "--clip-seconds", "nan"], "--clip-seconds nan"),
-        (["--output", "f.npy", "a.mp4", "--eval-clips", "0"], "--eval-clips 0: it must be at least 1"),
+        (["--output", "f.npy", "a.mp4", "--eval-clips", "0"], "--eval-clips 0 must be at least 1"),
     ],
 )
 def test_bad_options_say_what_is_wanted(arguments: list[str], message: str):

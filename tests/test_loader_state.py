@@ -67,7 +67,9 @@ def test_a_position_within_a_step_fits_the_same_sizes_only() -> None:
     old = schedule_of(8, 2, world_size=2)
     assert moved(5, old, schedule_of(8, 2, world_size=2, rank=1)) == 5
     for new in (schedule_of(4, 4), schedule_of(8, 2), schedule_of(8, 4, world_size=2)):
-        with pytest.raises(UserError, match="global_batch = 8, micro_batch = 2, world_size = 2 only"):
+        with pytest.raises(
+            UserError, match="only a loader with global_batch = 8, micro_batch = 2, world_size = 2;"
+        ):
             moved(5, old, new)
 
 
@@ -76,17 +78,17 @@ def test_a_position_within_a_step_fits_the_same_sizes_only() -> None:
     [("seed", 3), ("num_samples", 99), ("training", False)],
 )
 def test_other_clips_are_refused(name: str, value: int) -> None:
-    with pytest.raises(UserError, match=f"{name} = .*, and this one has {value}"):
+    with pytest.raises(UserError, match=f"{name} = .*, but this loader has {value}"):
         moved(1, schedule_of(8, 8), schedule_of(8, 8, **{name: value}))
     evaluated = schedule_of(8, 8, training=False, clips_per_sample=2)
-    with pytest.raises(UserError, match="clips_per_sample = 2, and this one has 1"):
+    with pytest.raises(UserError, match="clips_per_sample = 2, but this loader has 1"):
         moved(1, evaluated, schedule_of(8, 8, training=False))
 
 
 def test_another_manifest_and_another_dictionary_are_refused() -> None:
     schedule = schedule_of(8, 8)
     state = state_at(1, schedule, fingerprint=1)
-    with pytest.raises(UserError, match="manifest_fingerprint = 1, and this one has 2"):
+    with pytest.raises(UserError, match="manifest_fingerprint = 1, but this loader has 2"):
         position_of(state, schedule, fingerprint=2)
-    with pytest.raises(UserError, match="lacks clips_consumed, clips_per_sample, epoch"):
+    with pytest.raises(UserError, match="loader: clips_consumed, clips_per_sample, epoch"):
         position_of({}, schedule, fingerprint=1)

@@ -94,7 +94,7 @@ def test_ek100_retrieval(tmp_path: Path, chunks: Path) -> None:
     assert Manifest(tmp_path / "m").info["num_captions"] == 1
     assert run(*common) == 0
     assert "num_captions" not in Manifest(tmp_path / "m").info
-    with pytest.raises(UserError, match="go together"):
+    with pytest.raises(UserError, match="must be given together"):
         run(*common, "--sentences", sentences)
     with pytest.raises(UserError, match="--classes-from is for --task recognition"):
         run(*common, "--classes-from", csv)

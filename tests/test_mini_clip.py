@@ -143,7 +143,7 @@ def test_parameter_sets_inside_the_stream_are_refused_where_they_would_spread(
     small = make_videos.write_video(tmp_path / "a.mp4", frames=30, gop=15, size=(128, 96))
     other = make_videos.write_video(tmp_path / "b.mp4", frames=30, gop=15, options={"preset": "ultrafast"})
     joined = make_videos.join_videos(tmp_path / "c.mp4", small, other, repeat=True)
-    with pytest.raises(UnfitForMiniClipError, match="of their own"):
+    with pytest.raises(UnfitForMiniClipError, match="their own parameter sets"):
         build_mini_clip([packets_of(joined, (5, 40))])
     build_mini_clip([packets_of(joined, (40,))])
 

@@ -119,7 +119,7 @@ def test_chunks_that_a_manifest_misses_are_named(video, tmp_path):
         (("--step-seconds", 0), "--step-seconds 0"),
         (("--chunk-seconds", 0, 5), "--chunk-seconds 0"),
         (("--short-side", 100), "--short-side 100"),
-        (("--step-seconds", 1, "--model", "tiny"), "give one of them"),
+        (("--step-seconds", 1, "--model", "tiny"), "give only one of them"),
     ],
 )
 def test_senseless_options_are_named(arguments, named):

@@ -120,7 +120,7 @@ def test_a_moved_chunk_folder_stays_moved(folder: Path) -> None:
     repair_manifest(folder, BAD)
     info = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(info | {"chunk_root": "/moved"}))
-    with pytest.raises(UserError, match="is no chunk of"):
+    with pytest.raises(UserError, match="is not a chunk of"):
         repair_manifest(folder, BAD)
     repair_manifest(folder, {})
     assert Manifest(folder).chunk_root == "/moved"
@@ -164,7 +164,7 @@ def test_a_manifest_is_never_emptied(folder: Path) -> None:
 
 def test_paths_of_other_manifests_are_refused(folder: Path) -> None:
     before = contents(folder)
-    with pytest.raises(UserError, match=r"/elsewhere/0\.mp4 is no chunk of"):
+    with pytest.raises(UserError, match=r"/elsewhere/0\.mp4 is not a chunk of"):
         repair_manifest(folder, {**BAD, "/elsewhere/0.mp4": ["missing"]})
     assert contents(folder) == before
 

@@ -113,10 +113,10 @@ def test_command_line_is_split_at_the_divider(monkeypatch, capsys):
     assert executor.values["nodes"] == 2 and executor.values["timeout_min"] == 60
     assert executor.options["cluster"] == "slurm" and executor.options["slurm_max_num_timeout"] == 20
     assert "job 42" in capsys.readouterr().out
-    with pytest.raises(UserError, match="nothing to run"):
+    with pytest.raises(UserError, match="there is no command to run"):
         main(["--nodes", "2"])
     with pytest.raises(
-        UserError, match="`train.pretrain` is not a command for SLURM; after `--` write pretrain"
+        UserError, match="`train.pretrain` is not a command for SLURM; write one of pretrain"
     ):
         main(["--", "train.pretrain"])
 

@@ -126,7 +126,7 @@ def test_wrong_frames_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         frames[:, 0] = frames[:, 1] - 2 * 20
 
     monkeypatch.setattr(cpu_fused, "decode_clip", decode)
-    assert "wrong by 1" in str(support.decode_problem("h264", "cpu-fused"))
+    assert "differ by 1" in str(support.decode_problem("h264", "cpu-fused"))
 
 
 def test_without_its_encoder_a_codec_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_dali_is_tried_in_a_process_of_its_own() -> None:
 def test_a_failure_of_nvdec_itself_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "nvdec_obstacle", lambda device_index: None)
     problem = str(support.nvdec_problem(0))
-    assert problem.startswith("a tiny h264 clip: ")
+    assert problem.startswith("test clip of h264: ")
     assert "CUDA is not available" in problem
 
 
@@ -192,12 +192,12 @@ def test_each_codec_fails_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "nvdec_obstacle", lambda device_index: None)
     monkeypatch.setattr(support, "call_in_subprocess", answer)
     found = support.codec_support(1)
-    assert found == dict.fromkeys(support.CODECS, "works") | {"hevc": "a tiny hevc clip: the driver crashed"}
+    assert found == dict.fromkeys(support.CODECS, "works") | {"hevc": "test clip of hevc: the driver crashed"}
     assert sorted(asked, key=str) == sorted(
         [(support.decode_problem, codec, "nvdec", 1) for codec in support.CODECS], key=str
     )
     assert support.nvdec_problem(0) is None
-    assert support.cpu_codec_support()["hevc"] == "a tiny hevc clip: the driver crashed"
+    assert support.cpu_codec_support()["hevc"] == "test clip of hevc: the driver crashed"
 
 
 def test_auto_takes_dali_where_nvdec_works() -> None:

@@ -53,11 +53,11 @@ def test_a_description_names_what_is_unknown_and_left_over(tmp_path, capsys):
     torch.save({**state, "context_length": torch.tensor(12)}, tmp_path / "w.pt")
     command(tmp_path / "w.pt")
     out = capsys.readouterr().out
-    assert "activation     the weights do not tell" in out and "1 frame (an image model) of 32" in out
+    assert "activation     not stored with the weights" in out and "1 frame (an image model) of 32" in out
     assert "left over      context_length (a constant, not a weight)" in out
     command(save_as(tmp_path / "w.pt", small_classifier("videomae"), "videomae"))
     out = capsys.readouterr().out
-    assert "classes        5" in out and "clips          the weights do not tell" in out
+    assert "classes        5" in out and "clips          not stored with the weights" in out
     assert "shared space" not in out
 
 
@@ -121,8 +121,8 @@ def test_our_own_configuration_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--to", "lavila"), "--to needs --output"),
-        (("--output", "w.pt"), r"end the name in \.safetensors"),
+        (("--to", "lavila"), "--to requires --output"),
+        (("--output", "w.pt"), r"must end in \.safetensors"),
         (("--output", "w.safetensors", "--to", "lavila"), "cannot be written as lavila"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Command lines from typed dataclasses, and one way to show errors. Light: workers re-import entry modules."""
+"""Parses command lines into typed dataclasses, and shows errors. Workers import it, so it imports little."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def parse_options(
     """Fill a dataclass from `--config RECIPE` and `--field value`, `--section.field value`.
 
     Args:
-        options: the dataclass; its docstring documents each field.
-        argv: arguments; None takes the process's.
-        prog: name shown in the help.
+        options: the dataclass; its docstring is the help of each field.
+        argv: arguments; None uses the arguments of the process.
+        prog: name of the command in the help.
         description: first line of the help.
 
     Raises:
-        UserError: naming the key and what is allowed.
+        UserError: names the key and its allowed values.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
-        "--config", action="config", help="a recipe or a YAML file; later arguments win over it"
+        "--config", action="config", help="a recipe or a YAML file; later arguments override it"
     )
     parser.add_class_arguments(options)
     try:
@@ -47,7 +47,7 @@ def parse_options(
             return _filled(parser, options, argv=argv)
     except ArgumentError as error:
         raise UserError(f"{_explain(str(error), options)}\n{prog} --help lists every option") from None
-    except (TypeError, UnicodeDecodeError) as error:  # jsonargparse lets these escape from a malformed file
+    except (TypeError, UnicodeDecodeError) as error:  # jsonargparse raises these for a malformed file
         raise UserError(f"the configuration file is malformed, perhaps an empty section: {error}") from None
 
 
@@ -58,7 +58,7 @@ def _filled(parser: Any, options: type[Options], *, argv: Sequence[str] | None) 
 
 
 def _underscored(argv: Sequence[str] | None) -> list[str]:
-    """Accept `--output-dir` for `--output_dir`: fields are Python names, options are habitually dashed."""
+    """Accept `--output-dir` for `--output_dir`, since options usually have dashes and fields underscores."""
     arguments = sys.argv[1:] if argv is None else argv
     return [re.sub(r"^--[\w.-]+", lambda m: "--" + m.group()[2:].replace("-", "_"), a) for a in arguments]
 
@@ -78,7 +78,7 @@ def _with_recipes(arguments: list[str]) -> list[str]:
 
 
 def _explain(message: str, options: type) -> str:
-    """Add the allowed keys to an unknown-key message and plain words to type names."""
+    """Add the allowed keys to a message about an unknown key, and simplify type names."""
     unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if unknown:
         section, key = unknown.groups()
@@ -93,7 +93,7 @@ def _explain(message: str, options: type) -> str:
 
 
 def _section(options: Any, argument: str) -> str:
-    """Return the innermost section that an argument such as `--model.sizee=tiny` is below; empty for none."""
+    """Return the innermost section of an argument such as `--model.sizee=tiny`; empty for none."""
     found: list[str] = []
     for name in re.split(r"[\s=]", argument.lstrip("-"), maxsplit=1)[0].split("."):
         section = ".".join([*found, name])
@@ -113,7 +113,7 @@ def _keys(options: Any, section: str) -> list[str]:
 
 
 def _below(options: Any, section: str) -> Any:
-    """Return what makes a (nested) field of a dataclass: a dataclass for a section."""
+    """Return the factory or type of a (nested) field of a dataclass; for a section, this is a dataclass."""
     for name in filter(None, section.split(".")):
         field = next(f for f in dataclasses.fields(options) if f.name == name)
         options = field.default_factory if field.default_factory is not dataclasses.MISSING else field.type
@@ -122,10 +122,10 @@ def _below(options: Any, section: str) -> Any:
 
 @contextmanager
 def parameters_as_keys(options: type) -> Iterator[None]:
-    """Have errors name the keys of a configuration where the library names parameters of its functions.
+    """Replace names of function parameters in errors by keys of a configuration.
 
-    The library writes the names of parameters between backticks. A field of a section becomes `section.field`,
-    a field of the dataclass itself `--field`; other names stay.
+    The library writes names of parameters between backticks. A field of a section becomes `section.field`, a
+    field of the dataclass itself becomes `--field`; other names do not change.
 
     Args:
         options: the dataclass that the command line fills.
@@ -142,7 +142,7 @@ def parameters_as_keys(options: type) -> Iterator[None]:
 
 
 def parameter_keys(options: Any) -> dict[str, str]:
-    """Return the key or option of every field of a configuration, by the field's name.
+    """Return the key or option of every field of a configuration by the field's name.
 
     Args:
         options: the dataclass.
@@ -162,7 +162,7 @@ class _PrintableLines(logging.Formatter):
 
 
 def _show_messages() -> None:
-    """Write what the library logs to the console, one plain line each."""
+    """Print the library's log messages to the console, one line each."""
     logger, handler = logging.getLogger("avion_dali"), logging.StreamHandler()
     handler.setFormatter(_PrintableLines())
     logger.addHandler(handler)
@@ -181,13 +181,13 @@ def _tell_torchrun(message: str) -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run an entry point; errors a user can act on become one message and exit status 2.
+    """Run an entry point; a `UserError` becomes one message and exit status 2.
 
     Args:
         main: returns the exit status, None for 0.
     """
-    # OpenMP's threads wait for each other by spinning, which takes the cores from decode workers: a CPU
-    # training with one worker on two cores gained a fifth from giving up early. torch reads this once.
+    # OpenMP's threads wait for each other by spinning, which takes cores from decode workers: a CPU training
+    # with one worker on two cores was a fifth faster with less spinning. torch reads this once.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _show_messages()
     try:

@@ -1,4 +1,4 @@
-"""`avion-dali check`: look through chunks or a manifest before a training does. Workers re-import it: light."""
+"""`avion-dali check`: finds bad chunks before a training. Workers import this module, so it imports little."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what the subcommand accepts."""
+    """Declare the options."""
     parser.add_argument("path", type=Path, help="chunk folder, or manifest folder")
     parser.add_argument("--deep", action="store_true", help="decode every frame, check every byte")
     parser.add_argument("--jobs", default=0, type=int, help="processes (default: one per core)")
     parser.add_argument(
-        "--timeout", default=0.0, type=float, help="seconds a file (default 120; 600 with --deep)"
+        "--timeout", default=0.0, type=float, help="seconds per file (default 120; 600 with --deep)"
     )
-    parser.add_argument("--output", type=Path, help="folder of findings and progress (default ./check-<name>)")
+    parser.add_argument("--output", type=Path, help="folder for findings and progress (default ./check-<name>)")
     parser.add_argument(
-        "--repair-manifest", action="store_true", help="leave clips of bad chunks out of the manifest"
+        "--repair-manifest", action="store_true", help="remove the clips of bad chunks from the manifest"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check, show a table, repair when asked; status 1 when there are errors, repaired or not."""
+    """Check, print a table, and repair if requested; status 1 if there are errors, even if repaired."""
     from tqdm import tqdm
 
     from avion_dali.inspection.checking import FINDINGS_FILE, CheckSettings, check_chunks, is_manifest
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def summary(report: CheckReport, path: Path) -> list[str]:
-    """Return the lines of a table: what was found, how often, an example, and what to do."""
+    """Return the lines of a table with the kind, number, an example and the remedy of findings."""
     from avion_dali.inspection.findings import KINDS
 
     kept = f" ({report.num_kept} of them unchanged since an earlier check)" if report.num_kept else ""
@@ -64,7 +64,7 @@ def summary(report: CheckReport, path: Path) -> list[str]:
 
 
 def repair(manifest: Path, report: CheckReport) -> None:
-    """Leave the clips of bad chunks out of a manifest, and say how to undo it."""
+    """Remove the clips of bad chunks from a manifest, and print how to undo it."""
     from avion_dali.inspection.repair import BAD_CHUNKS_FILE, repair_manifest
     from avion_dali.locks import folder_lock
 

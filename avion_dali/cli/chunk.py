@@ -1,4 +1,4 @@
-"""`avion-dali chunk`: cut videos into chunks made for random access."""
+"""`avion-dali chunk`: cuts videos into chunks encoded for random access."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options.
 
     Args:
-        parser: of the subcommand.
+        parser: parser of the subcommand.
     """
     parser.add_argument("videos", nargs="+", type=Path, help="video files, or folders of them")
     parser.add_argument("--output", required=True, type=Path, help="chunk folder; finished chunks are kept")
     parser.add_argument("--profile", default="balanced", choices=tuple(PROFILES), help="default: balanced")
     parser.add_argument("--chunk-seconds", default=15, type=int, help="length of a chunk (default 15)")
     parser.add_argument("--short-side", default=288, type=int, help="pixels, never upscaled (default 288)")
-    parser.add_argument("--max-fps", default=0, type=int, help="most frames per second (default: as the video)")
-    parser.add_argument("--jobs", default=0, type=int, help="videos at a time (default: one per core)")
-    parser.add_argument("--root", type=Path, help="keep the videos' folders below this one")
+    parser.add_argument(
+        "--max-fps", default=0, type=int, help="largest frames per second (default: as the video)"
+    )
+    parser.add_argument(
+        "--jobs", default=0, type=int, help="videos processed in parallel (default: one per core)"
+    )
+    parser.add_argument("--root", type=Path, help="keep the folder structure of videos below this folder")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Cut videos into chunks; status 1 when a video failed.
+    """Cut videos into chunks; status 1 if a video failed.
 
     Args:
         options: parsed arguments.

@@ -1,4 +1,4 @@
-"""The main job at small size: procedural videos -> chunks -> manifest -> training -> retrieval -> report.
+"""Video-text pre-training at small size: procedural videos, chunks, manifest, training, retrieval, report.
 
 avion-dali demo --output-dir runs/demo
 """
@@ -31,11 +31,11 @@ GALLERY_CLIPS = 5
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Where the demo writes and how it decodes.
+    """Configuration of the demo.
 
     Args:
         output_dir: folder for the data, the run and the report.
-        decoder: how clips are decoded; `dali` makes VP9 chunks, which it decodes without a GPU as well.
+        decoder: how clips are decoded; with `dali`, chunks are VP9, which DALI also decodes without a GPU.
     """
 
     output_dir: str = "runs/demo"
@@ -44,12 +44,12 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class DemoNumbers:
-    """What the demo found, as fractions.
+    """Results of the demo, as fractions.
 
     Args:
-        map_avg: held-out graded mAP, mean of both directions.
-        chance: the same for random similarities, mean of 20.
-        frozen: the same with each clip's first frame repeated.
+        map_avg: held-out mAP with relevancies, mean of both directions.
+        chance: the same mAP for random similarities, mean of 20.
+        frozen: the same mAP with each clip's first frame repeated.
     """
 
     map_avg: float
@@ -58,20 +58,20 @@ class DemoNumbers:
 
     @property
     def times_chance(self) -> float:
-        """How many times better than chance."""
+        """The mAP as a multiple of chance."""
         return self.map_avg / self.chance
 
     @property
     def lost_when_frozen(self) -> float:
-        """Share of the mAP above chance that is lost without motion."""
+        """Fraction of the mAP above chance that is lost without motion."""
         return (self.map_avg - self.frozen) / (self.map_avg - self.chance)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run everything; status 1 when the model did not learn what it should.
+    """Run the demo; status 1 if the model learned less than expected.
 
     Args:
-        argv: arguments; None takes the process's.
+        argv: arguments; None uses the arguments of the process.
     """
     options = parse_options(DemoOptions, argv, prog="avion-dali demo", description=__doc__ or "")
     output = Path(options.output_dir)
@@ -87,16 +87,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     learnt = numbers.times_chance >= 3 and numbers.lost_when_frozen >= 1 / 4
     if not learnt:
-        print("the model learnt less than it should: at least 3x chance, a quarter of it from motion")
+        print(
+            "the model learned too little: expected at least 3x chance, and a quarter of the gain from motion"
+        )
     return 0 if learnt else 1
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Print what begins, and how long it took.
+    """Print the start of a stage, and its duration at the end.
 
     Args:
-        name: what is done.
+        name: name of the stage.
     """
     print(f"--- {name}", flush=True)
     start = time.monotonic()
@@ -105,7 +107,7 @@ def stage(name: str) -> Iterator[None]:
 
 
 def chunk_profile(decoder: str) -> ProfileName:
-    """Return how the demo's chunks are encoded; for DALI, so that it decodes them without a GPU as well.
+    """Return the profile of the demo's chunks; for DALI, one that it also decodes without a GPU.
 
     Args:
         decoder: how clips are decoded.
@@ -114,11 +116,11 @@ def chunk_profile(decoder: str) -> ProfileName:
 
 
 def make_data(folder: Path, profile: ProfileName) -> tuple[Path, Path]:
-    """Make the data set with the same steps as for your own videos; finished parts are kept.
+    """Make the dataset with the same steps as for your own videos; finished parts are kept.
 
     Args:
-        folder: where videos go, and below it the profile's chunks and manifests.
-        profile: how chunks are encoded.
+        folder: folder for videos; chunks and manifests are written to a folder below it.
+        profile: profile of the chunks.
 
     Returns:
         The training and the held-out manifest.
@@ -145,7 +147,7 @@ def recipe_config(name: str) -> TrainConfig:
     """Return a recipe that this project ships.
 
     Args:
-        name: of the recipe.
+        name: name of the recipe.
     """
     arguments = ["--config", str(recipes_folder() / f"{name}.yaml")]
     return parse_options(TrainConfig, arguments, prog="demo", description="")
@@ -156,7 +158,7 @@ def demo_config(output: Path, manifests: tuple[Path, Path], *, decoder: str) -> 
 
     Args:
         output: folder of the run.
-        manifests: of the training and the held-out videos.
+        manifests: manifests of the training and the held-out videos.
         decoder: how clips are decoded.
     """
     config = recipe_config("demo")
@@ -223,7 +225,7 @@ def make_gallery(result: RetrievalResult, manifest: Manifest, *, config: TrainCo
     """Return the best clips of a few captions, with their frames.
 
     Args:
-        result: the evaluation.
+        result: result of the evaluation.
         manifest: the held-out manifest.
         config: the run's configuration.
     """

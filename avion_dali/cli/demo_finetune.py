@@ -1,4 +1,4 @@
-"""Fine-tuning at small size: retrieval, recognition and VideoMAE on the demo's videos, each with its control.
+"""Fine-tuning at small size: retrieval, recognition and VideoMAE on the demo's videos, each with a control.
 
 avion-dali demo-finetune --output-dir runs/demo_finetune
 """
@@ -25,12 +25,12 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True)
 class FinetuneDemoOptions:
-    """Where the demo finds what `avion-dali demo` made, and where it writes.
+    """Configuration of the fine-tuning demo.
 
     Args:
-        demo_dir: folder of `avion-dali demo`; what is missing of its data and its training is made.
+        demo_dir: folder of `avion-dali demo`; missing data and weights are made.
         output_dir: folder for the fine-tuning runs.
-        decoder: how clips are decoded; `dali` makes VP9 chunks, which it decodes without a GPU as well.
+        decoder: how clips are decoded; with `dali`, chunks are VP9, which DALI also decodes without a GPU.
     """
 
     demo_dir: str = "runs/demo"
@@ -40,17 +40,17 @@ class FinetuneDemoOptions:
 
 @dataclass(frozen=True)
 class FinetuneNumbers:
-    """What the demo found on the held-out videos, as fractions.
+    """Results of the demo on the held-out videos, as fractions.
 
     Args:
-        map_before: graded mAP of the pre-trained dual encoder, mean of both directions.
-        map_after: the same after retrieval fine-tuning.
-        top1: accuracy in naming the motion, fine-tuned from the dual encoder.
-        top1_scratch: the same steps from random weights.
-        top1_frozen: of the first, with each clip's first frame repeated.
-        top1_chance: always naming the most frequent motion.
-        videomae: accuracy, fine-tuned from VideoMAE's pre-training on the same videos without labels.
-        videomae_scratch: the same steps from random weights.
+        map_before: mAP with relevancies of the pre-trained dual encoder, mean of both directions.
+        map_after: the same mAP after retrieval fine-tuning.
+        top1: accuracy of recognizing the motion, fine-tuned from the dual encoder.
+        top1_scratch: accuracy of the same training from random weights.
+        top1_frozen: accuracy of the model of `top1` with each clip's first frame repeated.
+        top1_chance: accuracy of always predicting the most frequent motion.
+        videomae: accuracy, fine-tuned from VideoMAE pre-training on the same videos without labels.
+        videomae_scratch: accuracy of the same training from random weights.
     """
 
     map_before: float
@@ -68,10 +68,10 @@ class Margin:
     """A difference that fine-tuning must reach.
 
     Args:
-        what: the two results, the better one first.
-        value: the result that should be better.
-        other: the result it is compared with.
-        least: the smallest difference that is sufficient.
+        what: names of the two results, the better one first.
+        value: the result that must be better.
+        other: the result with which it is compared.
+        least: the smallest sufficient difference.
     """
 
     what: str
@@ -86,10 +86,10 @@ class Margin:
 
 
 def margins(numbers: FinetuneNumbers) -> tuple[Margin, ...]:
-    """Return the differences to reach: about half of those measured, since seeds and machines differ.
+    """Return the required differences: about half of the measured ones, since seeds and machines vary.
 
     Args:
-        numbers: what the demo found.
+        numbers: results of the demo.
     """
     n = numbers
     return (
@@ -106,8 +106,8 @@ class Runs:
     """Trains recipes on the demo's videos.
 
     Args:
-        folder: each run writes into a folder of its own below it.
-        manifests: of the training and the held-out videos.
+        folder: each run writes to a separate folder below it.
+        manifests: manifests of the training and the held-out videos.
         decoder: how clips are decoded.
     """
 
@@ -116,15 +116,15 @@ class Runs:
     decoder: str
 
     def train(self, name: str, recipe: str, *, weights: Path | None = None) -> Path:
-        """Train, or resume an earlier start that was interrupted.
+        """Train, or resume an interrupted run.
 
         Args:
-            name: of the run and its folder.
-            recipe: its name.
-            weights: what to start from; None for random weights.
+            name: name of the run and its folder.
+            recipe: name of the recipe.
+            weights: initial weights; None for random weights.
 
         Returns:
-            The weights it ended with.
+            File of the final weights.
         """
         config = recipe_config(recipe)
         train, heldout = map(str, self.manifests)
@@ -141,7 +141,7 @@ class Runs:
         """Evaluate on the held-out videos.
 
         Args:
-            weights: of a run.
+            weights: file of a run's weights.
             frozen_frames: repeat each clip's first frame.
         """
         from avion_dali.assembly.evaluators import evaluate_checkpoint
@@ -162,11 +162,11 @@ def run_training(name: str, config: TrainConfig) -> Path:
     """Train a configuration.
 
     Args:
-        name: of the run.
+        name: name of the run.
         config: its configuration.
 
     Returns:
-        The weights it ended with.
+        File of the final weights.
     """
     from avion_dali.assembly.training import training
     from avion_dali.engine.distributed import Distributed
@@ -179,10 +179,10 @@ def run_training(name: str, config: TrainConfig) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run everything; status 1 when fine-tuning gained less than it should.
+    """Run the demo; status 1 if fine-tuning gained less than required.
 
     Args:
-        argv: arguments; None takes the process's.
+        argv: arguments; None uses the arguments of the process.
     """
     options = parse_options(
         FinetuneDemoOptions, argv, prog="avion-dali demo-finetune", description=__doc__ or ""
@@ -227,7 +227,7 @@ def measure(runs: Runs, dual_encoder: Path) -> FinetuneNumbers:
 
 
 def most_frequent_share(folder: Path) -> float:
-    """Return the accuracy of always naming the class that occurs most often.
+    """Return the accuracy of always predicting the most frequent class.
 
     Args:
         folder: a manifest with labels.
@@ -240,13 +240,13 @@ def most_frequent_share(folder: Path) -> float:
 
 
 def table(rows: tuple[Margin, ...]) -> str:
-    """Lay out margins, one to a line.
+    """Format margins as a table with one line per margin.
 
     Args:
         rows: the margins.
     """
     width = max(len(row.what) for row in rows)
-    lines = [f"{'held-out videos':<{width}}  {'this':>6}  {'that':>6}  {'gain':>6}  {'asked':>6}"]
+    lines = [f"{'held-out videos':<{width}}  {'first':>6}  {'second':>6}  {'gain':>6}  {'needed':>6}"]
     for row in rows:
         numbers = (row.value, row.other, row.value - row.other, row.least)
         shown = "  ".join(f"{number:6.3f}" for number in numbers)

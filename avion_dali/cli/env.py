@@ -1,7 +1,7 @@
-"""`avion-dali env`: what works on this machine, and for what does not, why and what to do about it.
+"""`avion-dali env`: reports what works on this machine, and the reason and remedy for what does not.
 
-Nothing is concluded from versions where it can be tried. Light: a broken installation must not keep this from
-saying so.
+Features are tested where possible instead of being derived from versions. This module imports little, so that
+it can also report a broken installation.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ else:
 GIB = 2**30
 FIELDS = ("value", "problem", "essential")
 ENCODERS = ("libx264", "libx265", "libvpx-vp9", "libsvtav1")
-# What a training imports, and open_clip, which it imports late; anything missing or broken shows here.
+# Importing what a training imports, and open_clip, which it imports late, finds missing and broken packages.
 ESSENTIAL_IMPORTS = {"training code": "avion_dali.assembly.training", "text tower": "open_clip.transformer"}
 OPTIONAL_KERNELS = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}
-IMPORT_TIMEOUT_S = 300.0  # a cold shared disk
+IMPORT_TIMEOUT_S = 300.0  # long enough for a shared disk without cached files
 _REINSTALL = "pip install --upgrade --force-reinstall"
 _INSTALL = "install avion_dali and its requirements again with pip"
 
@@ -46,10 +46,10 @@ class EnvironmentRow:
     """One line of the report.
 
     Args:
-        name: what was looked at.
-        value: what was found.
-        problem: why it does not work and what to do, in one line; None where it works.
-        essential: no training is possible while there is a problem.
+        name: what was tested.
+        value: the result.
+        problem: reason and remedy in one line; None if it works.
+        essential: whether training is impossible if there is a problem.
     """
 
     name: str
@@ -60,11 +60,11 @@ class EnvironmentRow:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything found.
+    """The report of all tests.
 
     Args:
-        sections: findings by title.
-        decoder: what `--decoder auto` takes.
+        sections: rows by title of the section.
+        decoder: the decoder that `--decoder auto` selects.
         why: the reason.
     """
 
@@ -74,7 +74,7 @@ class Report:
 
     @property
     def obstacles(self) -> list[EnvironmentRow]:
-        """What keeps this environment from training at all."""
+        """The problems that make training impossible."""
         return [f for findings in self.sections.values() for f in findings if f.essential and f.problem]
 
 
@@ -82,13 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options.
 
     Args:
-        parser: of the subcommand.
+        parser: parser of the subcommand.
     """
     parser.add_argument("--json", action="store_true", help="print JSON, for programs and bug reports")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Examine this machine and print what was found; status 1 when it cannot train at all.
+    """Test this machine and print the report; status 1 if training is impossible.
 
     Args:
         options: parsed arguments.
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def examine() -> Report:
-    """Try everything; what runs in processes of its own runs meanwhile."""
+    """Run all tests; tests in separate processes run in parallel."""
     with ThreadPoolExecutor(max_workers=6) as pool:
         nvdec = pool.submit(support.codec_support, 0)
         cpu_codecs = pool.submit(support.cpu_codec_support)
@@ -125,10 +125,10 @@ def examine() -> Report:
 
 
 def as_plain(report: Report) -> dict[str, Any]:
-    """Return a report as plain values, as they are written to JSON.
+    """Return a report as plain values for JSON.
 
     Args:
-        report: what was found.
+        report: the report.
     """
     return {
         "can_train": not report.obstacles,
@@ -141,10 +141,10 @@ def as_plain(report: Report) -> dict[str, Any]:
 
 
 def table_lines(report: Report) -> Iterator[str]:
-    """Yield a report's lines; a problem stands once below the lines that share it.
+    """Yield a report's lines; a problem is printed once below the lines that share it.
 
     Args:
-        report: what was found.
+        report: the report.
     """
     width = max(len(f.name) for findings in report.sections.values() for f in findings)
     for title, findings in report.sections.items():
@@ -154,14 +154,14 @@ def table_lines(report: Report) -> Iterator[str]:
             if problem:
                 yield f"    -> {problem}"
         yield ""
-    yield f"--decoder auto takes {report.decoder}: {report.why}"
+    yield f"--decoder auto selects {report.decoder}: {report.why}"
     names = ", ".join(finding.name for finding in report.obstacles)
     yield f"This environment cannot train: see {names}" if names else "This environment can train."
 
 
 def machine_findings() -> list[EnvironmentRow]:
-    """Look at the machine: system, cores, memory, shared memory, disk."""
-    ring = "the loader keeps batches there (0.6 GiB a rank for 256 clips of 4 frames)"
+    """Report the machine: system, cores, memory, shared memory and disk."""
+    ring = "the loader keeps batches there (0.6 GiB per rank for 256 clips of 4 frames)"
     return [
         EnvironmentRow("platform", platform.platform()),
         EnvironmentRow("Python", platform.python_version()),
@@ -174,14 +174,14 @@ def machine_findings() -> list[EnvironmentRow]:
             advice=f"{ring}; start containers with --shm-size=16g",
         ),
         _space_finding(
-            "disk", Path.cwd(), enough_gib=5, advice="a checkpoint of ViT-B takes 2; set output_dir elsewhere"
+            "disk", Path.cwd(), enough_gib=5, advice="a checkpoint of ViT-B takes 2; use another output_dir"
         ),
     ]
 
 
 def _space_finding(name: str, place: Path, *, enough_gib: float, advice: str) -> EnvironmentRow:
-    """Look at the free space of a file system."""
-    if not place.exists():  # /dev/shm, where the system is not Linux
+    """Report the free space of a file system."""
+    if not place.exists():  # /dev/shm on systems other than Linux
         return EnvironmentRow(name, f"no {place} on this system")
     usage = shutil.disk_usage(place)
     value = f"{place}: {usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free"
@@ -202,7 +202,7 @@ def _memory() -> str:
 
 
 def _text(path: str) -> str:
-    """Content of a file; empty where there is none to read."""
+    """Return the content of a file; empty if it cannot be read."""
     try:
         return Path(path).read_text()
     except OSError:
@@ -210,7 +210,7 @@ def _text(path: str) -> str:
 
 
 def torch_findings() -> list[EnvironmentRow]:
-    """Look at PyTorch, the driver and the GPUs."""
+    """Report PyTorch, the driver and the GPUs."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -232,11 +232,11 @@ def _driver() -> str:
     cuda = support.driver_cuda_version()
     if cuda is None:
         return "none"
-    return f"{version[0] if version else 'version unknown'}, knows CUDA {cuda[0]}.{cuda[1]}"
+    return f"{version[0] if version else 'version unknown'}, supports CUDA {cuda[0]}.{cuda[1]}"
 
 
 def attention_findings() -> list[EnvironmentRow]:
-    """Call PyTorch's attention kernels, forward and backward, in the precision that a training has here."""
+    """Run PyTorch's attention kernels, forward and backward, in the precision of training on this machine."""
     try:
         import torch
         from torch.nn.attention import SDPBackend
@@ -244,7 +244,7 @@ def attention_findings() -> list[EnvironmentRow]:
         from avion_dali.engine.precision import AUTOCAST_DTYPES, resolve_precision
         from avion_dali.models.attention import sdpa_problem
     except (ImportError, OSError) as error:
-        return [EnvironmentRow("sdpa", "not tried", f"{error}; see software below", essential=True)]
+        return [EnvironmentRow("sdpa", "not tested", f"{error}; see software below", essential=True)]
     device = torch.device("cpu" if support.cuda_problem(0) else "cuda")
     precision = resolve_precision("auto", device)
     backends = {
@@ -265,10 +265,10 @@ def attention_findings() -> list[EnvironmentRow]:
 
 
 def _optional_finding(package: str, module: str) -> EnvironmentRow:
-    """Import an attention library that may be installed beside PyTorch, then run its kernel."""
+    """Import an optional attention library, then run its kernel."""
     if util.find_spec(module.split(".")[0]) is None:
-        return EnvironmentRow(package, "not installed, and not needed")
-    found = _import_finding(package, module, "not needed: uninstall it, or build it for this PyTorch")
+        return EnvironmentRow(package, "not installed (optional)")
+    found = _import_finding(package, module, "it is optional: uninstall it, or build it for this PyTorch")
     return found if found.problem else _library_finding(found)
 
 
@@ -282,7 +282,7 @@ def _library_finding(imported: EnvironmentRow) -> EnvironmentRow:
         from avion_dali.engine.precision import AUTOCAST_DTYPES, resolve_precision
         from avion_dali.models.attention import resolve_attention
     except (ImportError, OSError):
-        return imported  # said elsewhere
+        return imported  # reported in another row
     device = torch.device("cuda")
     precision = resolve_precision("auto", device)
     try:
@@ -293,14 +293,14 @@ def _library_finding(imported: EnvironmentRow) -> EnvironmentRow:
 
 
 def _import_finding(name: str, module: str, advice: str, *, essential: bool = False) -> EnvironmentRow:
-    """Import a module in a process of its own."""
+    """Import a module in a separate process."""
     failure = call_in_subprocess(import_modules, module, timeout_s=IMPORT_TIMEOUT_S)
     problem = failure and f"import {module}: {failure}; {advice}"
     return EnvironmentRow(name, "cannot be imported" if problem else "can be imported", problem, essential)
 
 
 def _nvcuvid_finding() -> EnvironmentRow:
-    """Look for the driver's video library; without a driver, the driver is the problem to fix."""
+    """Report the driver's video library; without a driver, the problem is the missing driver."""
     missing = support.nvcuvid_problem()
     problem = missing and (support.cuda_problem(0) or missing)
     return EnvironmentRow("libnvcuvid", "missing" if problem else "found", problem)
@@ -309,7 +309,7 @@ def _nvcuvid_finding() -> EnvironmentRow:
 def _codec_findings(
     decoder: str, codecs: dict[str, str], *, one_must_work: bool = False
 ) -> list[EnvironmentRow]:
-    """Turn the outcome of decoding tiny clips into findings."""
+    """Return the rows for the results of decoding test clips."""
     essential = one_must_work and support.WORKS not in codecs.values()
     return [
         EnvironmentRow(f"{decoder} {codec}", support.WORKS, essential=essential)
@@ -320,7 +320,7 @@ def _codec_findings(
 
 
 def ffmpeg_findings() -> list[EnvironmentRow]:
-    """Look at the FFmpeg inside PyAV."""
+    """Report the FFmpeg inside PyAV."""
     try:
         import av
     except (ImportError, OSError) as error:
@@ -331,7 +331,7 @@ def ffmpeg_findings() -> list[EnvironmentRow]:
 
     there = known(ENCODERS, "w")
     missing = [name for name in ENCODERS if name not in there]
-    problem = f"{', '.join(missing)} missing, so chunks cannot be made with them; {_REINSTALL} av"
+    problem = f"{', '.join(missing)} missing, so chunks cannot be encoded with them; {_REINSTALL} av"
     return [
         EnvironmentRow("PyAV", f"{av.__version__} with FFmpeg {av.ffmpeg_version_info}"),
         EnvironmentRow("encoders", ", ".join(there) or "none", problem if missing else None),
@@ -350,29 +350,29 @@ def _codec_exists(name: str, mode: Literal["r", "w"]) -> bool:
 
 
 def _dali_finding(problem: str | None) -> EnvironmentRow:
-    """Describe DALI on the CPU, where it has neither H.264 nor HEVC."""
+    """Report DALI on the CPU, where it decodes neither H.264 nor HEVC."""
     package = support.dali_package()
     version = " ".join(package) if package else "not installed by pip"
     return EnvironmentRow("DALI vp9", f"{version}, {'does not work' if problem else support.WORKS}", problem)
 
 
 def requirement_findings() -> list[EnvironmentRow]:
-    """Compare the installed versions with what this project asks for."""
+    """Compare the installed versions with the requirements of this project."""
     try:
         from packaging.requirements import Requirement
 
         lines = metadata.requires("avion_dali") or []
-    except ImportError as error:  # PackageNotFoundError is one too
+    except ImportError as error:  # PackageNotFoundError is a subclass
         return [EnvironmentRow("requirements", "unknown", f"versions cannot be checked: {error}; {_INSTALL}")]
     dali, found = support.dali_package(), []
     for requirement in map(Requirement, lines):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        # DALI's builds for other CUDA versions are packages of other names.
+        # DALI's builds for other CUDA versions are packages with other names.
         name = dali[0] if dali and requirement.name.startswith("nvidia-dali") else requirement.name
         versions = [d.version for d in metadata.distributions(name=name)]
         fits = bool(versions) and requirement.specifier.contains(versions[0], prereleases=True)
         bounds = f"'{name}{requirement.specifier}'"
-        problem = None if fits else f"{bounds} is asked for; pip install {bounds}"
+        problem = None if fits else f"{bounds} is required; pip install {bounds}"
         found.append(EnvironmentRow(name, versions[0] if versions else "missing", problem))
     return found

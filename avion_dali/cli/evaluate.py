@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on a manifest: retrieval, recognition or reconstruction, as it was trained for.
+"""Evaluate a checkpoint on a manifest: retrieval, recognition or reconstruction, depending on its task.
 
 avion-dali evaluate --checkpoint runs/pretrain/checkpoint_best.pt --manifest M --output metrics.json
 """
@@ -13,13 +13,13 @@ from avion_dali.files import atomic_write_text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, build, run, close.
+    """Evaluate a checkpoint and print the metrics.
 
     Args:
-        argv: arguments; None takes the process's.
+        argv: arguments; None uses the arguments of the process.
     """
     config = parse_options(EvaluateConfig, argv, prog="avion-dali evaluate", description=__doc__ or "")
-    # Decode workers import this module again: everything heavy is imported here.
+    # Decode workers import this module again, so slow imports are here.
     from avion_dali.assembly.evaluators import evaluate_checkpoint
     from avion_dali.engine.distributed import distributed_session
 

@@ -3,7 +3,7 @@
 torchrun --nproc_per_node=8 -m avion_dali features --checkpoint FILE --manifest M --output features.safetensors
 """
 
-# Light: decode workers re-import this module.
+# Decode workers import this module again, so it imports little.
 
 from __future__ import annotations
 
@@ -34,30 +34,34 @@ ENDINGS = (".safetensors", ".npy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what the subcommand accepts."""
-    parser.add_argument("videos", nargs="*", type=Path, help="video files or folders of them, if no --manifest")
-    parser.add_argument("--checkpoint", required=True, help="weights of this project or another, see weights")
-    parser.add_argument("--manifest", default="", help="manifest folder: one embedding a row")
+    """Declare the options."""
+    parser.add_argument(
+        "videos", nargs="*", type=Path, help="video files or folders of them, without --manifest"
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="weights of this project or another, see `avion-dali weights`"
+    )
+    parser.add_argument("--manifest", default="", help="manifest folder: one embedding per row")
     parser.add_argument("--output", required=True, type=Path, help="file to write, .safetensors or .npy")
     parser.add_argument(
-        "--clip-seconds", default=0.0, type=float, help="cut videos into clips (0: one a video)"
+        "--clip-seconds", default=0.0, type=float, help="length of clips (0: one clip per video)"
     )
-    parser.add_argument("--num-frames", default=0, type=int, help="frames of a clip (default: as trained)")
-    parser.add_argument("--eval-clips", default=1, type=int, help="clips averaged for each embedding")
+    parser.add_argument("--num-frames", default=0, type=int, help="frames per clip (default: as trained)")
+    parser.add_argument("--eval-clips", default=1, type=int, help="clips averaged per embedding")
     parser.add_argument(
-        "--eval-crops", default=1, type=int, choices=(1, 3), help="crops averaged for each clip"
+        "--eval-crops", default=1, type=int, choices=(1, 3), help="crop windows averaged per clip"
     )
     projection = "the encoder's features instead of the space shared with texts"
     parser.add_argument("--before-projection", action="store_true", help=projection)
     parser.add_argument("--decoder", default="auto", help="how clips are decoded (default: auto)")
     parser.add_argument("--workers", default=0, type=int, help="decode processes (default: one per core)")
-    parser.add_argument("--micro-batch", default=32, type=int, help="clips of a forward pass")
+    parser.add_argument("--micro-batch", default=32, type=int, help="clips per forward pass")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Embed and write; status 1 when videos or clips could not be read."""
+    """Write embeddings; status 1 if videos or clips could not be read."""
     _check(options)
-    # Decode workers re-import this module: everything heavy waits until here.
+    # Decode workers import this module again, so slow imports are here.
     from avion_dali.engine.distributed import distributed_session
 
     keys = parameters_as_keys(EvaluateConfig)
@@ -79,17 +83,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse options before anything heavy is imported."""
+    """Check the options before slow imports."""
     if options.output.suffix not in ENDINGS or not options.output.absolute().parent.is_dir():
-        raise UserError(f"--output {options.output}: end it in {' or '.join(ENDINGS)}, in a folder that exists")
+        raise UserError(f"--output {options.output} must end in {' or '.join(ENDINGS)}, in an existing folder")
     if bool(options.manifest) == bool(options.videos):
-        raise UserError("give videos or --manifest, and not both")
+        raise UserError("give either videos or --manifest")
     if not 0 <= options.clip_seconds < float("inf"):
-        raise UserError(f"--clip-seconds {options.clip_seconds:g}: give seconds > 0, or 0 for one clip a video")
+        raise UserError(f"--clip-seconds {options.clip_seconds:g} must be > 0, or 0 for one clip per video")
     for name, least in (("eval_clips", 1), ("micro_batch", 1), ("num_frames", 0), ("workers", 0)):
         if getattr(options, name) < least:
             option = name.replace("_", "-")
-            raise UserError(f"--{option} {getattr(options, name)}: it must be at least {least}")
+            raise UserError(f"--{option} {getattr(options, name)} must be at least {least}")
     missing = [str(path) for path in options.videos if not path.exists()]
     if missing:
         raise UserError("\n".join([f"{len(missing)} of the videos do not exist:", *few_lines(missing)]))
@@ -125,7 +129,7 @@ def _fill(folder: Path, options: argparse.Namespace, *, listed: Path) -> None:
 
 
 def _keep_failures(folder: Path, listed: Path) -> None:
-    """Write one list of the files left out and the clips that could not be read, when there are any."""
+    """Write a list of excluded files and unreadable clips, if there are any."""
     failures = folder / "quarantine.jsonl"
     text = failures.read_text(encoding="utf-8") if failures.exists() else ""
     for file in left_out_files(folder):
@@ -136,7 +140,7 @@ def _keep_failures(folder: Path, listed: Path) -> None:
 
 
 def left_out_files(folder: Path) -> list[dict[str, Any]]:
-    """Return the videos that the working folder's manifest had to leave out, with `path` and `reason`.
+    """Return the videos that are excluded from the working folder's manifest, with `path` and `reason`.
 
     Args:
         folder: the working folder.
@@ -188,7 +192,7 @@ def embed_manifest(
     settings |= {"eval_clips": options.eval_clips, "eval_crops": options.eval_crops, "output_dir": str(folder)}
     config = evaluation_config(trained_config(start), EvaluateConfig(checkpoint=options.checkpoint, **settings))
     if config.objective.name == "masked-video":
-        # The encoder of such a model, as fine-tuning would take it: mean of its tokens, normalised.
+        # The encoder of such a model as in fine-tuning: the normalized mean of its tokens.
         config = replace(config, objective=replace(config.objective, name="classification"))
     run = resolve(config, distributed, start)
     model = load_model(run, start)
@@ -202,7 +206,7 @@ def embed_manifest(
 
 
 def write_features(path: Path, features: PerSample, *, manifest: Manifest) -> None:
-    """Write embeddings and what each belongs to: inside the safetensors file, or beside the npy file."""
+    """Write embeddings and their clips, which are stored in the safetensors file or next to the npy file."""
     import numpy as np
     from safetensors.numpy import save
 

@@ -8,9 +8,9 @@ from avion_dali.cli.pretrain import train_from_command_line
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, build, run, close.
+    """Fine-tune a model.
 
     Args:
-        argv: arguments; None takes the process's.
+        argv: arguments; None uses the arguments of the process.
     """
     return train_from_command_line(argv, command="finetune", description=__doc__ or "")

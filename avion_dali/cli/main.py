@@ -1,4 +1,4 @@
-"""The command `avion-dali`. Light: decode workers import this module again, and `--help` must be quick."""
+"""The command `avion-dali`. It imports little, since workers import it again and `--help` must be fast."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from avion_dali.cli import (
 from avion_dali.cli.arguments import run_command
 
 _DESCRIPTION = (
-    "Train video models: from videos to chunks, a manifest, a trained model and its score. "
+    "Train video models: from videos to chunks, a manifest, a trained model and its metrics. "
     "On several GPUs, run a subcommand with `torchrun --nproc_per_node=8 -m avion_dali COMMAND ...`."
 )
 SUBCOMMANDS = {
-    "chunk": "cut videos into chunks made for random access",
+    "chunk": "cut videos into chunks encoded for random access",
     "manifest": "make a manifest from chunks and annotations",
     "check": "find chunks that are damaged or decode wrongly",
-    "plan": "predict clips per second on this machine, and what limits them",
+    "plan": "predict the clips per second of this machine, and what limits them",
     "recipes": "list the recipes that --config accepts by name",
-    "pretrain": "train with captions, or from videos alone",
-    "finetune": "train for retrieval or recognition",
-    "evaluate": "score a checkpoint on a manifest",
+    "pretrain": "pre-train on videos with texts, or on videos alone",
+    "finetune": "fine-tune for retrieval or recognition",
+    "evaluate": "evaluate a checkpoint on a manifest",
     "features": "write embeddings of videos or of a manifest",
-    "weights": "describe weights, and convert them",
+    "weights": "describe and convert weights",
     "slurm": "submit a training to SLURM",
-    "env": "report what works on this machine, and why not",
+    "env": "report what works on this machine, and how to fix what does not",
     "demo": "train and evaluate on procedural videos, with a report",
-    "demo-finetune": "fine-tune on the demo's videos, each result with its control",
+    "demo-finetune": "fine-tune on the demo's videos, with a control for each result",
 }
 _WITH_FLAGS = {
     "chunk": chunk,
@@ -53,7 +53,7 @@ _WITH_FLAGS = {
     "weights": weights,
     "env": env,
 }
-# Their options are the fields of a configuration, which takes seconds to import what parses it.
+# Their options are the fields of a configuration, whose parser takes seconds to import.
 _WITH_SETTINGS = {
     "pretrain": pretrain.main,
     "finetune": finetune.main,
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand.
 
     Args:
-        argv: arguments; None takes the process's.
+        argv: arguments; None uses the arguments of the process.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if arguments and arguments[0] in _WITH_SETTINGS:
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all subcommands; those with settings are only named."""
+    """Return the parser of all subcommands; subcommands with a configuration are listed without options."""
     parser = argparse.ArgumentParser(prog="avion-dali", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, line in SUBCOMMANDS.items():
@@ -89,5 +89,5 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def console() -> None:
-    """Entry point of the installed command."""
+    """Run the installed command."""
     run_command(main)

@@ -1,4 +1,4 @@
-"""`avion-dali manifest`: make a manifest from chunks and annotations. Workers re-import it: light."""
+"""`avion-dali manifest`: makes a manifest. Workers import this module again, so it imports little."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Progress = Callable[[int], object]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what the subcommand accepts."""
+    """Declare the options."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, dataset in DATASETS.items():
         dataset.add_arguments(kinds.add_parser(name, help=dataset.help))
 
 
 def run(options: argparse.Namespace) -> int:
-    """Make the manifest and say what went in and what was left out."""
+    """Make the manifest, and print what it contains and what was left out."""
     from avion_dali.data.scanning import ChunkNames
     from avion_dali.datasets.building import BuildSettings
 
@@ -54,7 +54,7 @@ class Dataset:
     Args:
         help: one line for `avion-dali manifest --help`.
         add_arguments: declares the options; `add_common_arguments` declares those that all datasets share.
-        build: makes the manifest of parsed options and settings.
+        build: makes the manifest from parsed options and settings.
     """
 
     help: str
@@ -68,10 +68,10 @@ def add_common_arguments(
     """Declare the options that all datasets share.
 
     Args:
-        parser: of the dataset.
+        parser: parser of the dataset.
         annotations: help of `--annotations`.
         several: whether several annotation files are accepted.
-        chunks: whether `--chunks` is required; else the dataset declares where its files lie.
+        chunks: whether `--chunks` is required; otherwise the dataset declares the folder of its files.
     """
     if chunks:
         parser.add_argument("--chunks", required=True, type=Path, help="chunk folder")
@@ -80,14 +80,14 @@ def add_common_arguments(
     parser.add_argument("--output", required=True, type=Path, help="manifest folder to write")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out")
     parser.add_argument("--jobs", default=0, type=int, help="probing processes (default: one per core)")
-    names = "chunk file names are start seconds (default), or count pieces of --chunk-seconds"
+    names = "chunk file names are start seconds (default), or numbers of chunks of --chunk-seconds each"
     parser.add_argument("--chunk-names", choices=("start", "index"), help=names)
-    parser.add_argument("--chunk-seconds", type=float, help="length of the pieces that names count")
+    parser.add_argument("--chunk-seconds", type=float, help="length of a chunk, if names are numbers")
 
 
 def _add_captions(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, annotations=".csv or .jsonl file")
-    parser.add_argument("--classes-from", type=Path, help="manifest whose classes the labels count")
+    parser.add_argument("--classes-from", type=Path, help="manifest whose class table the labels refer to")
 
 
 def _build_captions(options: argparse.Namespace, settings: BuildSettings) -> BuildReport:
@@ -97,7 +97,7 @@ def _build_captions(options: argparse.Namespace, settings: BuildSettings) -> Bui
 
 
 def _add_ego4d(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, annotations=".pkl files; their rows follow each other", several=True)
+    add_common_arguments(parser, annotations=".pkl files, whose rows are concatenated", several=True)
 
 
 def _build_ego4d(options: argparse.Namespace, settings: BuildSettings) -> BuildReport:
@@ -119,7 +119,9 @@ def _build_ek100(options: argparse.Namespace, settings: BuildSettings) -> BuildR
     from avion_dali.datasets.ek100 import Retrieval, build_recognition_manifest, build_retrieval_manifest
 
     if (options.sentences is None) != (options.relevancy is None):
-        raise UserError("--sentences and --relevancy go together: the matrix has a column for each sentence")
+        raise UserError(
+            "--sentences and --relevancy must be given together: the matrix has a column per sentence"
+        )
     if options.task == "recognition":
         if options.sentences is not None:
             raise UserError("--sentences and --relevancy are for --task retrieval")
@@ -131,9 +133,9 @@ def _build_ek100(options: argparse.Namespace, settings: BuildSettings) -> BuildR
 
 
 def _add_kinetics(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, annotations="the list", chunks=False)
+    add_common_arguments(parser, annotations="list of videos with labels", chunks=False)
     root = parser.add_mutually_exclusive_group(required=True)
-    root.add_argument("--videos", type=Path, help="folder that the list's video files lie below")
+    root.add_argument("--videos", type=Path, help="folder that contains the listed video files")
     root.add_argument("--chunks", type=Path, help="chunk folder of the listed videos")
     parser.add_argument("--class-names", type=Path, help="text file, one class name per line in label order")
 
@@ -152,15 +154,15 @@ DATASETS: dict[str, Dataset] = {
     "captions": Dataset(
         "CSV or JSON lines: video, text[, start, end, verb, noun, label]", _add_captions, _build_captions
     ),
-    "ego4d": Dataset("pickled narrations of Ego4D, as LaViLa and AVION have them", _add_ego4d, _build_ego4d),
+    "ego4d": Dataset("pickled narrations of Ego4D in the format of LaViLa and AVION", _add_ego4d, _build_ego4d),
     "ek100": Dataset("CSV files of EPIC-KITCHENS-100", _add_ek100, _build_ek100),
     "kinetics": Dataset("lists `path label` or `path frames label`", _add_kinetics, _build_kinetics),
 }
-"""The table of datasets, by the kinds of `avion-dali manifest`."""
+"""The datasets by KIND of `avion-dali manifest`."""
 
 
 def summary(report: BuildReport, output: Path) -> list[str]:
-    """Return what is said of a finished manifest."""
+    """Return the lines that are printed about a finished manifest."""
     from avion_dali.datasets.building import REJECTED_FILE, UNUSABLE_FILE
 
     texts = "" if report.num_texts == report.num_samples else f" with {report.num_texts} texts"
@@ -176,7 +178,7 @@ def summary(report: BuildReport, output: Path) -> list[str]:
 
 
 class _Bar:
-    """A progress bar that appears with the first step it is told of."""
+    """A progress bar that appears with its first step."""
 
     def __init__(self, unit: str, description: str) -> None:
         self._unit, self._description = unit, description
@@ -196,6 +198,6 @@ class _Bar:
 
 @contextmanager
 def _progress() -> Iterator[tuple[Progress, Progress]]:
-    """Show a bar for files and then one for rows."""
+    """Show a progress bar for files, and then one for rows."""
     with closing(_Bar("file", "probing")) as files, closing(_Bar("row", "rows")) as rows:
         yield files.show, rows.show

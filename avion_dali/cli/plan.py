@@ -1,6 +1,6 @@
-"""`avion-dali plan`: how many clips per second this machine would deliver, and how chunks should be made.
+"""`avion-dali plan`: predicts the clips per second of this machine, and recommends how to make chunks.
 
-Imports are light: decode processes import the modules of the command again.
+Decode processes import this module again, so it imports little.
 """
 
 from __future__ import annotations
@@ -28,50 +28,60 @@ if TYPE_CHECKING:
 
     from avion_dali.data.planner import Planner
 
-AS_GIVEN = "as given"  # stands for a profile's name where chunks exist
+AS_GIVEN = "as given"  # in place of a profile's name, for existing chunks
 SAMPLE_SECONDS, LEAST_FPS = 10.0, 24
-BLOCK = 8 * 1024 * 1024  # a chunk that is read whole, for equation 3
+BLOCK = 8 * 1024 * 1024  # size of sequential reads, for equation 3
 DISK_SECONDS, MODEL_SECONDS = 0.2, 5.0  # of each measurement
 # What limits the clips per second, and what would raise them.
 LIMITS: dict[Limit, tuple[str, str]] = {
-    "workers": ("workers", "more decode processes (data.workers), above the cores if they wait for the disk"),
+    "workers": ("workers", "more decode processes (data.workers), more than cores if they wait for the disk"),
     "cores": ("CPU cores", "more cores, a profile with less CPU ms, smaller frames, or --decoder dali"),
     "disk": ("disk", "a faster disk, or a profile that reads fewer bytes per clip"),
-    "trainer": ("training process", "more training processes: each one runs a loader of its own"),
+    "trainer": ("training process", "more training processes, since each runs a separate loader"),
     "model": ("model", "a faster GPU or a smaller model: the loader already keeps it busy"),
 }
 COLUMNS = "profile|chunk s|GB|decoded|reads|KB read|eq.3 s|CPU ms|disk ms|clips/s|cores|limited by"
 ROW = "{}|{:.0f}|{:,.1f}|{:.1f}|{:.0f}|{:,.0f}|{:,.0f}|{:.1f}|{:.2f}|{:,.0f}|{:.1f}|{}"
 EXPLANATION = """\
-GB: size of {hours:g} hours of video. Each clip decodes this many coded pictures and reads this much through the
-packet index, in CPU ms of a worker and disk ms of the disk. eq.3 s: the longest chunk that the paper allows at
-these clips/s where chunks are read whole. Cores: all that {rate:,.0f} clips/s keep busy, in all processes."""
+GB: size of {hours:g} hours of video. decoded, reads, KB read: decoded pictures, reads and bytes per clip, with
+the packet index. CPU ms, disk ms: time of a worker and of the disk per clip. eq.3 s: the longest chunk that the
+paper allows at these clips/s if chunks are read whole. cores: used at {rate:,.0f} clips/s by all processes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
+    """Declare the options."""
     source = parser.add_argument_group("what is decoded (default: procedural pictures)")
-    source.add_argument("--videos", nargs="+", type=Path, default=[], help="10 s of each are encoded and tried")
-    source.add_argument("--chunks", type=Path, help="a manifest, or a chunk folder: judged as it is")
+    source.add_argument(
+        "--videos", nargs="+", type=Path, default=[], help="10 s of each are encoded and measured"
+    )
+    source.add_argument("--chunks", type=Path, help="a manifest or a chunk folder, measured as it is")
     source.add_argument("--profiles", nargs="+", default=list(PROFILES), choices=tuple(PROFILES))
     source.add_argument("--chunk-seconds", nargs="+", type=int, default=[5, 15, 60], help="default: 5 15 60")
-    source.add_argument("--short-side", type=int, default=288, help="of the chunks, in pixels (default 288)")
-    source.add_argument("--hours", type=float, default=100.0, help="length of the data set (default 100)")
+    source.add_argument(
+        "--short-side", type=int, default=288, help="short side of chunks in pixels (default 288)"
+    )
+    source.add_argument(
+        "--hours", type=float, default=100.0, help="length of the dataset in hours (default 100)"
+    )
     clip = parser.add_argument_group("clips")
     clip.add_argument("--frames", type=int, default=4, help="frames per clip (default 4)")
-    clip.add_argument("--clip-seconds", type=float, default=1.0, help="span of a clip (default 1)")
+    clip.add_argument("--clip-seconds", type=float, default=1.0, help="span of a clip in seconds (default 1)")
     clip.add_argument("--frame-size", type=int, default=224, help="side of a frame in pixels (default 224)")
-    model = parser.add_argument_group("the model (default: none, the loader is judged alone)")
+    model = parser.add_argument_group("the model (default: none, only the loader is measured)")
     model.add_argument("--global-batch", type=int, default=256, help="clips per step (default 256)")
-    model.add_argument("--step-seconds", type=float, help="duration of a step that never waits for data")
-    model.add_argument("--model", choices=get_args(ModelSize), help="or: time this model here")
-    model.add_argument("--micro-batch", type=int, help="clips per pass of --model (default 64; 2 on a CPU)")
+    model.add_argument("--step-seconds", type=float, help="duration of a step without data wait")
+    model.add_argument("--model", choices=get_args(ModelSize), help="measure this model instead")
+    model.add_argument(
+        "--micro-batch", type=int, help="clips per forward pass of --model (default 64; 2 on a CPU)"
+    )
     model.add_argument("--processes", type=int, help="training processes (default: one per GPU, at least one)")
     machine = parser.add_argument_group("the machine")
     cores = available_cores()
     machine.add_argument("--workers", type=int, default=cores, help="decode processes (default: one per core)")
     machine.add_argument("--disk", type=Path, help="folder for chunks (default: this one; that of --chunks)")
-    machine.add_argument("--seconds", type=float, default=1.0, help="of loading each kind of chunk (default 1)")
+    machine.add_argument(
+        "--seconds", type=float, default=1.0, help="seconds of loading per kind of chunk (default 1)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -106,7 +116,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.short_side < 16 or options.short_side % 16:
         raise UserError(f"--short-side {options.short_side} must be a positive multiple of 16")
     if options.step_seconds and options.model:
-        raise UserError("--step-seconds states what --model would measure; give one of them")
+        raise UserError("--step-seconds replaces the measurement of --model; give only one of them")
 
 
 @dataclass(frozen=True)
@@ -114,10 +124,10 @@ class PlannedSource:
     """Chunks of one kind.
 
     Args:
-        profile: its name.
-        chunk_seconds: the length that the chunks stand for.
-        files: name of the files that are decoded; kinds that share them cost the same to decode.
-        planner: of clips of these chunks.
+        profile: name of the profile.
+        chunk_seconds: chunk length that these chunks represent.
+        files: name of the decoded files; kinds with the same files have the same cost of decoding.
+        planner: planner of clips of these chunks.
     """
 
     profile: str
@@ -127,7 +137,7 @@ class PlannedSource:
 
 
 def make_sources(options: argparse.Namespace, scratch: Path) -> list[PlannedSource]:
-    """Open the chunks that were given, and encode samples in all profiles and lengths."""
+    """Open the given chunks, and encode samples in all profiles and chunk lengths."""
     from avion_dali.data.planner import ClipRules, Planner
     from avion_dali.inspection.plan_samples import mean_chunk, open_chunks, write_sample_manifest
 
@@ -145,12 +155,12 @@ def make_sources(options: argparse.Namespace, scratch: Path) -> list[PlannedSour
 
 
 def _encode(options: argparse.Namespace, scratch: Path) -> dict[tuple[ProfileName, int], Path]:
-    """Encode samples; returns the chunk folder that stands for each profile and chunk length."""
+    """Encode samples, and return the chunk folder that represents each profile and chunk length."""
     from avion_dali.inspection import plan_samples
 
     ways: dict[tuple[ProfileName, int], tuple[ProfileName, float, Path]] = {}
     for profile, length in product(options.profiles, sorted(set(options.chunk_seconds))):
-        # Chunks that are shorter than a GOP decode unlike longer ones, which all decode alike.
+        # The length of a chunk affects decoding only if the chunk is shorter than a GOP.
         encoded_s = length if length * LEAST_FPS < PROFILES[profile].gop else SAMPLE_SECONDS
         ways[profile, length] = (profile, encoded_s, scratch / f"{profile}-{encoded_s:g}")
     tasks, size = list(set(ways.values())), {"seconds": SAMPLE_SECONDS, "short_side": options.short_side}
@@ -162,7 +172,7 @@ def _encode(options: argparse.Namespace, scratch: Path) -> dict[tuple[ProfileNam
 
 
 def measure(sources: Sequence[PlannedSource], options: argparse.Namespace) -> tuple[dict[str, ClipCost], float]:
-    """Load every kind of files, and read as much from the disk; also returns its MB/s, infinite if unknown."""
+    """Measure the cost of loading by files, and the read speed of the disk in MB/s, infinite if unknown."""
     from avion_dali.inspection import plan_measurements as measured
     from avion_dali.inspection.plan_samples import clip_needs, sample_requests
 
@@ -192,12 +202,12 @@ def _device() -> torch.device:
 
 
 def model_demand(options: argparse.Namespace) -> ModelDemand:
-    """Return the rate at which the model takes clips, and the processor time that it takes itself."""
+    """Return the demand of the model for clips and processor time."""
     import torch
 
     processes = options.processes or max(torch.cuda.device_count(), 1)
     if options.step_seconds:
-        # Each process keeps a core busy for as long as a step lasts: it launches kernels and waits for them.
+        # Each process keeps a core busy during the whole step: it launches kernels and waits for them.
         core_ms = 1e3 * options.step_seconds * processes / options.global_batch
         return ModelDemand(options.global_batch / options.step_seconds, processes, core_ms)
     if options.model is None:
@@ -210,7 +220,7 @@ def model_demand(options: argparse.Namespace) -> ModelDemand:
 
 
 def time_model(options: argparse.Namespace, device: torch.device, *, micro_batch: int) -> tuple[float, float]:
-    """Time training steps on clips of noise; returns milliseconds and processor milliseconds per clip."""
+    """Time training steps on clips of noise, and return milliseconds and processor milliseconds per clip."""
     import torch
 
     from avion_dali.assembly.resolve import resolve
@@ -255,7 +265,7 @@ def time_model(options: argparse.Namespace, device: torch.device, *, micro_batch
             step()
             steps += 1
     except torch.OutOfMemoryError as error:
-        raise UserError(f"--micro-batch {micro_batch} is too much for {device}; lower it") from error
+        raise UserError(f"--micro-batch {micro_batch} is too large for {device}; lower it") from error
     clips = steps * micro_batch
     return 1e3 * (time.perf_counter() - start) / clips, 1e3 * (time.process_time() - core_start) / clips
 
@@ -263,7 +273,7 @@ def time_model(options: argparse.Namespace, device: torch.device, *, micro_batch
 def judge(
     source: PlannedSource, cost: ClipCost, *, options: argparse.Namespace, demand: ModelDemand
 ) -> Candidate:
-    """Predict what one kind of chunks delivers."""
+    """Predict the clips per second of one kind of chunks."""
     from avion_dali.inspection.plan_samples import clip_needs, mean_chunk, sample_requests
 
     needs = [clip_needs(request) for request in sample_requests(source.planner)]
@@ -276,16 +286,16 @@ def judge(
 
 
 def measured_in_words(options: argparse.Namespace, demand: ModelDemand, *, read_mb_s: float) -> str:
-    """Say what was measured besides the table's numbers."""
+    """Return a description of the measurements."""
     decoded = ", ".join(map(str, filter(None, [*options.videos, options.chunks])))
     clip = f"{options.frames} frames of {options.clip_seconds:g} s at {options.frame_size} pixels"
     model, disk = "none", "not measured: the page cache cannot be dropped here"
     if math.isfinite(demand.clips_per_s):
         model = f"{demand.clips_per_s:,.0f} clips/s, {demand.core_ms:.2f} ms of a core per clip"
     if math.isfinite(read_mb_s):
-        disk = f"{read_mb_s:,.0f} MB/s in blocks of 8 MiB, nothing cached by this machine"
+        disk = f"{read_mb_s:,.0f} MB/s in blocks of 8 MiB, without the page cache"
     return f"""\
-decoded   {decoded or "procedural pictures; --videos or --chunks take your own"}
+decoded   {decoded or "procedural pictures; use --videos or --chunks for your own"}
 clips     {clip}, decoder cpu-fused
 cores     {available_cores()}, for {options.workers} decode processes
 model     {model}
@@ -295,7 +305,7 @@ disk      {disk}"""
 def table(
     candidates: Sequence[Candidate], options: argparse.Namespace, *, demand: ModelDemand, read_mb_s: float
 ) -> str:
-    """Show what every profile and chunk length delivers."""
+    """Return the table of profiles and chunk lengths with their forecasts."""
     rate = demand.clips_per_s if math.isfinite(demand.clips_per_s) else 100.0
     rows = [COLUMNS.split("|")]
     for c in candidates:
@@ -310,15 +320,15 @@ def table(
 
 
 def advice(candidates: Sequence[Candidate], demand: ModelDemand, *, read_mb_s: float) -> str:
-    """Recommend chunks and workers, and say why."""
+    """Return the recommended chunks and workers, with the reason."""
     best = recommend(candidates, clips_per_s=demand.clips_per_s, read_mb_s=read_mb_s)
     found, wanted = best.forecast, demand.clips_per_s
     if found.limit == "model":
         why = "the smallest files that keep the model busy"
     elif math.isfinite(wanted):
-        why = f"the fastest here, though the model could take {wanted:,.0f} clips/s"
+        why = f"the fastest on this machine, but the model could use {wanted:,.0f} clips/s"
     else:
-        why = "the most clips per second for its bytes; --step-seconds or --model add the needs of a model"
+        why = "the most clips per second and byte; --step-seconds or --model add the demand of a model"
     made = f"--profile {best.profile} --chunk-seconds {best.chunk_seconds:.0f}"
     workers = math.ceil(found.workers_for(wanted) / demand.processes)
     return f"""\

@@ -9,10 +9,10 @@ from avion_dali.contracts import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, build, run, close.
+    """Pre-train a model.
 
     Args:
-        argv: arguments; None takes the process's.
+        argv: arguments; None uses the arguments of the process.
     """
     return train_from_command_line(argv, command="pretrain", description=__doc__ or "")
 
@@ -21,7 +21,7 @@ def train_from_command_line(argv: list[str] | None, *, command: str, description
     """Parse, build, run, close; for both subcommands that train.
 
     Args:
-        argv: arguments; None takes the process's.
+        argv: arguments; None uses the arguments of the process.
         command: name of the subcommand.
         description: its help.
 
@@ -47,6 +47,8 @@ def train_from_command_line(argv: list[str] | None, *, command: str, description
     keys = parameters_as_keys(TrainConfig)
     with keys, distributed_session() as distributed, training(config, distributed) as loop:
         if loop.step >= loop.last_step:
-            print(f"{config.output_dir} has all its {loop.last_step} steps; raise optim.epochs to train on")
+            print(
+                f"{config.output_dir} has completed all {loop.last_step} steps; raise optim.epochs to continue"
+            )
         summary = loop.run()
     return exit_status(summary.stopped_by)

@@ -1,4 +1,4 @@
-"""`avion-dali recipes`: list the recipes that `--config` accepts by name, or print one."""
+"""`avion-dali recipes`: lists the recipes that `--config` accepts by name, or prints some of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options.
 
     Args:
-        parser: of the subcommand.
+        parser: parser of the subcommand.
     """
     parser.add_argument("names", nargs="*", metavar="NAME", help="recipes to print (default: list all recipes)")
 
@@ -32,10 +32,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def description(name: str) -> list[str]:
-    """Return lines that say what a recipe is for and what it needs, from the header of its file.
+    """Return lines with the purpose and the hardware of a recipe, from the header of its file.
 
     Args:
-        name: of the recipe.
+        name: name of the recipe.
     """
     header = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     hardware = next(line for line in header if line.startswith("# Hardware: "))

@@ -20,25 +20,25 @@ from avion_dali.contracts import UserError
 
 SIGNAL_AHEAD_S = 120
 SAVE_LIMIT_S = 100.0
-"""How long the task waits for its trainer to save after SLURM's warning; less than `SIGNAL_AHEAD_S`."""
+"""Longest time in seconds to save after SLURM's warning; less than `SIGNAL_AHEAD_S`."""
 _POLL_S = 0.2
 SUBMITTED = ("pretrain", "finetune", "evaluate", "features")
 
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What to ask of SLURM.
+    """Configuration of a SLURM job.
 
     Args:
-        nodes: machines.
+        nodes: number of machines.
         gpus_per_node: GPUs per machine, each with one process; 0 runs one process per machine on its CPU.
         cpus_per_process: cores per process, for a trainer and its decode workers.
-        memory_gb: memory per machine; 0 takes the cluster's default.
-        time: limit of the job, as D-HH:MM:SS or HH:MM:SS; when it is reached, the job is requeued.
+        memory_gb: memory per machine in GB; 0 uses the cluster's default.
+        time: time limit of the job, as D-HH:MM:SS or HH:MM:SS; when it is reached, the job is requeued.
         stretches: how often the time limit may be reached before the job ends.
-        partition: where to run; empty for the cluster's default.
-        account: what to charge; empty for the user's default.
-        name: of the job.
+        partition: partition of the cluster; empty for the default.
+        account: account to charge; empty for the user's default.
+        name: name of the job.
         log_dir: folder for the job's console output; all machines must share it.
         cluster: `slurm`, or `local` to run the same steps in processes on this machine.
     """
@@ -58,12 +58,12 @@ class SlurmOptions:
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Which of a job's tasks this is.
+    """The place of a task in a job.
 
     Args:
-        rank: over all machines.
-        local_rank: on its machine.
-        world_size: tasks of the job.
+        rank: rank over all machines.
+        local_rank: rank on its machine.
+        world_size: number of tasks of the job.
         nodes: number of machines of the job.
         first_host: the machine of rank 0.
         job_id: number of the job; a requeued job keeps it.
@@ -77,7 +77,7 @@ class RankPlace:
     job_id: str
 
     def environment(self) -> dict[str, str]:
-        """The variables that torchrun would set; a trainer reads its rank from them."""
+        """Return the environment variables that torchrun would set, from which a trainer reads its rank."""
         return {
             "RANK": str(self.rank),
             "LOCAL_RANK": str(self.local_rank),
@@ -106,7 +106,7 @@ class RankTask:
         """Train until the end.
 
         Raises:
-            RuntimeError: the trainer failed; its console output says why.
+            RuntimeError: when the trainer failed; its console output states the reason.
         """
         import submitit
 
@@ -127,7 +127,7 @@ class RankTask:
         """Start the trainer and wait until it ends.
 
         Args:
-            environment: its variables.
+            environment: its environment variables.
 
         Returns:
             Its exit status.
@@ -143,7 +143,7 @@ class RankTask:
         """Make all ranks save and stop, and return the same task for the next start of the job.
 
         Returns:
-            The submission to put into the queue.
+            The submission to requeue.
         """
         import submitit
 
@@ -162,7 +162,7 @@ class RankTask:
 
 
 def minutes(text: str) -> int:
-    """Read a time limit.
+    """Convert a time limit to minutes.
 
     Args:
         text: `HH:MM:SS` or `D-HH:MM:SS`.
@@ -181,10 +181,10 @@ def parameters(options: SlurmOptions) -> dict[str, Any]:
     """Return the parameters for submitit's executor.
 
     Args:
-        options: what to ask of SLURM.
+        options: configuration of the job.
 
     Raises:
-        UserError: when the time cannot be read.
+        UserError: when the time limit cannot be parsed.
     """
     values: dict[str, Any] = {
         "name": options.name,
@@ -208,19 +208,20 @@ def parameters(options: SlurmOptions) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Submit the job, and print its number and where its output is written.
+    """Submit the job, and print its number and the file of its output.
 
     Args:
-        argv: arguments; None takes the process's.
+        argv: arguments; None uses the arguments of the process.
     """
     arguments = sys.argv[1:] if argv is None else argv
     divider = arguments.index("--") if "--" in arguments else len(arguments)
     own, command = arguments[:divider], arguments[divider + 1 :]
     options = parse_options(SlurmOptions, own, prog="avion-dali slurm", description=__doc__ or "")
     if not command:
-        raise UserError("nothing to run: end the line with `-- pretrain --config ...`")
+        raise UserError("there is no command to run: end the line with `-- pretrain --config ...`")
     if command[0] not in SUBMITTED:
-        raise UserError(f"`{command[0]}` is not a command for SLURM; after `--` write {', '.join(SUBMITTED)}")
+        allowed = ", ".join(SUBMITTED)
+        raise UserError(f"`{command[0]}` is not a command for SLURM; write one of {allowed} after `--`")
     try:
         import submitit
     except ImportError:
@@ -229,5 +230,5 @@ def main(argv: list[str] | None = None) -> int:
     executor = submitit.AutoExecutor(folder=options.log_dir, cluster=options.cluster, **more)
     executor.update_parameters(**parameters(options))
     job = executor.submit(RankTask(["avion_dali", *command]))
-    print(f"job {job.job_id}: console output in {job.paths.stdout} and its neighbours")
+    print(f"job {job.job_id}: console output in {job.paths.stdout} and other files in its folder")
     return 0

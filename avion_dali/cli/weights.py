@@ -1,4 +1,4 @@
-"""`avion-dali weights`: describe a file of weights, and write it as safetensors. Light until it runs."""
+"""`avion-dali weights`: describes weights, and converts them to safetensors. Slow imports are in functions."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what the subcommand accepts."""
+    """Declare the options."""
     parser.add_argument(
-        "weights", help="a file, or open_clip:NAME/PRETRAINED, or open_clip:NAME//FILE; as model.weights"
+        "weights", help="a file, open_clip:NAME/PRETRAINED or open_clip:NAME//FILE, as for model.weights"
     )
-    parser.add_argument("--output", type=Path, help="safetensors file to write, in this project's names")
-    parser.add_argument("--to", choices=LAYOUTS, help="write --output in another project's names")
+    parser.add_argument("--output", type=Path, help="safetensors file to write, with this project's names")
+    parser.add_argument("--to", choices=LAYOUTS, help="write --output with another project's names")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Describe the weights; with --output, write them."""
+    """Describe the weights, and write them if --output is given."""
     output = options.output
     if options.to and output is None:
-        raise UserError("--to needs --output, the file to write")
+        raise UserError("--to requires --output, the file to write")
     if output is not None and output.suffix != ".safetensors":
-        raise UserError(f"--output {output}: safetensors is written; end the name in .safetensors")
+        raise UserError(f"--output {output} must end in .safetensors")
     from avion_dali.models.starting_weights import open_start
 
     start = open_start(options.weights)
@@ -42,11 +42,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def description(start: StartWeights) -> list[str]:
-    """Return lines that say what weights are."""
+    """Return lines that describe weights."""
     from avion_dali.models.starting_weights import by_reason
 
     facts = start.facts
-    unknown = "the weights do not tell"
+    unknown = "not stored with the weights"
     frames = f"{facts.num_frames} frames" if facts.num_frames != 1 else "1 frame (an image model)"
     pixels = f"{facts.frame_size} x {facts.frame_size} pixels"
     size = f"model.size {facts.size}" if facts.size else "none of model.size"
@@ -71,7 +71,7 @@ def description(start: StartWeights) -> list[str]:
 
 
 def write(start: StartWeights, path: Path, *, layout: Layout | None) -> None:
-    """Write weights as safetensors with a header that says what they are."""
+    """Write weights as safetensors with a header that describes them."""
     import json
 
     import safetensors.torch
@@ -90,7 +90,7 @@ def write(start: StartWeights, path: Path, *, layout: Layout | None) -> None:
     else:
         state = from_ours(start.state, layout, encoder=start.facts.encoder)
         header["layout"] = layout
-    # Copies: safetensors refuses tensors that share memory.
+    # Tensors are copied because safetensors rejects tensors that share memory.
     copies = {name: tensor.clone().contiguous() for name, tensor in state.items()}
     metadata = {"format": "pt", HEADER_KEY: json.dumps(header)}
     content = safetensors.torch.save(copies, metadata=metadata)

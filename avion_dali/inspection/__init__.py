@@ -1,1 +1,1 @@
-"""What can be known before a training starts: which chunks are bad, and what the machine will deliver."""
+"""Inspection before a training starts: finds bad chunks, and predicts the clips per second of a machine."""

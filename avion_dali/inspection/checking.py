@@ -1,4 +1,7 @@
-"""Check all chunks of a folder or a manifest: in parallel, resumable, whatever a file does to its process."""
+"""Checks all chunks of a folder or a manifest in parallel, and resumes after an interruption.
+
+A file that crashes or blocks the process that checks it becomes a finding; the check continues.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ FINDINGS_FILE, PROGRESS_FILE = "findings.jsonl", "progress.jsonl"
 MAX_SIZES = 8
 QUICK_TIMEOUT_S, DEEP_TIMEOUT_S = 120.0, 600.0
 
-_AHEAD = 16  # files in line for each process, so that none is idle while the oldest one takes long
-_RETRIED = frozenset({"missing", "crashed", "timeout"})  # the file may not be to blame
+_AHEAD = 16  # files queued per process, so that no process is idle while the oldest file takes long
+_RETRIED = frozenset({"missing", "crashed", "timeout"})  # the cause may not be the file
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,12 +43,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class CheckSettings:
-    """How to check.
+    """Settings of a check.
 
     Args:
         deep: decode every frame.
-        jobs: processes; 0 takes all cores.
-        timeout_s: seconds after which a file is given up; 0 takes a default.
+        jobs: number of processes; 0 uses all cores.
+        timeout_s: time limit per file in seconds; 0 uses a default.
 
     Raises:
         UserError: when a number is negative.
@@ -65,9 +68,9 @@ class Tally:
     """Findings of one kind.
 
     Args:
-        count: how many.
-        example: path of the first.
-        detail: what it was.
+        count: number of findings.
+        example: path of the first one.
+        detail: detail of the first one.
     """
 
     count: int
@@ -77,12 +80,12 @@ class Tally:
 
 @dataclass(slots=True)
 class CheckReport:
-    """What a check found.
+    """Result of a check.
 
     Args:
-        num_files: files checked, the kept ones included.
-        num_kept: files that an earlier run had checked and that did not change since.
-        tallies: by kind of finding, in the order of `KINDS`.
+        num_files: number of checked files, including those of `num_kept`.
+        num_kept: number of files whose result of an earlier check is still valid, because they did not change.
+        tallies: counts by kind of finding, in the order of `KINDS`.
         bad_chunks: kinds of errors by path.
     """
 
@@ -101,17 +104,18 @@ def check_chunks(
 ) -> CheckReport:
     """Check a chunk folder or the chunks of a manifest.
 
-    `<output>/findings.jsonl` gets a row for each finding. `<output>/progress.jsonl` gets one for each file: by
-    it an interrupted check goes on where it was, and a repeated one looks only at files that changed.
+    `<output>/findings.jsonl` contains a line per finding, and `<output>/progress.jsonl` a line per file. With
+    the latter, an interrupted check continues where it stopped, and a repeated check reads only files that
+    have changed.
 
     Args:
         source: folder of chunks, or of a manifest.
         output: folder to write to.
-        settings: how.
-        on_progress: called with the number of files done and the number of all.
+        settings: settings of the check.
+        on_progress: called with the number of checked files and the number of all files.
 
     Raises:
-        UserError: when there is nothing to check, or `output` holds the check of something else.
+        UserError: when there is nothing to check, or `output` contains the check of another source.
     """
     source, output = Path(source), Path(output)
     targets, total = list_targets(source, deep=settings.deep)
@@ -156,7 +160,7 @@ def list_targets(source: Path, *, deep: bool) -> tuple[Iterator[Target], int]:
         deep: decode every frame.
 
     Raises:
-        UserError: when it is neither, or the manifest's chunk folder is not there.
+        UserError: when it is neither, or the manifest's chunk folder does not exist.
     """
     if not is_manifest(source):
         files = find_chunk_files(source)
@@ -164,8 +168,8 @@ def list_targets(source: Path, *, deep: bool) -> tuple[Iterator[Target], int]:
     manifest = Manifest(source)
     if not os.path.isdir(manifest.chunk_root):
         raise UserError(
-            f"{manifest.chunk_root}, the chunk folder of {source}, is not there; mount it, or change "
-            f"chunk_root in {source / 'manifest.json'} when it moved"
+            f"{manifest.chunk_root}, the chunk folder of {source}, does not exist; mount it, or change "
+            f"chunk_root in {source / 'manifest.json'} if it was moved"
         )
     chunks = (manifest.chunk(row) for row in range(manifest.num_chunks))
     return (_target(chunk, deep) for chunk in chunks), manifest.num_chunks
@@ -173,7 +177,7 @@ def list_targets(source: Path, *, deep: bool) -> tuple[Iterator[Target], int]:
 
 def _target(chunk: Chunk, deep: bool) -> Target:
     times = chunk.frame_times
-    # A rate that is constant from the first picture on has times as well, where that one is late or long.
+    # Frame times are also stored at a constant rate if the first picture is late or is shown for longer.
     is_cfr = times is None or bool(
         np.allclose(times, times[0] + np.arange(len(times)) / float(chunk.fps), atol=1e-3)
     )
@@ -190,10 +194,10 @@ def _target(chunk: Chunk, deep: bool) -> Target:
 
 
 def is_manifest(folder: Path) -> bool:
-    """Tell the folder of a manifest from one of chunks.
+    """Return whether a folder is a manifest; otherwise it is a chunk folder.
 
     Args:
-        folder: either.
+        folder: the folder.
     """
     return (folder / "manifest.json").exists()
 
@@ -201,19 +205,19 @@ def is_manifest(folder: Path) -> bool:
 def supervise(
     task: Callable[[Item], Result], items: Iterable[Item], *, jobs: int, timeout_s: float
 ) -> Iterator[tuple[Item, Result | Finding]]:
-    """Do a task for each item in processes that may die or hang.
+    """Run a task for each item in processes that may crash or hang.
 
     Args:
-        task: a function importable by name.
-        items: what to call it with, taken as needed.
-        jobs: processes.
+        task: a function that can be imported by name.
+        items: its arguments, consumed as needed.
+        jobs: number of processes.
         timeout_s: seconds after which a task's process is killed and replaced.
 
     Yields:
-        The items in order, each with the result, or with what became of its process.
+        The items in order, each with its result, or with a finding if its process crashed or timed out.
 
     Raises:
-        UserError: when processes die one after another.
+        UserError: when processes repeatedly die.
     """
     remaining = iter(items)
     with WorkerPool(workers=jobs, timeout_s=timeout_s) as pool:
@@ -247,7 +251,7 @@ def _clear_errors(output: Path) -> Iterator[None]:
 
 
 def _identity(source: Path) -> dict[str, object]:
-    """Return what the rows of an earlier check must be of: the same source, unchanged."""
+    """Return what identifies a source and its state; an earlier check is valid if these values agree."""
     identity: dict[str, object] = {"source": str(source.resolve()), "version": __version__}
     if is_manifest(source):
         # Not its sample table: whether a chunk is sound does not depend on its clips.
@@ -259,14 +263,14 @@ def _identity(source: Path) -> dict[str, object]:
 
 
 class _Progress:
-    """The files that were checked, with what was found.
+    """The checked files with their findings.
 
     Args:
         output: folder of the check.
-        identity: what is checked.
+        identity: identifies what is checked.
 
     Raises:
-        UserError: when the folder holds the check of another source.
+        UserError: when the folder contains the check of another source.
     """
 
     def __init__(self, output: Path, identity: dict[str, object]) -> None:
@@ -274,15 +278,15 @@ class _Progress:
         lines = _complete_lines(path)
         before = next((line for line in lines if isinstance(line, dict)), {})
         if before.get("source", identity["source"]) != identity["source"]:
-            raise UserError(f"{output} holds the check of {before['source']}; name another --output")
+            raise UserError(f"{output} contains the check of {before['source']}; choose another --output")
         is_same = before == identity
         self._earlier = {row["path"]: _as_report(row) for row in lines if _is_report(row)} if is_same else {}
         self._file = path.open("a" if is_same else "w")
-        # After a torn line, the next one must begin anew.
+        # An interruption may have left the last line unfinished.
         self._file.write("\n" if is_same else json.dumps(identity) + "\n")
 
     def earlier(self, target: Target) -> FileReport | None:
-        """Return what an earlier run found in a file, if that still holds."""
+        """Return the result of an earlier check of a file, if it is still valid."""
         report = self._earlier.get(target.path)
         if report is None or (target.deep and not report.deep):
             return None
@@ -291,7 +295,7 @@ class _Progress:
         return report
 
     def keep(self, report: FileReport) -> None:
-        """Write down a checked file."""
+        """Append a checked file."""
         self._file.write(json.dumps(asdict(report)) + "\n")
         self._file.flush()
 
@@ -329,7 +333,7 @@ class _Findings:
 
     Args:
         output: folder of the check.
-        report: what to count into.
+        report: receives the counts.
     """
 
     def __init__(self, output: Path, report: CheckReport) -> None:
@@ -341,7 +345,7 @@ class _Findings:
         self._spans: dict[str, list[tuple[float, float | None]]] = {}
 
     def add_file(self, done: FileReport) -> None:
-        """Take what was found in one file."""
+        """Add the findings of one file."""
         self._report.num_files += 1
         if done.frame_size != (0, 0):
             self._sizes[done.frame_size] += 1
@@ -354,7 +358,7 @@ class _Findings:
             self._report.bad_chunks[done.path] = errors
 
     def finish(self, source: Path) -> None:
-        """Look at all files together, and give the file its name."""
+        """Add the findings that concern several files, and put the file in place."""
         if len(self._sizes) > MAX_SIZES:
             common = ", ".join(f"{w}x{h} ({count})" for (w, h), count in self._sizes.most_common(3))
             self._add(str(source), Finding("many-sizes", f"{len(self._sizes)} frame sizes: {common}, ..."))
@@ -368,7 +372,7 @@ class _Findings:
         put_in_place(self._partial, self._path)
 
     def _add(self, path: str, finding: Finding) -> None:
-        path = path.encode(errors="backslashreplace").decode()  # names may be bytes that are no text
+        path = path.encode(errors="backslashreplace").decode()  # names may be bytes that are not valid text
         row = {"severity": KINDS[finding.kind].severity, "path": path, **asdict(finding)}
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         tally = self._report.tallies.setdefault(finding.kind, Tally(0, path, finding.detail))

@@ -1,6 +1,6 @@
-"""What is wrong with one chunk file.
+"""Checks one chunk file.
 
-Runs in checking processes: imports numpy and PyAV alone.
+This module runs in worker processes, so of third-party packages it imports only numpy and PyAV.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from avion_dali.data.probe import (
 from avion_dali.inspection.findings import FileReport, Finding, Target
 
 MAX_GOP_SECONDS = 5.0
-# FFmpeg's numbers of color primaries (ITU-T H.273, table 2).
+# Numbers of color primaries in FFmpeg and in ITU-T H.273, table 2.
 _WIDE_PRIMARIES = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
-_BT601 = ("smpte170m", "bt470bg")  # one matrix, two names
+_BT601 = ("smpte170m", "bt470bg")  # two names of the same matrix
 
 
 class _FaultError(Exception):
-    """Carries a finding after which there is nothing more to look for."""
+    """Carries a finding that ends the check of a file."""
 
     def __init__(self, kind: str, detail: str, frame_id: int = -1) -> None:
         super().__init__(detail)
@@ -47,7 +47,9 @@ class _FaultError(Exception):
 
 
 def file_stamp(path: str) -> tuple[int, int]:
-    """Return what tells that a file changed: size and modification time, (-1, -1) when it is not there.
+    """Return a file's size in bytes and modification time in nanoseconds; (-1, -1) if it does not exist.
+
+    A file with the same stamp is taken as unchanged.
 
     Args:
         path: the file.
@@ -63,7 +65,7 @@ def inspect_file(target: Target) -> FileReport:
     """Check one file.
 
     Args:
-        target: the file, and what the manifest says of it.
+        target: the file, with its facts in the manifest.
     """
     stamp, frame_size, found = file_stamp(target.path), (0, 0), list[Finding]()
     span: tuple[float, float] | None = None
@@ -82,7 +84,7 @@ def inspect_file(target: Target) -> FileReport:
         found.append(_finding_of(error))
     except OSError as error:
         found.append(Finding("missing", f"cannot be read: {error.strerror or error}"))
-    except Exception as error:  # a process boundary: what one damaged file provokes is that file's finding
+    except Exception as error:  # a process boundary: any error that a damaged file causes becomes a finding
         found.append(Finding("undecodable", f"{type(error).__name__}: {error}"))
     return FileReport(target.path, stamp, target.deep, frame_size, tuple(found), target.video, span)
 
@@ -90,31 +92,32 @@ def inspect_file(target: Target) -> FileReport:
 def _finding_of(error: DecodeError) -> Finding:
     if error.kind == "missing":
         return Finding("missing", error.cause)
-    is_cut = error.cause.startswith(("is truncated", "ends after"))  # as `probe_chunk` says it
+    is_cut = error.cause.startswith(("is truncated", "ends after"))  # messages of `probe_chunk`
     return Finding("truncated" if is_cut else "undecodable", error.cause)
 
 
 def _read_facts(target: Target) -> ChunkFacts:
-    """Read the facts of a file, and make sure that it is the one of the manifest."""
+    """Read the facts of a file, and verify that it is the file of the manifest."""
     ref = target.ref
     if ref is None:
         return probe_chunk(target.path, index=True)
     size = os.stat(target.path).st_size
     if size != ref.size_bytes:
         raise _other_size(ref, size)
-    # Without an index, only walking through the file tells how many frames there are.
+    # Without an index, counting frames requires reading all packets.
     facts = _header_facts(target, ref) if ref.index else probe_chunk(target.path, index=True)
     if (facts.width, facts.height) != (ref.width, ref.height):
         shown, known = f"{facts.width}x{facts.height}", f"{ref.width}x{ref.height}"
-        raise _FaultError("changed", f"is {shown}, the manifest says {known}")
+        raise _FaultError("changed", f"is {shown}, but the manifest says {known}")
     if facts.num_frames != ref.num_frames:
-        raise _FaultError("wrong-count", f"has {facts.num_frames} frames, the manifest says {ref.num_frames}")
+        detail = f"has {facts.num_frames} frames, but the manifest says {ref.num_frames}"
+        raise _FaultError("wrong-count", detail)
     return facts
 
 
 def _other_size(ref: ChunkRef, size: int) -> _FaultError:
-    """Tell a file that lost its end from one that another has replaced."""
-    detail = f"has {size} bytes, the manifest says {ref.size_bytes}"
+    """Return the error for a file of another size: truncated, or replaced by another file."""
+    detail = f"has {size} bytes, but the manifest says {ref.size_bytes}"
     try:
         probe_chunk(ref.path)
     except DecodeError as error:
@@ -123,22 +126,22 @@ def _other_size(ref: ChunkRef, size: int) -> _FaultError:
 
 
 def _header_facts(target: Target, ref: ChunkRef) -> ChunkFacts:
-    """Read facts from a file's header, its first keyframe and its packet index, and nothing else of it."""
+    """Read the facts from a file's header, its first keyframe and its packet index only."""
     record = _read_record(ref)
     blocks = _read_blocks(record)
     with open_video(target.path) as (_, stream), open(target.path, "rb", buffering=0) as file:
         aspect = Fraction(stream.sample_aspect_ratio or 1)
         header, pix_fmt = stream_facts(stream), stream.codec_context.pix_fmt or ""
         if _settings(_open_index(record).stream) != _settings(header):
-            raise _FaultError("changed", "its header is not that of its packet index")
-        # The stream's own decoder, for it hands the rotation from the header to the frames.
+            raise _FaultError("changed", "its header does not match its packet index")
+        # The stream's own decoder is used because it passes the rotation from the header to the frames.
         decoder = stream.codec_context
         if _starts_clean(blocks):
             decoder.options = STRICT
         _, keyframe = next(_checked_packets(file.fileno(), blocks[:1], frame_of=_frame_ids(blocks[:1])))
         pictures = [*decoder.decode(keyframe), *decoder.decode(None)]
     if not pictures:
-        raise _FaultError("undecodable", "its first keyframe does not decode")
+        raise _FaultError("undecodable", "its first keyframe cannot be decoded")
     return ChunkFacts(
         path=target.path,
         size_bytes=ref.size_bytes,
@@ -179,11 +182,11 @@ def _open_index(record: bytes) -> PacketIndex:
 
 
 def _read_blocks(record: bytes) -> list[IndexBlock]:
-    """Read all blocks of a packet index; none where there is no index."""
+    """Read all blocks of a packet index; an empty record has none."""
     if not record:
         return []
     index = _open_index(record)
-    last = index.block_of(2**40)  # no frame is that late
+    last = index.block_of(2**40)  # larger than any frame id
     try:
         return [index.block(number) for number in range(last + 1)]
     except IndexDamagedError as error:
@@ -191,36 +194,36 @@ def _read_blocks(record: bytes) -> list[IndexBlock]:
 
 
 def _picture_findings(facts: ChunkFacts) -> Iterator[Finding]:
-    """Find what makes pictures come out wrong, or slowly."""
+    """Find what makes decoded pictures wrong, or decoding slow."""
     tags = f"{facts.color_range} {facts.colorspace} {facts.pix_fmt}"
     if facts.color_range == "full" or facts.colorspace not in (*_BT601, "unspecified"):
-        yield Finding("colour", f"{tags}: DALI takes everything for limited-range BT.601")
+        yield Finding("color", f"{tags}: DALI treats every stream as limited-range BT.601")
     elif facts.pix_fmt not in ("yuv420p", "yuvj420p"):
-        yield Finding("colour", f"{tags}: GPU decoders read little else than 8-bit 4:2:0")
+        yield Finding("color", f"{tags}: GPU decoders read hardly any format but 8-bit 4:2:0")
     elif facts.colorspace == "unspecified":
-        yield Finding("untagged", f"{tags}: the matrix is a guess")
+        yield Finding("untagged", f"{tags}: the color matrix is unknown")
     yield from _display_findings(facts)
     if facts.rotation:
-        yield Finding("rotation", f"to be turned by {facts.rotation} degrees counter-clockwise")
+        yield Finding("rotation", f"must be rotated by {facts.rotation} degrees counter-clockwise for display")
     if facts.width % 16 or facts.height % 16:
         yield Finding("nvdec-size", f"{facts.width}x{facts.height} are not multiples of 16")
     if not facts.is_cfr:
-        yield Finding("variable-rate", f"{float(facts.fps):.2f} frames a second in the mean")
+        yield Finding("variable-rate", f"{float(facts.fps):.2f} frames per second on average")
 
 
 def _display_findings(facts: ChunkFacts) -> Iterator[Finding]:
-    """Find what a player would do to the pictures and a decoder does not."""
+    """Find corrections that a player applies to the pictures and a decoder does not."""
     if facts.transfer in HDR_TRANSFERS:
         yield Finding("hdr", f"its transfer characteristics are {HDR_TRANSFERS[facts.transfer]}")
     if facts.primaries in _WIDE_PRIMARIES:
         yield Finding("wide-gamut", f"its color primaries are {_WIDE_PRIMARIES[facts.primaries]}")
     if facts.is_interlaced:
-        yield Finding("interlaced", "its pictures consist of two fields")
+        yield Finding("interlaced", "each of its pictures consists of two fields")
     if facts.pixel_aspect != 1:
         ratio = f"{facts.pixel_aspect.numerator}:{facts.pixel_aspect.denominator}"
-        yield Finding("pixel-aspect", f"its pixels are not square ({ratio}): as stored, pictures are squeezed")
+        yield Finding("pixel-aspect", f"its pixels are not square ({ratio}), so stored pictures are distorted")
     if facts.start_s:
-        yield Finding("late-picture", f"its first picture begins {facts.start_s:.2f} s after time 0")
+        yield Finding("late-picture", f"its first picture starts {facts.start_s:.2f} s after time 0")
 
 
 def _access_findings(facts: ChunkFacts, blocks: list[IndexBlock]) -> Iterator[Finding]:
@@ -238,18 +241,19 @@ def _access_findings(facts: ChunkFacts, blocks: list[IndexBlock]) -> Iterator[Fi
 
 
 def _decode_everything(facts: ChunkFacts, blocks: list[IndexBlock]) -> None:
-    """Decode all frames as strictly as training does, up to the first bad one."""
+    """Decode all frames as strictly as training does, up to the first error."""
     delivered = _decode_indexed(facts, blocks) if blocks else _decode_container(facts)
     absent = sorted(set(range(facts.num_frames)) - delivered)
     if absent:
         count = facts.num_frames - len(absent)
-        raise _FaultError("wrong-count", f"{count} of {facts.num_frames} frames decode", absent[0])
+        raise _FaultError("wrong-count", f"only {count} of {facts.num_frames} frames are decoded", absent[0])
     if max(delivered) >= facts.num_frames:
-        raise _FaultError("wrong-count", f"more than its {facts.num_frames} frames decode", facts.num_frames)
+        detail = f"more than its {facts.num_frames} frames are decoded"
+        raise _FaultError("wrong-count", detail, facts.num_frames)
 
 
 def _decode_indexed(facts: ChunkFacts, blocks: list[IndexBlock]) -> set[int]:
-    """Decode the packets that the index names, and return the ids of the frames they give."""
+    """Decode the packets of the index, and return the ids of the decoded frames."""
     frame_of = _frame_ids(blocks)
     decoder = make_decoder(_open_index(facts.packet_index).stream, strict=_starts_clean(blocks))
     delivered: set[int] = set()
@@ -267,41 +271,45 @@ def _decode_indexed(facts: ChunkFacts, blocks: list[IndexBlock]) -> set[int]:
 
 
 def _in_order(frame_ids: Iterable[int], latest: int) -> int:
-    """Return the last frame id; decoders deliver pictures in the order that these state themselves."""
+    """Return the last frame id, and raise if frame ids, in the order of the decoder, do not ascend.
+
+    A decoder delivers pictures in the order that is coded in the pictures; frame ids follow the container.
+    """
     for frame_id in frame_ids:
         if frame_id < latest:
-            raise _FaultError("wrong-order", "its header orders pictures otherwise than they say", frame_id)
+            detail = "its container states another order of pictures than the pictures themselves"
+            raise _FaultError("wrong-order", detail, frame_id)
         latest = frame_id
     return latest
 
 
 def _frame_ids(blocks: list[IndexBlock]) -> dict[int, int]:
-    """Return frame ids by rank; pictures that an edit list hides have none."""
+    """Return frame ids by rank; pictures that are hidden by an edit list have none."""
     shown = np.concatenate([b.table.pts[b.table.order] for b in blocks])
     return {rank: frame_id for frame_id, rank in enumerate(shown.tolist())}
 
 
 def _starts_clean(blocks: list[IndexBlock]) -> bool:
-    """Whether a strict decoder has nothing to complain of: in a stream that begins in its middle it has."""
+    """Return whether the first keyframe is clean; a strict decoder rejects a stream that starts otherwise."""
     return bool(blocks[0].table.entry[0] == Entry.CLEAN)
 
 
 def _checked_packets(
     file: int, blocks: list[IndexBlock], *, frame_of: dict[int, int]
 ) -> Iterator[tuple[int, Packet]]:
-    """Yield all packets in decode order, each with its rank in the order of presentation."""
+    """Yield all packets in decode order, each with its rank in presentation order."""
     for block in blocks:
         columns = (block.places.offset, block.places.size, block.places.crc, block.table.pts)
         for offset, size, crc, rank in zip(*(column.tolist() for column in columns), strict=True):
             data = os.pread(file, size, offset)
             if zlib.crc32(data) != crc:
-                detail = f"its bytes from {offset} on are not those the manifest was built from"
+                detail = f"its bytes from {offset} on differ from those when the manifest was built"
                 raise _FaultError("checksum", detail, frame_of.get(rank, -1))
             yield rank, make_packet(data, rank)
 
 
 def _decode_container(facts: ChunkFacts) -> set[int]:
-    """Decode a file that cannot have an index, and return the ids of the frames it gives."""
+    """Decode a file without a packet index, and return the ids of the decoded frames."""
     count = 0
     with open_video(facts.path) as (container, stream):
         try:
@@ -313,13 +321,13 @@ def _decode_container(facts: ChunkFacts) -> set[int]:
 
 
 def _sound(frame_id: int, frame: VideoFrame, facts: ChunkFacts) -> int:
-    """Return the frame's id if it was delivered undamaged, and in the shape that a clip's frames share."""
+    """Return the frame's id, and raise if it is damaged or its size or format differs from the file's."""
     if frame.is_corrupt:
-        raise _FaultError("undecodable", "the decoder marks it damaged", frame_id)
+        raise _FaultError("undecodable", "the decoder marks it as damaged", frame_id)
     expected = (facts.width, facts.height, facts.pix_fmt or frame.format.name)
     if (frame.width, frame.height, frame.format.name) != expected:
         found = f"{frame.width}x{frame.height} {frame.format.name}"
-        raise _FaultError("undecodable", f"the picture changes to {found}", frame_id)
+        raise _FaultError("undecodable", f"the picture format changes to {found}", frame_id)
     return frame_id
 
 

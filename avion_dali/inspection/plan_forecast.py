@@ -1,7 +1,7 @@
-"""Arithmetic of `avion-dali plan`: from what was measured to clips per second. Nothing is opened or timed here.
+"""Arithmetic of `avion-dali plan`: computes clips per second from measurements, without files or timing.
 
-It extends equation 3 of AVION (arXiv 2309.16669, section 4.1), which bounds the length of a chunk by the disk
-alone and assumes that every clip reads its whole chunk.
+It extends equation 3 of AVION (arXiv 2309.16669, section 4.1), which limits the length of a chunk only by the
+read speed of the disk and assumes that every clip reads its whole chunk.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class ClipCost:
     Args:
         worker_ms: processor time in the worker that decodes the clip, while the other workers decode too.
         trainer_ms: processor time in the training process: planning, scheduling, collecting, copying.
-        decoded: mean number of coded pictures of the clips that were timed.
-        waiting_ms: time that a worker waits for its reads; 0 where chunks stay in memory.
+        decoded: mean number of decoded pictures per timed clip.
+        waiting_ms: time that a worker waits for its reads; 0 if chunks stay in memory.
         disk_ms: time of the disk, which serves all workers at once.
     """
 
@@ -36,12 +36,12 @@ class ClipCost:
 
 @dataclass(frozen=True, slots=True)
 class ModelDemand:
-    """What the model asks of the loader and of the processor.
+    """Demand of the model for clips and processor time.
 
     Args:
-        clips_per_s: clips that it takes per second, over all training processes; infinite when unknown.
+        clips_per_s: clips per second that all training processes consume; infinite if unknown.
         processes: training processes on this machine.
-        core_ms: processor milliseconds per clip that it takes itself, to compute or to drive a device.
+        core_ms: processor milliseconds per clip that the model uses, to compute or to drive a device.
     """
 
     clips_per_s: float = math.inf
@@ -51,11 +51,11 @@ class ModelDemand:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a machine delivers.
+    """Prediction for a machine.
 
     Args:
-        ceilings: clips per second that each part alone would allow: `workers` (fewer than there are cores, or
-            waiting for the disk), `cores`, `disk`, `trainer` (the training processes' own work), `model`.
+        ceilings: clips per second that each part alone would allow: `workers` (fewer than cores, or waiting
+            for the disk), `cores`, `disk`, `trainer` (the work of the training processes), `model`.
         decode_ms: processor milliseconds per clip in a worker.
         waiting_ms: milliseconds per clip that a worker waits for the disk.
         core_ms: processor milliseconds per clip in all processes together.
@@ -68,20 +68,20 @@ class Forecast:
 
     @property
     def clips_per_s(self) -> float:
-        """The lowest of the ceilings."""
+        """The lowest ceiling."""
         return min(self.ceilings.values())
 
     @property
     def limit(self) -> Limit:
-        """The part that decides; `workers` only where more of them would bring a tenth or more."""
+        """The part with the lowest ceiling; `workers` only if more workers would add a tenth or more."""
         lowest = min(self.ceilings, key=lambda name: self.ceilings[name])
         cores_too = self.ceilings["cores"] < 1.1 * self.ceilings["workers"]
         return "cores" if lowest == "workers" and cores_too else lowest
 
     def workers_for(self, clips_per_s: float) -> int:
-        """Return the number of decode processes that a rate needs; it may exceed the cores on a slow disk.
+        """Return the number of decode processes for a rate; with a slow disk it may exceed the cores.
 
-        Of a rate out of reach, the part that the other ceilings allow counts.
+        The rate is first limited to what the other ceilings allow.
         """
         others = min(rate for name, rate in self.ceilings.items() if name != "workers")
         return max(1, math.ceil(min(clips_per_s, others) * (self.decode_ms + self.waiting_ms) / 1e3))
@@ -90,15 +90,15 @@ class Forecast:
 def forecast(decoded: float, cost: ClipCost, *, cores: int, workers: int, demand: ModelDemand) -> Forecast:
     """Predict the clips per second of a loader.
 
-    A worker reads, waiting, and then decodes; workers share the cores with the training process. The parts
-    overlap fully, since clips are decoded ahead, so the slowest one decides.
+    A worker waits for its reads and then decodes; workers share the cores with the training process. Clips are
+    decoded ahead, so all parts overlap fully and the slowest part determines the rate.
 
     Args:
-        decoded: coded pictures that the mean clip decodes; the measured time of a worker is scaled to it.
-        cost: measured on clips of the same kind.
+        decoded: mean number of decoded pictures per clip; the measured time of a worker is scaled to it.
+        cost: cost measured on clips of the same kind.
         cores: processor cores that this process may use; hyper-threads count as cores.
-        workers: decode processes, of all training processes together.
-        demand: the model's demand.
+        workers: number of decode processes of all training processes.
+        demand: demand of the model.
     """
     decode_ms = cost.worker_ms * decoded / cost.decoded
     core_ms = decode_ms + cost.trainer_ms + demand.core_ms
@@ -114,16 +114,16 @@ def forecast(decoded: float, cost: ClipCost, *, cores: int, workers: int, demand
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A way to make the chunks, and what it would deliver.
+    """A profile and a chunk length, with their forecast.
 
     Args:
         profile: name of the encoding profile.
-        chunk_seconds: length of a chunk.
-        bytes_per_s: bytes per second of video, packet index included.
-        decoded: coded pictures that the mean clip decodes.
-        reads: separate reads of the mean clip, those of the packet index included.
-        read_bytes: bytes of these reads.
-        forecast: what it delivers.
+        chunk_seconds: length of a chunk in seconds.
+        bytes_per_s: bytes per second of video, including the packet index.
+        decoded: mean number of decoded pictures per clip.
+        reads: mean number of reads per clip, including those of the packet index.
+        read_bytes: mean bytes of these reads.
+        forecast: the prediction.
     """
 
     profile: str
@@ -135,7 +135,7 @@ class Candidate:
     forecast: Forecast
 
     def longest_chunk_s(self, read_mb_s: float) -> float:
-        """Return the longest chunk, in seconds, that may be read whole for every clip.
+        """Return the longest chunk, in seconds, for which each clip can read its whole chunk.
 
         AVION, arXiv 2309.16669, equation 3: B x bit rate x T_chunk <= read speed x step time.
 
@@ -148,14 +148,15 @@ class Candidate:
 def recommend(candidates: Sequence[Candidate], *, clips_per_s: float, read_mb_s: float) -> Candidate:
     """Choose a profile, then a chunk length.
 
-    The profile: the smallest files that keep the model busy; where none do, the fastest; without a model, the
-    most clips per second for the bytes. The length, of those that cost less than a twentieth of speed or bytes:
-    the nearest to the paper's 15 s that equation 3 allows, for readers of whole chunks; else the shortest.
+    The profile is the one with the smallest files that keep the model busy; if none does, the fastest; without
+    a model, the one with the most clips per second and byte. Chunk lengths that cost more than a twentieth of
+    speed or bytes are excluded. Of the others, the length nearest to the paper's 15 s that equation 3 allows is
+    chosen, for readers of whole chunks; if it allows none, the shortest.
 
     Args:
         candidates: at least one.
-        clips_per_s: rate that the model takes; infinite when unknown.
-        read_mb_s: sequential read speed of the disk in 10^6 bytes per second; infinite when unknown.
+        clips_per_s: clips per second that the model consumes; infinite if unknown.
+        read_mb_s: sequential read speed of the disk in 10^6 bytes per second; infinite if unknown.
     """
     enough = [c for c in candidates if c.forecast.clips_per_s >= clips_per_s]
     if math.isinf(clips_per_s):

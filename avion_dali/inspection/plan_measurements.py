@@ -1,6 +1,6 @@
-"""Measurements of `avion-dali plan`: the real loader for some seconds, and the disk without its page cache.
+"""Measurements of `avion-dali plan`: runs the loader for some seconds, and reads the disk without page cache.
 
-Decode processes import this module, so Arrow and torch are imported by the functions that need them.
+Decode processes import this module, so Arrow and torch are imported only in the functions that use them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _BLOCK, _TEST_FILE_BYTES = 8 * _MIB, 256 * _MIB
 
 
 def decode_and_note_time(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
-    """Decode a clip as training does, then write the processor time that it took over its first 2 bytes.
+    """Decode a clip as training does, then overwrite its first 2 bytes with the processor time of decoding.
 
-    The measurement throws the pictures away, and the time comes from the worker without a change of the loader.
+    The frames are not needed, and in this way the worker reports its time through the unchanged loader.
 
     Args:
         request: the clip.
@@ -48,16 +48,16 @@ def decode_and_note_time(request: ClipRequest, frames_VTHWC: np.ndarray) -> None
 
 
 def measure_loader(planner: Planner, *, device: torch.device, workers: int, seconds: float) -> ClipCost:
-    """Run the real loader and its real decoder for a while.
+    """Run the loader and the decoder of training for a while.
 
     Args:
-        planner: of the clips to load; training clips of one view.
-        device: where batches are delivered.
-        workers: decode processes.
-        seconds: how long to measure once the loader is running, one batch at least.
+        planner: planner of the clips to load, which are training clips of one view.
+        device: device to which batches are delivered.
+        workers: number of decode processes.
+        seconds: duration of the measurement after the loader has started; at least one batch is measured.
 
     Returns:
-        Processor time per clip. Unlike a rate, it hardly depends on other programs.
+        Processor time per clip, which hardly depends on other programs, unlike a rate.
 
     Raises:
         DecodeError: when a clip cannot be read.
@@ -71,7 +71,9 @@ def measure_loader(planner: Planner, *, device: torch.device, workers: int, seco
     from avion_dali.loading.pool import WorkerPool
 
     request = planner.plan(0, epoch=0)
-    decode_clip(request, np.empty(request.frames_shape, np.uint8))  # names a lost chunk before processes start
+    decode_clip(
+        request, np.empty(request.frames_shape, np.uint8)
+    )  # reports a missing chunk before processes start
     batch = min(max(workers, _BATCH), planner.manifest.num_samples)
     schedule = BatchSchedule(planner.manifest.num_samples, global_batch=batch, micro_batch=batch)
     settings = LoaderSettings(device, CONTEXT_LENGTH, prefetch_batches=_PREFETCH, max_bad_fraction=1.0)
@@ -81,7 +83,7 @@ def measure_loader(planner: Planner, *, device: torch.device, workers: int, seco
         ClipLoader(planner, schedule, pool=pool, strategy=strategy, settings=settings) as loader,
     ):
         batches = loader.batches(0, _ENDLESS)
-        for _ in islice(batches, _PREFETCH + 1):  # these were submitted before all workers had started
+        for _ in islice(batches, _PREFETCH + 1):  # these are scheduled before all workers have started
             pass
         began, core_began = time.perf_counter(), time.process_time()
         notes: list[torch.Tensor] = []
@@ -104,13 +106,13 @@ def disk_test_files(place: Path, chunks: Sequence[Path]) -> Iterator[list[int]]:
 
     Args:
         place: a file, or a folder in which a temporary file of 256 MiB can be written.
-        chunks: files to take instead of `place`; may be empty.
+        chunks: files to use instead of `place`; may be empty.
 
     Yields:
-        File descriptors; none where the page cache cannot be dropped (not Linux).
+        File descriptors; none on systems other than Linux, where the page cache cannot be dropped.
 
     Raises:
-        UserError: when nothing can be read or written there.
+        UserError: when the file cannot be read or written.
     """
     if not hasattr(os, "posix_fadvise"):
         yield []
@@ -121,11 +123,11 @@ def disk_test_files(place: Path, chunks: Sequence[Path]) -> Iterator[list[int]]:
                 file = stack.enter_context(tempfile.NamedTemporaryFile(dir=place, prefix=".disk-test-"))
                 file.writelines(repeat(os.urandom(_BLOCK), _TEST_FILE_BYTES // _BLOCK))
                 file.flush()
-                os.fsync(file.fileno())  # pages that are not yet on the disk cannot be dropped from memory
+                os.fsync(file.fileno())  # only pages that are on the disk can be dropped from memory
                 chunks = [Path(file.name)]
             opened = [stack.enter_context(open(path, "rb")) for path in chunks or [place]]
         except OSError as error:
-            advice = "name a large file, or a folder with 256 MiB to spare"
+            advice = "choose a large file, or a folder with 256 MiB of free space"
             raise UserError(f"--disk {place} cannot be tested ({error}); {advice}") from error
         yield [file.fileno() for file in opened]
 
@@ -133,16 +135,16 @@ def disk_test_files(place: Path, chunks: Sequence[Path]) -> Iterator[list[int]]:
 def read_clips(
     files: Sequence[int], clips: Sequence[Sequence[int]], *, readers: int, seconds: float
 ) -> tuple[float, float]:
-    """Read at random places as clips would, past this machine's page cache.
+    """Read at random offsets as clips do, without this machine's page cache.
 
     Args:
-        files: descriptors.
+        files: file descriptors.
         clips: bytes of every read of each clip.
-        readers: how many read at the same time.
-        seconds: how long.
+        readers: number of simultaneous readers.
+        seconds: duration.
 
     Returns:
-        Milliseconds per clip, and 10^6 bytes per second, over all readers.
+        Milliseconds per clip and 10^6 bytes per second, over all readers together.
     """
     sizes = [os.fstat(file).st_size for file in files]
     for file in files:
@@ -156,7 +158,7 @@ def read_clips(
             for size in clips[int(rng.integers(len(clips)))]:
                 number = int(rng.integers(len(files)))
                 offset = int(rng.integers(max(sizes[number] - size, 0) // _PAGE + 1)) * _PAGE
-                # More than the block: the kernel keeps large pages that a range covers in part only.
+                # Larger than the block, because the kernel keeps large pages that a range covers only in part.
                 around = (max(offset - _MIB, 0), size + 2 * _MIB)
                 os.posix_fadvise(files[number], *around, os.POSIX_FADV_DONTNEED)
                 done[-1] += len(os.pread(files[number], size, offset))

@@ -1,6 +1,7 @@
-"""Samples for `avion-dali plan`: a few chunks of every profile, a manifest over them, and what clips need.
+"""Samples for `avion-dali plan`: a few chunks of each profile, a manifest of them, and the needs of clips.
 
-Every chunk is followed by copies of itself, so that clips cross chunk borders as often as in a data set.
+In the manifest, each chunk is followed by copies of itself, so that clips cross chunk borders as often as in a
+dataset.
 """
 
 from __future__ import annotations
@@ -26,20 +27,21 @@ from avion_dali.data.profiles import PROFILES, ProfileName
 from avion_dali.data.scanning import find_chunk_files, scan_chunks
 from avion_dali.decode.planned_reads import planned_reads
 
-CLIPS = 200  # of a manifest over sampled chunks; the mean of their needs is known to a few percent
+CLIPS = 200  # clips in a manifest of samples; the mean of their needs is then accurate to a few percent
 _TOKENS = (49406, 320, 49407)
 _PROCEDURAL_FPS = 30
-_LINKED = 32  # chunks of a folder
+_LINKED = 32  # chunks that are used of a folder
 
 
 def draw_pictures(*, seconds: float, short_side: int) -> tuple[np.ndarray, Fraction]:
-    """Draw a stretch about as hard to encode as hand-held video.
+    """Draw pictures that are about as hard to encode as hand-held video.
 
-    A scene under a moving camera, a fainter one that moves another way (what motion search cannot predict), and
-    noise. Amplitudes fall with one over the spatial frequency, as in natural images (Field, JOSA A 1987).
+    They show a scene under a moving camera, a fainter scene that moves differently, which motion search cannot
+    predict, and noise. Amplitudes are inversely proportional to spatial frequency, as in natural images (Field,
+    JOSA A 1987).
 
     Args:
-        seconds: length.
+        seconds: length in seconds.
         short_side: height in pixels, a multiple of 16.
 
     Returns:
@@ -62,7 +64,7 @@ def draw_pictures(*, seconds: float, short_side: int) -> tuple[np.ndarray, Fract
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Noise of natural images' spectrum, float32 (height, width), zero mean, unit deviation."""
+    """Return noise with the spectrum of natural images: float32 (height, width), zero mean, unit deviation."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     amplitude = 1 / np.maximum(frequency, 1 / max(height, width))
     picture = np.fft.irfft2(amplitude * np.exp(2j * np.pi * rng.random(amplitude.shape)), (height, width))
@@ -70,11 +72,11 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def video_pictures(video: Path, *, seconds: float, short_side: int) -> tuple[np.ndarray, Fraction]:
-    """Read a stretch from the middle of a video, as the chunker would see it, in the form of `draw_pictures`.
+    """Read pictures from the middle of a video as chunking does, and return them as `draw_pictures` does.
 
     Args:
         video: the file.
-        seconds: length; a shorter video gives what it has.
+        seconds: length in seconds; a shorter video is read whole.
         short_side: short side in pixels, a multiple of 16.
 
     Raises:
@@ -93,20 +95,20 @@ def video_pictures(video: Path, *, seconds: float, short_side: int) -> tuple[np.
     except (DecodeError, ValueError) as error:
         raise UserError(f"--videos: {video} cannot be used: {error}") from error
     if len(planes) < 2:
-        raise UserError(f"--videos: {video} holds fewer than two pictures; give a video")
-    return np.stack(planes), Fraction(max(round(rate), 1))  # averages over a file are a little off
+        raise UserError(f"--videos: {video} has fewer than two pictures; choose another video")
+    return np.stack(planes), Fraction(max(round(rate), 1))  # the average over a file is slightly inexact
 
 
 def encode_samples(
     planes: np.ndarray, fps: Fraction, *, tasks: Sequence[tuple[ProfileName, float, Path]], name: str
 ) -> None:
-    """Encode a stretch of video in several ways at once, one core each.
+    """Encode pictures in several ways in parallel, with one core each.
 
     Args:
         planes: uint8 (F, H * 3 / 2, W), YUV 4:2:0 pictures.
         fps: pictures per second.
-        tasks: (profile, seconds of a chunk, chunk folder) of each way.
-        name: of the video inside the chunk folders.
+        tasks: (profile, chunk length in seconds, chunk folder) of each way.
+        name: name of the video inside the chunk folders.
     """
 
     def encode(task: tuple[ProfileName, float, Path]) -> None:
@@ -119,21 +121,21 @@ def encode_samples(
             path = root / name / f"{number * chunk_seconds:g}.mp4"
             write_chunk(path, frames, profile=PROFILES[profile], fps=fps)
 
-    # Encoders release the interpreter's lock, so threads suffice and share the pictures.
+    # Encoders release the interpreter lock, so threads run in parallel, and they can share the pictures.
     with ThreadPoolExecutor(available_cores()) as threads:
         list(threads.map(encode, tasks))
 
 
 def open_chunks(chunks: Path, scratch: Path, *, clip_seconds: float) -> Manifest:
-    """Open a manifest, or make one over some chunks of a folder, so that a large folder need not be probed.
+    """Open a manifest, or create one from some chunks of a folder, so that a large folder is not probed whole.
 
     Args:
-        chunks: a manifest's folder, or a chunk folder of any size.
-        scratch: where a new manifest goes.
+        chunks: a manifest, or a chunk folder of any size.
+        scratch: folder for a new manifest.
         clip_seconds: length of a clip's span in a new manifest.
 
     Raises:
-        UserError: when the folder is missing or holds no chunk that can be used.
+        UserError: when the folder is missing or contains no usable chunk.
     """
     if (chunks / "manifest.json").is_file():
         return Manifest(chunks)
@@ -149,13 +151,13 @@ def open_chunks(chunks: Path, scratch: Path, *, clip_seconds: float) -> Manifest
 def write_sample_manifest(
     chunk_root: Path, folder: Path, *, clip_seconds: float, chunk_seconds: float | None = None
 ) -> Manifest:
-    """Index chunks; make and open a manifest of clips at random places, some across chunk borders.
+    """Index chunks, then write and open a manifest of clips at random times, some across chunk borders.
 
     Args:
-        chunk_root: folder of chunks; few, since all are probed.
-        folder: where the manifest goes.
+        chunk_root: folder of a few chunks, which are all probed.
+        folder: folder for the manifest.
         clip_seconds: length of a clip's span.
-        chunk_seconds: length that the chunks stand for, of which borders are crossed; by default their own.
+        chunk_seconds: chunk length that determines how often clips cross a border; by default the real length.
 
     Raises:
         UserError: when no chunk can be used.
@@ -180,7 +182,7 @@ def write_sample_manifest(
         rng = np.random.default_rng(0)
         for number in rng.integers(len(lengths), size=CLIPS).tolist():
             length = lengths[number]
-            # Clips begin anywhere; those that begin in the last `clip_seconds` of a chunk cross its border.
+            # Clips start anywhere; those that start in the last `clip_seconds` of a chunk cross its border.
             crosses = rng.random() < clip_seconds / (chunk_seconds or length) or clip_seconds >= length
             low, high = (max(length - clip_seconds, 0), length) if crosses else (0, length - clip_seconds)
             start = float(rng.uniform(low, high))
@@ -195,10 +197,10 @@ def mean_chunk(manifest: Manifest) -> tuple[float, float]:
     """Average over some chunks of a manifest.
 
     Args:
-        manifest: of any size.
+        manifest: a manifest of any size.
 
     Returns:
-        Seconds of a chunk, and bytes per second of video, packet index included.
+        Seconds per chunk, and bytes per second of video, including the packet index.
     """
     rows = np.random.default_rng(0).permutation(manifest.num_chunks)[:CLIPS]
     chunks = [manifest.chunk(row) for row in rows.tolist()]
@@ -212,20 +214,20 @@ def sample_requests(planner: Planner) -> list[ClipRequest]:
     """Plan some clips of a manifest, chosen at random.
 
     Args:
-        planner: of a manifest of any size.
+        planner: planner of a manifest of any size.
     """
     rows = np.random.default_rng(1).permutation(planner.num_clips)[:CLIPS]
     return [planner.plan(row, epoch=0) for row in rows.tolist()]
 
 
 def clip_needs(request: ClipRequest) -> tuple[int, list[int]]:
-    """Return what a clip decodes and reads, as the reader itself plans it.
+    """Return what the decoder decodes and reads for a clip.
 
     Args:
         request: the clip.
 
     Returns:
-        Number of coded pictures that are decoded, and bytes of every read, those of the packet index included.
+        Number of decoded pictures, and bytes of each read, including those of the packet index.
 
     Raises:
         UserError: when a chunk has no packet index.

@@ -1,8 +1,8 @@
-"""Leave the clips of bad chunks out of a manifest.
+"""Removes the clips of bad chunks from a manifest.
 
-The chunk table stays as it is, so that chunks keep their row numbers; the sample table, and stored relevancies
-with it, loses rows. What they were is kept beside them, and later repairs start from that: chunks that were
-restored give their clips back.
+The chunk table does not change, so chunks keep their row numbers; rows are removed from the sample table and
+from stored relevancies. The original files are kept in the same folder, and later repairs start from them, so
+the clips of restored chunks return.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _KEPT_BEFORE = {SAMPLES_FILE: "samples.before-repair.arrow", RELEVANCY_FILE: "re
 
 @dataclass(frozen=True, slots=True)
 class RepairReport:
-    """What a repair did.
+    """Result of a repair.
 
     Args:
-        num_samples: clips that are in the manifest now.
-        removed: clips left out of it.
-        undo: shell command that brings back what was there; empty when nothing is left out.
+        num_samples: clips in the repaired manifest.
+        removed: clips removed from it.
+        undo: shell command that restores the original manifest; empty if no clip is removed.
     """
 
     num_samples: int
@@ -64,10 +64,10 @@ def repair_manifest(folder: str | Path, bad_chunks: Mapping[str, Sequence[str]])
 
     Args:
         folder: the manifest.
-        bad_chunks: by path of the chunk, as the manifest gives it, what is wrong with it.
+        bad_chunks: kinds of errors by path of the chunk, as `Manifest.chunk` returns the path.
 
     Raises:
-        UserError: when the folder is no manifest, a path is none of its chunks, or no clip would be left.
+        UserError: when the folder is not a manifest, a path is not one of its chunks, or no clip would be left.
     """
     folder = Path(folder)
     manifest = Manifest(folder)
@@ -85,8 +85,8 @@ def repair_manifest(folder: str | Path, bad_chunks: Mapping[str, Sequence[str]])
     kept, touched = int(is_good_N.sum()), int((~is_good_N).sum())
     if touched and not kept:
         raise UserError(
-            f"{folder}: no clip is left without the {len(bad_rows)} bad chunks, so nothing was changed; are "
-            f"the chunks really in {manifest.chunk_root}?"
+            f"{folder}: no clip is left without the {len(bad_rows)} bad chunks, so nothing was changed; check "
+            f"that the chunks are in {manifest.chunk_root}"
         )
     removed = manifest.num_samples + manifest.info.get(_REMOVED, 0) - kept
     undo = ""
@@ -136,7 +136,7 @@ def _rows_of(manifest: Manifest, bad_chunks: Mapping[str, Sequence[str]]) -> dic
             rows[row] = full
     unknown = sorted(set(bad_chunks) - set(rows.values()))
     if unknown:
-        raise UserError(f"{unknown[0]} is no chunk of {manifest.folder}")
+        raise UserError(f"{unknown[0]} is not a chunk of {manifest.folder}")
     return rows
 
 

@@ -1,1 +1,1 @@
-"""The supervised worker pool, its shared memory, its fault policy, and the CPU loader."""
+"""The clip loader with its worker pool, shared memory and fault policy, and the strategy for CPU decoding."""

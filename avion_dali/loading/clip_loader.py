@@ -1,4 +1,4 @@
-"""ClipLoader: plans clips, has the pool work on them ahead, and yields `ClipBatch`es in order."""
+"""The clip loader plans clips, lets the pool decode them ahead, and yields `ClipBatch`es in order."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from avion_dali.loading.strategy import LoaderStrategy, PendingBatch, RefusedRow
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How a loader runs.
+    """Settings of a loader.
 
     Args:
-        device: where batches are delivered.
+        device: device to which batches are delivered.
         context_length: text tokens per row; 0 for none.
-        prefetch_batches: micro-batches that workers are ahead.
+        prefetch_batches: number of micro-batches that workers decode ahead.
         max_bad_fraction: see `FaultPolicy`.
         quarantine: see `FaultPolicy`.
     """
@@ -43,22 +43,22 @@ class LoaderSettings:
 
 
 class ClipLoader(Generic[Result]):
-    """The micro-batches of one rank.
+    """Delivers the micro-batches of one rank.
 
-    `for batch in loader` delivers one epoch, and the same loop again the next epoch. A loop may be left at any
-    batch: the next loop begins with the first batch of the same epoch, or with the next epoch when all batches
-    had been delivered. A new iteration ends all former ones of the same loader. `batches` delivers optimizer
-    steps across the borders of epochs instead, without a pause between epochs.
+    `for batch in loader` delivers one epoch, and the next such loop delivers the next epoch. A loop may be left
+    at any batch: the next loop then starts with the first batch of the same epoch, or of the next epoch if all
+    batches were delivered. A new iteration ends all earlier iterations of the same loader. `batches` delivers
+    the batches of optimizer steps instead, without a pause between epochs.
 
-    A delivered batch belongs to the receiver: later batches do not overwrite it.
+    A delivered batch belongs to the receiver; later batches do not overwrite it.
 
     Args:
-        planner: makes requests of clips.
-        schedule: which clips form which micro-batch.
-        pool: worker processes, possibly shared with other loaders.
-        strategy: how clips become frames.
-        settings: device, prefetching, fault limits.
-        owns_pool: whether closing the loader ends the processes too; else they belong to the caller.
+        planner: makes clip requests.
+        schedule: assigns clips to micro-batches.
+        pool: worker processes, which other loaders may share.
+        strategy: how the loader obtains frames.
+        settings: device, prefetching and fault limits.
+        owns_pool: whether `close` also ends the processes; otherwise the caller must end them.
 
     Raises:
         UserError: when the machine's shared memory is too small.
@@ -83,15 +83,15 @@ class ClipLoader(Generic[Result]):
             seed=schedule.seed,
             quarantine=settings.quarantine,
         )
-        # A batch keeps its slot until it is delivered; one more is read while the others are written.
+        # A batch keeps its slot until it is delivered; one more slot is read while the others are written.
         slots = settings.prefetch_batches + strategy.depth + 1
         self._ring = SharedRing(slots, (schedule.micro_batch, *planner.rules.clip_shape))
         self._in_slots: list[PendingBatch[Result] | None] = [None] * slots
         strategy.open(self._ring, settings.device, self.stats)
-        self._begun = 0  # batches begun in all iterations; they take the slots in turn
-        self._iteration = 0  # the latest iteration; 0 is none
+        self._begun = 0  # number of batches begun in all iterations; they use the slots in turn
+        self._iteration = 0  # number of the latest iteration; 0 before the first one
         self._is_closed = False
-        # Micro-batches over all epochs: the first one of the next iteration, and the one to be delivered next.
+        # Micro-batches counted over all epochs: the first of the next iteration, and the next to be delivered.
         self._start = self._next = 0
 
     def __enter__(self) -> ClipLoader[Result]:
@@ -101,7 +101,7 @@ class ClipLoader(Generic[Result]):
         self.close()
 
     def __len__(self) -> int:
-        """Micro-batches per epoch on this rank; the same on every rank."""
+        """Return the number of micro-batches per epoch, which is the same on every rank."""
         return self.steps_per_epoch * self.accum_steps
 
     def __iter__(self) -> Iterator[ClipBatch]:
@@ -110,7 +110,7 @@ class ClipLoader(Generic[Result]):
         At the end of an evaluation on several ranks, a rank's last batch may be short or empty.
 
         Raises:
-            RuntimeError: when the loader is closed, or, from a former iteration, when another one began since.
+            RuntimeError: when the loader is closed, or another iteration has started since.
             UserError: when too many samples cannot be read, or worker processes cannot run.
         """
         first = self._next = self._start
@@ -128,14 +128,14 @@ class ClipLoader(Generic[Result]):
         return self.schedule.accum_steps
 
     def batches(self, first_step: int, last_step: int) -> Iterator[ClipBatch]:
-        """Yield the micro-batches of steps [first_step, last_step), `accum_steps` for each.
+        """Yield the micro-batches of steps [first_step, last_step), `accum_steps` per step.
 
         Args:
-            first_step: optimizer step counted over all epochs; where a resumed run goes on.
+            first_step: optimizer step counted over all epochs, at which a resumed run continues.
             last_step: one past the last step.
 
         Raises:
-            RuntimeError: when the loader is closed, or, from a former iteration, when another one began since.
+            RuntimeError: when the loader is closed, or another iteration has started since.
             UserError: when too many samples cannot be read, or worker processes cannot run.
         """
         first = self._next = first_step * self.accum_steps
@@ -143,9 +143,9 @@ class ClipLoader(Generic[Result]):
         return self._begin_iteration(first, last_step * self.accum_steps)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; without it, epochs follow one another.
+        """Choose the epoch of the next iteration; by default, epochs follow one another.
 
-        The epoch of a loaded state keeps the place within it.
+        If a loaded state is of the same epoch, its position within the epoch is kept.
 
         Args:
             epoch: epoch number, >= 0.
@@ -154,29 +154,30 @@ class ClipLoader(Generic[Result]):
             self._start = self._next = epoch * len(self)
 
     def state_dict(self) -> State:
-        """Return where the iteration stands: after the batches that were delivered, not those worked on ahead.
+        """Return the position after the delivered batches; batches that are decoded ahead do not count.
 
         Returns:
-            Plain numbers, the same on every rank, for `load_state_dict` of a loader that may have other
-            workers, ranks and batch sizes, and another decoder. After the last batch of an epoch it is the
-            beginning of the next one.
+            Plain numbers, the same on every rank, for `load_state_dict` of a loader that may have another
+            decoder and other numbers of workers, ranks and clips per batch. After the last batch of an epoch,
+            the position is the beginning of the next epoch.
         """
         return state_at(self._next, self.schedule, fingerprint=self._planner.manifest.fingerprint)
 
     def load_state_dict(self, state: Mapping[str, int | bool]) -> None:
-        """Begin the next iteration with the batch after those that a state counts.
+        """Start the next iteration at the position of a state.
 
         Args:
             state: from `state_dict`.
 
         Raises:
-            UserError: when it is the state of other clips, or lies within a global batch of this loader.
+            UserError: when the state belongs to other clips, or its position is within a global batch of this
+                loader.
         """
         fingerprint = self._planner.manifest.fingerprint
         self._start = self._next = position_of(state, self.schedule, fingerprint=fingerprint)
 
     def close(self) -> None:
-        """Release the shared memory and end processes of the loader's own; may be called twice."""
+        """Release the shared memory, and end the processes if the loader owns them; may be called twice."""
         self._is_closed = True
         if self._owns_pool:
             self._pool.close()
@@ -188,7 +189,7 @@ class ClipLoader(Generic[Result]):
         return self._deliver(self._iteration, first, last=last)
 
     def _deliver(self, iteration: int, first: int, *, last: int) -> Iterator[ClipBatch]:
-        """Yield micro-batches [first, last), counted over all epochs, as the given iteration of this loader."""
+        """Yield micro-batches [first, last), counted over all epochs, while this iteration is the latest."""
         prefetch, depth = self.settings.prefetch_batches, self._strategy.depth
         begun: deque[PendingBatch[Result]] = deque()
         started: deque[PendingBatch[Result]] = deque()
@@ -210,14 +211,14 @@ class ClipLoader(Generic[Result]):
         if self._is_closed:
             raise RuntimeError("the loader is closed; open a new one")
         if iteration != self._iteration:
-            raise RuntimeError("another iteration of the same loader began, which ended this one")
+            raise RuntimeError("another iteration of the same loader has started, which ended this one")
 
     def _begin(self, number: int) -> PendingBatch[Result]:
-        """Plan the clips of a micro-batch and hand them to the pool."""
+        """Plan the clips of a micro-batch and schedule them in the pool."""
         slot = self._begun % self._ring.slots
         self._begun += 1
         if (former := self._in_slots[slot]) is not None:
-            # When its iteration was left, workers may still be writing here.
+            # If its iteration was left early, workers may still be writing to the slot.
             for ticket in former.tickets:
                 self._pool.wait_until_over(ticket)
         self._strategy.wait_until_free(slot)
@@ -231,7 +232,7 @@ class ClipLoader(Generic[Result]):
         return batch
 
     def _settle(self, batch: PendingBatch[Result], rows: Iterable[int]) -> None:
-        """Wait for the clips of some rows; one that fails is replaced, or its row becomes invalid."""
+        """Wait for the clips of some rows; a clip that fails is replaced, or its row becomes invalid."""
         for row in rows:
             while batch.valid[row]:
                 try:
@@ -239,7 +240,9 @@ class ClipLoader(Generic[Result]):
                     break
                 except PoolBrokenError:
                     self._schedule_again(batch, row)
-                except Exception as error:  # the process boundary; other errors than a clip's are raised again
+                except (
+                    Exception
+                ) as error:  # the process boundary; errors not caused by the clip are raised again
                     self._replace(batch, row, failure=failure_of(error, batch.requests[row]))
 
     def _schedule_again(self, batch: PendingBatch[Result], row: int) -> None:
@@ -247,7 +250,7 @@ class ClipLoader(Generic[Result]):
         batch.tickets[row] = self._pool.schedule(self._strategy.task, request, place)
 
     def _replace(self, batch: PendingBatch[Result], row: int, *, failure: ClipError) -> None:
-        """Schedule another sample in a failed clip's place; in evaluation make the row invalid."""
+        """Schedule a substitute for a failed clip; in evaluation, make its row invalid instead."""
         self.stats.failures[failure.kind] += 1
         if not self.schedule.training:
             batch.valid[row], batch.results[row] = False, None
@@ -267,7 +270,7 @@ class ClipLoader(Generic[Result]):
             self._schedule_again(batch, row)
 
     def _finish(self, batch: PendingBatch[Result]) -> ClipBatch:
-        """Put a batch together and count it as delivered."""
+        """Assemble a batch and count it as delivered."""
         while True:
             try:
                 frames_BTHWC = self._strategy.frames(batch)
@@ -294,7 +297,7 @@ class ClipLoader(Generic[Result]):
         )
 
     def _on_device(self, values: np.ndarray | None) -> torch.Tensor | None:
-        """Return the numbers on the device; from pinned memory, so that a GPU's stream is not waited for."""
+        """Copy numbers to the device, through pinned memory so that the host does not wait for a GPU."""
         if values is None:
             return None
         values_X = torch.from_numpy(values)
@@ -304,5 +307,5 @@ class ClipLoader(Generic[Result]):
 
 
 def _ids_or_none(ids: list[int]) -> np.ndarray | None:
-    """Return ids as an int64 array; None when no row has one."""
+    """Return ids as an int64 array, or None if no row has an id."""
     return np.array(ids, dtype=np.int64) if any(number >= 0 for number in ids) else None

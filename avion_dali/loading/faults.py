@@ -1,4 +1,4 @@
-"""The fault policy: failures are counted, written to a file, replaced deterministically, and bounded."""
+"""The fault policy: counts and records failed clips, chooses substitutes, and limits the number of failures."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pebble import ProcessExpired
 from avion_dali.contracts import ClipError, ClipRequest, DecodeError, FailureKind, UserError
 from avion_dali.data.randomness import generator
 
-# A small data set must survive a single bad file whatever its share.
+# Even in a small dataset, a single bad file must not stop the run.
 ALWAYS_TOLERATED = 8
 MAX_ATTEMPTS = 8
 
 
 @dataclass(slots=True)
 class LoaderStats:
-    """What a loader has done so far.
+    """Counts of a loader since it was opened.
 
     Args:
-        delivered: clips handed to the model.
-        replaced: of these, substitutes for clips that could not be read.
+        delivered: delivered clips.
+        replaced: delivered clips that are substitutes for unreadable ones.
         invalid: rows delivered as invalid (evaluation only).
         failures: failed clips by kind.
-        decode_s: seconds workers spent on delivered clips.
-        decoded_on_cpu: clips that `--decoder dali` left to `cpu-fused`.
+        decode_s: seconds that workers spent on delivered clips.
+        decoded_on_cpu: clips that `cpu-fused` decoded because DALI cannot, with `--decoder dali`.
     """
 
     delivered: int = 0
@@ -44,10 +44,10 @@ class FaultPolicy:
     """Chooses substitutes and limits how many samples may fail.
 
     Args:
-        num_samples: rows of the manifest, however many clips are made from each.
-        max_bad_fraction: share of these rows that may fail before the run stops; 0 stops at the first.
-        seed: the run's seed, for substitutes.
-        quarantine: file that gets one JSON line per failed clip; None writes none.
+        num_samples: rows of the manifest, regardless of the number of clips per row.
+        max_bad_fraction: fraction of these rows that may fail before the run stops; 0 stops at the first one.
+        seed: seed of the run, which determines substitutes.
+        quarantine: file to which one JSON line per failed clip is appended; None writes no file.
     """
 
     def __init__(
@@ -58,24 +58,24 @@ class FaultPolicy:
         self._bad_samples: set[int] = set()
 
     def substitute(self, sample_id: int, epoch: int, attempt: int) -> int:
-        """Return the sample to read instead: the same for any worker count, rank count or resume.
+        """Return the sample to read instead, which does not depend on workers, ranks or resuming.
 
         Args:
-            sample_id: the sample of the batch's plan.
+            sample_id: the planned sample.
             epoch: its epoch.
-            attempt: 0 for the first substitute, 1 when that failed too, and so on.
+            attempt: 0 for the first substitute, 1 for the second after the first one failed, and so on.
         """
         draws = generator("substitute", seed=self.seed, epoch=epoch, index=sample_id)
         return int(draws.integers(0, self.num_samples, size=attempt + 1)[-1])
 
     def record(self, error: ClipError) -> None:
-        """Count a failed clip's sample, once however many of its clips fail, and write the failure down.
+        """Record a failed clip in the quarantine, and count its sample unless it is already counted.
 
         Args:
             error: the failure.
 
         Raises:
-            UserError: when more distinct samples failed than is allowed.
+            UserError: when more distinct samples have failed than are allowed.
         """
         if self.quarantine is not None:
             self._write(self.quarantine, json.dumps(dataclasses.asdict(error)))
@@ -105,8 +105,8 @@ class FaultPolicy:
         """
         return UserError(
             f"{MAX_ATTEMPTS} samples in a row could not be read, the last {error.path}: {error.kind}: "
-            f"{error.cause}; is the chunk folder still there? "
-            "When it moved, change chunk_root in the manifest's manifest.json"
+            f"{error.cause}; check that the chunk folder exists; "
+            "if it was moved, change chunk_root in the manifest's manifest.json"
         )
 
 
@@ -114,14 +114,14 @@ def failure_of(error: Exception, request: ClipRequest) -> ClipError:
     """Describe the failure of a clip's task.
 
     Args:
-        error: what the task raised, or how its process ended.
-        request: the clip that was asked for.
+        error: the exception of the task, or of its process.
+        request: the requested clip.
 
     Returns:
-        The failure, without a substitute.
+        The clip error, without a substitute.
 
     Raises:
-        Exception: the error itself, when no file or process of a clip caused it.
+        Exception: the error itself, when it was not caused by a clip's file or process.
     """
     path, frame_ids = request.parts[0].chunk.path, request.parts[0].frame_ids
     kind: FailureKind

@@ -1,4 +1,4 @@
-"""Decoding on CPU cores: workers write frames into shared memory, whole slots are copied to the device."""
+"""Decoding on CPU cores: workers write frames into shared memory, from which slots are copied to the device."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from avion_dali.loading.worker import DecodeClip, decode_into
 
 
 class FramesStrategy:
-    """A `LoaderStrategy` whose tasks decode clips and return the seconds spent.
+    """A `LoaderStrategy` whose tasks decode clips and return the decoding time in seconds.
 
-    On CUDA the ring is registered as pinned memory and copies have a stream of their own, so they run beside
-    the model's kernels; an event per slot tells when the slot may be written again. On CPU a copy is a plain
-    memory copy.
+    On CUDA, the ring is registered as pinned memory and copies use a separate stream, so they run in parallel
+    with the model's kernels; an event per slot marks when the slot may be written again. On the CPU, a copy is
+    a plain memory copy.
 
     Args:
-        decode_clip: a decoder's function, which workers import by name.
+        decode_clip: the function of a decoder, which workers import by name.
     """
 
     depth = 0
@@ -29,12 +29,12 @@ class FramesStrategy:
         self.task = partial(decode_into, decode_clip)
 
     def open(self, ring: SharedRing, device: torch.device, stats: LoaderStats) -> None:
-        """Get ready to copy slots.
+        """Prepare for copying slots.
 
         Args:
-            ring: where tasks write.
-            device: where frames are delivered.
-            stats: where the time of decoding is counted.
+            ring: shared memory to which tasks write.
+            device: device to which frames are delivered.
+            stats: counts to which decoding time is added.
 
         Raises:
             RuntimeError: when the ring's memory cannot be pinned.
@@ -50,16 +50,16 @@ class FramesStrategy:
                 raise RuntimeError(f"cudaHostRegister failed with code {int(check)}")
 
     def wait_until_free(self, slot: int) -> None:
-        """Return when a slot's last copy to the device has finished.
+        """Wait until a slot's last copy to the device has finished.
 
         Args:
-            slot: which slot of the ring.
+            slot: number of the slot.
         """
         if (event := self._copied[slot]) is not None:
             event.synchronize()
 
     def start(self, batch: PendingBatch[float]) -> None:
-        """Do nothing: the frames are in the ring already.
+        """Do nothing, since the frames are already in the ring.
 
         Args:
             batch: the batch.
@@ -72,7 +72,7 @@ class FramesStrategy:
             batch: the batch.
 
         Returns:
-            uint8 (B*V, T, H, W, C) on the device, the caller's to keep; zeros for invalid rows.
+            uint8 (B*V, T, H, W, C) on the device, not overwritten later; zeros for invalid rows.
         """
         self._stats.decode_s += sum(seconds for seconds in batch.results if seconds)
         in_ring_BVTHWC = self._slots[batch.slot][: len(batch.requests)]
@@ -85,13 +85,13 @@ class FramesStrategy:
             on_device_BTHWC = frames_BTHWC.to(self._device, non_blocking=True)
             event.record()
         model_stream.wait_event(event)
-        # The memory was allocated on the copy stream: it may be reused only after the model's kernels.
+        # The memory was allocated on the copy stream; it may be reused only after the model's kernels.
         on_device_BTHWC.record_stream(model_stream)
         self._copied[batch.slot] = event
         return on_device_BTHWC
 
     def discard(self) -> None:
-        """Do nothing: no batch is kept here."""
+        """Do nothing, since this strategy keeps no batches."""
 
     def close(self) -> None:
         """Finish all copies and unpin the memory; may be called twice."""

@@ -1,4 +1,4 @@
-"""Where an iteration stands, as plain values that fit any number of workers and ranks, and any decoder."""
+"""The position of an iteration as plain values, for any number of workers and ranks and any decoder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def state_at(number: int, schedule: BatchSchedule, *, fingerprint: int) -> State
     """Describe the position before a micro-batch.
 
     Args:
-        number: which micro-batch of a rank comes next, counted over all epochs.
-        schedule: what forms batches.
-        fingerprint: of the manifest.
+        number: number of a rank's next micro-batch, counted over all epochs.
+        schedule: assigns clips to batches.
+        fingerprint: fingerprint of the manifest.
 
     Returns:
-        The epoch, the clips of it that all ranks together have consumed, what must agree when the state is used
-        again, and the sizes of batches, which matter only within an optimizer step.
+        The epoch, the number of its clips that all ranks together have consumed, the facts that must agree when
+        the state is loaded, and the sizes of batches, which matter only within an optimizer step.
     """
     step, micro = divmod(number, schedule.accum_steps)
     epoch, step_of_epoch = divmod(step, schedule.steps_per_epoch)
@@ -36,39 +36,39 @@ def state_at(number: int, schedule: BatchSchedule, *, fingerprint: int) -> State
 
 
 def position_of(state: Mapping[str, int | bool], schedule: BatchSchedule, *, fingerprint: int) -> int:
-    """Return which micro-batch of this rank comes next, counted over all epochs.
+    """Return the number of this rank's next micro-batch, counted over all epochs.
 
     Args:
-        state: from `state_at`, of a schedule that may have other sizes and ranks.
-        schedule: what forms batches now.
-        fingerprint: of the manifest.
+        state: from `state_at`, with a schedule that may have other sizes and ranks.
+        schedule: assigns clips to batches from now on.
+        fingerprint: fingerprint of the manifest.
 
     Raises:
-        UserError: when the state belongs to other clips, or its position lies within a batch of this schedule.
+        UserError: when the state belongs to other clips, or its position is within a batch of this schedule.
     """
     facts, sizes = _facts(schedule, fingerprint), _sizes(schedule)
     missing = sorted({"epoch", "clips_consumed", *facts, *sizes} - state.keys())
     if missing:
-        raise UserError(f"this is not the state of a clip loader: it lacks {', '.join(missing)}")
+        raise UserError(f"this is not the state of a clip loader: {', '.join(missing)} missing")
     for name, value in facts.items():
         if state[name] != value:
             raise UserError(
-                f"the state was taken from a loader with {name} = {state[name]}, and this one has {value}: it "
+                f"the state belongs to a loader with {name} = {state[name]}, but this loader has {value} and "
                 "would deliver other clips; open it with the same manifest and settings"
             )
     consumed, per_micro = state["clips_consumed"], schedule.micro_batch * schedule.world_size
     first_step = state["epoch"] * schedule.steps_per_epoch
     if consumed % state["global_batch"]:
-        # The ranks' shares are contiguous: what was consumed within a step is no prefix of the epoch's order.
+        # Ranks take contiguous parts of a step: clips consumed within one are no prefix of the epoch's order.
         if sizes != {name: state[name] for name in sizes}:
             was = ", ".join(f"{name} = {state[name]}" for name in sizes)
             raise UserError(
-                f"the state was taken between the micro-batches of one step and fits a loader with {was} only; "
-                "use that, or a state taken between two steps"
+                f"the state was saved between the micro-batches of one step and fits only a loader with {was}; "
+                "use these sizes, or a state saved between two steps"
             )
     elif consumed % schedule.global_batch:
         raise UserError(
-            f"the state was taken after {consumed} clips of epoch {state['epoch']}, which is no multiple of "
+            f"the state was saved after {consumed} clips of epoch {state['epoch']}, which is not a multiple of "
             f"this loader's global batch, {schedule.global_batch}; {_sizes_that_fit(consumed, schedule)}"
         )
     step, rest = divmod(consumed, schedule.global_batch)
@@ -97,6 +97,6 @@ def _sizes_that_fit(consumed: int, schedule: BatchSchedule) -> str:
     ranks = schedule.world_size
     fitting = [size for size in range(ranks, consumed + 1, ranks) if consumed % size == 0]
     if not fitting:
-        return f"no global batch fits {ranks} ranks, take another number of them"
+        return f"no global batch fits {ranks} ranks; use another number of ranks"
     nearest = sorted(fitting, key=lambda size: abs(size - schedule.global_batch))[:_MOST_SIZES_NAMED]
     return f"global batches that fit {ranks} rank{'s' * (ranks > 1)}: {', '.join(map(str, sorted(nearest)))}"

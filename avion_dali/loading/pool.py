@@ -1,7 +1,7 @@
-"""The one supervised pool of worker processes, for any task.
+"""The supervised pool of worker processes, for any task.
 
-Each task has the pool's time limit. A task that exceeds it, or whose process dies, fails alone: its process is
-replaced and the other tasks go on.
+All tasks have the same time limit. If a task exceeds it or its process dies, only this task fails: the process
+is replaced and the other tasks continue.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 
 def default_workers(ranks_on_machine: int = 1) -> int:
-    """Return this rank's share of the cores that this process may use, at least one.
+    """Return the number of usable cores divided by the ranks on this machine, at least 1.
 
     Args:
         ranks_on_machine: training processes on this machine.
@@ -42,16 +42,16 @@ def default_workers(ranks_on_machine: int = 1) -> int:
 
 
 class PoolBrokenError(Exception):
-    """The pool lost its processes before a task ended; the task itself did not cause this."""
+    """The pool lost its processes before a task ended, and the task did not cause this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket(Generic[Result]):
-    """A task that was handed to a pool.
+    """A task that was scheduled in a pool.
 
     Args:
-        future: what the task returns, or how it failed.
-        generation: which set of processes it was handed to.
+        future: the result of the task, or its error.
+        generation: number of restarts of the pool when the task was scheduled.
     """
 
     future: Future[Result]
@@ -73,7 +73,7 @@ class _RecordingSpawn(SafeSpawn):
         return process
 
     def kill_all(self) -> None:
-        """Kill all processes that run."""
+        """Kill all running processes."""
         for process in self.processes:
             if process.is_alive():
                 process.kill()
@@ -82,7 +82,7 @@ class _RecordingSpawn(SafeSpawn):
 class WorkerPool:
     """Worker processes, which all loaders of a rank can share.
 
-    Processes are spawned, not forked: a forked child of a process that holds CUDA or threads may hang. A
+    Processes are spawned, not forked, because a forked child of a process with CUDA or threads may hang. A
     spawned child imports the program's main module, so that module needs `if __name__ == "__main__":`.
 
     Args:
@@ -109,13 +109,13 @@ class WorkerPool:
 
         Args:
             task: a function that can be imported by name, or a `functools.partial` of one.
-            *arguments: what it is called with; they are pickled.
+            *arguments: arguments of the function, which must be picklable.
 
         Returns:
-            What to wait for with `wait`.
+            A ticket for `wait`.
 
         Raises:
-            UserError: when the worker processes cannot start, or die one after another.
+            UserError: when the worker processes cannot start, or repeatedly die.
         """
         if not self._pool.active:
             self._restart()
@@ -130,18 +130,18 @@ class WorkerPool:
             ticket: from `schedule`.
 
         Returns:
-            What the task returned.
+            The return value of the task.
 
         Raises:
-            PoolBrokenError: the processes were lost; schedule the task again.
-            UserError: when the worker processes cannot start, or die one after another.
-            Exception: what the task raised, `concurrent.futures.TimeoutError`, or `pebble.ProcessExpired`.
+            PoolBrokenError: when the processes were lost; the task must be scheduled again.
+            UserError: when the worker processes cannot start, or repeatedly die.
+            Exception: the exception of the task, `concurrent.futures.TimeoutError` or `pebble.ProcessExpired`.
         """
         began = time.monotonic()
         while not ticket.future.done():
             futures.wait([ticket.future], timeout=_POLL_S)
-            # A task that a dying process had just taken is never reported: when no task at all has ended for
-            # longer than one may take, something was lost.
+            # A task that a process had just received when it died is never reported. If no task has ended for
+            # longer than the time limit of a task, such a task is assumed.
             silent_s = time.monotonic() - max(began, self._last_done)
             lost = ticket.generation != self._generation or not self._pool.active
             if not ticket.future.done() and (lost or silent_s > self._timeout_s + _GRACE_S):
@@ -156,13 +156,13 @@ class WorkerPool:
         return result
 
     def wait_until_over(self, ticket: Ticket[Any]) -> None:
-        """Return when a task no longer runs, whatever became of it.
+        """Wait until a task no longer runs, and ignore its result or error.
 
         Args:
             ticket: from `schedule`.
 
         Raises:
-            UserError: when worker processes die one after another.
+            UserError: when the worker processes cannot start, or repeatedly die.
         """
         if ticket.future.done():
             return
@@ -170,7 +170,7 @@ class WorkerPool:
             self.wait(ticket)
         except UserError:
             raise
-        except Exception:  # the process boundary: nobody wants this task's result, nor how it failed
+        except Exception:  # the process boundary: neither the result nor the error of this task is needed
             return
 
     def close(self) -> None:
@@ -186,10 +186,10 @@ class WorkerPool:
         return pool
 
     def _restart(self) -> None:
-        """Replace all processes after an idle one died, which breaks pebble's pool.
+        """Replace all processes after an idle process died, which breaks pebble's pool.
 
         Raises:
-            UserError: when that does not help.
+            UserError: when the processes cannot start, or repeatedly die.
         """
         self.close()
         self._generation += 1
@@ -204,12 +204,12 @@ class WorkerPool:
         self._pool = self._start()
 
     def _loss(self) -> Exception:
-        """Return the error that says why the processes were lost."""
+        """Return the error with the reason for which the processes were lost."""
         if all(process.exitcode != MISSING_MAIN_GUARD for process in self._spawn.processes):
             return PoolBrokenError()
         return UserError(
-            "worker processes import the main module again, and this one starts worker processes whenever it "
-            'is imported; put the code that does so under `if __name__ == "__main__":`'
+            "worker processes import the main module again, and this module starts worker processes whenever "
+            'it is imported; put the code that starts them under `if __name__ == "__main__":`'
         )
 
 

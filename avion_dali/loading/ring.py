@@ -23,12 +23,12 @@ _MEMORY_FOLDER = "/dev/shm"
 
 
 class Place(NamedTuple):
-    """Where in shared memory a worker writes one clip; a tuple, which is pickled faster than a dataclass.
+    """The place of one clip in shared memory; a tuple, which is pickled faster than a dataclass.
 
     Args:
         memory_name: reference to the shared memory, for `open_memory`.
         offset: first byte.
-        num_bytes: length; exactly enough for the clip's decoded frames.
+        num_bytes: length in bytes, exactly that of the clip's decoded frames.
     """
 
     memory_name: str
@@ -40,7 +40,7 @@ class SharedRing:
     """Equal slots of shared memory, one micro-batch each.
 
     Args:
-        slots: how many micro-batches fit.
+        slots: number of micro-batches.
         slot_shape: shape of one micro-batch, (B, V, T, H, W, C), uint8.
 
     Raises:
@@ -66,8 +66,8 @@ class SharedRing:
         """Return the place of one clip.
 
         Args:
-            slot: which micro-batch.
-            row: which clip of it.
+            slot: number of the micro-batch's slot.
+            row: row of the clip in the micro-batch.
         """
         return Place(self.name, slot * self.slot_bytes + row * self.clip_bytes, self.clip_bytes)
 
@@ -75,7 +75,7 @@ class SharedRing:
         """Return one micro-batch as a uint8 view of `slot_shape`; valid until `close`.
 
         Args:
-            slot: which micro-batch.
+            slot: number of the micro-batch's slot.
         """
         start = slot * self.slot_bytes
         return self._bytes[start : start + self.slot_bytes].reshape(self.slot_shape)
@@ -85,7 +85,7 @@ class SharedRing:
         return self._bytes
 
     def close(self) -> None:
-        """Give the memory back to the machine; may be called twice."""
+        """Release the memory; may be called twice."""
         self._bytes = np.empty(0, np.uint8)
         self._release()
 

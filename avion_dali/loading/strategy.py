@@ -1,4 +1,4 @@
-"""What a clip loader leaves to its decoder: what a worker does for a clip, and how results become frames."""
+"""The interface between a clip loader and a strategy: tasks of workers, and frames from their results."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True)
 class PendingBatch(Generic[Result]):
-    """A micro-batch whose clips are being worked on.
+    """A micro-batch whose clips are being decoded.
 
     Args:
-        number: which micro-batch of this rank, counted over all epochs.
-        epoch: the epoch it belongs to.
-        slot: which slot of the ring it uses.
-        requests: one per row; that of a substitute where one was needed.
+        number: number of the micro-batch on this rank, counted over all epochs.
+        epoch: its epoch.
+        slot: number of its slot in the ring.
+        requests: one clip request per row; for a replaced clip, the request of the substitute.
         valid: bool (B,), False for a row that could not be read and is not replaced.
-        tickets: what to wait for, one per row.
-        results: what the rows' tasks returned; None until then, and for invalid rows.
-        planned_ids: the samples of the schedule, one per row.
-        attempts: substitutes tried for each row.
-        errors: failures met so far.
+        tickets: one ticket per row.
+        results: results of the rows' tasks; None before the task ends, and for invalid rows.
+        planned_ids: the planned sample ids, one per row.
+        attempts: number of substitutes tried per row.
+        errors: clip errors so far.
     """
 
     number: int
@@ -52,10 +52,10 @@ class PendingBatch(Generic[Result]):
 
 
 class RefusedRowsError(Exception):
-    """Rows of a batch turned out to be undecodable after their tasks had succeeded.
+    """Some rows of a batch cannot be decoded although their tasks succeeded.
 
     Args:
-        failures: what happened, by row.
+        failures: clip errors by row.
     """
 
     def __init__(self, failures: Mapping[int, ClipError]) -> None:
@@ -68,37 +68,37 @@ class LoaderStrategy(Protocol[Result]):
 
     @property
     def depth(self) -> int:
-        """Batches that are kept between `start` and `frames` so that decoding overlaps with training."""
+        """Number of batches between `start` and `frames`, so that decoding overlaps with training."""
 
     @property
     def task(self) -> Callable[[ClipRequest, Place], Result]:
-        """What a worker does for one clip; it may write to the clip's place in the ring."""
+        """The function that a worker calls per clip; it may write to the clip's place in the ring."""
 
     def open(self, ring: SharedRing, device: torch.device, stats: LoaderStats) -> None:
-        """Get ready for batches.
+        """Prepare for batches.
 
         Args:
-            ring: where tasks write.
-            device: where frames are delivered.
-            stats: where the time and the kind of decoding are counted.
+            ring: shared memory to which tasks write.
+            device: device to which frames are delivered.
+            stats: counts to which decoding is added.
         """
 
     def wait_until_free(self, slot: int) -> None:
-        """Return when a slot is no longer read and its tasks may write to it.
+        """Wait until a slot is no longer read, so that tasks may write to it.
 
         Args:
-            slot: which slot of the ring.
+            slot: number of the slot.
         """
 
     def start(self, batch: PendingBatch[Result]) -> None:
-        """Begin to decode a batch whose tasks have all ended; called only where `depth` is not 0.
+        """Start decoding a batch whose tasks have all ended; called only if `depth` is not 0.
 
         Args:
             batch: the batch.
         """
 
     def frames(self, batch: PendingBatch[Result]) -> torch.Tensor:
-        """Return the frames of the batch that was started first.
+        """Return the frames of a batch; batches are passed in the order of `start`.
 
         Args:
             batch: the batch.
@@ -107,12 +107,12 @@ class LoaderStrategy(Protocol[Result]):
             uint8 (B*V, T, H, W, C) on the device; zeros for invalid rows.
 
         Raises:
-            RefusedRowsError: when some rows cannot be decoded. Replace them or make them invalid, and call
-                again.
+            RefusedRowsError: when some rows cannot be decoded. The caller must replace them or make them
+                invalid, and call this method again.
         """
 
     def discard(self) -> None:
-        """Forget all batches that were started."""
+        """Discard all batches that were started."""
 
     def close(self) -> None:
-        """Release what `open` took; may be called twice."""
+        """Release the resources of `open`; may be called twice."""

@@ -1,4 +1,4 @@
-"""What runs inside a worker process. Imports stay light: numpy and PyAV, never torch."""
+"""Functions that run in worker processes. This module imports numpy and PyAV, but never torch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _attached: dict[str, np.ndarray] = {}
 
 
 def start_worker(parent_pid: int) -> None:
-    """Prepare a worker: it ends with its parent, leaves signals to it, and returns freed memory.
+    """Prepare a worker: it ends with its parent, leaves signals to it, and returns freed memory to the system.
 
     Args:
         parent_pid: the parent's process id.
     """
     die_with_parent(parent_pid)
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # By default glibc raises these limits with each large block that is freed and then keeps the holes: a
+        # By default, glibc raises these limits with each large block that is freed and then keeps the memory: a
         # worker grew from 90 to 240 MB in 15,000 clips. With fixed limits it stays at 90 MB and is no slower.
         libc.mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
         libc.mallopt(_M_TRIM_THRESHOLD, 128 * 1024)
@@ -39,12 +39,12 @@ def decode_into(decode_clip: DecodeClip, request: ClipRequest, place: Place) -> 
     """Decode one clip into shared memory.
 
     Args:
-        decode_clip: a decoder's function.
+        decode_clip: the function of a decoder.
         request: the clip.
-        place: where to write; frames are uint8 of `request.frames_shape`.
+        place: place of its frames, uint8 of `request.frames_shape`.
 
     Returns:
-        Seconds spent.
+        Decoding time in seconds.
 
     Raises:
         DecodeError: when the clip cannot be read, whatever the cause.
@@ -64,16 +64,16 @@ def failures_as_decode_errors(request: ClipRequest, *, decoder: str) -> Iterator
 
     Args:
         request: the clip.
-        decoder: name that errors carry.
+        decoder: name of the decoder in errors.
 
     Raises:
-        DecodeError: when anything fails.
+        DecodeError: when any error occurs.
     """
     try:
         yield
     except DecodeError:
         raise
-    except Exception as error:  # the process boundary: whatever a file provokes costs one clip, not the run
+    except Exception as error:  # the process boundary: any error of a file fails one clip, not the run
         part, cause = request.parts[0], f"{type(error).__name__}: {error}"
         raise DecodeError(
             part.chunk.path, part.frame_ids, decoder=decoder, kind="corrupt", cause=cause
@@ -81,7 +81,7 @@ def failures_as_decode_errors(request: ClipRequest, *, decoder: str) -> Iterator
 
 
 def attached_memory(place: Place) -> np.ndarray:
-    """Return a place in shared memory as flat uint8; the memory is attached once per process.
+    """Return a place in shared memory as a flat uint8 array; each process attaches the memory once.
 
     Args:
         place: the place.

@@ -1,4 +1,4 @@
-"""What decodes clips side by side: this project's decoders, and other libraries where they are installed.
+"""The compared decoders: those of this project, and other libraries if they are installed.
 
 All get the same `ClipRequest` and fill the same array. Every other library is used as its manual says a
 training loader should: one file opened for a clip, one thread, frames by number, and cropping and scaling
@@ -39,8 +39,8 @@ class Backend:
 
     name: str  # as tables show it
     decode: Decode  # fills a clip's array
-    conversion: str  # how its pixels come about
-    # Counts the frames decoded for a part; None where only the library knows.
+    conversion: str  # how its pixels are computed
+    # Counts the frames decoded for a part; None if only the library knows the number.
     frames_decoded: Callable[[ClipPart], int] | None = None
 
 
@@ -156,7 +156,7 @@ def _make_torchcodec() -> Decode:
 
     from torchcodec._internally_replaced_utils import load_core_libraries
 
-    load_core_libraries()  # else its absence shows only when the first file is opened
+    load_core_libraries()  # otherwise a missing library is found only when the first file is opened
     return decode
 
 

@@ -45,7 +45,7 @@ LONG_DECODERS = ("cpu-fused", "paper-fused", "torchcodec")
 
 @dataclass(frozen=True)
 class Bench:
-    """How much is measured."""
+    """Size of the measurement."""
 
     profiles: tuple[str, ...] = WANTED_PROFILES  # chunk profiles
     decoders: tuple[str, ...] = tuple(MAKERS)  # names of `MAKERS`
@@ -84,7 +84,7 @@ def _clips(kind: ClipKind, bench: Bench) -> int:
 
 
 def spread(clips: Sequence[ClipRequest], count: int) -> list[ClipRequest]:
-    """Take a few clips from all over a chunk."""
+    """Select a few clips spread over a chunk."""
     return [clips[(2 * number + 1) * len(clips) // (2 * count)] for number in range(count)]
 
 
@@ -140,7 +140,7 @@ def clip_row(cell: Cell, case: Case, agreement: Agreement, by_round: list[float]
 
 
 def setup_row(chunks: Chunks, bench: Bench) -> Row:
-    """What was decoded, and by which FFmpeg."""
+    """Describe the decoded files and the FFmpeg builds."""
     rates: dict[str, dict[str, float]] = {}
     for (source, profile), chunk in chunks.items():
         rates.setdefault(source, {})[profile] = chunk.size_bytes * 8 / (chunk.num_frames / FPS) / 1e6

@@ -1,10 +1,10 @@
-"""What a clip costs in files of 15 seconds to 10 minutes: processor time and bytes read.
+"""Cost of a clip in files of 15 seconds to 10 minutes: processor time and bytes read.
 
 python -m benchmarks.decode.file_length [--folder DIR] [--repeats 1 4 20 40]
 
 AVION (arXiv 2309.16669, section 4.1) cut videos into chunks of 15 seconds because a clip from a long file cost
 more. Longer files are a chunk's packets written several times in a row, and every clip is the chunk's own clip
-in some repetition, so that nothing but the file's length differs.
+in some repetition, so that only the file's length differs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REQUIREMENT = {
 
 @dataclass(frozen=True)
 class Bench:
-    """How much is measured."""
+    """Size of the measurement."""
 
     profiles: tuple[str, ...] = ("balanced", "compat")  # chunk profiles
     # How often a chunk is written in a row, one number a file; the first is 1.
@@ -61,7 +61,7 @@ class Cell(NamedTuple):
 
 
 def long_files(chunk: ChunkRef, folder: Path, repeats: Sequence[int]) -> dict[int, ChunkRef]:
-    """Write a chunk several times in a row; files that are there are kept."""
+    """Write a chunk several times in a row; existing files are kept."""
     files = {}
     for times in repeats:
         path = folder / str(times) / Path(chunk.path).name

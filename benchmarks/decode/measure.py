@@ -1,4 +1,4 @@
-"""Compare, time and count what decoders do with the same clips."""
+"""Compares, times and counts the work of decoders on the same clips."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Key = TypeVar("Key", bound=Hashable)
 class Case:
     """Clips to decode in one way."""
 
-    backend: Backend  # the way
+    backend: Backend  # the decoder
     requests: Sequence[ClipRequest]  # the clips
 
 
 def time_rounds(cases: Mapping[Key, Case], rounds: int) -> dict[Key, list[float]]:
-    """Time cases on this process, in turns, so that what disturbs one round disturbs all of them.
+    """Time cases in this process alternately, so that a disturbance affects all of them.
 
     Returns:
         Processor milliseconds per clip of each case, the mean over its clips, for each round.
     """
     timings: dict[Key, list[float]] = {key: [] for key in cases}
-    # Decode workers are small: whoever makes many objects shall not pay for collecting among those of torch.
+    # As in small workers, decoders that create many objects must not pay for collecting those of torch.
     gc.collect()
     gc.freeze()
     for _ in range(rounds):
@@ -54,9 +54,9 @@ def decode_all(case: Case) -> float:
 
 
 def bytes_read(case: Case) -> float | None:
-    """Bytes that a clip asks of the kernel, mean over a case's clips; None where the kernel does not count.
+    """Mean bytes per clip read from the kernel; None if the kernel does not count them.
 
-    What is mapped into memory is not counted; no decoder here maps files.
+    Memory-mapped reads are not counted; no decoder here maps files.
 
     Args:
         case: clips of a decoder that has decoded before: the first clip may load libraries.
@@ -74,7 +74,7 @@ def _kernel_bytes() -> int:
 
 
 def frames_per_wanted(case: Case) -> float | None:
-    """Frames decoded for each that is kept; None where only the library knows."""
+    """Frames decoded per frame that is kept; None if only the library knows the number."""
     count = case.backend.frames_decoded
     if count is None:
         return None
@@ -84,15 +84,15 @@ def frames_per_wanted(case: Case) -> float | None:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near a decoder's frames are to the reference decoder's."""
+    """Difference of a decoder's frames from those of the reference decoder."""
 
     psnr_db: float = 0.0  # of the worst frame
-    bias_levels: float = 255.0  # largest mean difference of a colour channel of a clip, in levels of 255
+    bias_levels: float = 255.0  # largest mean difference of a color channel of a clip, in levels of 255
     failure: str = ""  # what the decoder raised, or empty
 
     @property
     def is_right(self) -> bool:
-        """Whether these are the frames that were asked for."""
+        """Whether these are the requested frames."""
         return not self.failure and self.psnr_db >= RIGHT_FROM_DB
 
     @property
@@ -114,7 +114,7 @@ def compare(backend: Backend, requests: Sequence[ClipRequest], expected: Sequenc
         frames_VTHWC = np.zeros_like(expected_VTHWC)
         try:
             backend.decode(request, frames_VTHWC)
-        except Exception as error:  # other libraries raise what they like
+        except Exception as error:  # other libraries raise errors of any type
             return Agreement(failure=f"{type(error).__name__}: {str(error).splitlines()[0]}")
         difference = frames_VTHWC.astype(np.float32) - expected_VTHWC
         square = float((difference**2).mean(axis=(2, 3, 4)).max())

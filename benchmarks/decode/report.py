@@ -62,7 +62,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def ratios(rows: list[Row]) -> list[Row]:
-    """What is required of `cpu-fused`, and whether the baseline is a fair one."""
+    """Return the requirements on `cpu-fused`, and whether the baseline is fair."""
     found = [
         _ratio(rows, kind, slow=("compat", "paper-fused"), fast=(profile, "cpu-fused"))
         | {"at_least": least, "aim": aim}
@@ -106,7 +106,7 @@ def _ratio(rows: list[Row], kind: str, *, slow: tuple[str, str], fast: tuple[str
 
 
 def is_met(row: Row) -> bool:
-    """Whether a ratio keeps within what is required of it."""
+    """Return whether a ratio is within its requirement."""
     return row.get("at_least", 0.0) <= row["ratio"] <= row.get("at_most", float("inf"))
 
 

@@ -1,4 +1,4 @@
-"""What the GPU suite decodes: chunks of every profile whose pictures show their number, and clips of them.
+"""Input of the GPU suite: chunks of every profile whose pictures show their number, and clips of them.
 
 Spawned processes import this module.
 """
@@ -33,7 +33,7 @@ from benchmarks.media import FPS, SCENES, pictures
 if TYPE_CHECKING:
     from benchmarks.report import Row
 
-# The project's profiles, and HEVC as x265 makes it by itself: pictures that lean on each other in a pyramid.
+# The project's profiles, and HEVC as x265 encodes it by default: with a pyramid of reference pictures.
 STYLES: dict[str, EncodeProfile] = {
     **{str(name): profile for name, profile in PROFILES.items()},
     "hevc-pyramid": EncodeProfile(
@@ -94,7 +94,7 @@ def _pictures(job: _Job) -> Iterator[VideoFrame]:
 
 
 def kinds(suite: Suite) -> list[tuple[str, tuple[int, int]]]:
-    """Style and size of all chunks: every style, and what is trained on in the odd size too."""
+    """List style and size of all chunks; the training style also in the odd size."""
     return [*((style, suite.scale.size) for style in STYLES), (suite.training_style, suite.scale.other_size)]
 
 
@@ -149,7 +149,7 @@ def chunks_of(manifest: Manifest) -> list[ChunkRef]:
 
 
 def clips_to_check(chunks: Sequence[ChunkRef], *, count: int, frame_size: int) -> list[ClipRequest]:
-    """Draw clips of four frames: of a second, from all over a chunk, its ends, and from two chunks.
+    """Draw clips of four frames: of one second, from a whole chunk, from its ends, and from two chunks.
 
     Those with an even sample id show whole pictures, and so their numbers; the others have random windows.
     """

@@ -1,4 +1,4 @@
-"""Part of the GPU suite: are DALI's frames the right ones?"""
+"""Part of the GPU suite: checks that DALI's frames are correct."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def mini_clips(
 
 
 def graph_settings(suite: Suite, *, batch: int, threads: int) -> GraphSettings:
-    """The product's own graph at a given size."""
+    """Build the library's graph at a given size."""
     return GraphSettings(
         device=suite.backend,
         device_id=0,
@@ -99,7 +99,7 @@ def correctness(suite: Suite, record: Record) -> None:
     suite.require_device()
     scale = suite.scale
     runner = GraphRunner(graph_settings(suite, batch=scale.batch, threads=scale.threads[0]))
-    for style, size in sorted(kinds(suite), key=lambda kind: kind[0] == "vp9"):  # what trains on GPUs first
+    for style, size in sorted(kinds(suite), key=lambda kind: kind[0] == "vp9"):  # training on GPUs first
         for packets in PACKETS:
             row: Row = {"measured": "correctness", "style": style, "packets": packets}
             row["size"] = "x".join(map(str, size))
@@ -107,7 +107,7 @@ def correctness(suite: Suite, record: Record) -> None:
 
 
 def check(suite: Suite, runner: GraphRunner, style: str, size: tuple[int, int], packets: str) -> Row:
-    """Decode clips with the graph and compare them with what `cpu-fused` makes of them."""
+    """Decode clips with the graph and compare them with those of `cpu-fused`."""
     chunks = chunks_of(open_manifest(suite, style, size))
     requests = clips_to_check(chunks, count=suite.scale.checked, frame_size=suite.scale.frame_size)
     expected = decoded(Backend("cpu-fused", cpu_fused.decode_clip, ""), requests)

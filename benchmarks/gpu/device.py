@@ -1,4 +1,4 @@
-"""How busy a GPU is: NVDEC, kernels, memory and clock, read from NVIDIA's library NVML while others work."""
+"""Utilization of a GPU (NVDEC, kernels, memory and clock), read from NVML during a measurement."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def open_gpu() -> Any:
 
 
 def read(gpu: Any) -> dict[str, float]:
-    """Read everything that this GPU tells."""
+    """Read all available values of this GPU."""
     found = {}
     for name, (reading, _) in READINGS.items():
-        with suppress(pynvml.NVMLError):  # not every GPU has everything
+        with suppress(pynvml.NVMLError):  # not every GPU supports all values
             found[name] = reading(gpu)
     return found
 
 
 class GpuSampler:
-    """Reads a GPU all the time, in a thread of its own; None is no GPU."""
+    """Reads the values of a GPU continuously in a separate thread; None stands for no GPU."""
 
     def __init__(self, gpu: Any) -> None:
         self._gpu, self._ended = gpu, threading.Event()
@@ -59,9 +59,9 @@ class GpuSampler:
         self._thread.start()
 
     def since(self, start_s: float) -> Row:
-        """What the GPU did since a time of `time.perf_counter`; nothing where it cannot be read.
+        """Return the utilization since a time of `time.perf_counter`; empty if it cannot be read.
 
-        The first samples, which still tell of the time before, do not count where there are others.
+        The first samples, which still cover earlier time, are dropped if there are later ones.
         """
         samples = [sample for sample in self._samples if sample[0] >= start_s]
         late = [sample for sample in samples if sample[0] >= start_s + LAG_S] or samples
@@ -96,7 +96,7 @@ def sampling() -> Iterator[GpuSampler]:
 
 
 def machine(suite: Suite, record: Record) -> None:
-    """The GPU, its driver, what NVDEC decodes, and why not what it does not."""
+    """Describe the GPU, its driver, and the codecs that NVDEC decodes, with reasons for the others."""
     suite.require_gpu()
     from pipelines.support import codec_support, driver_cuda_version, nvdec_obstacle
 

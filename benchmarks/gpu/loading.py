@@ -1,4 +1,4 @@
-"""Parts of the GPU suite about the product's own loader: its rate, and a training that it feeds."""
+"""Parts of the GPU suite about the library's loader: its rate, and a training with it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Loader = Any  # a `ClipLoader` of any strategy, or what stands in for one
 
 @dataclass(frozen=True)
 class Source:
-    """What is loaded, and by what."""
+    """The loaded clips and their decoder."""
 
     style: str  # of the chunks
-    decoder: str  # who decodes
+    decoder: str  # name of the decoder
     workers: int = 0  # decode processes; 0 for one a core
 
     def row(self, measured: str) -> Row:
-        """What a row says of it."""
+        """Return its columns of a row."""
         workers = self.workers or available_cores()
         return {"measured": measured, "style": self.style, "decoder": self.decoder, "workers": workers}
 
@@ -80,7 +80,7 @@ def backends(suite: Suite, record: Record) -> None:
 
 
 def loader_rate(suite: Suite, source: Source, bench: LoaderBench, sampler: GpuSampler) -> Row:
-    """Load for a while; what it costs, and how busy the GPU is meanwhile."""
+    """Load for a while; return the cost and the utilization of the GPU."""
     with opened_loader(suite, source, micro_batch=suite.scale.batch) as loader:
         start = time.perf_counter()
         numbers = measure(loader, bench)
@@ -103,11 +103,11 @@ class RepeatedBatch:
             yield self.batch
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing."""
 
 
 def training(suite: Suite, record: Record) -> None:
-    """Train a few steps from each decoder: what share of the time is spent waiting for clips."""
+    """Train a few steps with each decoder, and return the fraction of data wait."""
     suite.require_device()
     style = suite.training_style
     sources = [Source(style, "dali"), Source(style, "cpu-fused")]
@@ -137,7 +137,7 @@ def first_that_fits(suite: Suite, source: Source, micro_batches: tuple[int, ...]
 
 
 def ceiling(suite: Suite, source: Source, micro_batch: int, sampler: GpuSampler) -> Row:
-    """The same training from one batch that is there already.
+    """Train in the same way on a single batch in memory.
 
     Raises:
         NotRunError: when no batch size is known to fit.
@@ -151,7 +151,7 @@ def ceiling(suite: Suite, source: Source, micro_batch: int, sampler: GpuSampler)
 
 
 def train(suite: Suite, loader: Loader, micro_batch: int, sampler: GpuSampler) -> Row:
-    """Time of a step, and how much of it waits, once loading is in full swing."""
+    """Return the time of a step and its data wait, when the loader has reached a steady state."""
     scale = suite.scale
     bench = AblationBench(suite.device, scale.model, scale.frame_size, (micro_batch,), workers=0)
     loop = ablation.build_loop(loader, bench, batch=micro_batch, folder=suite.folder / "run")

@@ -25,7 +25,7 @@ MOST = 4096  # clips that are tried
 
 
 def step_cases(suite: Suite) -> list[Case]:
-    """What is timed, in order of worth: kernels, recomputation, encoders, length, size, compilation."""
+    """List the timed cases by importance: kernels, recomputation, encoders, length, size, compilation."""
     short, long = Case(batch=128), Case(frames=16, batch=16)
     cases = [
         short,
@@ -44,7 +44,7 @@ def step_cases(suite: Suite) -> list[Case]:
         replace(short, compile=True, checkpoint_every=1, batch=256),
         Case(encoder="videomae", frames=16, batch=128, compile=True),
     ]
-    if suite.device == "cpu":  # compilation would take longer than all the rest
+    if suite.device == "cpu":  # compilation would take longer than all other cases
         cases = [case for case in cases if not case.compile]
     if suite.scale.model == "tiny":
         side = suite.scale.frame_size
@@ -62,7 +62,7 @@ def train_steps(suite: Suite, record: Record) -> None:
 
 
 def subjects(suite: Suite) -> list[Subject]:
-    """Whose memory is measured: AVION's tower and the one it replaces, at both lengths."""
+    """List the measured models: AVION's tower and the one it replaces, at both lengths."""
     size, side = suite.scale.model, suite.scale.frame_size
     return [Subject(encoder, size, n, side) for n in (4, 16) for encoder in ("vit", "timesformer")]
 
@@ -82,7 +82,7 @@ def model_memory(suite: Suite, record: Record) -> None:
 
 
 def allocated_per_clip(subject: Subject, method: Method) -> float:
-    """Ask the GPU's allocator what one more clip leaves for the backward pass."""
+    """Measure with the GPU's allocator what one more clip keeps for the backward pass."""
     model, held = subject.build(method, "cuda"), []
     for number in (2, 4):
         clips = subject.clips(number, "cuda")
@@ -102,7 +102,7 @@ class TowerStep:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
 
     def run(self, batch: int) -> float:
-        """Take one step and say how many seconds it took."""
+        """Take one step and return its seconds."""
         clips = self.subject.clips(batch, "cuda")
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -124,7 +124,7 @@ class TowerStep:
 
 
 def described(subject: Subject, method: Method) -> Row:
-    """Say what is measured."""
+    """Describe the case."""
     encoder = f"{subject.encoder} {subject.size}"
     return {"encoder": encoder, "frames": subject.frames, "method": method.name}
 

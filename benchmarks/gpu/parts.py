@@ -29,7 +29,7 @@ class NotRunError(Exception):
 
 
 def attempt(measure: Callable[[], Row]) -> Row:
-    """Measure one thing of several, so that its failure leaves the others; the part's log tells all of it.
+    """Measure one of several cases; if it fails, the others continue, and the log has the details.
 
     Returns:
         What it measured; else `not_run` or `failure` and the reason.
@@ -38,20 +38,20 @@ def attempt(measure: Callable[[], Row]) -> Row:
         return measure()
     except NotRunError as error:
         return {"not_run": str(error)}
-    except Exception as error:  # the process boundary: drivers and libraries fail as they like
+    except Exception as error:  # the process boundary: drivers and libraries raise errors of any type
         traceback.print_exc()
         return {"failure": first_line(error)}
 
 
 def first_line(error: Exception) -> str:
-    """Say in one line what an exception says in several."""
+    """Shorten the message of an exception to one line."""
     lines = str(error).strip().splitlines() or ["no reason given"]
     return f"{type(error).__name__}: {lines[0]}"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured."""
+    """Size of the measurement."""
 
     seconds: int = 10  # length of a chunk
     size: tuple[int, int] = (512, 288)  # (width, height) of the chunks in pixels, multiples of 16
@@ -95,11 +95,11 @@ QUICK = Scale(
 
 @dataclass(frozen=True)
 class Suite:
-    """Where a part works, and on what."""
+    """Folder and inputs of a part."""
 
     folder: Path  # of the whole suite
     device: Literal["cuda", "cpu"]  # `cpu` does what can be done without a GPU, to try the suite
-    scale: Scale = field(default_factory=Scale)  # how much
+    scale: Scale = field(default_factory=Scale)  # size of the measurement
 
     @property
     def backend(self) -> Device:
@@ -112,7 +112,7 @@ class Suite:
         return "balanced" if self.device == "cuda" else "vp9"
 
     def require_device(self) -> None:
-        """Check that there is what shall be measured.
+        """Check that the device to measure exists.
 
         Raises:
             NotRunError: when it is a GPU, and there is none.
@@ -124,7 +124,7 @@ class Suite:
             raise NotRunError(problem)
 
     def require_gpu(self) -> None:
-        """Check that there is a GPU to measure on.
+        """Check that there is a GPU.
 
         Raises:
             NotRunError: when there is none, or it was not asked for.
@@ -144,7 +144,7 @@ PartFunction = Callable[[Suite, Record], None]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the suite; it runs in a process of its own."""
+    """One part of the suite, which runs in a separate process."""
 
     name: str  # of the part and of its file
     module: str  # where its function is
@@ -155,14 +155,14 @@ class Part:
 
 @dataclass
 class PartResult:
-    """What a part found, and how it ended."""
+    """Result of a part, and how it ended."""
 
     part: str  # its name
     outcome: Outcome = "under way"  # how it ended
-    reason: str = ""  # why not well
+    reason: str = ""  # reason of a failure
     seconds: float = 0.0  # how long it took
     output_tail: str = ""  # last lines that it printed, where it did not end well
-    rows: list[Row] = field(default_factory=list)  # what it found
+    rows: list[Row] = field(default_factory=list)  # its rows
 
     @classmethod
     def read(cls, path: Path) -> PartResult:
@@ -183,7 +183,7 @@ class Recorder:
         self._write()
 
     def finish(self, outcome: Outcome, reason: str = "") -> None:
-        """Say how the part ended."""
+        """Record how the part ended."""
         self._result.outcome, self._result.reason = outcome, reason
         self._write()
 

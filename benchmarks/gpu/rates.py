@@ -1,4 +1,4 @@
-"""Part of the GPU suite: clips per second of the graph alone, fed from memory as fast as it takes them."""
+"""Part of the GPU suite: clips per second of the graph alone, with input from memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _QUEUED = 3  # one more than the graph has under way
 
 
 class Cell(NamedTuple):
-    """What is decoded, and how."""
+    """The decoded clips and the settings of the graph."""
 
     style: str  # of the chunks
     size: tuple[int, int]  # of the chunks
@@ -41,7 +41,7 @@ class Supply:
 
 
 def cells(suite: Suite) -> list[Cell]:
-    """What is measured, in order of worth; the size that fills the GPU with sessions comes last."""
+    """List the cases by importance; the size that fills the GPU with sessions is last."""
     scale, style = suite.scale, suite.training_style
     usual, few, many = scale.threads[0], min(scale.threads), max(scale.threads)
     return [
@@ -126,7 +126,7 @@ def rate(suite: Suite, cell: Cell, supply: Supply, sampler: GpuSampler) -> Row:
 
 
 def batches_taken(runner: GraphRunner, supply: Supply) -> Iterator[None]:
-    """Feed a graph without end; yields when a batch is there."""
+    """Feed a graph endlessly; yields when a batch is finished."""
     inputs = cycle(supply.batches)
     for _ in range(_QUEUED):
         runner.put(next(inputs))

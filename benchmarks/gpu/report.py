@@ -34,7 +34,7 @@ _COLUMNS = {
 
 
 def summary(results: Sequence[PartResult], facts: dict[str, Any]) -> str:
-    """Put everything on one page."""
+    """Return the summary."""
     rows = [row for result in results for row in result.rows]
     found = versions()
     shown = ("python", "torch", "nvidia-dali-cuda130", "av")
@@ -118,7 +118,7 @@ def _step_verdict(rows: Sequence[Row]) -> str:
 
 
 def table(rows: Iterable[Row], columns: list[str]) -> str:
-    """A Markdown table; what kept a row from being measured stands in its last cell."""
+    """Return a Markdown table; the last cell of a row that was not measured is the reason."""
     lines = []
     for row in rows:
         cells = [_cell(row.get(name, "")) for name in columns]

@@ -1,4 +1,4 @@
-"""All that only a GPU can show, in one go: NVDEC, the loader, a training fed by it, and the models alone.
+"""All measurements that need a GPU: NVDEC, the loader, a training with it, and the models alone.
 
 python -m benchmarks.gpu --output DIR [--budget-s 480] [--parts ...] [--device cpu --quick]
 
@@ -40,7 +40,7 @@ from benchmarks.machine import ROOT, machine_facts
 from benchmarks.report import Benchmark, every_row, write_result
 
 BUDGET_S = 480.0
-_LEAST_S = 5.0  # a part that gets less than this is not begun
+_LEAST_S = 5.0  # a part with less time than this is not started
 _STACKS_S = 0.5
 _TAIL_LINES = 30
 
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all parts, or as their process a single one."""
+    """Run all parts, or a single part in its process."""
     options = build_parser().parse_args(argv)
     options.output = options.output.resolve()
     if options.only:
@@ -108,7 +108,7 @@ def run_parts(parts: Sequence[Part], options: argparse.Namespace) -> list[PartRe
 
 
 def run_apart(part: Part, options: argparse.Namespace, *, seconds: float) -> PartResult:
-    """Run a part in a process of its own."""
+    """Run a part in a separate process."""
     path = options.output / "parts" / f"{part.name}.json"
     path.unlink(missing_ok=True)  # of an earlier run
     command = [sys.executable, "-m", "benchmarks.gpu", "--output", str(options.output)]
@@ -141,7 +141,7 @@ def run_apart(part: Part, options: argparse.Namespace, *, seconds: float) -> Par
 
 
 def how_it_ended(status: int) -> str:
-    """Say what a process's exit status means."""
+    """Describe a process's exit status."""
     return f"its process was killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
 
 
@@ -159,12 +159,12 @@ def run_here(options: argparse.Namespace) -> None:
         recorder.finish("done")
     except NotRunError as error:
         recorder.finish("not run", str(error))
-    except Exception as error:  # the process boundary: a part may fail in any way, the others go on
+    except Exception as error:  # the process boundary: a part may fail in any way, the others continue
         traceback.print_exc()
         recorder.finish("failed", first_line(error))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # what libraries do at their end may hang, and is not what is measured
+    os._exit(0)  # libraries may hang when they end, which is not measured
 
 
 def write_all(results: Sequence[PartResult], facts: dict[str, Any], folder: Path) -> None:

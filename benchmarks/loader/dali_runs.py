@@ -1,4 +1,4 @@
-"""What `benchmarks.loader.dali` measures."""
+"""Measurements of `benchmarks.loader.dali`."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def some_clips(manifest: Manifest) -> list[Clip]:
 
 
 def mini_clip(request: ClipRequest) -> MiniClip:
-    """What a worker makes of a clip."""
+    """Return what a worker makes of a clip."""
     return build_mini_clip([gather_packets(part, decoder="dali") for part in request.parts])
 
 
@@ -167,13 +167,13 @@ def runner(pipeline: Pipeline) -> Callable[[], None]:
 
 
 def cheapest(tasks: dict[str, Callable[[], None]], clips: int, *, rounds: int) -> dict[str, float]:
-    """Smallest processor time of each task, in ms a clip; the tasks take turns."""
+    """Return the smallest processor time of each task in ms per clip; the tasks alternate."""
     best: dict[str, float] = {}
     for run in range(rounds + 1):
         for name, task in tasks.items():
             start = time.process_time()
             task()
-            if run:  # the first builds up what is kept
+            if run:  # the first run fills caches
                 ms = 1000 * (time.process_time() - start) / clips
                 best[name] = min(best.get(name, ms), ms)
     return best
@@ -182,7 +182,7 @@ def cheapest(tasks: dict[str, Callable[[], None]], clips: int, *, rounds: int) -
 def literal_versions(manifest: Manifest, *, rounds: int) -> list[Row]:
     """The two ways DALI offers to read videos by itself, at 4 frames of a second, whole pictures.
 
-    Neither can be told which clips of which videos a step needs, nor where to crop each.
+    Neither accepts the clips of a step or their crop windows.
     """
     paths = [manifest.chunk(row).ref.path for row in range(manifest.num_chunks)]
     last = min(manifest.chunk(row).ref.num_frames for row in range(manifest.num_chunks)) - 29

@@ -1,4 +1,4 @@
-"""The loader that is measured, and what its processes do meanwhile. Linux only: both come from /proc."""
+"""The measured loader, and counters of its processes. Linux only: they are read from /proc."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONTEXT_LENGTH = 16
 
 @dataclass(frozen=True)
 class LoaderBench:
-    """How much is measured."""
+    """Size of the measurement."""
 
     profiles: tuple[ProfileName, ...] = ()  # chunk profiles to load from
     workers: tuple[int, ...] = (1,)  # worker counts that this machine has cores for
@@ -146,7 +146,7 @@ def open_loader(
 
 
 class InPlace(FramesStrategy):
-    """Delivers batches as they lie in the ring, as with a GPU, which fetches them without the processor."""
+    """Delivers batches directly from the ring, as with a GPU, which copies them without the processor."""
 
     def open(self, ring: SharedRing, device: torch.device, stats: LoaderStats) -> None:
         """Look at all slots."""
@@ -160,18 +160,18 @@ class InPlace(FramesStrategy):
         return self.slots[batch.slot][: len(batch.requests)].flatten(0, 1)
 
     def close(self) -> None:
-        """Look at no memory any more."""
+        """Release all views of the memory."""
         self.slots = []
         super().close()
 
 
 def measure(loader: ClipLoader[Any], bench: LoaderBench) -> Row:
-    """Load for a while, then measure for a while. Both ends lie in full swing: nothing starts or drains."""
+    """Load for a while, then measure in a steady state, without start or end of loading."""
     return measure_batches(loader.batches(0, ENDLESS), loader.stats, bench)
 
 
 def measure_batches(batches: Iterator[ClipBatch], stats: LoaderStats, bench: LoaderBench) -> Row:
-    """Go on with an iteration that has begun, and measure it as `measure` does."""
+    """Continue a started iteration, and measure it as `measure` does."""
     consume(batches, bench.warm_s)
     before = Reading.now(stats)
     consume(batches, bench.seconds)
@@ -189,6 +189,6 @@ def consume(batches: Iterator[ClipBatch], seconds: float) -> None:
 def load(
     manifest: Manifest, kind: ClipKind, decoder: str | FramesStrategy, *, workers: int, bench: LoaderBench
 ) -> Row:
-    """Measure one loader with processes of its own."""
+    """Measure one loader with its own processes."""
     with open_loader(manifest, kind, bench, decoder=decoder, workers=workers) as loader:
         return measure(loader, bench)

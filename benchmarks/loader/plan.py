@@ -1,4 +1,4 @@
-"""Does `avion-dali plan` predict what the loader delivers? Its rates against those of `benchmarks.loader`.
+"""Compares the rates that `avion-dali plan` predicts with those of `benchmarks.loader`.
 
 python -m benchmarks.loader.plan [--profiles NAME ...] [--kinds 3] [--videos FILE ...] [--extra-videos FOLDER]
 
@@ -52,7 +52,7 @@ def compare(
         cost = measure_loader(planner, device=device, workers=workers, seconds=bench.seconds)
         for _ in range(bench.rounds - 1):
             rounds.append(load(manifest, kind, "cpu-fused", workers=workers, bench=bench))
-        # Other programs only ever slow a round down, so the fastest one counts.
+        # Other programs only slow a round down, so the fastest one counts.
         measured = max(rounds, key=lambda row: row["clips_per_s"])
         taken = measured["cores_taken_by_other_programs"]
         predicted, left = (

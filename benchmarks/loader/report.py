@@ -12,7 +12,7 @@ CEILING = "trainer_ceiling_clips_per_s"
 
 
 def best_of_rounds(rows: Iterable[Row], keys: Sequence[str] = KEYS) -> list[Row]:
-    """Merge the rounds of each measurement: other programs only ever slow one down, so the fastest counts."""
+    """Merge the rounds of each measurement: other programs only slow one down, so the fastest counts."""
     best: dict[tuple[object, ...], Row] = {}
     for row in rows:
         key = tuple(row[name] for name in keys)

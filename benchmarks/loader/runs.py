@@ -65,7 +65,7 @@ def loading(manifests: Manifests, bench: LoaderBench) -> list[Row]:
 
 
 def simulation(manifests: Manifests, measured: list[Row], bench: LoaderBench) -> list[Row]:
-    """What the trainer's process can feed when decoding has all the cores it wants."""
+    """Measure the rate of the training process when decoding has enough cores."""
     kinds = {kind.name: kind for kind in SIMULATED_KINDS}
     single = {
         (row["profile"], row["clip"]): row["worker_cpu_ms_per_clip"] / 1000
@@ -104,7 +104,7 @@ def settle() -> None:
 
 
 def transport(manifest: Manifest, kind: ClipKind, bench: LoaderBench) -> Row:
-    """What a clip costs the training process: the loader with a decoder that does nothing."""
+    """Measure the cost of a clip in the training process, with a decoder that does nothing."""
     copied, in_place = (
         load(manifest, kind, strategy(deliver_at_once), workers=1, bench=bench)
         for strategy in (FramesStrategy, InPlace)
@@ -150,7 +150,7 @@ def prepare(videos: list[Path], folder: Path, profiles: tuple[ProfileName, ...])
 
 
 def run_all(manifests: Manifests, bench: LoaderBench) -> list[Row]:
-    """Every measurement; the profile does not matter to what is not about decoding."""
+    """Run all measurements; those without decoding use one profile."""
     any_profile = bench.profiles[-1]
     rows = loading(manifests, bench)
     shown = [kind for kind in SIMULATED_KINDS if (any_profile, kind.name) in manifests]

@@ -1,4 +1,4 @@
-"""Decoders that do not decode, for measuring the loader around them. Workers import this module."""
+"""Decoders that do not decode, for measuring the loader alone. Workers import this module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from avion_dali.contracts import ClipRequest
 
 
 def deliver_at_once(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
-    """A decoder that does nothing: what remains is the cost of loading."""
+    """A decoder that does nothing, so that only the cost of loading remains."""
 
 
 def sleep_instead(request: ClipRequest, frames_VTHWC: np.ndarray, *, seconds: dict[str, float]) -> None:

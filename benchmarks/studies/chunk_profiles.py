@@ -3,7 +3,7 @@
 python -m benchmarks.studies.chunk_profiles [--videos FILE ...]
 
 Each video is scaled to chunk size and encoded by every profile.
-Bytes say nothing without quality: a profile is to keep the structural similarity of `compat`, less 0.002.
+A profile must keep the structural similarity of `compat`, less 0.002.
 The picture also shows the candidates that the settings were chosen from, so that a bad choice would be seen
 (`results/chunk_profiles_sweep.json`).
 """

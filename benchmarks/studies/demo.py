@@ -49,7 +49,7 @@ def demo_rows(folder: Path) -> list[Row]:
 
 
 def finetune_rows(demo: Path, output: Path) -> list[Row]:
-    """Fine-tune from the demo, which is made where it is missing."""
+    """Fine-tune from the demo, which is run first if it is missing."""
     times = run("demo-finetune", "--demo-dir", str(demo), "--output-dir", str(output))
     numbers = FinetuneNumbers(**json.loads((output / "numbers.json").read_text()))
     rows: list[Row] = [

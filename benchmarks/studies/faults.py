@@ -1,4 +1,4 @@
-"""Damaged files read through the worker pool: what is noticed, what is not, and whether workers stay small.
+"""Damaged files read by the worker pool: detected and undetected damage, and memory of workers.
 
 python -m benchmarks.studies.faults [--files 2016] [--clips 20000]
 
@@ -58,7 +58,7 @@ WARM_CLIPS, MEMORY_STEPS, PLACES = 1_000, 10, 16
 
 
 def write_sources(folder: Path) -> list[mutations.Source]:
-    """Write one small video a codec, and its index."""
+    """Write one small video per codec, and its index."""
     sources = []
     for codec, (ending, encoder, options) in CODECS.items():
         path = folder / f"{codec}.{ending}"
@@ -81,7 +81,7 @@ def damaged_clips(sources: list[mutations.Source], folder: Path, files: int) -> 
 
 
 def _with_old_size(trial: mutations.Trial, source: mutations.Source) -> mutations.Trial:
-    """The same clip under the manifest as it really is: it knows the file's size."""
+    """Return the same clip with the original manifest, which has the file's size."""
     (part,) = trial.request.parts
     chunk = replace(part.chunk, size_bytes=source.ref.size_bytes)
     codec, kind, way = trial.labels
@@ -150,7 +150,7 @@ def mixed_requests(sources: list[mutations.Source]) -> list[ClipRequest]:
 
 
 def read_clips(pool: WorkerPool, ring: SharedRing, requests: Iterable[ClipRequest]) -> int:
-    """Read clips with the ring's places kept busy; returns how many could not be read, as is meant."""
+    """Read clips with all places of the ring in use; returns the number of unreadable clips."""
     failed, pending = 0, deque[Ticket[float]]()
     waiting = iter(requests)
     while True:

@@ -1,6 +1,6 @@
-"""Damaged copies of video files, always the same for a seed, and what becomes of clips read from them.
+"""Damaged copies of video files, determined by a seed, and the outcome of reading clips from them.
 
-Used by the tests in short and by `benchmarks.studies.faults` in full.
+Tests use a few of them, and `benchmarks.studies.faults` all.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def mutated(data: bytes, kind: str, seed: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An undamaged video and what clips of it look like."""
+    """An undamaged video and its expected frames."""
 
     name: str
     ref: ChunkRef
@@ -192,7 +192,7 @@ class Trial:
 def trials(source: Source, folder: Path, kind: str, seed: int) -> Iterator[Trial]:
     """One damaged copy read with and without the index, and a clip of the sound file after each.
 
-    The manifest is made to agree with the copy's size, so that this alone gives nothing away.
+    The manifest is made to agree with the copy's size, so that the size does not reveal the damage.
     """
     data = mutated(Path(source.ref.path).read_bytes(), kind, seed)
     path = folder / f"{source.name}-{kind}-{seed}{Path(source.ref.path).suffix}".replace(" ", "-")

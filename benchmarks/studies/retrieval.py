@@ -2,8 +2,8 @@
 
 python -m benchmarks.studies.retrieval [--clips 9668] [--captions 3842] [--rounds 3]
 
-The retrieval metrics (graded and binary mean average precision, nDCG, both directions) of one similarity
-matrix. Linux only: memory is read from /proc.
+The retrieval metrics (mean average precision with real and binary relevancies, nDCG, both directions) of one
+similarity matrix. Linux only: memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Sizes:
 
 
 def in_fresh_process(sizes: Sizes) -> Row:
-    """Measure in a process of its own, which holds nothing else."""
+    """Measure in a separate process without other data."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(retrieval_case, (sizes,))
 

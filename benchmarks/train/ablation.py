@@ -1,4 +1,4 @@
-"""What each idea of the paper saves in a training step: the rows of AVION's table 4 (arXiv 2309.16669).
+"""Savings of each idea of the paper in a training step: rows of AVION's table 4 (arXiv 2309.16669).
 
 python -m benchmarks.train.ablation [--rounds 2] [--videos FILE ...] [--folder DIR]
 
@@ -43,7 +43,7 @@ crop_afterwards = ClipDecoder("crop-afterwards", read_spanned, ReferenceView)
 """Decodes from the keyframe on, converts full frames, then crops and resizes: before the paper's third idea."""
 
 
-# A decoder's name, or a function that stands in for one.
+# A decoder's name, or a function in its place.
 DECODERS: dict[str, str | DecodeClip] = {
     "after decoding": crop_afterwards,
     "merged": "paper-fused",
@@ -118,7 +118,7 @@ def prepare(
 
 
 def run_case(case: Case, manifest: Manifest, bench: AblationBench, *, batch: int, folder: Path) -> Row:
-    """Train a few steps and say where their time went."""
+    """Train a few steps and return how their time is spent."""
     import torch
 
     from avion_dali.loading.frames_strategy import FramesStrategy
@@ -186,7 +186,7 @@ def build_loop(
 
 
 def train(loop: TrainLoop, *, warm_steps: int, steps: int) -> tuple[Row, WindowTiming]:
-    """Train until loading is in full swing, then measure some steps.
+    """Train until loading is in a steady state, then measure some steps.
 
     Returns:
         What the machine did meanwhile, and the loop's own timing.

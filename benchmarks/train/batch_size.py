@@ -41,7 +41,7 @@ SCALED = f"rate x sqrt(batch / {RATE_BATCH})"
 
 @dataclass(frozen=True)
 class Setting:
-    """What a training differs in."""
+    """Settings of a training."""
 
     global_batch: int  # clips of a step, each compared with the captions of all
     rule: Rule  # how the learning rate follows
@@ -49,7 +49,7 @@ class Setting:
 
     @property
     def rate_factor(self) -> float:
-        """What the demo's learning rate is multiplied by."""
+        """Factor of the demo's learning rate."""
         return math.sqrt(self.global_batch / RATE_BATCH) if self.rule == "sqrt" else 1.0
 
     @property
@@ -84,7 +84,7 @@ def configured(base: TrainConfig, setting: Setting, *, epochs: int) -> TrainConf
 
 
 def train(base: TrainConfig, setting: Setting, epochs: int) -> Row:
-    """Train and evaluate as the demo does; what a folder has already is kept.
+    """Train and evaluate as the demo does; existing results are kept.
 
     Raises:
         RuntimeError: a signal stopped the training early.

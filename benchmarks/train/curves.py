@@ -1,4 +1,4 @@
-"""Do two decoders train to the same curve? The demo's training with each, several seeds, chunks in common.
+"""Compares the loss curves of two decoders in the demo's training, with several seeds and the same chunks.
 
 python -m benchmarks.train.curves --decoders paper-fused cpu-fused
 python -m benchmarks.train.curves --decoders dali cpu-fused   # on VP9 chunks, which DALI decodes without a GPU
@@ -39,7 +39,7 @@ class Run:
     seed: int  # of weights, order and crops
     losses: tuple[float, ...]  # of each optimizer step
     map_avg: float  # final held-out mAP
-    lost_when_frozen: float  # share of what is above chance that vanishes without motion
+    lost_when_frozen: float  # fraction of the mAP above chance that is lost without motion
 
 
 def train_run(config: TrainConfig) -> Run:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 2**20
-# What the paper's figure 3 shows for ViT-B, 4 frames, MiB a clip.
+# What the paper's figure 3 shows for ViT-B, 4 frames, MiB per clip.
 PAPER_MIB = {"baseline": 418, "memory-efficient attention": 221, "and checkpointing": 14}
 KINDS = {"attn": "attention", "timeattn": "attention", "mlp": "MLP"}
 NORMS = ("ln_", "norm")
@@ -40,7 +40,7 @@ PARTS = ("LayerNorm", "attention", "MLP", REST)
 
 @dataclass(frozen=True)
 class Method:
-    """One bar of the figure."""
+    """A bar of the figure."""
 
     name: str  # what the paper calls it
     attention: AttentionBackend  # `math` keeps the attention matrix
@@ -91,7 +91,7 @@ class SavedBytes:
         self.by_part: Counter[str] = Counter()
         self._model = model
         self._running: list[str] = []
-        self._kept: list[Tensor] = []  # alive, so that no address is given out twice
+        self._kept: list[Tensor] = []  # kept alive, so that no address is reused
         self._counted = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     @contextmanager
@@ -162,7 +162,7 @@ def measure(frames: tuple[int, ...] = (4, 16)) -> list[Row]:
 
 
 def tables(rows: list[Row]) -> str:
-    """What a clip leaves for the backward pass, by method and part."""
+    """Memory of a clip for the backward pass, by method and part."""
     heads = ("ViT-B, MiB per clip", "frames", *PARTS, "all")
     lines = []
     for row in rows:

@@ -145,7 +145,7 @@ def count_flops(case: Case) -> tuple[float, float]:
     """Count the operations of a clip, on shapes alone.
 
     Returns:
-        TFLOP a clip by the two conventions: of the model, and of the hardware.
+        TFLOP per clip by the two conventions: of the model, and of the hardware.
     """
     # Matrix products as written, so that they are seen; two clips, since a contrastive loss compares.
     shapes = replace(case, batch=2, attention="math", compile=False)
@@ -159,7 +159,7 @@ def count_flops(case: Case) -> tuple[float, float]:
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """What a device computes at most, where it is known; longer names are more exact."""
+    """Return the peak rate of a device if it is known; longer names are more exact."""
     known = [name for name in PEAK_TFLOPS if device_name.startswith(name)]
     return PEAK_TFLOPS[max(known, key=len)] if known else None
 
@@ -186,7 +186,7 @@ def time_steps(run: Callable[[], None], device: torch.device, *, warm: int, step
 
 
 def measure_case(case: Case, device: str, *, warm: int = WARM_STEPS, steps: int = STEPS) -> Row:
-    """Time one kind of step; says so when it does not fit or its kernel is not there."""
+    """Time one kind of step, or return why it does not fit or its kernel is missing."""
     what: Row = {name: value for name, value in vars(case).items() if name != "frame_size"}
     on_gpu = torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
