@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest, CropWindow, PacketIndexRef, UserError
+from avion_dali.data.hand_held import draw_pictures
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.data.probe import probe_chunk
 from avion_dali.decode.source import gather_packets
@@ -122,12 +123,12 @@ def test_a_manifest_is_opened_as_it_is(clip_folder, tmp_path):
 
 
 def test_procedural_pictures_move_and_have_detail():
-    planes, fps = plan_samples.draw_pictures(seconds=0.2, short_side=96)
+    planes, fps = draw_pictures(seconds=0.2, short_side=96)
     assert (planes.shape, fps) == ((6, 96 * 3 // 2, 176), 30)
     luma = planes[:, :96].astype(float)
     assert luma.std() > 20
     assert all(np.abs(a - b).mean() > 2 for a, b in zip(luma, luma[1:], strict=False))
-    assert np.array_equal(planes, plan_samples.draw_pictures(seconds=0.2, short_side=96)[0])
+    assert np.array_equal(planes, draw_pictures(seconds=0.2, short_side=96)[0])
 
 
 def test_pictures_come_from_the_middle_of_a_video(gop_videos, tmp_path):

@@ -156,6 +156,7 @@ def make_sources(options: argparse.Namespace, scratch: Path) -> list[PlannedSour
 
 def _encode(options: argparse.Namespace, scratch: Path) -> dict[tuple[ProfileName, int], Path]:
     """Encode samples, and return the chunk folder that represents each profile and chunk length."""
+    from avion_dali.data.hand_held import draw_pictures
     from avion_dali.inspection import plan_samples
 
     ways: dict[tuple[ProfileName, int], tuple[ProfileName, float, Path]] = {}
@@ -166,7 +167,7 @@ def _encode(options: argparse.Namespace, scratch: Path) -> dict[tuple[ProfileNam
     tasks, size = list(set(ways.values())), {"seconds": SAMPLE_SECONDS, "short_side": options.short_side}
     for number, video in enumerate(options.videos or [None]):
         _say(f"encoding {SAMPLE_SECONDS:.0f} s of {video or 'procedural pictures'} in {len(tasks)} ways")
-        stretch = plan_samples.video_pictures(video, **size) if video else plan_samples.draw_pictures(**size)
+        stretch = plan_samples.video_pictures(video, **size) if video else draw_pictures(**size)
         plan_samples.encode_samples(*stretch, tasks=tasks, name=str(number))
     return {way: root for way, (_, _, root) in ways.items()}
 

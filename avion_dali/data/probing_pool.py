@@ -38,7 +38,7 @@ def map_in_processes(
         lost: makes the result of an item that crashed its process or took too long, from the item and a reason.
         timeout_s: seconds after which an item's process is killed.
 
-    Yields:
+    Returns:
         The results, in the order of the items.
 
     Raises:

@@ -376,8 +376,7 @@ class TrainLoop:
     def _log(self, log: RunLog, numbers: dict[str, torch.Tensor]) -> None:
         """Check the outstanding steps and write one row; every rank must call it."""
         self.guard.check()
-        stats = self.loader.stats
-        counts = {name: getattr(stats, name) for name in ("delivered", "replaced", "decoded_on_cpu")}
+        counts = {n: getattr(self.loader.stats, n) for n in ("delivered", "replaced", "decoded_on_cpu")}
         counts["energy_j"] = round(self.energy.joules())
         row = {
             "epoch": (self.step - 1) // self.loader.steps_per_epoch,
@@ -397,5 +396,5 @@ class TrainLoop:
 
     def _log_end(self, log: RunLog, stopped_by: str) -> None:
         used = sum_over_ranks(round(self.energy.joules()), self.distributed.device)
-        elapsed = time.monotonic() - self._start
-        log.end(self.step, {"elapsed_s": elapsed, "energy_j": used, "stopped_by": stopped_by})
+        ended = {"elapsed_s": time.monotonic() - self._start, "energy_j": used, "stopped_by": stopped_by}
+        log.end(self.step, ended)

@@ -19,7 +19,8 @@ import numpy as np
 
 from avion_dali.contracts import ClipRequest, DecodeError, UserError
 from avion_dali.cores import available_cores
-from avion_dali.data.encoding import PictureFilter, target_size, write_chunk
+from avion_dali.data.encoding import PictureFilter, write_chunk
+from avion_dali.data.hand_held import FRAMES_PER_SECOND
 from avion_dali.data.manifest import IndexWriter, Manifest, Sample, write_manifest
 from avion_dali.data.planner import Planner
 from avion_dali.data.probe import expected_seconds, open_video
@@ -29,46 +30,7 @@ from avion_dali.decode.planned_reads import planned_reads
 
 CLIPS = 200  # clips in a manifest of samples; the mean of their needs is then accurate to a few percent
 _TOKENS = (49406, 320, 49407)
-_PROCEDURAL_FPS = 30
 _LINKED = 32  # chunks that are used of a folder
-
-
-def draw_pictures(*, seconds: float, short_side: int) -> tuple[np.ndarray, Fraction]:
-    """Draw pictures that are about as hard to encode as hand-held video.
-
-    They show a scene under a moving camera, a fainter scene that moves differently, which motion search cannot
-    predict, and noise. Amplitudes are inversely proportional to spatial frequency, as in natural images (Field,
-    JOSA A 1987).
-
-    Args:
-        seconds: length in seconds.
-        short_side: height in pixels, a multiple of 16.
-
-    Returns:
-        uint8 (F, H * 3 / 2, W), YUV 4:2:0 pictures, and pictures per second.
-    """
-    width, height = target_size(16 * short_side, 9 * short_side, short_side=short_side)
-    margin = height // 2
-    rng = np.random.default_rng(0)
-    near = np.stack([_texture(rng, height + margin, width + margin) for _ in range(3)], axis=-1)
-    far = _texture(rng, height + margin, width + margin)[..., None]
-    noise = rng.normal(0, 4, (height, width, 3)).astype(np.float32)
-    planes = []
-    for number in range(max(round(seconds * _PROCEDURAL_FPS), 2)):
-        y, x = (int((1 + f(number / 20)) * (margin - 1) / 2) for f in (math.sin, math.cos))
-        rgb = 128 + 45 * near[y : y + height, x : x + width] + 10 * far[x : x + height, y : y + width]
-        rgb += np.roll(noise, rng.integers(height), axis=0)
-        frame = av.VideoFrame.from_ndarray(np.clip(rgb, 0, 255).astype(np.uint8), format="rgb24")
-        planes.append(frame.to_ndarray(format="yuv420p"))
-    return np.stack(planes), Fraction(_PROCEDURAL_FPS)
-
-
-def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Return noise with the spectrum of natural images: float32 (height, width), zero mean, unit deviation."""
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    amplitude = 1 / np.maximum(frequency, 1 / max(height, width))
-    picture = np.fft.irfft2(amplitude * np.exp(2j * np.pi * rng.random(amplitude.shape)), (height, width))
-    return ((picture - picture.mean()) / picture.std()).astype(np.float32)
 
 
 def video_pictures(video: Path, *, seconds: float, short_side: int) -> tuple[np.ndarray, Fraction]:
@@ -84,7 +46,7 @@ def video_pictures(video: Path, *, seconds: float, short_side: int) -> tuple[np.
     """
     try:
         with open_video(video) as (container, stream):
-            rate = stream.average_rate or stream.guessed_rate or Fraction(_PROCEDURAL_FPS)
+            rate = stream.average_rate or stream.guessed_rate or Fraction(FRAMES_PER_SECOND)
             before = ((expected_seconds(container, stream) or 0) - seconds) / 2
             if before > 0:
                 container.seek(round(before * av.time_base))
