@@ -115,9 +115,7 @@ def test_command_line_is_split_at_the_divider(monkeypatch, capsys):
     assert "job 42" in capsys.readouterr().out
     with pytest.raises(UserError, match="there is no command to run"):
         main(["--nodes", "2"])
-    with pytest.raises(
-        UserError, match="`train.pretrain` is not a command for SLURM; write one of pretrain"
-    ):
+    with pytest.raises(UserError, match="`train.pretrain` is not a command for SLURM; write one of pretrain"):
         main(["--", "train.pretrain"])
 
 
