@@ -71,9 +71,8 @@ def measure_loader(planner: Planner, *, device: torch.device, workers: int, seco
     from avion_dali.loading.pool import WorkerPool
 
     request = planner.plan(0, epoch=0)
-    decode_clip(
-        request, np.empty(request.frames_shape, np.uint8)
-    )  # reports a missing chunk before processes start
+    # This reports a missing chunk before processes start.
+    decode_clip(request, np.empty(request.frames_shape, np.uint8))
     batch = min(max(workers, _BATCH), planner.manifest.num_samples)
     schedule = BatchSchedule(planner.manifest.num_samples, global_batch=batch, micro_batch=batch)
     settings = LoaderSettings(device, CONTEXT_LENGTH, prefetch_batches=_PREFETCH, max_bad_fraction=1.0)

@@ -240,9 +240,7 @@ class ClipLoader(Generic[Result]):
                     break
                 except PoolBrokenError:
                     self._schedule_again(batch, row)
-                except (
-                    Exception
-                ) as error:  # the process boundary; errors not caused by the clip are raised again
+                except Exception as error:  # the process boundary; errors of other causes are raised again
                     self._replace(batch, row, failure=failure_of(error, batch.requests[row]))
 
     def _schedule_again(self, batch: PendingBatch[Result], row: int) -> None:
