@@ -152,7 +152,7 @@ def test_the_package_works_under_another_name(tmp_path: Path) -> None:
     """Workers and fresh interpreters import its parts by whatever name it has."""
     (tmp_path / "renamed").symlink_to(ROOT / "pipelines")
     code = (
-        "import sys\nfrom renamed import support, worker\nprint(worker.collect_into.__module__)\n"
+        "import sys\nfrom renamed import support, mini_clip_worker\nprint(mini_clip_worker.collect_into.__module__)\n"
         "print(support._decode_in_subprocess('h264', 'cpu-fused'))\n"
         "assert not [name for name in sys.modules if name.startswith('pipelines')]"
     )
@@ -165,7 +165,7 @@ def test_the_package_works_under_another_name(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert (done.stdout, done.stderr) == ("renamed.worker\nNone\n", "")
+    assert (done.stdout, done.stderr) == ("renamed.mini_clip_worker\nNone\n", "")
 
 
 @needs_dali
