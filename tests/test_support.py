@@ -152,7 +152,8 @@ def test_the_package_works_under_another_name(tmp_path: Path) -> None:
     """Workers and fresh interpreters import its parts by whatever name it has."""
     (tmp_path / "renamed").symlink_to(ROOT / "pipelines")
     code = (
-        "import sys\nfrom renamed import support, mini_clip_worker\nprint(mini_clip_worker.collect_into.__module__)\n"
+        "import sys\nfrom renamed import mini_clip_worker, support\n"
+        "print(mini_clip_worker.collect_into.__module__)\n"
         "print(support._decode_in_subprocess('h264', 'cpu-fused'))\n"
         "assert not [name for name in sys.modules if name.startswith('pipelines')]"
     )
