@@ -82,7 +82,7 @@ def test_scores_are_whole_or_as_they_were(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "metrics.json"
     path.write_text("{}")
     arguments = ["--checkpoint", "c.pt", "--output", str(path)]
-    with pytest.raises(UserError, match="older file is intact"), no_file_above(1_000):
+    with pytest.raises(UserError, match="existing file is unchanged"), no_file_above(1_000):
         evaluate.main(arguments)
     assert path.read_text() == "{}" and [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
     assert evaluate.main(arguments) == 0

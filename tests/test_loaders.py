@@ -15,6 +15,7 @@ from avion_dali.cli import pretrain
 from avion_dali.cli.demo import chunk_profile
 from avion_dali.contracts import UserError
 from avion_dali.engine.run_log import read_rows
+from avion_dali.locks import LOCK_FILE
 
 SECONDS = tuple(i / 10 for i in range(11))
 HOW = {"frames": 60, "size": (64, 48)}
@@ -54,7 +55,7 @@ def test_h264_without_a_gpu_is_refused_before_training(tmp_path: Path) -> None:
         pretrain.main([*TRAINING, *arguments])
     for words in ("h264 chunks", "--decoder cpu-fused", "avion-dali chunk --profile vp9", str(manifest.folder)):
         assert words in str(caught.value)
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]  # nothing was begun
 
 
 CUDA = torch.device("cuda", 1)

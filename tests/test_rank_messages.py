@@ -21,7 +21,7 @@ from avion_dali.locks import folder_lock
 
 def main():
     here = init_distributed(use_cuda=False)
-    with shared_folder_lock(Path(sys.argv[1]) / "run", "training", here):
+    with shared_folder_lock(Path(sys.argv[1]) / "run", "training", distributed=here):
         manifest = Manifest(Path(sys.argv[1]) / str(here.rank))
         require_same_inputs(manifest)
 
