@@ -11,7 +11,7 @@ from avion_dali.data.manifest import Manifest
 from avion_dali.data.planner import Planner
 from avion_dali.data.probe import probe_chunk
 from avion_dali.decode import cpu_fused, reference
-from avion_dali.loading.worker import DecodeClip
+from avion_dali.decode.decoders import DecodeClip
 from benchmarks import corpus, media
 from benchmarks.corpus import CLIP_KINDS, FOUR, STRIDED
 from benchmarks.loader import report, runs, stand_ins

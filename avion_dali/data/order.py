@@ -73,13 +73,13 @@ class BatchSchedule:
         per_pass = self.micro_batch * self.world_size
         if self.global_batch % per_pass:
             raise UserError(
-                f"optim.global_batch = {self.global_batch} must be a multiple of optim.micro_batch x ranks "
+                f"`global_batch` = {self.global_batch} must be a multiple of `micro_batch` x ranks "
                 f"= {self.micro_batch} x {self.world_size} = {per_pass}; change one of them"
             )
         if self.num_samples == 0 or (self.training and self.num_samples < self.global_batch):
             raise UserError(
                 f"the manifest has {self.num_samples} samples, fewer than one global batch "
-                f"({self.global_batch}); lower optim.global_batch or add data"
+                f"({self.global_batch}); lower `global_batch` or add data"
             )
 
     @property

@@ -6,10 +6,11 @@ from functools import partial
 
 import torch
 
+from avion_dali.decode.decoders import DecodeClip
 from avion_dali.loading.faults import LoaderStats
 from avion_dali.loading.ring import SharedRing
 from avion_dali.loading.strategy import PendingBatch
-from avion_dali.loading.worker import DecodeClip, decode_into
+from avion_dali.loading.worker import decode_into
 
 
 class FramesStrategy:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
 from avion_dali.child_process import die_with_parent
 from avion_dali.contracts import ClipRequest, DecodeError
+from avion_dali.decode.decoders import DecodeClip
 from avion_dali.loading.ring import Place, is_open, open_memory
-
-DecodeClip = Callable[[ClipRequest, np.ndarray], None]
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3

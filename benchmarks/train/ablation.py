@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from avion_dali.cores import available_cores
 from avion_dali.decode.clip import ClipDecoder
+from avion_dali.decode.decoders import DecodeClip
 from avion_dali.decode.reading import read_spanned
 from avion_dali.decode.rendering import ReferenceView
-from avion_dali.loading.worker import DecodeClip
 from benchmarks.report import Benchmark, Row, markdown, names, parser_of, select
 
 if TYPE_CHECKING:
