@@ -147,13 +147,13 @@ def test_evaluation_counts_the_partial_batch_and_drops_none() -> None:
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(3, 2), (1, 3), (2, 8), (16, 1)])
 def test_sizes_that_do_not_divide_name_both_keys(world_size: int, micro_batch: int) -> None:
-    with pytest.raises(UserError, match=r"optim\.global_batch = 8 .* optim\.micro_batch") as caught:
+    with pytest.raises(UserError, match=r"`global_batch` = 8 .* `micro_batch`") as caught:
         BatchSchedule(num_samples=100, global_batch=8, micro_batch=micro_batch, world_size=world_size)
     assert f"{micro_batch} x {world_size}" in str(caught.value)
 
 
 def test_too_few_samples_name_the_key_and_the_count() -> None:
-    with pytest.raises(UserError, match=r"7 samples.*optim\.global_batch"):
+    with pytest.raises(UserError, match=r"7 samples.*`global_batch`"):
         BatchSchedule(num_samples=7, global_batch=8, micro_batch=4)
     with pytest.raises(UserError, match="0 samples"):
         BatchSchedule(num_samples=0, global_batch=8, micro_batch=4, training=False)
