@@ -70,6 +70,6 @@ def repair(manifest: Path, report: CheckReport) -> None:
 
     with folder_lock(manifest, "repairing a manifest"):
         done = repair_manifest(manifest, report.bad_chunks)
-    print(f"{manifest}: {done.removed} clips left out, {done.num_samples} left")
+    print(f"{manifest}: {done.removed} clips removed, {done.num_samples} left")
     if done.undo:
         print(f"bad chunks: {manifest / BAD_CHUNKS_FILE}\nto undo: {done.undo}")
