@@ -44,16 +44,22 @@ class ResolvedRun:
         return self.distributed.device
 
     def lines(self) -> list[str]:
-        """Return lines for the console that describe the resolved settings."""
-        model, optim, world = self.config.model, self.config.optim, self.distributed.world_size
+        """Return lines for the console that describe the resolved settings of decoder, model and pixels."""
+        model = self.config.model
         return [
             f"decoder: {self.decoder.name} ({self.decoder.reason})",
             f"model: {model.encoder} {model.size}, {model.activation}, norm eps {model.norm_eps:g}, "
             f"attention {model.attention}, {self.precision} on {self.device}",
             f"pixels: normalization {self.config.data.normalization}",
-            f"batch: {optim.global_batch} clips = {world} ranks x {optim.micro_batch} clips x "
-            f"{self.accum_steps} micro-batches",
         ]
+
+    def batch_line(self) -> str:
+        """Return the line for the console that says how an optimizer step's batch is split."""
+        optim, ranks = self.config.optim, self.distributed.world_size
+        return (
+            f"batch: {optim.global_batch} clips = {ranks} ranks x {optim.micro_batch} clips x "
+            f"{self.accum_steps} micro-batches"
+        )
 
 
 def resolve(config: TrainConfig, distributed: Distributed, start: StartWeights | None = None) -> ResolvedRun:

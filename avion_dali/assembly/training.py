@@ -72,7 +72,7 @@ def _training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLo
     _require_whole_steps(run, manifest)
     model = build_model(run, num_classes=len(run.task.class_names(manifest)))
     if distributed.is_main:
-        _log.info("%s", "\n".join(run.lines()))
+        _log.info("%s", "\n".join([*run.lines(), run.batch_line()]))
     if start and not latest:
         report = fill_model(model, start, run.config)
         if distributed.is_main:
