@@ -259,7 +259,7 @@ def _annotation_row(line: int, row: dict[str, Any], labels: dict[str, int]) -> A
     if None in row:
         raise SpanError("has more fields than the header; a text with commas needs quotes")
     if label and label not in labels:
-        raise SpanError(f"label {shown(label, 200)} is no class of the training manifest", "unknown class")
+        raise SpanError(f"label {shown(label, 200)} is not a class of the training manifest", "unknown class")
     noun = row.get("noun")
     return AnnotationRow(
         line=line,

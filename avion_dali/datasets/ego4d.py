@@ -58,7 +58,7 @@ class Narrations:
 
     def _row(self, row: Any, number: int, *, file: str) -> AnnotationRow | RejectedRow:
         if not isinstance(row, tuple | list) or len(row) < _FIELDS:
-            reason = f"{shown(row)} is no (video, start second, end second, narration)"
+            reason = f"{shown(row)} is not a (video, start second, end second, narration)"
             return RejectedRow(number, "", reason, file=file)
         video, start_s, end_s, narration = map(_decoded, row[:_FIELDS])
         name = video if isinstance(video, str) else ""
