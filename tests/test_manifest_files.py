@@ -130,7 +130,7 @@ def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path) -> None:
 def test_facts_of_other_types_are_a_user_error(tmp_path: Path, name: str, value: object) -> None:
     path = write(tmp_path) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    with pytest.raises(UserError, match=rf"manifest\.json lacks {name}"):
+    with pytest.raises(UserError, match=rf"manifest\.json has no {name}"):
         Manifest(tmp_path)
 
 
