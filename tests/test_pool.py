@@ -140,5 +140,5 @@ def test_processes_that_keep_dying_end_in_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("avion_dali.loading.pool._MAX_RESTARTS", 1)
     with WorkerPool(workers=1, timeout_s=20) as pool:
         pool._restart()
-        with pytest.raises(UserError, match="died 2 times in a row, perhaps because memory ran out"):
+        with pytest.raises(UserError, match="died 2 times in a row; is the machine out of memory"):
             pool._restart()

@@ -133,7 +133,7 @@ def test_grades_of_another_manifest_are_refused(tmp_path: Path, grades: np.ndarr
     np.save(stored_file(tmp_path, "relevancy.npy"), grades)
     with pytest.raises(UserError, match=r"relevancy\.npy is damaged"):
         open_captions(manifest)
-    with pytest.raises(UserError, match=r"relevancy\.npy holds .*5 rows and 3 captions"):
+    with pytest.raises(UserError, match=r"relevancy\.npy contains .*5 rows and 3 captions"):
         read_captions(manifest.table("captions.arrow"), stored_file(tmp_path, "relevancy.npy"), num_rows=5)
 
 
