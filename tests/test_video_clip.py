@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_refused_by_name(video: Path, tmp_path: Path) -> No
         ({"seconds": [float("nan")]}, "`seconds` = .*finite"),
         ({"frame_ids": [0], "frame_size": 0}, "`frame_size` = 0"),
         ({"frame_ids": [0], "frame_size": -5}, "`frame_size` = -5"),
-        ({"frame_ids": [0], "window": (0, 0, 200, 20)}, "leaves the 96x64 pictures"),
+        ({"frame_ids": [0], "window": (0, 0, 200, 20)}, "exceeds the 96x64 pictures"),
         ({"frame_ids": [0], "window": (1, 0, 20, 20)}, "`window` = .*even"),
     ):
         with pytest.raises(UserError, match=message):
