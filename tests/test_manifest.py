@@ -40,6 +40,22 @@ def write(
     return folder
 
 
+def write_every_file(folder: Path, *, grade: float, index_record: bytes) -> None:
+    """Write a manifest that has every kind of file: classes, captions with relevancies, and a packet index."""
+    captions = CaptionTable(("cut",), ((1,),), np.full((len(SAMPLES), 1), grade))
+    with IndexWriter(folder) as index:
+        index.add(index_record)
+        write_manifest(
+            folder,
+            chunk_root="/chunks",
+            chunks=CHUNKS,
+            samples=SAMPLES,
+            captions=captions,
+            classes=CLASSES,
+            index=index,
+        )
+
+
 def assert_same_chunk(read: Chunk, written: Chunk) -> None:
     assert (read.ref, read.video, read.start_s, read.fps, read.codec) == (
         written.ref,
@@ -213,18 +229,7 @@ def test_an_interrupted_build_is_not_taken_for_a_manifest(tmp_path: Path) -> Non
 
 
 def test_an_interrupted_rebuild_leaves_the_old_manifest_as_it_was(tmp_path: Path) -> None:
-    captions = CaptionTable(("cut",), ((1,),), np.ones((len(SAMPLES), 1)))
-    with IndexWriter(tmp_path) as index:
-        index.add(b"old")
-        write_manifest(
-            tmp_path,
-            chunk_root="/chunks",
-            chunks=CHUNKS,
-            samples=SAMPLES,
-            captions=captions,
-            classes=CLASSES,
-            index=index,
-        )
+    write_every_file(tmp_path, grade=1, index_record=b"old")
     before = contents(tmp_path)
     assert len(before) == 7
     with pytest.raises(KeyboardInterrupt), IndexWriter(tmp_path) as index:

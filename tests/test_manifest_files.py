@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chunk_folders import stored_file
-from test_manifest import CHUNKS, CLASSES, SAMPLES, write
+from test_manifest import CHUNKS, CLASSES, SAMPLES, write, write_every_file
 
 from avion_dali.contracts import UserError
 from avion_dali.data.classes import CaptionTable
@@ -63,18 +63,7 @@ def as_format_3(folder: Path) -> None:
 
 
 def test_manifests_of_format_3_are_read(tmp_path: Path) -> None:
-    captions = CaptionTable(("cut",), ((1,),), np.full((len(SAMPLES), 1), 0.5))
-    with IndexWriter(tmp_path) as index:
-        index.add(b"index")
-        write_manifest(
-            tmp_path,
-            chunk_root="/chunks",
-            chunks=CHUNKS,
-            samples=SAMPLES,
-            captions=captions,
-            classes=CLASSES,
-            index=index,
-        )
+    write_every_file(tmp_path, grade=0.5, index_record=b"index")
     as_format_3(tmp_path)
     opened = Manifest(tmp_path)
     assert list(opened.samples()) == SAMPLES and opened.classes == CLASSES

@@ -20,7 +20,7 @@ from avion_dali.data.manifest import Manifest
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.data.tokens import pad_tokens
 from avion_dali.decode.decoders import CPU_DECODERS
-from avion_dali.loading.faults import MAX_ATTEMPTS, FaultPolicy
+from avion_dali.loading.faults import MAX_ATTEMPTS, FaultPolicy, failure_of
 from avion_dali.loading.worker import failures_as_decode_errors
 
 if TYPE_CHECKING:
@@ -137,8 +137,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 CPU_DECODERS[self.decoder](request, frames_VTHWC)
         except DecodeError as error:
             _log.warning("a clip could not be read: %s", error)
-            ids = request.sample_id, request.epoch
-            return ClipError(*ids, error.kind, error.path, error.frame_ids, error.cause)
+            return failure_of(error, request)
         return None
 
     def _item(self, request: ClipRequest, frames_VTHWC: np.ndarray, *, valid: bool = True) -> dict[str, Any]:
