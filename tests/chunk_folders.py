@@ -11,9 +11,10 @@ from pathlib import Path
 import make_videos
 import numpy as np
 
-from avion_dali.contracts import ChunkRef
+from avion_dali.contracts import ChunkRef, PacketIndexRef
 from avion_dali.data.manifest import Chunk, Sample, write_manifest
 from avion_dali.data.manifest_files import ManifestFiles
+from avion_dali.data.probe import probe_chunk
 
 NTSC_30, NTSC_60 = Fraction(30_000, 1001), Fraction(60_000, 1001)
 
@@ -82,6 +83,16 @@ def make_chunk_file(folder: Path) -> Path:
     return make_videos.write_video(
         folder / "one_second.mp4", frames=30, size=(64, 48), container_options={"movflags": "faststart"}
     )
+
+
+def indexed_chunk(path: Path, folder: Path) -> ChunkRef:
+    """A chunk with its packet index, which is written to a file of its own in `folder`."""
+    facts = probe_chunk(path, index=True)
+    assert facts.packet_index
+    record = folder / f"{path.name}.index"
+    record.write_bytes(facts.packet_index)
+    index = PacketIndexRef(str(record), 0, len(facts.packet_index))
+    return ChunkRef(str(path), facts.size_bytes, facts.num_frames, facts.width, facts.height, index)
 
 
 def copy_chunks(source: Path, root: Path, videos: Mapping[str, Sequence[int]]) -> Path:

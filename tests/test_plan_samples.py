@@ -5,11 +5,11 @@ from fractions import Fraction
 import make_videos
 import numpy as np
 import pytest
+from chunk_folders import indexed_chunk
 
-from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest, CropWindow, PacketIndexRef, UserError
+from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest, CropWindow, UserError
 from avion_dali.data.hand_held import draw_pictures
 from avion_dali.data.planner import ClipRules, Planner
-from avion_dali.data.probe import probe_chunk
 from avion_dali.decode.source import gather_packets
 from avion_dali.inspection import plan_samples
 
@@ -24,15 +24,6 @@ def clip_folder(tmp_path_factory):
     return root
 
 
-def indexed(path, folder):
-    facts = probe_chunk(path, index=True)
-    assert facts.packet_index
-    record = folder / f"{path.name}.index"
-    record.write_bytes(facts.packet_index)
-    index = PacketIndexRef(str(record), 0, len(facts.packet_index))
-    return ChunkRef(str(path), facts.size_bytes, facts.num_frames, facts.width, facts.height, index)
-
-
 def request_of(*parts, views=1):
     count = sum(len(part.frame_ids) for part in parts)
     windows = (CropWindow(0, 0, 64, 64),) * views
@@ -40,7 +31,7 @@ def request_of(*parts, views=1):
 
 
 def test_needs_add_up_over_the_parts_of_a_clip(gop_videos, tmp_path):
-    one, other = (ClipPart(indexed(gop_videos[s], tmp_path), (5, 40)) for s in ("balanced", "no-b"))
+    one, other = (ClipPart(indexed_chunk(gop_videos[s], tmp_path), (5, 40)) for s in ("balanced", "no-b"))
     both, first, second = (
         plan_samples.clip_needs(request_of(*parts)) for parts in ((one, other), (one,), (other,))
     )
@@ -53,7 +44,7 @@ def test_needs_add_up_over_the_parts_of_a_clip(gop_videos, tmp_path):
 
 
 def test_views_share_one_decode(gop_videos, tmp_path):
-    part = ClipPart(indexed(gop_videos["balanced"], tmp_path), (5, 40))
+    part = ClipPart(indexed_chunk(gop_videos["balanced"], tmp_path), (5, 40))
     assert plan_samples.clip_needs(request_of(part, views=3)) == plan_samples.clip_needs(request_of(part))
 
 

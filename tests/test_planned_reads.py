@@ -6,20 +6,11 @@ from pathlib import Path
 
 import make_videos
 import pytest
+from chunk_folders import indexed_chunk
 
 from avion_dali.contracts import ChunkRef, ClipPart, DecodeError, PacketIndexRef, UserError
-from avion_dali.data.probe import probe_chunk
 from avion_dali.decode.planned_reads import planned_reads
 from avion_dali.decode.source import gather_packets
-
-
-def indexed(path: Path, folder: Path) -> ChunkRef:
-    facts = probe_chunk(path, index=True)
-    assert facts.packet_index
-    record = folder / f"{path.name}.index"
-    record.write_bytes(facts.packet_index)
-    index = PacketIndexRef(str(record), 0, len(facts.packet_index))
-    return ChunkRef(str(path), facts.size_bytes, facts.num_frames, facts.width, facts.height, index)
 
 
 class RecordedReads:
@@ -45,7 +36,7 @@ def test_the_plan_names_exactly_what_the_reader_reads(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    part = ClipPart(indexed(gop_videos[style], tmp_path), frame_ids)
+    part = ClipPart(indexed_chunk(gop_videos[style], tmp_path), frame_ids)
     planned = planned_reads(part, decoder="test")
     reads = RecordedReads(monkeypatch)
     payloads = [p for run in gather_packets(part, decoder="test").runs for p in run.payloads]
@@ -59,13 +50,13 @@ def test_the_plan_names_exactly_what_the_reader_reads(
 def test_neighboring_packets_are_read_with_one_call(tmp_path: Path) -> None:
     options = {"g": "12", "bf": "0", "sc_threshold": "0", "threads": "1"}
     path = make_videos.write_video(tmp_path / "v.mp4", frames=24, size=(32, 32), options=options)
-    planned = planned_reads(ClipPart(indexed(path, tmp_path), (5, 14)), decoder="test")
+    planned = planned_reads(ClipPart(indexed_chunk(path, tmp_path), (5, 14)), decoder="test")
     assert [len(r.sizes) for run in planned.runs for r in run.ranges] == [6, 3]
     assert planned.decoded == 9
 
 
 def test_a_plan_opens_no_chunk(gop_videos: dict[str, Path], tmp_path: Path) -> None:
-    chunk = indexed(gop_videos["balanced"], tmp_path)
+    chunk = indexed_chunk(gop_videos["balanced"], tmp_path)
     part = ClipPart(chunk, (5, 40))
     gone = ClipPart(replace(chunk, path=str(tmp_path / "gone.mp4")), (5, 40))
     assert planned_reads(gone, decoder="test").read_sizes == planned_reads(part, decoder="test").read_sizes
@@ -81,7 +72,7 @@ def test_a_chunk_without_an_index_is_named(gop_videos: dict[str, Path]) -> None:
 
 
 def test_a_lost_index_is_named(gop_videos: dict[str, Path], tmp_path: Path) -> None:
-    chunk = indexed(gop_videos["balanced"], tmp_path)
+    chunk = indexed_chunk(gop_videos["balanced"], tmp_path)
     lost = replace(chunk, index=PacketIndexRef(str(tmp_path / "lost"), 0, 100))
     with pytest.raises(DecodeError, match=r"lost cannot be read .*build the manifest again"):
         planned_reads(ClipPart(lost, (0,)), decoder="test")
