@@ -27,6 +27,7 @@ from pipelines.graph import (
     GraphInputs,
     GraphSettings,
     build_graph,
+    default_graphs,
     default_threads,
     failure_cause,
     graph_inputs,
@@ -288,6 +289,8 @@ def test_the_cpu_backend_has_no_h264(videos: dict[str, Path], runner: Callable) 
 def test_default_threads() -> None:
     assert default_threads("mixed") == default_threads("mixed", ranks_on_machine=8) >= 8
     assert default_threads("cpu") >= default_threads("cpu", ranks_on_machine=10_000) == 1
+    assert (default_graphs("mixed"), default_threads("mixed", graphs=default_graphs("mixed"))) == (2, 8)
+    assert (default_graphs("cpu"), default_threads("cpu", graphs=1000)) == (1, 1)
 
 
 @pytest.mark.parametrize(
