@@ -35,10 +35,10 @@ def require_fault_of_a_clip(error: BaseException) -> None:
         RuntimeError: when the device failed, or the error does not come from an operator of the graph.
     """
     cause = failure_cause(error)
-    if isinstance(error, MemoryError) or _OF_MEMORY.search(cause):
+    if is_out_of_memory(error):
         raise UserError(
-            f"DALI ran out of memory: {cause}; lower `graphs` (down to 1) or `batch_size`, make chunks of a "
-            "lower resolution, or leave decoding to CPU cores with `decoder` cpu-fused"
+            f"DALI ran out of memory: {cause}; lower `batch_size`, or `graphs` if it is above 2, make chunks "
+            "of a lower resolution, or leave decoding to CPU cores with `decoder` cpu-fused"
         ) from error
     if _OF_THE_DEVICE.search(cause) and not _OF_THE_STREAM.search(cause):
         raise RuntimeError(
@@ -47,3 +47,12 @@ def require_fault_of_a_clip(error: BaseException) -> None:
         ) from error
     if not _OF_AN_OPERATOR.search(str(error)):
         raise error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory, of the GPU or of the host, is too short.
+
+    Args:
+        error: one of `DALI_ERRORS`.
+    """
+    return isinstance(error, MemoryError) or bool(_OF_MEMORY.search(failure_cause(error)))
