@@ -2,6 +2,8 @@
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
+# The interpreter of `make test-oldest`; one that pyenv keeps is found as well.
+OLDEST_PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 CHECKED := $(wildcard avion_dali pipelines train)
@@ -11,16 +13,17 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: help demo demo-finetune media test lint types clean
+.PHONY: help demo demo-finetune media test test-oldest lint types clean
 
 help:
 	@echo "make demo   train on a small made-up data set and write a report (runs/demo)"
 	@echo "make demo-finetune   retrieval, recognition and VideoMAE from it (runs/demo_finetune)"
 	@echo "make media  the videos that benchmarks decode, without network (media/)"
 	@echo "make test   the whole test suite"
+	@echo "make test-oldest   the same with the oldest versions that are supported, on Python 3.12 (.venv-oldest)"
 	@echo "make lint   style, spelling, docstrings and size limits"
 	@echo "make types  static types"
-	@echo "make clean  remove .venv, caches and build leftovers; runs/ stays"
+	@echo "make clean  remove .venv, .venv-oldest, caches and build leftovers; runs/ stays"
 
 demo: $(INSTALLED)
 	$(BIN)/avion-dali demo --output-dir runs/demo
@@ -34,6 +37,13 @@ media: $(INSTALLED)
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest
 
+test-oldest:
+	@for python in $(OLDEST_PYTHON) $$(pyenv root 2>/dev/null)/versions/3.12*/bin/python3.12; do \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || continue; \
+	  PIP_CONSTRAINT=$(CURDIR)/requirements-oldest.txt exec $(MAKE) test VENV=.venv-oldest PYTHON="$$python"; \
+	done; \
+	echo "error: Python 3.12 is needed; name one: make test-oldest OLDEST_PYTHON=/path/to/python3.12" >&2; exit 1
+
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +56,7 @@ types: $(INSTALLED_DEV)
 	$(BIN)/mypy $(CHECKED)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements.txt pyproject.toml

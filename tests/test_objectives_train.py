@@ -64,10 +64,10 @@ class HalfRelevant:
         return np.select([distance == 0, distance == 1], [1.0, 0.5], 0.0).astype(np.float32)
 
 
-def make_case(encoder: str, objective: str) -> tuple[nn.Module, object]:
+def make_case(encoder: str, objective: str, **options: object) -> tuple[nn.Module, object]:
     """A tiny model and its objective; the weights are the same at every call."""
     torch.manual_seed(0)
-    config = ModelConfig(encoder=encoder, size="tiny", context_length=8, embed_dim=32)
+    config = ModelConfig(encoder=encoder, size="tiny", context_length=8, embed_dim=32, **options)
     if objective == "classification":
         model = build_classifier(config, num_classes=CLASSES, dropout=0.0, **CLIP)
         settings = ClassificationConfig(label_smoothing=0.1)

@@ -53,6 +53,7 @@ def rows(count: int) -> list[dict]:
             "loss": 5.0 / step,
             "clips_per_s": 100.0 + step,
             "data_wait_share": 0.05,
+            "gpu_idle_share": 0.0125,
             "step_s": 0.5,
             "memory_mb": 900.0 + step,
             "replaced": 2,

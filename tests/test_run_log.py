@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +20,9 @@ from avion_dali.engine.run_log import (
     RunLog,
     command_line,
     read_rows,
-    row_over_ranks,
 )
 from avion_dali.engine.timing import WindowTiming
+from avion_dali.engine.train_row import TrainRow
 
 
 def write_run(folder, steps, *, resume_step=0, **more):
@@ -128,12 +131,19 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("evaluation/map_avg")] == [(2, 0.25)]
 
 
+TIMING = WindowTiming(
+    steps=2, step_s=0.5, data_wait_s=0.1, data_wait_share=0.2, clips_per_s=64.0, memory_mb=9.0
+)
+
+
+def row_of(loss: float) -> TrainRow:
+    return TrainRow({"loss": torch.tensor(loss)}, TIMING, counts={}, facts={})
+
+
 def test_row_of_a_single_process():
-    timing = WindowTiming(
-        steps=2, step_s=0.5, data_wait_s=0.1, data_wait_share=0.2, clips_per_s=64.0, memory_mb=9.0
-    )
     numbers = {"loss": torch.tensor(2.0), "accuracy": torch.tensor(0.5)}
-    row = row_over_ranks(numbers, timing, counts={"delivered": 8, "replaced": 1})
+    counts, facts = {"delivered": 8, "replaced": 1, "energy_j": 0}, {"epoch": 3, "energy_j": None}
+    row = TrainRow(numbers, TIMING, counts=counts, facts=facts).values()
     assert row == {
         "loss": 2.0,
         "accuracy": 0.5,
@@ -145,4 +155,30 @@ def test_row_of_a_single_process():
         "memory_mb": 9.0,
         "delivered": 8,
         "replaced": 1,
+        "epoch": 3,
     }
+    on_gpu = TrainRow(numbers, replace(TIMING, gpu_idle_share=0.125), counts=counts, facts=facts).values()
+    assert on_gpu == row | {"gpu_idle_share": 0.125}
+
+
+def test_a_row_whose_numbers_are_on_their_way_is_written_before_what_follows(tmp_path):
+    def late(loss: float) -> TrainRow:
+        row = row_of(loss)
+        row._over_ranks._arrived = SimpleNamespace(synchronize=lambda: None)
+        return row
+
+    with RunLog(tmp_path, total_steps=9, tensorboard=False) as log:
+        log.queue(1, row_of(1.0))
+        assert kinds_and_steps(tmp_path) == [("t", 1)] and log.loss == 1.0
+        log.queue(2, late(2.0))
+        assert kinds_and_steps(tmp_path) == [("t", 1)] and log.loss == 1.0
+        log.advance()
+        assert kinds_and_steps(tmp_path) == [("t", 1), ("t", 2)] and log.loss == 2.0
+        log.queue(3, late(3.0))
+        log.queue(4, late(4.0))
+        log.evaluation(4, {})
+        log.queue(5, late(5.0))
+        log.end(5, {"stopped_by": ""})
+        log.queue(6, late(math.nan))  # the step that ends the run with an error
+    steps = [("t", 1), ("t", 2), ("t", 3), ("t", 4), ("e", 4), ("t", 5), ("e", 5)]
+    assert kinds_and_steps(tmp_path) == steps

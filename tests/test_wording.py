@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 
+from avion_dali.cli import arguments
 from avion_dali.cli.arguments import run_command
 from avion_dali.contracts import UserError
 from avion_dali.wording import few, few_lines, first_line, printable
@@ -45,3 +47,17 @@ def test_errors_and_messages_of_commands_are_escaped(capsys):
         run_command(fail)
     said = capsys.readouterr().err
     assert r"caption \x1b]0;title\x07" in said and r"error: row \x1b[31m\udcff" in said
+
+
+def test_commands_let_gpu_memory_grow_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "_show_messages", lambda: None)
+    for own in ({}, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}):
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in own.items():
+            monkeypatch.setenv(name, value)
+        found: dict[str, str] = {}
+        with pytest.raises(SystemExit):
+            run_command(lambda found=found: found.update(os.environ))
+        expected = own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+        assert {name: value for name, value in found.items() if name.endswith("_ALLOC_CONF")} == expected

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from avion_dali.assembly.decoder_choice import DecoderChoice, choose_decoder
+from avion_dali.assembly.memory import MemoryPlan, count_parameters, free_bytes, plan_memory
 from avion_dali.config import TrainConfig
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.precision import AUTOCAST_DTYPES, Precision, resolve_precision
@@ -23,11 +24,13 @@ class ResolvedRun:
 
     Args:
         config: the configuration; the activation, epsilon and norms of the model are those of its initial
-            weights, and its attention kernel runs here.
+            weights, its attention kernel runs here, and its micro-batch fits.
         task: the task of `objective.name`.
         decoder: the decoder.
         precision: precision of the forward passes.
+        micro_batch: clips per forward pass on one rank.
         accum_steps: micro-batches per optimizer step and rank.
+        memory: how micro-batch and recomputation were chosen; None if both were given.
         distributed: this process among all processes of the run.
     """
 
@@ -35,7 +38,9 @@ class ResolvedRun:
     task: Task
     decoder: DecoderChoice
     precision: Precision
+    micro_batch: int
     accum_steps: int
+    memory: MemoryPlan | None
     distributed: Distributed
 
     @property
@@ -53,13 +58,11 @@ class ResolvedRun:
             f"pixels: normalization {self.config.data.normalization}",
         ]
 
-    def batch_line(self) -> str:
-        """Return the line for the console that says how an optimizer step's batch is split."""
-        optim, ranks = self.config.optim, self.distributed.world_size
-        return (
-            f"batch: {optim.global_batch} clips = {ranks} ranks x {optim.micro_batch} clips x "
-            f"{self.accum_steps} micro-batches"
-        )
+    def batch_lines(self) -> list[str]:
+        """Return lines for the console that say how an optimizer step's batch is split, and why."""
+        batch, ranks = self.config.optim.global_batch, self.distributed.world_size
+        split = f"{ranks} ranks x {self.micro_batch} clips x {self.accum_steps} micro-batches"
+        return [f"batch: {batch} clips = {split}", *([self.memory.line] if self.memory else [])]
 
 
 def resolve(config: TrainConfig, distributed: Distributed, start: StartWeights | None = None) -> ResolvedRun:
@@ -78,12 +81,29 @@ def resolve(config: TrainConfig, distributed: Distributed, start: StartWeights |
     precision = resolve_precision(config.run.precision, device)
     model = resolve_model(config.model, start.facts if start else None)
     attention = resolve_attention(model.attention, device, dtype=AUTOCAST_DTYPES[precision])
-    per_pass = config.optim.micro_batch * distributed.world_size
+    config = replace(config, model=replace(model, attention=attention))
+    micro_batch, memory = config.optim.micro_batch, None
+    if micro_batch == "auto" or model.checkpoint_every == "auto":
+        memory = plan_memory(
+            config,
+            precision=precision,
+            ranks=distributed.world_size,
+            free=free_bytes(distributed),
+            parameters=count_parameters(config, task),
+        )
+        micro_batch = memory.micro_batch
+        config = replace(
+            config,
+            model=replace(config.model, checkpoint_every=memory.checkpoint_every),
+            optim=replace(config.optim, micro_batch=micro_batch),
+        )
     return ResolvedRun(
-        config=replace(config, model=replace(model, attention=attention)),
+        config=config,
         task=task,
         decoder=choose_decoder(config.decoder, device),
         precision=precision,
-        accum_steps=max(1, config.optim.global_batch // per_pass),
+        micro_batch=micro_batch,
+        accum_steps=max(1, config.optim.global_batch // (micro_batch * distributed.world_size)),
+        memory=memory,
         distributed=distributed,
     )

@@ -32,7 +32,7 @@ def open_run_clips(
     options = {field.name: getattr(config.data, field.name) for field in fields(LoaderOptions)}
     return open_clips(
         manifest,
-        batch_size=config.optim.micro_batch,
+        batch_size=run.micro_batch,
         accum_steps=run.accum_steps if training else 1,
         decoder=run.decoder.name,
         dali=config.dali,

@@ -72,7 +72,7 @@ def _training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLo
     _require_whole_steps(run, manifest)
     model = build_model(run, num_classes=len(run.task.class_names(manifest)))
     if distributed.is_main:
-        _log.info("%s", "\n".join([*run.lines(), run.batch_line()]))
+        _log.info("%s", "\n".join([*run.lines(), *run.batch_lines()]))
     if start and not latest:
         report = fill_model(model, start, run.config)
         if distributed.is_main:
@@ -112,11 +112,11 @@ def _open_start(config: TrainConfig, latest: Path | None) -> StartWeights | None
 
 def _require_whole_steps(run: ResolvedRun, manifest: Manifest) -> None:
     """Reject batch sizes that do not divide evenly, and manifests smaller than one step."""
-    optim, world = run.config.optim, run.distributed.world_size
-    if optim.global_batch % (optim.micro_batch * world):
+    optim, micro, world = run.config.optim, run.micro_batch, run.distributed.world_size
+    if optim.global_batch % (micro * world):
         raise UserError(
             f"optim.global_batch = {optim.global_batch} must be a multiple of optim.micro_batch x ranks = "
-            f"{optim.micro_batch} x {world} = {optim.micro_batch * world}; change one of them"
+            f"{micro} x {world} = {micro * world}; change one of them"
         )
     if manifest.num_samples < optim.global_batch:
         raise UserError(

@@ -180,15 +180,24 @@ def _tell_torchrun(message: str) -> None:
             Path(path).write_text(json.dumps({"message": f"error: {message}", "timestamp": int(time.time())}))
 
 
+def _set_up_torch() -> None:
+    """Set what torch reads from the environment once, when it is imported or first uses a GPU."""
+    # OpenMP's threads wait for each other by spinning, which takes cores from decode workers: a CPU training
+    # with one worker on two cores was a fifth faster with less spinning.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Segments of GPU memory that can grow leave no gaps between tensors of different sizes. In torch the older
+    # name of the variable has precedence.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run an entry point; a `UserError` becomes one message and exit status 2.
 
     Args:
         main: returns the exit status, None for 0.
     """
-    # OpenMP's threads wait for each other by spinning, which takes cores from decode workers: a CPU training
-    # with one worker on two cores was a fifth faster with less spinning. torch reads this once.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    _set_up_torch()
     _show_messages()
     try:
         status = main() or 0

@@ -43,7 +43,8 @@ class ModelConfig:
         patch_dropout: fraction of patch tokens dropped in training (`vit` only).
         attention: attention kernel of the video encoder; `auto` selects the best one that works on the device.
         checkpoint_every: recompute the activations of every n-th block in the backward pass (activation
-            checkpointing); 0 for no block, 1 for all blocks.
+            checkpointing); 0 for no block, 1 for all blocks. `auto` is 0 if the micro-batch then fits into the
+            GPU's memory and 1 if not; the CPU counts as a GPU of 24 GB.
         compile: run torch.compile on each block.
         train_logit_scale: learn the temperature; the published recipe keeps it at 0.07.
     """
@@ -61,7 +62,7 @@ class ModelConfig:
     drop_path_schedule: Literal["constant", "linear"] = "constant"
     patch_dropout: float = 0.0
     attention: AttentionBackend = "auto"
-    checkpoint_every: int = 0
+    checkpoint_every: int | Literal["auto"] = 0
     compile: bool = False
     train_logit_scale: bool = False
 
@@ -84,4 +85,5 @@ class ModelConfig:
             0 <= self.patch_dropout < 1, "model.patch_dropout", value=self.patch_dropout, allowed="in [0, 1)"
         )
         every = self.checkpoint_every
-        require(every >= 0, "model.checkpoint_every", value=every, allowed=">= 0 (0: none, 1: all blocks)")
+        allowed = ">= 0 (0: none, 1: all blocks), or auto"
+        require(every == "auto" or every >= 0, "model.checkpoint_every", value=every, allowed=allowed)

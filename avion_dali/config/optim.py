@@ -15,7 +15,8 @@ class OptimConfig:
     Args:
         optimizer: `adamw`, `lion` (Chen et al. 2023, arXiv 2302.06675) or `sgd` with momentum `beta1`.
         global_batch: clips per optimizer step over all ranks.
-        micro_batch: clips per forward pass on one rank; the number of accumulated micro-batches follows.
+        micro_batch: clips per forward pass on one rank; the number of accumulated micro-batches follows. `auto`
+            takes the most that fit into the GPU's memory; the CPU counts as a GPU of 24 GB.
         epochs: passes over the training manifest.
         learning_rate: peak learning rate.
         rate_batch: batch size for which all learning rates are given; they are multiplied by `global_batch` /
@@ -36,7 +37,7 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
     global_batch: int = 256
-    micro_batch: int = 256
+    micro_batch: int | Literal["auto"] = 256
     epochs: int = 5
     learning_rate: float = 3e-5
     rate_batch: int = 0
@@ -53,7 +54,8 @@ class OptimConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.micro_batch >= 1, "optim.micro_batch", value=self.micro_batch, allowed=">= 1")
+        micro = self.micro_batch
+        require(micro == "auto" or micro >= 1, "optim.micro_batch", value=micro, allowed=">= 1, or auto")
         require(self.global_batch >= 1, "optim.global_batch", value=self.global_batch, allowed=">= 1")
         require(self.epochs >= 1, "optim.epochs", value=self.epochs, allowed=">= 1")
         require(self.learning_rate > 0, "optim.learning_rate", value=self.learning_rate, allowed="> 0")

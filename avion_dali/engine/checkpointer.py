@@ -69,7 +69,7 @@ class Checkpointer:
         """Save and evaluate at the ends of epochs and of the run; save at other steps when a save is due.
 
         Args:
-            log: log for the metrics.
+            log: log for the metrics; the rows up to a saved step are written before it is saved.
             saves: whether any rank found the last checkpoint too old, see `is_late`.
             stops: whether the run stops after this step; it is then saved, and a due evaluation is left to the
                 next start.
@@ -80,6 +80,7 @@ class Checkpointer:
             evaluates = step == self.last_step or epoch % run.eval_every == 0
             self.state.pending_evaluation = evaluates and self.evaluate is not None
             # Save before the evaluation, so that a failure in the evaluation does not lose training steps.
+            log.flush()
             self.save_latest()
             if not stops:
                 self.evaluate_if_due(log)
@@ -87,6 +88,7 @@ class Checkpointer:
         # With several ranks, a vote on saving arrives one step late, and once more after the save.
         is_late = saves and step - self.saved_step > 1
         if is_late or stops or (run.save_every and step % run.save_every == 0):
+            log.flush()  # a run that resumes here does not write this step's row again
             self.save_latest()
 
     def save_latest(self) -> None:

@@ -37,10 +37,11 @@ from avion_dali.engine.loss_guard import FiniteGuard, SpikeWatch
 from avion_dali.engine.optimizers import describe_rates, learning_rate_schedule, set_learning_rate
 from avion_dali.engine.precision import OverflowCount, autocast, gradient_scaler, resolve_precision
 from avion_dali.engine.protocols import BatchSource, Objective
-from avion_dali.engine.run_log import RunLog, row_over_ranks, sum_over_ranks
+from avion_dali.engine.run_log import RunLog, sum_over_ranks
 from avion_dali.engine.sharding import average_whole_gradients, gradient_norm, is_sharded
 from avion_dali.engine.signals import RankVotes, StopSignals
 from avion_dali.engine.timing import StepTimer
+from avion_dali.engine.train_row import TrainRow
 from avion_dali.engine.train_state import TrainState, TrainSummary
 
 
@@ -115,7 +116,6 @@ class TrainLoop:
             evaluate=evaluate,
             last_step=self.last_step,
         )
-        self._loss = float("nan")
         self._start = time.monotonic()
         self._batches: Iterator[ClipBatch] = iter(())
 
@@ -270,6 +270,7 @@ class TrainLoop:
                 log.advance()
                 if self.step % self.settings.run.log_every == 0 or self.step == self.last_step:
                     self._log(log, numbers)
+                self._log_spikes(log)
                 stop, save = votes.exchange([signals.received, int(self.checkpointer.is_late())])
                 self.checkpointer.after_step(log, saves=bool(save), stops=bool(stop))
                 if stop:
@@ -279,9 +280,7 @@ class TrainLoop:
             stopped_by = signal.Signals(stop).name if stop and not is_complete else ""
             self._log_end(log, stopped_by)
         barrier()
-        return TrainSummary(
-            self.step, self._loss, self.checkpointer.metrics, self.state.best_metric, stopped_by
-        )
+        return TrainSummary(self.step, log.loss, self.checkpointer.metrics, self.state.best_metric, stopped_by)
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint, so that the next `run` gives the results of an uninterrupted run.
@@ -374,27 +373,26 @@ class TrainLoop:
         return log
 
     def _log(self, log: RunLog, numbers: dict[str, torch.Tensor]) -> None:
-        """Check the outstanding steps and write one row; every rank must call it."""
-        self.guard.check()
+        """Queue one row; every rank must call it."""
         counts = {n: getattr(self.loader.stats, n) for n in ("delivered", "replaced", "decoded_on_cpu")}
         counts["energy_j"] = round(self.energy.joules())
-        row = {
+        if self.scaler.is_enabled():
+            # The scale itself can only be read by waiting for the device.
+            numbers = {**numbers, "loss_scale": self.scaler.scale(torch.ones_like(numbers["loss"]))}
+        facts = {
             "epoch": (self.step - 1) // self.loader.steps_per_epoch,
-            **row_over_ranks(numbers, self.timer.window(), counts=counts),
             "elapsed_s": time.monotonic() - self._start,
             "learning_rate": float(self.learning_rates[self.step - 1]),
             "decoder": self.settings.decoder,
+            **({"energy_j": None} if self.energy.source == NOT_READABLE else {}),
         }
-        if self.energy.source == NOT_READABLE:
-            del row["energy_j"]
-        if self.scaler.is_enabled():
-            row["loss_scale"] = self.scaler.get_scale()
-        self._loss = row["loss"]
-        log.train(self.step, row)
-        log.spikes(self.guard.spikes, skipped=self.settings.run.on_spike == "skip")
-        self.guard.spikes.clear()
+        log.queue(self.step, TrainRow(numbers, self.timer.window(), counts=counts, facts=facts))
+
+    def _log_spikes(self, log: RunLog) -> None:
+        log.spikes(self.guard.take_spikes(), skipped=self.settings.run.on_spike == "skip")
 
     def _log_end(self, log: RunLog, stopped_by: str) -> None:
+        self._log_spikes(log)  # those of the last steps, which were checked when they were saved
         used = sum_over_ranks(round(self.energy.joules()), self.distributed.device)
         ended = {"elapsed_s": time.monotonic() - self._start, "energy_j": used, "stopped_by": stopped_by}
         log.end(self.step, ended)

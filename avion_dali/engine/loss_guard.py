@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from avion_dali.contracts import UserError
+from avion_dali.engine.host_copy import HostCopy
 from avion_dali.files import atomic_write_text
 from avion_dali.wording import few
 
@@ -107,8 +108,7 @@ class _Watched:
     """The numbers of one step, which may still be on their way to the host."""
 
     step: int
-    values: torch.Tensor  # (3,) float32 on the host: loss, gradient norm, excess over the spike limit
-    arrived: torch.cuda.Event | None
+    values: HostCopy  # (3,) float32: loss, gradient norm, excess over the spike limit
     sample_ids: np.ndarray
 
 
@@ -116,10 +116,10 @@ class FiniteGuard:
     """Stops the run at the first loss or gradient norm that is not finite, without a device sync per step.
 
     On a GPU, the numbers of a step are copied in the background and checked one step later. All outstanding
-    steps are checked before anything is saved, evaluated or logged. On the CPU, a step is checked before it
-    changes the weights.
+    steps are checked before anything is saved or evaluated. On the CPU, a step is checked before it changes the
+    weights.
 
-    Loss spikes are found in the same way and collected in `spikes` until they are logged.
+    Loss spikes are found in the same way and collected until `take_spikes`.
 
     Args:
         output_dir: folder of `nonfinite.json`.
@@ -129,7 +129,7 @@ class FiniteGuard:
 
     def __init__(self, output_dir: Path, *, rank: int, stops_at_spikes: bool = False) -> None:
         self.stops_at_spikes = stops_at_spikes
-        self.spikes: list[LossSpike] = []
+        self._spikes: list[LossSpike] = []
         self.path = output_dir / ("nonfinite.json" if rank == 0 else f"nonfinite.rank{rank}.json")
         self._outstanding: deque[_Watched] = deque()
 
@@ -156,14 +156,9 @@ class FiniteGuard:
             LossSpikeError: see `check`.
         """
         excess = torch.zeros_like(loss) if excess is None else excess
-        values = torch.stack([value.detach().float() for value in (loss, grad_norm, excess)])
-        arrived = None
-        if values.is_cuda:
-            values = values.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._outstanding.append(_Watched(step, values, arrived, sample_ids))
-        self.check(keep=1 if arrived else 0)
+        values = HostCopy(torch.stack([value.detach().float() for value in (loss, grad_norm, excess)]))
+        self._outstanding.append(_Watched(step, values, sample_ids))
+        self.check(keep=0 if values.is_immediate else 1)
 
     def check(self, *, keep: int = 0) -> None:
         """Check the outstanding steps except the newest `keep`.
@@ -178,13 +173,16 @@ class FiniteGuard:
         """
         while len(self._outstanding) > keep:
             watched = self._outstanding.popleft()
-            if watched.arrived is not None:
-                watched.arrived.synchronize()
-            loss, grad_norm, excess = (float(value) for value in watched.values)
+            loss, grad_norm, excess = watched.values.numbers().tolist()
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 self._stop(watched, loss=loss, grad_norm=grad_norm)
             if excess > 1:
                 self._note_spike(watched, loss=loss, excess=excess)
+
+    def take_spikes(self) -> list[LossSpike]:
+        """Return the spikes that were found since the last call."""
+        found, self._spikes = self._spikes, []
+        return found
 
     def _note_spike(self, watched: _Watched, *, loss: float, excess: float) -> None:
         spike = LossSpike(watched.step, loss, excess, [int(row) for row in watched.sample_ids])
@@ -195,7 +193,7 @@ class FiniteGuard:
                 f"{few(spike.sample_ids, 8)}. Lower optim.learning_rate or set run.on_spike = skip, then "
                 "resume from the last checkpoint"
             )
-        self.spikes.append(spike)
+        self._spikes.append(spike)
 
     def _stop(self, watched: _Watched, *, loss: float, grad_norm: float) -> None:
         ids = [int(sample_id) for sample_id in watched.sample_ids]

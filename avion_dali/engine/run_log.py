@@ -25,7 +25,7 @@ from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import software_versions
 from avion_dali.engine.distributed import all_gather_rows
 from avion_dali.engine.loss_guard import LossSpike
-from avion_dali.engine.timing import WindowTiming
+from avion_dali.engine.train_row import TrainRow
 from avion_dali.files import atomic_write_text
 from avion_dali.wording import printable
 
@@ -97,37 +97,6 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def row_over_ranks(
-    numbers: Mapping[str, torch.Tensor], timing: WindowTiming, *, counts: Mapping[str, int]
-) -> dict[str, Any]:
-    """Combine a log step over ranks; every rank must call it.
-
-    Args:
-        numbers: () tensors of this rank, which are averaged over ranks.
-        timing: timing of this rank; rates are added up, and `data_wait_share` is the largest over ranks.
-        counts: counts of this rank, which are added up.
-
-    Returns:
-        Plain numbers, equal on every rank except `step_s`, `data_wait_s` and `memory_mb`, which are those of
-        this rank.
-    """
-    means_N = torch.stack([value.double() for value in numbers.values()])
-    own = [timing.data_wait_share, timing.clips_per_s, *counts.values()]
-    means_RN = all_gather_rows(means_N[None])
-    others_RN = all_gather_rows(means_N.new_tensor([own]))
-    sums = others_RN.sum(dim=0).tolist()
-    return {
-        **dict(zip(numbers, means_RN.mean(dim=0).tolist(), strict=True)),
-        "clips_per_s": sums[1],
-        "clips_per_s_per_rank": sums[1] / len(others_RN),
-        "step_s": timing.step_s,
-        "data_wait_s": timing.data_wait_s,
-        "data_wait_share": float(others_RN[:, 0].max()),
-        "memory_mb": timing.memory_mb,
-        **{name: int(total) for name, total in zip(counts, sums[2:], strict=True)},
-    }
-
-
 def sum_over_ranks(number: int, device: torch.device) -> int:
     """Add up a number over ranks; every rank must call it.
 
@@ -148,6 +117,9 @@ class RunLog:
         evaluation_pending: whether the evaluation of `resume_step` will be done again.
         enabled: False on ranks other than 0, where nothing is written or printed.
         tensorboard: whether to write TensorBoard curves.
+
+    Attributes:
+        loss: loss of the last row that was queued and written, on every rank; NaN if there was none.
     """
 
     def __init__(
@@ -161,6 +133,8 @@ class RunLog:
         tensorboard: bool = True,
     ) -> None:
         self.enabled = enabled
+        self.loss = math.nan
+        self._queued: tuple[int, TrainRow] | None = None
         self._writer: SummaryWriter | None = None
         if not enabled:
             return
@@ -213,6 +187,26 @@ class RunLog:
         """
         self._record("train", step, values)
 
+    def queue(self, step: int, row: TrainRow) -> None:
+        """Write one training row, at once or, if its numbers are still on their way, after the next step.
+
+        Args:
+            step: optimizer steps done.
+            row: the numbers.
+        """
+        self.flush()
+        self._queued = step, row
+        if row.is_immediate:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the row that is queued, if there is one; this waits for its numbers."""
+        if self._queued is not None:
+            step, row = self._queued
+            self._queued, values = None, row.values()
+            self.loss = values["loss"]
+            self.train(step, values)
+
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one evaluation row.
 
@@ -220,6 +214,7 @@ class RunLog:
             step: optimizer steps done.
             metrics: name to number.
         """
+        self.flush()
         self._record("evaluation", step, metrics)
 
     def spikes(self, spikes: Sequence[LossSpike], *, skipped: bool) -> None:
@@ -239,17 +234,19 @@ class RunLog:
             step: optimizer steps done.
             values: name to number or string.
         """
+        self.flush()
         self._write({"kind": "end", "step": step, **values})
         if values["stopped_by"]:
             self._say(f"{values['stopped_by']}: saved and stopped after step {step}; start again to continue")
 
     def advance(self) -> None:
-        """Move the progress bar by one step."""
+        """Note that a step is done: write the row of the step before, and move the progress bar."""
+        self.flush()
         if self.enabled:
             self._bar.update()
 
     def close(self) -> None:
-        """Flush and close all files; it may be called more than once."""
+        """Close all files; it may be called more than once. A queued row is dropped."""
         if not self.enabled:
             return
         self._bar.close()

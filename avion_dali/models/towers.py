@@ -130,7 +130,7 @@ def tower_config(
         UserError: when the encoder is unknown or lacks an option that is set.
     """
     config = resolve_model(config)
-    assert config.activation != "auto"
+    assert config.activation != "auto" and config.checkpoint_every != "auto"
     preset = PRESETS[config.size]
     return VideoTowerConfig(
         image_size=frame_size,

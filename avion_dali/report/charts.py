@@ -109,7 +109,7 @@ def draw_charts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         Title to SVG element; an empty string if the log lacks the number.
     """
     speed = [curve_of(rows, "train", name="clips_per_s")]
-    waiting = [curve_of(rows, "train", name="data_wait_share")]
+    waiting = [curve_of(rows, "train", name=name) for name in ("data_wait_share", "gpu_idle_share")]
     charts = {}
     # Axes of fractions and rates start at zero, because noise would look like a trend otherwise.
     for title, curves, from_zero in (

@@ -97,6 +97,7 @@ def _run_numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         ("loss", "last loss", lambda values: values[-1]),
         ("clips_per_s", "clips per second (median)", statistics.median),
         ("data_wait_share", "data-wait share (median)", statistics.median),
+        ("gpu_idle_share", "GPU idle share (median)", statistics.median),
         ("step_s", "seconds per step (median)", statistics.median),
         ("memory_mb", "peak memory, MiB", max),
         ("replaced", "replaced clips", lambda values: values[-1]),

@@ -124,7 +124,7 @@ def _check(config: TrainConfig, manifest: Manifest) -> None:
     require_in_every_row(manifest, "label", objective=config.objective.name)
     mixing = config.objective.classification
     mixes = (mixing.mixup or mixing.cutmix) and mixing.mix_probability
-    if mixes and config.optim.micro_batch * config.data.repeats < 2:
+    if mixes and config.optim.micro_batch == config.data.repeats == 1:
         raise UserError(
             "objective.classification.mixup and cutmix mix the clips of a micro-batch and have no effect with "
             "one clip; set optim.micro_batch to 2 or more, or set both of them to 0"
