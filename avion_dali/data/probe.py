@@ -21,29 +21,18 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, FailureKind
+from avion_dali.data.colors import color_range_name, colorspace_name
 from avion_dali.data.container_limits import OPEN_OPTIONS, ExcessiveClaimError, require_modest_header
 from avion_dali.data.delivery import TolerantReader, decode_strictly
 from avion_dali.data.indexing import PacketCollector, tells_order
 from avion_dali.data.survey import PacketSurvey, survey_packets
 from avion_dali.data.timing import SLOW_FPS, complete_times, densest_rate, measure_rate
 
+ByteSpan = tuple[int, int]
+"""First byte of a recording in its file, and the byte after its last one."""
+
 _LINGERING_S = 0.25
 MAX_MISSING_SECONDS = 1.0  # a file may end this long before its stated duration (rounding, last frame)
-
-# FFmpeg's numbers of transfer characteristics (ITU-T H.273, table 3).
-HDR_TRANSFERS = {16: "PQ (SMPTE 2084)", 18: "HLG"}
-# FFmpeg's AVColorSpace numbers (ITU-T H.273, table 4); PyAV's enum does not contain all of them.
-_COLORSPACES = {
-    0: "gbr",
-    1: "bt709",
-    4: "fcc",
-    5: "bt470bg",
-    6: "smpte170m",
-    7: "smpte240m",
-    8: "ycgco",
-    9: "bt2020nc",
-    10: "bt2020c",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +114,11 @@ class ChunkFacts:
 
 @contextmanager
 def open_video(
-    path: str | os.PathLike[str], *, decoder: str = "probe", frame_ids: tuple[int, ...] = ()
+    path: str | os.PathLike[str],
+    *,
+    decoder: str = "probe",
+    frame_ids: tuple[int, ...] = (),
+    span: ByteSpan | None = None,
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a file and choose its video stream; no other function does this.
 
@@ -136,6 +129,7 @@ def open_video(
         path: the video file.
         decoder: name of the decoder in errors.
         frame_ids: the wanted frames in errors.
+        span: one of several recordings in the file; None for the whole file.
 
     Yields:
         The open container and its best video stream.
@@ -154,7 +148,11 @@ def open_video(
             raise failure("corrupt", "is a directory, not a video file")
         _require_modest_header(name, failure)
         # An absolute path: FFmpeg takes what stands before a colon for a protocol.
-        opened = av.open(os.path.abspath(name), "r", options=OPEN_OPTIONS)
+        address = os.path.abspath(name)
+        if span is not None:
+            address = f"subfile,,start,{span[0]},end,{span[1]},,:{address}"
+        # Tags are not read; old ones need not be UTF-8.
+        opened = av.open(address, "r", options=OPEN_OPTIONS, metadata_errors="replace")
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         raise failure("missing", error.strerror or type(error).__name__) from error
     except av.FFmpegError as error:
@@ -180,13 +178,16 @@ def _require_modest_header(name: str, failure: Callable[[FailureKind, str], Deco
         raise failure("corrupt", str(error)) from error
 
 
-def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: bool = False) -> ChunkFacts:
+def probe_chunk(
+    path: str | os.PathLike[str], *, index: bool = False, tolerant: bool = False, span: ByteSpan | None = None
+) -> ChunkFacts:
     """Read the facts of a video file.
 
     Args:
         path: the video file.
         index: whether to create a packet index.
         tolerant: whether to describe the undamaged part of a damaged file instead of raising an error.
+        span: one of several recordings in the file, without an index; None for the whole file.
 
     Returns:
         The facts of the file.
@@ -195,15 +196,18 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
         DecodeError: `missing`, or `corrupt` when the file is not a video, is empty, or ends too early.
     """
     name = os.fspath(path)
-    with open_video(path) as (container, stream), open(path, "rb") if index else nullcontext() as file:
-        _check_index(name, stream, size_bytes=os.stat(path).st_size)
+    with (
+        open_video(path, span=span) as (container, stream),
+        open(path, "rb") if index else nullcontext() as file,
+    ):
+        _check_index(name, stream, size_bytes=span[1] - span[0] if span else os.stat(path).st_size)
         declared = (stream.codec_context.width, stream.codec_context.height)
         collector = PacketCollector(file.fileno(), container, stream) if file else None
         survey = survey_packets(container, stream, collector=collector, name=name, tolerant=tolerant)
         stated = (stream.average_rate, stream.guessed_rate)
         shown, first = survey.shown, survey.first_picture
         if not survey.tells:
-            shown, first = _count_pictures(name, survey, stated=stated, tolerant=tolerant)
+            shown, first = _count_pictures(name, survey, stated=stated, tolerant=tolerant, span=span)
         _check_times(name, shown)
         tick = stream.time_base or Fraction(1, 1000)
         last_duration = _last_duration(container, stream, survey=survey, shown=shown)
@@ -268,18 +272,6 @@ def _start_seconds(container: InputContainer, first_frame: Fraction, *, fps: Fra
     """
     seconds = first_frame - Fraction(container.start_time or 0, 1_000_000)
     return float(seconds) if seconds * 2 > 1 / fps else 0.0
-
-
-def color_range_name(color_range: int, pix_fmt: str) -> str:
-    """Return the name of FFmpeg's range number; the old `yuvj` pixel formats are `full`."""
-    if pix_fmt.startswith("yuvj"):
-        return "full"
-    return {1: "limited", 2: "full"}.get(color_range, "unspecified")
-
-
-def colorspace_name(colorspace: int) -> str:
-    """Return the name of FFmpeg's YUV matrix number, such as `bt709`; `unspecified` if it is unknown."""
-    return _COLORSPACES.get(colorspace, "unspecified")
 
 
 def expected_seconds(container: InputContainer, stream: VideoStream) -> float | None:
@@ -354,12 +346,17 @@ def _check_size(name: str, declared: tuple[int, int], *, first: VideoFrame | Non
 
 
 def _count_pictures(
-    name: str, survey: PacketSurvey, *, stated: tuple[Fraction | None, ...], tolerant: bool
+    name: str,
+    survey: PacketSurvey,
+    *,
+    stated: tuple[Fraction | None, ...],
+    tolerant: bool,
+    span: ByteSpan | None,
 ) -> tuple[np.ndarray, VideoFrame | None]:
     """Decode a file whose packets do not determine its pictures; return their times and the first picture."""
     times: list[int | None] = []
     first: VideoFrame | None = None
-    with open_video(name) as (container, stream):
+    with open_video(name, span=span) as (container, stream):
         whole = (delivered.frame for delivered in TolerantReader(container, stream))
         for frame in whole if tolerant else decode_strictly(container, stream):
             first = first or frame

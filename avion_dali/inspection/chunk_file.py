@@ -18,18 +18,11 @@ from av.video.frame import VideoFrame
 
 from avion_dali.contracts import ChunkRef, DecodeError
 from avion_dali.data.bitstream import Entry
+from avion_dali.data.colors import HDR_TRANSFERS, color_range_name, colorspace_name
 from avion_dali.data.delivery import decode_strictly
 from avion_dali.data.indexing import STRICT, make_decoder, make_packet, stream_facts
 from avion_dali.data.packet_index import IndexBlock, IndexDamagedError, PacketIndex, StreamFacts
-from avion_dali.data.probe import (
-    HDR_TRANSFERS,
-    ChunkFacts,
-    color_range_name,
-    colorspace_name,
-    open_video,
-    probe_chunk,
-    rotation_of,
-)
+from avion_dali.data.probe import ChunkFacts, open_video, probe_chunk, rotation_of
 from avion_dali.inspection.findings import FileReport, Finding, Target
 
 MAX_GOP_SECONDS = 5.0
