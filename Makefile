@@ -11,13 +11,14 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: help demo demo-finetune media test lint types clean
+.PHONY: help demo demo-finetune media test field lint types clean
 
 help:
 	@echo "make demo   train on a small made-up data set and write a report (runs/demo)"
 	@echo "make demo-finetune   retrieval, recognition and VideoMAE from it (runs/demo_finetune)"
 	@echo "make media  the videos that benchmarks decode, without network (media/)"
 	@echo "make test   the whole test suite"
+	@echo "make field  only the tests of videos as users have them, a line for each kind"
 	@echo "make lint   style, spelling, docstrings and size limits"
 	@echo "make types  static types"
 	@echo "make clean  remove .venv, caches and build leftovers; runs/ stays"
@@ -33,6 +34,9 @@ media: $(INSTALLED)
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest
+
+field: $(INSTALLED_DEV)
+	$(BIN)/python tests/field_suite.py
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
