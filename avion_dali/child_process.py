@@ -128,7 +128,15 @@ class PipeLock:
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
         os.write(writer, b"-")
-        self.__setstate__((reader, writer))
+        self._own(reader, writer)
+
+    def _own(self, reader: int, writer: int) -> None:
+        self._reader, self._writer = reader, writer
+        self._holder: int | None = None  # the thread of this process that holds it
+        self._count = 0
+        weakref.finalize(
+            self, _close, reader, writer
+        ).atexit = False  # pools end later than this would be called
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """Take the lock, and return whether this succeeded; a thread may take it repeatedly.
@@ -176,14 +184,11 @@ class PipeLock:
         return tuple(reduction.DupFd(end) for end in (self._reader, self._writer))
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        ends = [end if isinstance(end, int) else end.detach() for end in state]
-        self._reader, self._writer = ends
-        self._holder: int | None = None
-        self._count = 0
-        weakref.finalize(self, _close, ends).atexit = False  # pools end later than this would be called
+        reader, writer = (end.detach() for end in state)
+        self._own(reader, writer)
 
 
-def _close(descriptors: list[int]) -> None:
+def _close(*descriptors: int) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
 

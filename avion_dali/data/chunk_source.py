@@ -13,8 +13,9 @@ from av.video.frame import VideoFrame
 
 from avion_dali.contracts import DecodeError
 from avion_dali.data.chunk_plan import ChunkPlan
+from avion_dali.data.declared import MAX_MISSING_SECONDS
 from avion_dali.data.joined import RecordingsReader
-from avion_dali.data.probe import MAX_MISSING_SECONDS, ChunkFacts
+from avion_dali.data.probe import ChunkFacts
 
 
 @dataclass(frozen=True, slots=True)

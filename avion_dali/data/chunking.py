@@ -25,9 +25,10 @@ from avion_dali.contracts import DecodeError, UserError
 from avion_dali.cores import available_cores
 from avion_dali.data.chunk_plan import ChunkPlan, describe_plan, plan_chunks
 from avion_dali.data.chunk_source import Slot, SourceReader
+from avion_dali.data.container_limits import ByteSpan
 from avion_dali.data.encoding import ChunkWriter, PictureFilter, look_of
 from avion_dali.data.joined import RecordingsReader, find_recordings, probe_recordings
-from avion_dali.data.probe import ByteSpan, ChunkFacts
+from avion_dali.data.probe import ChunkFacts
 from avion_dali.data.profiles import PROFILES, ProfileName
 from avion_dali.data.sidecar import SIDECAR, Losses, Sidecar, read_sidecar
 from avion_dali.files import PARTIAL_PATTERN
@@ -131,7 +132,8 @@ def chunk_video(video: Path, folder: Path, settings: ChunkSettings) -> VideoRepo
     try:
         if not stat.S_ISREG(os.stat(video).st_mode):
             return job.report("is not a regular file")
-        is_done, spans = job.is_done(planned_frames(video, folder, settings=settings)), find_recordings(video)
+        is_done = job.is_done(planned_frames(video, folder, settings=settings))
+        spans: Sequence[ByteSpan] = find_recordings(video)
         unread = ""
         if not is_done or len(spans) > 1:
             facts, spans, unread = probe_recordings(video, spans)

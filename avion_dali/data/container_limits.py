@@ -21,6 +21,9 @@ ALLOWED_DEMUXERS = (
 OPEN_OPTIONS = {"format_whitelist": ",".join(ALLOWED_DEMUXERS), "protocol_whitelist": "file,subfile"}
 """FFmpeg's options for opening any file that is not our own."""
 
+ByteSpan = tuple[int, int]
+"""First byte of a recording in its file, and the byte after its last one."""
+
 _PARENTS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"})
 _MAX_BOXES = 1_000_000  # an hour of one-picture fragments
 _MAX_DEPTH = 8

@@ -17,8 +17,9 @@ from typing import BinaryIO
 import numpy as np
 
 from avion_dali.contracts import DecodeError
+from avion_dali.data.container_limits import ByteSpan
 from avion_dali.data.delivery import Delivered, TolerantReader
-from avion_dali.data.probe import ByteSpan, ChunkFacts, open_video, probe_chunk
+from avion_dali.data.probe import ChunkFacts, avi_frames, open_video, probe_chunk
 
 _FLV_HEADER = re.compile(rb"FLV\x01[\x00-\x05]\x00\x00\x00\x09", re.DOTALL)
 _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
@@ -142,7 +143,8 @@ class RecordingsReader:
         number = 0
         for span in self._spans if len(self._spans) > 1 else [None]:
             with open_video(self._path, decoder="chunker", span=span) as (container, stream):
-                reader, begin = TolerantReader(container, stream), number
+                avi = avi_frames(self._path, span=span) if container.format.name == "avi" else None
+                reader, begin = TolerantReader(container, stream, avi=avi), number
                 self.tick, self.pixel_aspect = stream.time_base or Fraction(1, 1000), Fraction(1)
                 for delivered in reader:
                     self.begins_inside = reader.begins_inside and not begin

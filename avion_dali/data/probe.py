@@ -21,18 +21,16 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, FailureKind
+from avion_dali.data.avi import AviFrames, find_avi_frames
 from avion_dali.data.colors import color_range_name, colorspace_name
-from avion_dali.data.container_limits import OPEN_OPTIONS, ExcessiveClaimError, require_modest_header
+from avion_dali.data.container_limits import OPEN_OPTIONS, ByteSpan, ExcessiveClaimError, require_modest_header
+from avion_dali.data.declared import check_end, check_index, check_size, corrupt
 from avion_dali.data.delivery import TolerantReader, decode_strictly
 from avion_dali.data.indexing import PacketCollector, tells_order
 from avion_dali.data.survey import PacketSurvey, survey_packets
 from avion_dali.data.timing import SLOW_FPS, complete_times, densest_rate, measure_rate
 
-ByteSpan = tuple[int, int]
-"""First byte of a recording in its file, and the byte after its last one."""
-
 _LINGERING_S = 0.25
-MAX_MISSING_SECONDS = 1.0  # a file may end this long before its stated duration (rounding, last frame)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,21 +198,28 @@ def probe_chunk(
         open_video(path, span=span) as (container, stream),
         open(path, "rb") if index else nullcontext() as file,
     ):
-        _check_index(name, stream, size_bytes=span[1] - span[0] if span else os.stat(path).st_size)
+        check_index(name, stream, size_bytes=span[1] - span[0] if span else os.stat(path).st_size)
         declared = (stream.codec_context.width, stream.codec_context.height)
         collector = PacketCollector(file.fileno(), container, stream) if file else None
         survey = survey_packets(container, stream, collector=collector, name=name, tolerant=tolerant)
+        if collector is not None and not tolerant and not collector.is_ordered():
+            raise corrupt(name, "its container states another order of pictures than the pictures themselves")
         stated = (stream.average_rate, stream.guessed_rate)
         shown, first = survey.shown, survey.first_picture
-        if not survey.tells:
+        avi = avi_frames(name, span=span) if container.format.name == "avi" else None
+        if avi is not None and avi.gaps and not tolerant:
+            raise corrupt(name, f"lacks {avi.total - len(avi.numbers)} of its {avi.total} packets")
+        if avi is not None and tolerant:
+            shown, first = _count_frames_of_avi(name, survey, avi=avi, span=span)
+        elif not survey.tells:
             shown, first = _count_pictures(name, survey, stated=stated, tolerant=tolerant, span=span)
         _check_times(name, shown)
         tick = stream.time_base or Fraction(1, 1000)
         last_duration = _last_duration(container, stream, survey=survey, shown=shown)
         if not tolerant:
             extent = int(shown[-1]) + last_duration - min(int(shown[0]), 0)
-            _check_end(name, container, stream=stream, extent=extent)
-            _check_size(name, declared, first=first)
+            check_end(name, container, stream=stream, extent=extent)
+            check_size(name, declared, first=first)
         fps, is_cfr = measure_rate(shown, tick, stated=stated)
         context = stream.codec_context
         return ChunkFacts(
@@ -234,7 +239,7 @@ def probe_chunk(
             first_s=int(shown[0]) * tick,
             frame_times=None if is_cfr else (shown - shown[0]) * float(tick),
             packet_index=collector.record(shown) if collector else b"",
-            is_counted=not survey.tells,
+            is_counted=not survey.tells or avi is not None,
             last_s=float(last_duration * tick) or float(1 / fps),
             densest_fps=fps if is_cfr else densest_rate((shown - shown[0]) * float(tick), stated),
             pixel_aspect=Fraction(stream.sample_aspect_ratio or 1),
@@ -242,6 +247,20 @@ def probe_chunk(
             transfer=int(context.color_trc),
             primaries=int(context.color_primaries),
         )
+
+
+def avi_frames(path: str | os.PathLike[str], *, span: ByteSpan | None) -> AviFrames | None:
+    """Return the frames of an AVI file that lost some; see `find_avi_frames`.
+
+    Args:
+        path: the video file.
+        span: one of several recordings in the file; None for the whole file.
+
+    Raises:
+        DecodeError: when the file cannot be opened.
+    """
+    with open_video(path, span=span) as (container, stream):
+        return find_avi_frames(path, container, stream, span=span)
 
 
 def _check_times(name: str, shown: np.ndarray) -> None:
@@ -274,45 +293,6 @@ def _start_seconds(container: InputContainer, first_frame: Fraction, *, fps: Fra
     return float(seconds) if seconds * 2 > 1 / fps else 0.0
 
 
-def expected_seconds(container: InputContainer, stream: VideoStream) -> float | None:
-    """Return the duration that the file's header states for its video stream.
-
-    Args:
-        container: the open file.
-        stream: its video stream.
-
-    Returns:
-        Seconds, or None if the header has no duration of the video alone (a container's duration may be that of
-        the audio).
-    """
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    tag = stream.metadata.get("DURATION", "")  # Matroska: HH:MM:SS.nnnnnnnnn
-    if tag.count(":") == 2:
-        hours, minutes, seconds = tag.split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    if len(container.streams) == 1 and container.duration:
-        return container.duration / av.time_base
-    return None
-
-
-def corrupt(name: str, cause: str) -> DecodeError:
-    """Create the error of a file that cannot be used.
-
-    Args:
-        name: path of the file.
-        cause: description of the problem.
-    """
-    return DecodeError(name, (), decoder="probe", kind="corrupt", cause=cause)
-
-
-def _check_index(name: str, stream: VideoStream, *, size_bytes: int) -> None:
-    """Reject a file whose index refers to bytes after its end (a truncated mp4 keeps its index)."""
-    end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-    if end > size_bytes:
-        raise corrupt(name, f"is truncated: its index needs {end} bytes, the file has {size_bytes}")
-
-
 def _last_duration(
     container: InputContainer, stream: VideoStream, *, survey: PacketSurvey, shown: np.ndarray
 ) -> int:
@@ -325,24 +305,6 @@ def _last_duration(
         return survey.last_duration  # fragmented files have no such table
     by_table = stream.duration - int(shown[-1] - shown[0])
     return max(survey.last_duration, min(by_table, survey.last_decoded_duration))
-
-
-def _check_end(name: str, container: InputContainer, *, stream: VideoStream, extent: int) -> None:
-    """Reject a file that ends well before the end stated in its header; `extent` is its end in ticks."""
-    expected = expected_seconds(container, stream)
-    if expected is None:
-        return
-    # Matroska counts its duration from zero, mp4 from the first frame.
-    seconds = float(extent * (stream.time_base or Fraction(1, 1000)))
-    if seconds < expected - MAX_MISSING_SECONDS:
-        raise corrupt(name, f"ends after {seconds:.1f} s of {expected:.1f} s")
-
-
-def _check_size(name: str, declared: tuple[int, int], *, first: VideoFrame | None) -> None:
-    """Reject a file whose header states another picture size than that of its pictures: one is damaged."""
-    if first is not None and (first.width, first.height) != declared:
-        says = "x".join(map(str, declared))
-        raise corrupt(name, f"declares pictures of {says}, but they are {first.width}x{first.height}")
 
 
 def _count_pictures(
@@ -369,6 +331,16 @@ def _count_pictures(
             same = len(decoding) == len(times) and bool((np.diff(decoding) > 0).all())
             return decoding if same else complete_times([None] * len(times), step), first
     return complete_times(times, step), first
+
+
+def _count_frames_of_avi(
+    name: str, survey: PacketSurvey, *, avi: AviFrames, span: ByteSpan | None
+) -> tuple[np.ndarray, VideoFrame | None]:
+    """Return the times that the frames of a damaged AVI file had, and the first picture."""
+    with open_video(name, span=span) as (container, stream):
+        first = next(iter(TolerantReader(container, stream, avi=avi)), None)
+    begin = int(survey.decoding.min()) if len(survey.decoding) else 0
+    return begin + np.arange(avi.total), first.frame if first else None
 
 
 def rotation_of(frame: VideoFrame | None) -> int:

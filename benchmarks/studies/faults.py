@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from avion_dali.contracts import ClipRequest, DecodeError
+from avion_dali.inspection.checking import supervise
 from avion_dali.loading.pool import Ticket, WorkerPool
 from avion_dali.loading.ring import SharedRing
 from benchmarks.machine import process_memory_mb
@@ -49,7 +50,7 @@ KINDS: dict[str, tuple[str, str, dict[str, str], dict[str, str]]] = {
     "av1": ("mp4", "libsvtav1", {"preset": "12", "crf": "40", "g": "24"}, {}),
 }
 OUTCOMES = ("right", "wrong", "corrupt", "changed", "missing", "timeout", "worker-died")
-INDEXED_AS = ("refused", "error", "agree", "disagree")
+INDEXED_AS = ("refused", "error", "agree", "disagree", "crashed", "timeout")
 REQUIREMENT = {"wrong_with_index": 0, "sound_clips_not_right": 0, "memory_growth_mb_below": 5.0}
 WARM_CLIPS, MEMORY_STEPS, PLACES = 1_000, 10, 16
 
@@ -65,10 +66,10 @@ def write_sources(folder: Path) -> list[mutations.Source]:
     return sources
 
 
-def damaged_clips(sources: list[mutations.Source], folder: Path, files: int) -> Iterator[mutations.Trial]:
+def damaged_clips(sources: list[mutations.Source], folder: Path, files: range) -> Iterator[mutations.Trial]:
     """Clips of damaged files in turn over kinds and codecs, and of files with damaged indices."""
     kinds = list(mutations.KINDS)
-    for number in range(files):
+    for number in files:
         source, kind = sources[number % len(sources)], kinds[number // len(sources) % len(kinds)]
         copies = folder / source.name
         copies.mkdir(exist_ok=True)
@@ -77,7 +78,7 @@ def damaged_clips(sources: list[mutations.Source], folder: Path, files: int) -> 
             yield from mutations.index_trials(source, folder, kind, seed=number)
 
 
-def damage_rows(sources: list[mutations.Source], folder: Path, files: int) -> list[Row]:
+def damage_rows(sources: list[mutations.Source], folder: Path, files: range) -> list[Row]:
     """Read all damaged clips; one row for each codec, kind of damage, and way of finding packets."""
     counts: dict[tuple[str, ...], Counter[str]] = {}
     trials = tqdm(damaged_clips(sources, folder, files), desc="clips", unit="")
@@ -93,13 +94,12 @@ def damage_rows(sources: list[mutations.Source], folder: Path, files: int) -> li
 def indexing_rows(sources: list[mutations.Source], folder: Path) -> list[Row]:
     """Index the damaged copies of each video as if they were sound, and compare the readers."""
     rows = []
-    with WorkerPool(workers=WORKERS, timeout_s=60) as pool:
-        for source in sources:
-            copies = (folder / source.name).glob(f"*{Path(source.ref.path).suffix}")
-            tickets = [pool.schedule(mutations.indexed_as, path) for path in sorted(copies)]
-            found = Counter(pool.wait(ticket) for ticket in tickets)
-            facts: Row = {"measured": "indexed over damage", "codec": source.name, "files": found.total()}
-            rows.append(facts | {outcome: found[outcome] for outcome in INDEXED_AS})
+    for source in sources:
+        copies = sorted((folder / source.name).glob(f"*{Path(source.ref.path).suffix}"))
+        read = supervise(mutations.indexed_as, copies, jobs=WORKERS, timeout_s=60)
+        found = Counter(outcome if isinstance(outcome, str) else outcome.kind for _, outcome in read)
+        facts: Row = {"measured": "indexed over damage", "codec": source.name, "files": found.total()}
+        rows.append(facts | {outcome: found[outcome] for outcome in INDEXED_AS})
     return rows
 
 
@@ -210,7 +210,7 @@ def main() -> None:
         with working_folder(None) as folder:
             sources = write_sources(folder)
             start = time.perf_counter()
-            rows = damage_rows(sources, folder, options.files)
+            rows = damage_rows(sources, folder, range(options.files))
             rows += summary(rows, options.files, time.perf_counter() - start)
             rows += indexing_rows(sources, folder)
             return [*rows, memory_row(sources, options.clips)]

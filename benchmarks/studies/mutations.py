@@ -232,7 +232,7 @@ def indexed_as(path: Path) -> str:
         return "refused"
     try:
         readers = (read_everything, read_planned, read_spanned)
-        first, *others = ([frame.to_ndarray() for frame in read(ClipPart(ref, ids))] for read in readers)
+        first, *others = ([f.to_ndarray(format="rgb24") for f in read(ClipPart(ref, ids))] for read in readers)
     except DecodeError:
         return "error"
     same = all(np.array_equal(a, b) for other in others for a, b in zip(first, other, strict=True))
