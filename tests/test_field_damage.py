@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import field_videos as fv
 import make_videos as mv
 import numpy as np
@@ -11,13 +12,14 @@ import pytest
 from field_videos import Style
 
 from avion_dali.cli.main import main
-from avion_dali.contracts import DecodeError
+from avion_dali.contracts import ClipPart, DecodeError
 from avion_dali.data.chunking import ChunkSettings, chunk_video
 from avion_dali.data.probe import probe_chunk
 from avion_dali.data.sidecar import read_sidecar
 from avion_dali.datasets import building
+from avion_dali.inspection import reader_comparison
 from avion_dali.inspection.chunk_file import inspect_file
-from avion_dali.inspection.findings import Target
+from avion_dali.inspection.findings import KINDS, Target
 
 SETTINGS = ChunkSettings("compat", chunk_seconds=1, short_side=96)
 COUNT = 150
@@ -237,3 +239,20 @@ def test_a_header_that_says_another_picture_size(tmp_path: Path, name: str, box:
     video.write_bytes(data)
     found = fv.disagreements(video) if not kinds(video, deep=False) & {"undecodable"} else []
     assert found == [], "refused, or the same for all decoders"
+
+
+def test_damage_that_decoders_conceal_in_different_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = fv.write(tmp_path / "v.mp4", count=40)
+    other = fv.chunk_of(probe_chunk(fv.write(tmp_path / "other.mp4", count=40, first=50))).ref
+    assert not {kind for kind in kinds(video, deep=True) if KINDS[kind].severity == "error"}
+    read = reader_comparison.read_spanned
+
+    def with_one_other(part: ClipPart) -> list[av.VideoFrame]:
+        return [*read(part)[:-1], *read(ClipPart(other, part.frame_ids))[-1:]]
+
+    monkeypatch.setattr(reader_comparison, "read_spanned", with_one_other)
+    (finding,) = [f for f in inspect_file(Target(str(video), True)).findings if f.is_error]
+    assert (finding.kind, finding.frame_id) == ("decoders-differ", 4 + 12)
+    assert "decoders-differ" not in kinds(video, deep=False)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -194,26 +195,15 @@ def probe_chunk(
         DecodeError: `missing`, or `corrupt` when the file is not a video, is empty, or ends too early.
     """
     name = os.fspath(path)
-    with (
-        open_video(path, span=span) as (container, stream),
-        open(path, "rb") if index else nullcontext() as file,
-    ):
+    with open_video(path, span=span) as (container, stream), _opened_if(index, path) as file:
         check_index(name, stream, size_bytes=span[1] - span[0] if span else os.stat(path).st_size)
         declared = (stream.codec_context.width, stream.codec_context.height)
         collector = PacketCollector(file.fileno(), container, stream) if file else None
         survey = survey_packets(container, stream, collector=collector, name=name, tolerant=tolerant)
-        if collector is not None and not tolerant and not collector.is_ordered():
-            raise corrupt(name, "its container states another order of pictures than the pictures themselves")
+        _check_order(name, collector if survey.tells and not tolerant else None)
         stated = (stream.average_rate, stream.guessed_rate)
-        shown, first = survey.shown, survey.first_picture
-        avi = avi_frames(name, span=span) if container.format.name == "avi" else None
-        if avi is not None and avi.gaps and not tolerant:
-            raise corrupt(name, f"lacks {avi.total - len(avi.numbers)} of its {avi.total} packets")
-        if avi is not None and tolerant:
-            shown, first = _count_frames_of_avi(name, survey, avi=avi, span=span)
-        elif not survey.tells:
-            shown, first = _count_pictures(name, survey, stated=stated, tolerant=tolerant, span=span)
-        _check_times(name, shown)
+        reading = _Reading(name, span, tolerant)
+        shown, first, is_counted = _shown_pictures(reading, container, survey=survey, stated=stated)
         tick = stream.time_base or Fraction(1, 1000)
         last_duration = _last_duration(container, stream, survey=survey, shown=shown)
         if not tolerant:
@@ -239,7 +229,7 @@ def probe_chunk(
             first_s=int(shown[0]) * tick,
             frame_times=None if is_cfr else (shown - shown[0]) * float(tick),
             packet_index=collector.record(shown) if collector else b"",
-            is_counted=not survey.tells or avi is not None,
+            is_counted=is_counted,
             last_s=float(last_duration * tick) or float(1 / fps),
             densest_fps=fps if is_cfr else densest_rate((shown - shown[0]) * float(tick), stated),
             pixel_aspect=Fraction(stream.sample_aspect_ratio or 1),
@@ -261,6 +251,46 @@ def avi_frames(path: str | os.PathLike[str], *, span: ByteSpan | None) -> AviFra
     """
     with open_video(path, span=span) as (container, stream):
         return find_avi_frames(path, container, stream, span=span)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Which recording is read, and whether damage is ignored."""
+
+    name: str
+    span: ByteSpan | None
+    is_tolerant: bool
+
+
+def _shown_pictures(
+    reading: _Reading,
+    container: InputContainer,
+    *,
+    survey: PacketSurvey,
+    stated: tuple[Fraction | None, ...],
+) -> tuple[np.ndarray, VideoFrame | None, bool]:
+    """Return the times of the pictures that are shown, the first picture, and whether they were counted."""
+    name = reading.name
+    avi = avi_frames(name, span=reading.span) if container.format.name == "avi" else None
+    if avi is not None and avi.gaps and not reading.is_tolerant:
+        raise corrupt(name, f"lacks {avi.total - len(avi.numbers)} of its {avi.total} packets")
+    if avi is not None and reading.is_tolerant:
+        shown, first = _count_frames_of_avi(reading, survey, avi)
+        return shown, first, True
+    shown, first = survey.shown, survey.first_picture
+    if not survey.tells:
+        shown, first = _count_pictures(reading, survey, stated)
+    _check_times(name, shown)
+    return shown, first, not survey.tells
+
+
+def _opened_if(wanted: bool, path: str | os.PathLike[str]) -> AbstractContextManager[BinaryIO | None]:
+    return open(path, "rb") if wanted else nullcontext()
+
+
+def _check_order(name: str, collector: PacketCollector | None) -> None:
+    if collector is not None and not collector.is_ordered():
+        raise corrupt(name, "its container states another order of pictures than the pictures themselves")
 
 
 def _check_times(name: str, shown: np.ndarray) -> None:
@@ -308,19 +338,14 @@ def _last_duration(
 
 
 def _count_pictures(
-    name: str,
-    survey: PacketSurvey,
-    *,
-    stated: tuple[Fraction | None, ...],
-    tolerant: bool,
-    span: ByteSpan | None,
+    reading: _Reading, survey: PacketSurvey, stated: tuple[Fraction | None, ...]
 ) -> tuple[np.ndarray, VideoFrame | None]:
     """Decode a file whose packets do not determine its pictures; return their times and the first picture."""
     times: list[int | None] = []
     first: VideoFrame | None = None
-    with open_video(name, span=span) as (container, stream):
+    with open_video(reading.name, span=reading.span) as (container, stream):
         whole = (delivered.frame for delivered in TolerantReader(container, stream))
-        for frame in whole if tolerant else decode_strictly(container, stream):
+        for frame in whole if reading.is_tolerant else decode_strictly(container, stream):
             first = first or frame
             times.append(frame.pts)
         rate = next((rate for rate in stated if rate), Fraction(25))
@@ -334,10 +359,10 @@ def _count_pictures(
 
 
 def _count_frames_of_avi(
-    name: str, survey: PacketSurvey, *, avi: AviFrames, span: ByteSpan | None
+    reading: _Reading, survey: PacketSurvey, avi: AviFrames
 ) -> tuple[np.ndarray, VideoFrame | None]:
     """Return the times that the frames of a damaged AVI file had, and the first picture."""
-    with open_video(name, span=span) as (container, stream):
+    with open_video(reading.name, span=reading.span) as (container, stream):
         first = next(iter(TolerantReader(container, stream, avi=avi)), None)
     begin = int(survey.decoding.min()) if len(survey.decoding) else 0
     return begin + np.arange(avi.total), first.frame if first else None

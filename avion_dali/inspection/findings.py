@@ -34,6 +34,7 @@ KINDS: dict[str, Kind] = {
     "changed": Kind("error", "rebuild the manifest"),
     "wrong-count": Kind("error", "rebuild the manifest"),
     "wrong-order": Kind("error", "its header or its pictures are damaged: " + _REMAKE),
+    "decoders-differ": Kind("error", "its header or its pictures are damaged: " + _REMAKE),
     "index": Kind("error", "rebuild the manifest"),
     "crashed": Kind("error", "check the memory; if it crashes again, " + _REMAKE),
     "timeout": Kind("error", "check the disk or network drive; long files may need a longer --timeout"),
