@@ -12,6 +12,7 @@ from field_videos import Style
 
 from avion_dali.data.chunking import ChunkSettings, VideoReport, chunk_video
 from avion_dali.data.probe import ChunkFacts, probe_chunk
+from avion_dali.data.timing import complete_times
 
 MPEG2 = Style("mpeg2video", options={"qscale": "2", "bf": "2"})
 HEVC = Style("libx265", options={"x265-params": "log-level=none:keyint=12:bframes=3"})
@@ -245,6 +246,26 @@ def test_a_varying_rate_may_be_capped(tmp_path: Path) -> None:
     assert report.failed == ""
     assert {rate for rate, _ in fv.chunk_pictures(folder).values()} == {12}
     assert fv.misplaced(video, folder) == []
+
+
+@pytest.mark.parametrize("count", [45, 61])
+def test_program_streams_state_few_times(tmp_path: Path, count: int) -> None:
+    """FFmpeg may give the time that a packet states to an earlier picture than its own."""
+    video = fv.write(tmp_path / "v.vob", Style(container="vob"), count=count)
+    facts = probe_chunk(video)
+    assert (facts.is_cfr, facts.fps, facts.num_frames) == (True, 30, count)
+    report, folder = cut(video)
+    assert report.failed == ""
+    numbers = [number for _, shown in fv.chunk_pictures(folder).values() for number in shown]
+    assert numbers == list(range(count))
+
+
+def test_a_time_that_is_not_before_the_next_one() -> None:
+    none = [None] * 5
+    times = complete_times([0, *none, 600, *none, 1700, *none[:4], 1700, *none], Fraction(100))
+    assert times.tolist() == [100 * i for i in range(23)]
+    joined = complete_times([0, 100, 200, 0, 100, 200], Fraction(100))
+    assert joined.tolist() == [100 * i for i in range(6)]
 
 
 def test_the_last_picture_lasts_as_long_as_the_container_says(tmp_path: Path) -> None:
