@@ -10,6 +10,8 @@ from test_field_timing import HEVC, MJPEG, MPEG2, MPEG4, cut
 
 from avion_dali.data.probe import probe_chunk
 from avion_dali.data.scanning import probe_files
+from avion_dali.inspection.chunk_file import inspect_file
+from avion_dali.inspection.findings import Target
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,8 @@ def test_joined_files_of_which_readers_read_the_first_recording(
     assert (again.made, again.kept, again.failed) == (0, 3, "")
     _, (unusable,) = probe_files([("v", 0.0, video)], jobs=1)
     assert "contains 3 recordings and only the first" in unusable.reason
+    found = {finding.kind for finding in inspect_file(Target(str(video), False)).findings}
+    assert found & {"joined", "undecodable"}
 
 
 def test_joined_files_of_other_rates_and_sizes(tmp_path: Path) -> None:

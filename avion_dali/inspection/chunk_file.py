@@ -21,6 +21,7 @@ from avion_dali.data.bitstream import Entry
 from avion_dali.data.colors import HDR_TRANSFERS, color_range_name, colorspace_name
 from avion_dali.data.delivery import decode_strictly
 from avion_dali.data.indexing import STRICT, make_decoder, make_packet, stream_facts
+from avion_dali.data.joined import find_recordings
 from avion_dali.data.packet_index import IndexBlock, IndexDamagedError, PacketIndex, StreamFacts
 from avion_dali.data.probe import ChunkFacts, open_video, probe_chunk, rotation_of
 from avion_dali.inspection.findings import FileReport, Finding, Target
@@ -68,6 +69,8 @@ def inspect_file(target: Target) -> FileReport:
         frame_size = facts.width, facts.height
         span = target.start_s, target.start_s + facts.end_s()
         found += _picture_findings(facts)
+        if (count := len(find_recordings(target.path))) > 1:
+            found.append(Finding("joined", f"contains {count} recordings, of which the first is read"))
         blocks = _read_blocks(facts.packet_index)
         found += _access_findings(facts, blocks)
         if target.deep:
