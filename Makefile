@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: help demo demo-finetune media test test-oldest lint types clean
+.PHONY: help demo demo-finetune media test test-oldest field lint types clean
 
 help:
 	@echo "make demo   train on a small made-up data set and write a report (runs/demo)"
@@ -21,6 +21,7 @@ help:
 	@echo "make media  the videos that benchmarks decode, without network (media/)"
 	@echo "make test   the whole test suite"
 	@echo "make test-oldest   the same with the oldest versions that are supported, on Python 3.12 (.venv-oldest)"
+	@echo "make field  only the tests of videos as users have them, a line for each kind"
 	@echo "make lint   style, spelling, docstrings and size limits"
 	@echo "make types  static types"
 	@echo "make clean  remove .venv, .venv-oldest, caches and build leftovers; runs/ stays"
@@ -43,6 +44,9 @@ test-oldest:
 	  PIP_CONSTRAINT=$(CURDIR)/requirements-oldest.txt exec $(MAKE) test VENV=.venv-oldest PYTHON="$$python"; \
 	done; \
 	echo "error: Python 3.12 is needed; name one: make test-oldest OLDEST_PYTHON=/path/to/python3.12" >&2; exit 1
+
+field: $(INSTALLED_DEV)
+	$(BIN)/python tests/field_suite.py
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import reduction, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -113,6 +116,83 @@ class SpawnedProcess(SpawnProcess):
             super().start()
 
 
+class PipeLock:
+    """A recursive lock between processes that leaves nothing behind, however they end.
+
+    The locks of `multiprocessing` have names in /dev/shm, which stay there if all processes are killed at once.
+    This one is a pipe that contains one byte: whoever reads it holds the lock, and returns it on release. Child
+    processes receive the lock as an argument.
+    """
+
+    def __init__(self) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.write(writer, b"-")
+        self._own(reader, writer)
+
+    def _own(self, reader: int, writer: int) -> None:
+        self._reader, self._writer = reader, writer
+        self._holder: int | None = None  # the thread of this process that holds it
+        self._count = 0
+        weakref.finalize(
+            self, _close, reader, writer
+        ).atexit = False  # pools end later than this would be called
+
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
+        """Take the lock, and return whether this succeeded; a thread may take it repeatedly.
+
+        Args:
+            block: whether to wait until it is free.
+            timeout: seconds to wait; None waits without a limit.
+        """
+        if self._holder != threading.get_ident():
+            if not self._take(0.0 if not block else timeout):
+                return False
+            self._holder = threading.get_ident()
+        self._count += 1
+        return True
+
+    def _take(self, timeout: float | None) -> bool:
+        until = None if timeout is None else time.monotonic() + timeout
+        free = select.poll()
+        free.register(self._reader, select.POLLIN)
+        while True:
+            try:
+                return bool(os.read(self._reader, 1))
+            except BlockingIOError:
+                left_s = None if until is None else until - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    return False
+                free.poll(None if left_s is None else left_s * 1000)
+
+    def release(self) -> None:
+        """Return the lock once."""
+        if self._holder != threading.get_ident():
+            raise RuntimeError("a lock is released by a thread that does not hold it")
+        self._count -= 1
+        if not self._count:
+            self._holder = None
+            os.write(self._writer, b"-")
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return tuple(reduction.DupFd(end) for end in (self._reader, self._writer))
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        reader, writer = (end.detach() for end in state)
+        self._own(reader, writer)
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
 class SafeSpawn(SpawnContext):
     """The context for every pool of processes: `multiprocessing.get_context("spawn")`, with a safe start."""
 
@@ -120,6 +200,10 @@ class SafeSpawn(SpawnContext):
         super().__init__()
         with safe_start():  # Python starts this helper process with the first lock or process
             resource_tracker.ensure_running()
+
+    def RLock(self) -> Any:  # noqa: N802
+        """Make a lock for a pool of processes."""
+        return PipeLock()
 
     def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
         """Make a process, as multiprocessing's contexts do."""

@@ -5,10 +5,12 @@ Imports stay light: spawned processes whose memory is measured import the benchm
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,3 +90,9 @@ def _output(*command: str) -> str:
         return ""
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def in_fresh_process(function: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """Run a measurement in a spawned process, as another rank would start."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)

@@ -189,6 +189,7 @@ def write_video(
     size: tuple[int, int] = (512, 288),
     codec: str = "libx264",
     options: Mapping[str, str] = NEARLY_LOSSLESS,
+    muxing: Mapping[str, str] = {},
 ) -> Path:
     """Encode a scene; an existing file is kept.
 
@@ -199,6 +200,7 @@ def write_video(
         size: (width, height) in pixels, both even.
         codec: FFmpeg's name of the encoder.
         options: of the encoder.
+        muxing: options of the container.
 
     Returns:
         The path.
@@ -206,7 +208,8 @@ def write_video(
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_or_absent(path) as partial, av.open(str(partial), "w", format=path.suffix[1:]) as container:
+    opened = {"format": path.suffix[1:], "options": dict(muxing)}
+    with whole_or_absent(path) as partial, av.open(str(partial), "w", **opened) as container:
         stream = container.add_stream(codec, rate=FPS, options=dict(options))
         assert isinstance(stream, VideoStream)
         stream.width, stream.height = size

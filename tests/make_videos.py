@@ -219,7 +219,7 @@ def edit_list_video(path: Path | str, *, frames: int = 90, hidden: int = 10) -> 
 
 def decode_all(path: Path | str) -> list[np.ndarray]:
     """Every frame of a file by plain sequential decoding, (H, W, 3) uint8 RGB, in presentation order."""
-    with av.open(str(path)) as container:
+    with av.open(str(path), metadata_errors="replace") as container:
         stream = container.streams.best("video")
         stream.thread_count = 1
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]

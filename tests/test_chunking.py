@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from avion_dali.contracts import UserError
-from avion_dali.data import chunking
+from avion_dali.data import joined
 from avion_dali.data.chunking import (
     ChunkPlan,
     ChunkSettings,
@@ -145,8 +145,8 @@ def test_second_run_decodes_nothing(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(chunking, "probe_chunk", refuse)
-    monkeypatch.setattr(chunking, "open_video", refuse)
+    monkeypatch.setattr(joined, "probe_chunk", refuse)
+    monkeypatch.setattr(joined, "open_video", refuse)
     report = chunk_video(video, tmp_path / "out", SETTINGS)
     assert (report.made, report.kept, report.failed) == (0, 2, "")
 
@@ -246,11 +246,11 @@ def test_damaged_middle_fails_the_video_and_keeps_all_undamaged_chunks(tmp_path)
 def test_early_end_of_decoding_fails(tmp_path, monkeypatch):
     video = mv.write_video(tmp_path / "v.mp4", frames=60)
     facts = probe_chunk(video)
-    monkeypatch.setattr(chunking, "probe_chunk", lambda _, tolerant: replace(facts, num_frames=100))
+    monkeypatch.setattr(joined, "probe_chunk", lambda _, tolerant: replace(facts, num_frames=100))
     report = chunk_video(video, tmp_path / "out", SETTINGS)
     assert "decoding ends 1.3 s before the expected 3.3 s" in report.failed
     assert report.made == 2, "the chunks that the missing end would fill are not made"
-    monkeypatch.setattr(chunking, "probe_chunk", lambda _, tolerant: replace(facts, num_frames=70))
+    monkeypatch.setattr(joined, "probe_chunk", lambda _, tolerant: replace(facts, num_frames=70))
     (tmp_path / "out" / "chunks.json").unlink()
     (tmp_path / "out" / "0.mp4").unlink()
     (tmp_path / "out" / "1.mp4").unlink()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import field_videos as fv
 import make_videos as mv
 import numpy as np
@@ -11,11 +12,14 @@ import pytest
 from field_videos import Style
 
 from avion_dali.cli.main import main
+from avion_dali.contracts import ClipPart, DecodeError
 from avion_dali.data.chunking import ChunkSettings, chunk_video
+from avion_dali.data.probe import probe_chunk
 from avion_dali.data.sidecar import read_sidecar
 from avion_dali.datasets import building
+from avion_dali.inspection import reader_comparison
 from avion_dali.inspection.chunk_file import inspect_file
-from avion_dali.inspection.findings import Target
+from avion_dali.inspection.findings import KINDS, Target
 
 SETTINGS = ChunkSettings("compat", chunk_seconds=1, short_side=96)
 COUNT = 150
@@ -109,6 +113,63 @@ def test_a_damaged_beginning_and_a_damaged_end(tmp_path: Path) -> None:
     assert sorted(fv.chunk_pictures(tmp_path / "b")) == [0, 1, 2, 3]
 
 
+AVI_STYLES = {
+    "h264": Style(),
+    "mpeg4": Style("mpeg4", options={"qscale": "2", "bf": "2"}),
+    "mjpeg": STYLES["mjpeg.mov"],
+}
+
+
+def shortened(data: bytearray) -> None:
+    at = int(len(data) * 0.4)
+    del data[at : at + 2_500]
+
+
+def header_overwritten(data: bytearray) -> None:
+    at = data.find(b"00dc", len(data) // 2)
+    data[at : at + 8] = bytes(8)
+
+
+def without_index(data: bytearray) -> None:
+    del data[data.rfind(b"idx1") :]
+    zeroed(data)
+
+
+@pytest.mark.parametrize("style", AVI_STYLES)
+@pytest.mark.parametrize("damage", [zeroed, shortened, header_overwritten, without_index])
+def test_an_avi_that_lost_packets(tmp_path: Path, style: str, damage: Callable[[bytearray], None]) -> None:
+    """It states no times: what follows a lost packet would be too early."""
+    whole = fv.write(tmp_path / "whole.avi", AVI_STYLES[style], count=COUNT)
+    data = bytearray(whole.read_bytes())
+    damage(data)
+    video = tmp_path / "v.avi"
+    video.write_bytes(data)
+    report = chunk_video(video, tmp_path / "out", SETTINGS)
+    made = fv.chunk_pictures(tmp_path / "out")
+    for start, (rate, numbers) in made.items():
+        assert rate == 30
+        assert numbers == list(range(30 * start, 30 * start + 30))
+    assert made and report.losses.spans and report.losses.chunks
+    assert all(first < second for first, second in report.losses.spans)
+    if damage is without_index:
+        assert report.losses.spans[-1][1] > 3.5, "what follows the damage is of unknown time"
+    else:
+        assert sorted([*made, *report.losses.chunks]) == [0, 1, 2, 3, 4]
+        assert 4 in made
+        with pytest.raises(DecodeError, match=r"lacks \d+ of its 150 packets"):
+            probe_chunk(video)
+
+
+def test_an_avi_without_an_index_that_lost_nothing(tmp_path: Path) -> None:
+    for style in AVI_STYLES:
+        video = fv.write(tmp_path / f"{style}.avi", AVI_STYLES[style], count=COUNT, sound_seconds=2)
+        data = video.read_bytes()
+        video.write_bytes(data[: data.rfind(b"idx1")])
+        report = chunk_video(video, tmp_path / style, SETTINGS)
+        assert (report.failed, report.made) == ("", 5)
+        assert fv.misplaced(video, tmp_path / style) == []
+
+
 def test_captions_in_a_lost_part_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,7 +225,7 @@ def test_a_header_that_orders_pictures_otherwise_than_they_say(tmp_path: Path) -
     swapped = np.array([1, second + frame, 1, first - frame], ">u4")
     data[at + 8 * i : at + 8 * i + 16] = swapped.tobytes()
     video.write_bytes(data)
-    assert kinds(video, deep=True) & {"wrong-order", "wrong-count", "undecodable"}
+    assert "undecodable" in kinds(video, deep=False), "an index would make the damage permanent"
 
 
 @pytest.mark.parametrize(("name", "box"), [("a.mp4", b"avc1"), ("b.mov", b"jpeg")])
@@ -178,3 +239,20 @@ def test_a_header_that_says_another_picture_size(tmp_path: Path, name: str, box:
     video.write_bytes(data)
     found = fv.disagreements(video) if not kinds(video, deep=False) & {"undecodable"} else []
     assert found == [], "refused, or the same for all decoders"
+
+
+def test_damage_that_decoders_conceal_in_different_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = fv.write(tmp_path / "v.mp4", count=40)
+    other = fv.chunk_of(probe_chunk(fv.write(tmp_path / "other.mp4", count=40, first=50))).ref
+    assert not {kind for kind in kinds(video, deep=True) if KINDS[kind].severity == "error"}
+    read = reader_comparison.read_spanned
+
+    def with_one_other(part: ClipPart) -> list[av.VideoFrame]:
+        return [*read(part)[:-1], *read(ClipPart(other, part.frame_ids))[-1:]]
+
+    monkeypatch.setattr(reader_comparison, "read_spanned", with_one_other)
+    (finding,) = [f for f in inspect_file(Target(str(video), True)).findings if f.is_error]
+    assert (finding.kind, finding.frame_id) == ("decoders-differ", 4 + 12)
+    assert "decoders-differ" not in kinds(video, deep=False)

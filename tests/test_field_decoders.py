@@ -147,6 +147,26 @@ def test_exif_of_camera_pictures(tmp_path: Path) -> None:
     assert fv.disagreements(video) == []
 
 
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi", "ts"])
+def test_tags_that_are_no_utf_8(tmp_path: Path, ending: str) -> None:
+    """Old programs wrote titles in the encoding of their machine."""
+    title = "über XYZ"
+    video = tmp_path / f"v.{ending}"
+    plain = fv.write(tmp_path / f"plain.{ending}", count=20)
+    with av.open(str(plain)) as reader, av.open(str(video), "w") as writer:
+        target = writer.add_stream_from_template(reader.streams.video[0])
+        writer.metadata.update({"title": title, "service_name": title})
+        for packet in (p for p in reader.demux(video=0) if p.size):
+            packet.stream = target
+            writer.mux(packet)
+    data = video.read_bytes()
+    assert title.encode() in data
+    video.write_bytes(data.replace(title.encode(), b"\xfcber\xff XYZ"))
+    assert chunk_video(video, tmp_path / "chunks", SETTINGS).failed == ""
+    assert mv.frame_numbers(tmp_path / "chunks" / "0.mp4") == list(range(20))
+    assert fv.disagreements(plain) == fv.disagreements(video) == []
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_exif_orientation_turns_pictures(tmp_path: Path, orientation: int) -> None:
     turns = {1: 0, 3: 2, 6: 1}[orientation]

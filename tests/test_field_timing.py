@@ -12,6 +12,7 @@ from field_videos import Style
 
 from avion_dali.data.chunking import ChunkSettings, VideoReport, chunk_video
 from avion_dali.data.probe import ChunkFacts, probe_chunk
+from avion_dali.data.timing import complete_times
 
 MPEG2 = Style("mpeg2video", options={"qscale": "2", "bf": "2"})
 HEVC = Style("libx265", options={"x265-params": "log-level=none:keyint=12:bframes=3"})
@@ -247,6 +248,26 @@ def test_a_varying_rate_may_be_capped(tmp_path: Path) -> None:
     assert fv.misplaced(video, folder) == []
 
 
+@pytest.mark.parametrize("count", [45, 61])
+def test_program_streams_state_few_times(tmp_path: Path, count: int) -> None:
+    """FFmpeg may give the time that a packet states to an earlier picture than its own."""
+    video = fv.write(tmp_path / "v.vob", Style(container="vob"), count=count)
+    facts = probe_chunk(video)
+    assert (facts.is_cfr, facts.fps, facts.num_frames) == (True, 30, count)
+    report, folder = cut(video)
+    assert report.failed == ""
+    numbers = [number for _, shown in fv.chunk_pictures(folder).values() for number in shown]
+    assert numbers == list(range(count))
+
+
+def test_a_time_that_is_not_before_the_next_one() -> None:
+    none = [None] * 5
+    times = complete_times([0, *none, 600, *none, 1700, *none[:4], 1700, *none], Fraction(100))
+    assert times.tolist() == [100 * i for i in range(23)]
+    joined = complete_times([0, 100, 200, 0, 100, 200], Fraction(100))
+    assert joined.tolist() == [100 * i for i in range(6)]
+
+
 def test_the_last_picture_lasts_as_long_as_the_container_says(tmp_path: Path) -> None:
     video = fv.write(
         tmp_path / "v.mkv",
@@ -300,66 +321,6 @@ def test_a_decimal_rate_long_enough_to_be_told_from_the_ntsc_rate(tmp_path: Path
     report, _ = cut(path, seconds=30)
     assert (report.made, report.failed) == (4, "")
     assert probe_chunk(path).fps == rate
-
-
-# --- joined recordings
-
-
-@pytest.mark.parametrize(
-    ("style", "ending"),
-    [
-        (Style(), "ts"),
-        (HEVC, "ts"),
-        (MPEG2, "ts"),
-        (Style("mpeg2video", options={"qscale": "2"}, container="mpeg"), "mpg"),
-        (Style(container="mpeg"), "mpg"),
-        (Style(container="h264"), "h264"),
-        (Style(), "mkv"),
-    ],
-)
-def test_recordings_joined_byte_by_byte(tmp_path: Path, style: Style, ending: str) -> None:
-    first = fv.write(tmp_path / f"a.{ending}", style, count=40)
-    second = fv.write(tmp_path / f"b.{ending}", style, count=35, first=100)
-    video = tmp_path / f"v.{ending}"
-    video.write_bytes(first.read_bytes() + second.read_bytes())
-    report, folder = cut(video)
-    assert report.failed == ""
-    numbers = [number for _, shown in fv.chunk_pictures(folder).values() for number in shown]
-    assert numbers == [*range(40), *range(100, 135)]
-    facts = probe_chunk(video)
-    assert facts.num_frames == 75
-    assert fv.disagreements(video) == []
-
-
-@pytest.mark.parametrize("ending", ["mp4", "mov", "avi", "flv", "3gp"])
-def test_joined_files_that_are_read_to_the_end_of_the_first_say_so(tmp_path: Path, ending: str) -> None:
-    first = fv.write(tmp_path / f"a.{ending}", count=30)
-    second = fv.write(tmp_path / f"b.{ending}", count=30, first=100)
-    assert cut(first)[0].failed == ""
-    video = tmp_path / f"v.{ending}"
-    video.write_bytes(first.read_bytes() + second.read_bytes())
-    report, folder = cut(video)
-    numbers = [number for _, shown in fv.chunk_pictures(folder).values() for number in shown]
-    if 100 not in numbers:
-        assert f"another recording from byte {first.stat().st_size}" in report.failed
-    assert numbers[:30] == list(range(30))
-
-
-def test_a_size_that_changes_is_fitted_into_the_first(tmp_path: Path) -> None:
-    wide = Style(size=(128, 64), container="mpegts")
-    first, second = (
-        fv.write(tmp_path / "a.ts", count=30),
-        fv.write(tmp_path / "b.ts", wide, count=30, first=100),
-    )
-    video = tmp_path / "v.ts"
-    video.write_bytes(first.read_bytes() + second.read_bytes())
-    report, folder = cut(video)
-    assert (report.made, report.failed) == (2, "")
-    assert "changes size" in report.notes[-1]
-    pictures = mv.decode_all(folder / "1.mp4")
-    assert pictures[0].shape == (96, 128, 3)
-    assert [mv.read_frame_number(picture[16:80]) for picture in pictures] == list(range(100, 130))
-    assert pictures[0][:12].max() < 40, "a black bar"
 
 
 # --- other

@@ -15,12 +15,12 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from avion_dali.cli.arguments import parameters_as_keys
 from avion_dali.config import EvaluateConfig
 from avion_dali.contracts import UserError
-from avion_dali.files import atomic_write, atomic_write_text
+from avion_dali.files import atomic_write, atomic_write_text, whole_or_absent
 from avion_dali.wording import few_lines, printable
 
 if TYPE_CHECKING:
@@ -215,8 +215,16 @@ def write_features(path: Path, features: PerSample, *, manifest: Manifest) -> No
         arrays = {"features": features.means_SX, "sample_ids": features.sample_ids}
         atomic_write(path, lambda file: file.write(save(arrays, metadata={"clips": json.dumps(rows)})))
         return
-    atomic_write(path, lambda file: np.save(file, features.means_SX))
-    atomic_write_text(path.with_suffix(".clips.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    listed = path.with_suffix(".clips.jsonl")
+
+    def write(file: BinaryIO) -> None:
+        np.save(file, features.means_SX)
+        file.flush()
+        with whole_or_absent(listed) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            path.unlink(missing_ok=True)  # so that an array never stands beside the list of another one
+
+    atomic_write(path, write)
 
 
 def _origin(manifest: Manifest, sample_id: int) -> dict[str, Any]:

@@ -110,6 +110,22 @@ def picture_traits(
     return _traits(_h264_entry(data, ahead, length_size=length_size, is_keyframe=is_keyframe), bool(needed), 0)
 
 
+def split_units(data: bytes, length_size: int) -> Iterator[tuple[int, int]]:
+    """Yield the first byte of each NAL unit, its header, and the byte after its last one.
+
+    Args:
+        data: the bytes of a packet.
+        length_size: bytes of each NAL unit's length, see `nal_length_size`.
+
+    Raises:
+        ValueError: when a length is impossible.
+    """
+    gap = length_size or len(_START_CODE)
+    units = _prefixed_units(data, length_size) if length_size else _parted_units(data)
+    for unit, following in pairwise(chain(units, [len(data) + gap])):
+        yield unit, following - gap
+
+
 def brings_parameter_sets(data: bytes | memoryview, *, codec: str, length_size: int, known: bytes) -> bool:
     """Return whether a packet contains parameter sets before its slices that are not yet known.
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from avion_dali.data.probe import HDR_TRANSFERS, ChunkFacts
+from avion_dali.data.colors import HDR_TRANSFERS
+from avion_dali.data.probe import ChunkFacts
 from avion_dali.data.timing import SLOW_FPS
 
 # Low rates are multiplied so that chunk borders lie between two frames, up to this rate.

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError
 from avion_dali.data.chunk_plan import ChunkPlan
-from avion_dali.data.delivery import TolerantReader
-from avion_dali.data.probe import MAX_MISSING_SECONDS, ChunkFacts
+from avion_dali.data.declared import MAX_MISSING_SECONDS
+from avion_dali.data.joined import RecordingsReader
+from avion_dali.data.probe import ChunkFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +37,17 @@ class SourceReader:
     """Decodes a source video onto a grid.
 
     Args:
-        container: the file, directly after opening.
-        stream: its video stream.
+        reader: decodes the file.
         facts: facts of the file.
         plan: the grid.
     """
 
-    def __init__(
-        self, container: InputContainer, stream: VideoStream, *, facts: ChunkFacts, plan: ChunkPlan
-    ) -> None:
+    def __init__(self, reader: RecordingsReader, *, facts: ChunkFacts, plan: ChunkPlan) -> None:
         self.lost: list[tuple[float, float]] = []  # from and to, in seconds of a player's clock
         self.cut_short = ""  # description of a premature end of the file
-        self._reader = TolerantReader(container, stream)
+        self._reader = reader
         self._facts, self._plan = facts, plan
         self._densest = facts.densest_fps or facts.fps
-        self._tick = stream.time_base or Fraction(1, 1000)  # the last frames of a decoder have no time base
         self._shift = Fraction(facts.start_s) - facts.first_s
 
     def slots(self) -> Iterator[Slot]:
@@ -108,7 +103,7 @@ class SourceReader:
         """Return the time of a picture in seconds of a player's clock."""
         facts = self._facts
         if not facts.is_counted and frame.pts is not None:
-            return frame.pts * self._tick + self._shift
+            return frame.pts * self._reader.tick + self._shift
         number = min(number, facts.num_frames - 1)
         if facts.frame_times is not None:
             return Fraction(facts.start_s + float(facts.frame_times[number]))

@@ -15,21 +15,20 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from av.video.stream import VideoStream
 
 from avion_dali.child_process import SafeSpawn, die_with_parent
 from avion_dali.contracts import DecodeError, UserError
 from avion_dali.cores import available_cores
 from avion_dali.data.chunk_plan import ChunkPlan, describe_plan, plan_chunks
 from avion_dali.data.chunk_source import Slot, SourceReader
+from avion_dali.data.container_limits import ByteSpan
 from avion_dali.data.encoding import ChunkWriter, PictureFilter, look_of
-from avion_dali.data.joined import find_unread_recording
-from avion_dali.data.probe import ChunkFacts, open_video, probe_chunk
+from avion_dali.data.joined import RecordingsReader, find_recordings, probe_recordings
+from avion_dali.data.probe import ChunkFacts
 from avion_dali.data.profiles import PROFILES, ProfileName
 from avion_dali.data.sidecar import SIDECAR, Losses, Sidecar, read_sidecar
 from avion_dali.files import PARTIAL_PATTERN
@@ -133,22 +132,17 @@ def chunk_video(video: Path, folder: Path, settings: ChunkSettings) -> VideoRepo
     try:
         if not stat.S_ISREG(os.stat(video).st_mode):
             return job.report("is not a regular file")
-        if not job.is_done(planned_frames(video, folder, settings=settings)):
-            job.cut(probe_chunk(video, tolerant=True))
-        return job.report(_shortfall(video, job.losses))
+        is_done = job.is_done(planned_frames(video, folder, settings=settings))
+        spans: Sequence[ByteSpan] = find_recordings(video)
+        unread = ""
+        if not is_done or len(spans) > 1:
+            facts, spans, unread = probe_recordings(video, spans)
+            if not is_done:
+                job.cut(facts, spans)
+        lost = f"is {job.losses}" if job.losses.spans else ""
+        return job.report("; ".join(filter(None, [lost, unread])))
     except (DecodeError, OSError, ValueError) as error:
         return job.report(str(error) or type(error).__name__)
-
-
-def _shortfall(video: Path, losses: Losses) -> str:
-    """Return what part of a video is missing from its chunks."""
-    unread = find_unread_recording(video)
-    causes = [f"is {losses}"] if losses.spans else []
-    if unread is not None:
-        causes.append(
-            f"contains another recording from byte {unread} on, which is not read: split the file there"
-        )
-    return "; ".join(causes)
 
 
 @dataclass
@@ -178,11 +172,18 @@ class _Job:
         self.losses = planned.losses
         return True
 
-    def cut(self, facts: ChunkFacts) -> None:
-        """Encode the missing chunks."""
+    def cut(self, facts: ChunkFacts, spans: Sequence[ByteSpan]) -> None:
+        """Encode the missing chunks.
+
+        Args:
+            facts: facts of the video.
+            spans: the bytes of its recordings.
+        """
         settings = self.settings
         plan = plan_chunks(facts, chunk_seconds=settings.chunk_seconds, max_fps=settings.max_fps)
         self.notes += describe_plan(facts, plan)
+        if len(spans) > 1:
+            self.notes.append(f"it contains {len(spans)} recordings: they are cut as if they were one")
         _check_rate(self.folder, plan, kept=self.kept)
         _prepare_folder(self.folder)
         size = self.video.stat().st_size
@@ -190,16 +191,16 @@ class _Job:
         sidecar.write(self.folder)
         missing = set(plan.frames) - _finished(self.folder, plan.frames)
         lost: list[int] = []
-        with open_video(facts.path, decoder="chunker") as (container, stream):
-            source = SourceReader(container, stream, facts=facts, plan=plan)
-            picture_of = PictureFilter(facts.pixel_aspect, short_side=settings.short_side)
-            for start, own_slots in _by_chunk(source, plan):
-                if start in missing and _write_chunk(
-                    self, start, slots=own_slots, plan=plan, picture_of=picture_of, stream=stream
-                ):
-                    self.made += 1
-                elif start in missing:
-                    lost.append(start)
+        reader = RecordingsReader(facts.path, spans)
+        source = SourceReader(reader, facts=facts, plan=plan)
+        picture_of = PictureFilter(facts.pixel_aspect, short_side=settings.short_side)
+        for start, own_slots in _by_chunk(source, plan):
+            if start in missing and _write_chunk(
+                self, start, slots=own_slots, plan=plan, picture_of=picture_of, reader=reader
+            ):
+                self.made += 1
+            elif start in missing:
+                lost.append(start)
         if picture_of.changes:
             self.notes.append("its picture changes size or format: all were fitted into the first size")
         if source.lost:
@@ -233,7 +234,7 @@ def _write_chunk(
     slots: Iterator[Slot],
     plan: ChunkPlan,
     picture_of: PictureFilter,
-    stream: VideoStream,
+    reader: RecordingsReader,
 ) -> bool:
     """Encode and verify one chunk; return False, without a file, if one of its pictures is lost."""
     first, count = plan.borders[start // plan.chunk_seconds], plan.frames[start]
@@ -244,8 +245,7 @@ def _write_chunk(
         for slot in slots:
             if slot.frame is None:
                 return False
-            aspect = stream.sample_aspect_ratio
-            picture_of.pixel_aspect = Fraction(aspect) if aspect else picture_of.pixel_aspect
+            picture_of.pixel_aspect = reader.pixel_aspect
             picture = picture_of(slot.frame)
             place = max(slot.due, first) - first
             is_on_time = slot.due <= slot.index  # otherwise it is the first picture, repeated before its time

@@ -17,8 +17,12 @@ ALLOWED_DEMUXERS = (
     *("h264", "hevc", "av1", "obu", "m4v", "mjpeg", "vc1", "dv", "rm", "yuv4mpegpipe", "apng", "wtv"),
     *("gxf", "nsv", "nuv", "dirac", "vvc", "evc", "h261", "h263", "cavsvideo", "pva", "flic", "dhav"),
 )
-OPEN_OPTIONS = {"format_whitelist": ",".join(ALLOWED_DEMUXERS), "protocol_whitelist": "file"}
+# A part of a file is opened as `subfile`, which opens the file.
+OPEN_OPTIONS = {"format_whitelist": ",".join(ALLOWED_DEMUXERS), "protocol_whitelist": "file,subfile"}
 """FFmpeg's options for opening any file that is not our own."""
+
+ByteSpan = tuple[int, int]
+"""First byte of a recording in its file, and the byte after its last one."""
 
 _PARENTS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"})
 _MAX_BOXES = 1_000_000  # an hour of one-picture fragments

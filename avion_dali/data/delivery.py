@@ -20,6 +20,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from avion_dali.data.avi import AviFrames
 from avion_dali.data.bitstream import Entry, nal_length_size, picture_traits
 from avion_dali.data.indexing import STRICT, stream_facts
 
@@ -120,17 +121,19 @@ class TolerantReader:
     Args:
         container: the file, directly after opening.
         stream: its video stream.
+        avi: the frames of an AVI file that lost some, or may have.
 
     Two attributes are valid after iteration has started and ended, respectively: `begins_inside`, whether the
     stream begins inside a group of pictures, and `ends_broken`, whether the end of the file is lost.
     """
 
-    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
-        self._container, self._stream = container, stream
+    def __init__(self, container: InputContainer, stream: VideoStream, *, avi: AviFrames | None = None) -> None:
+        self._container, self._stream, self._avi = container, stream, avi
         self._number = 0
         self._had_keyframe = False
         self._is_broken = False
         self._broken_from: int | None = None  # earliest time of a packet since the error
+        self._since_loss: list[int] = []  # decode order of pictures of an AVI file since the error
         self.begins_inside = False
         self.ends_broken = False
 
@@ -152,6 +155,9 @@ class TolerantReader:
     def _decode(self, packet: Packet | None, *, is_damaged: bool) -> Iterator[Delivered]:
         frames: list[VideoFrame] = []
         failed = is_damaged
+        if packet is not None and self._avi is not None:
+            packet.pts = self._avi.numbers.get(packet.pos or 0)
+            failed = packet.pts is None or packet.pts in self._avi.gaps
         try:
             frames = self._stream.codec_context.decode(packet)
         except av.FFmpegError:
@@ -169,6 +175,8 @@ class TolerantReader:
 
     def _judge(self, frame: VideoFrame) -> Delivered:
         """Determine whether a picture is whole, and record where damage begins and ends."""
+        if self._avi is not None and self._is_broken:
+            self._count_again(frame)
         number = self._number
         if frame.is_corrupt:
             self._is_broken = True
@@ -177,6 +185,16 @@ class TolerantReader:
         is_early = frame.pts is not None and self._broken_from is not None and frame.pts < self._broken_from
         if not self._is_broken or is_early:
             return Delivered(frame, number, is_whole=True)
-        if frame.key_frame:
+        recovers = frame.key_frame and (self._avi is None or self._avi.is_timed)
+        if recovers:
             self._is_broken, self._broken_from = False, None
-        return Delivered(frame, number, is_whole=frame.key_frame, after_loss=frame.key_frame)
+        return Delivered(frame, number, is_whole=recovers, after_loss=recovers)
+
+    def _count_again(self, frame: VideoFrame) -> None:
+        """Determine the number of a picture after lost packets of an AVI file."""
+        if frame.key_frame and frame.pts is not None:
+            # Its number in decode order, and the pictures that are decoded after it but shown before it.
+            self._number = frame.pts + sum(after > frame.pts for after in self._since_loss)
+            self._since_loss = []
+        elif frame.pts is not None:
+            self._since_loss.append(frame.pts)

@@ -20,7 +20,8 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError
-from avion_dali.data.probe import color_range_name, colorspace_name, open_video, probe_chunk
+from avion_dali.data.colors import color_range_name, colorspace_name
+from avion_dali.data.probe import open_video, probe_chunk
 from avion_dali.data.profiles import COLOR_RANGE_LIMITED, COLORSPACE_BT601, PIX_FMT, EncodeProfile
 from avion_dali.files import partial_path, put_in_place
 

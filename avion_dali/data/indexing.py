@@ -27,6 +27,7 @@ from avion_dali.data.bitstream import (
     shows_picture,
 )
 from avion_dali.data.packet_index import PacketPlaces, StreamFacts, pack_index, table_of
+from avion_dali.data.picture_order import OrderReader
 
 # Codecs whose decoders accept packets as stored in the file, with one picture each.
 INDEXED_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mjpeg"})
@@ -211,6 +212,9 @@ class PacketCollector:
         self._pts: list[int | None] = []
         self._shown: list[bool] = []
         self._places: list[tuple[int, int, int]] = []
+        length_size = nal_length_size(self._stream.codec, self._stream.extradata)
+        self._order = OrderReader(self._stream.codec, self._stream.extradata, length_size=length_size)
+        self._coded_order: list[tuple[int, int]] = []
 
     def add(self, packet: Packet) -> None:
         """Add the next packet in decode order.
@@ -231,6 +235,22 @@ class PacketCollector:
         self._pts.append(packet.pts)
         self._shown.append(not packet.is_discard)
         self._places.append((offset, len(data), zlib.crc32(data)))
+        if self._order.tells:
+            self._coded_order.append(self._order.read(data))
+
+    def is_ordered(self) -> bool:
+        """Return whether the container shows the pictures in the order that is coded in them.
+
+        If headers of pictures say otherwise, the decoder decides; other streams are not examined.
+        """
+        pts = [time for time in self._pts if time is not None]
+        if not (self._usable and self._order.tells and self._tells_order and len(pts) == len(self._places)):
+            return True
+        ranks = np.argsort(np.argsort(pts, kind="stable"), kind="stable").tolist()
+        if [rank for _, rank in sorted(zip(self._coded_order, ranks, strict=True))] == list(range(len(ranks))):
+            return True
+        decoded = self._ranks_by_decoding()
+        return not decoded or decoded == ranks
 
     def record(self, shown: np.ndarray) -> bytes:
         """Return the packed index; empty if this file cannot have one.

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -21,29 +22,16 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from avion_dali.contracts import DecodeError, FailureKind
-from avion_dali.data.container_limits import OPEN_OPTIONS, ExcessiveClaimError, require_modest_header
+from avion_dali.data.avi import AviFrames, find_avi_frames
+from avion_dali.data.colors import color_range_name, colorspace_name
+from avion_dali.data.container_limits import OPEN_OPTIONS, ByteSpan, ExcessiveClaimError, require_modest_header
+from avion_dali.data.declared import check_end, check_index, check_size, corrupt
 from avion_dali.data.delivery import TolerantReader, decode_strictly
 from avion_dali.data.indexing import PacketCollector, tells_order
 from avion_dali.data.survey import PacketSurvey, survey_packets
 from avion_dali.data.timing import SLOW_FPS, complete_times, densest_rate, measure_rate
 
 _LINGERING_S = 0.25
-MAX_MISSING_SECONDS = 1.0  # a file may end this long before its stated duration (rounding, last frame)
-
-# FFmpeg's numbers of transfer characteristics (ITU-T H.273, table 3).
-HDR_TRANSFERS = {16: "PQ (SMPTE 2084)", 18: "HLG"}
-# FFmpeg's AVColorSpace numbers (ITU-T H.273, table 4); PyAV's enum does not contain all of them.
-_COLORSPACES = {
-    0: "gbr",
-    1: "bt709",
-    4: "fcc",
-    5: "bt470bg",
-    6: "smpte170m",
-    7: "smpte240m",
-    8: "ycgco",
-    9: "bt2020nc",
-    10: "bt2020c",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +113,11 @@ class ChunkFacts:
 
 @contextmanager
 def open_video(
-    path: str | os.PathLike[str], *, decoder: str = "probe", frame_ids: tuple[int, ...] = ()
+    path: str | os.PathLike[str],
+    *,
+    decoder: str = "probe",
+    frame_ids: tuple[int, ...] = (),
+    span: ByteSpan | None = None,
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a file and choose its video stream; no other function does this.
 
@@ -136,6 +128,7 @@ def open_video(
         path: the video file.
         decoder: name of the decoder in errors.
         frame_ids: the wanted frames in errors.
+        span: one of several recordings in the file; None for the whole file.
 
     Yields:
         The open container and its best video stream.
@@ -154,7 +147,11 @@ def open_video(
             raise failure("corrupt", "is a directory, not a video file")
         _require_modest_header(name, failure)
         # An absolute path: FFmpeg takes what stands before a colon for a protocol.
-        opened = av.open(os.path.abspath(name), "r", options=OPEN_OPTIONS)
+        address = os.path.abspath(name)
+        if span is not None:
+            address = f"subfile,,start,{span[0]},end,{span[1]},,:{address}"
+        # Tags are not read; old ones need not be UTF-8.
+        opened = av.open(address, "r", options=OPEN_OPTIONS, metadata_errors="replace")
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         raise failure("missing", error.strerror or type(error).__name__) from error
     except av.FFmpegError as error:
@@ -180,13 +177,16 @@ def _require_modest_header(name: str, failure: Callable[[FailureKind, str], Deco
         raise failure("corrupt", str(error)) from error
 
 
-def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: bool = False) -> ChunkFacts:
+def probe_chunk(
+    path: str | os.PathLike[str], *, index: bool = False, tolerant: bool = False, span: ByteSpan | None = None
+) -> ChunkFacts:
     """Read the facts of a video file.
 
     Args:
         path: the video file.
         index: whether to create a packet index.
         tolerant: whether to describe the undamaged part of a damaged file instead of raising an error.
+        span: one of several recordings in the file, without an index; None for the whole file.
 
     Returns:
         The facts of the file.
@@ -195,22 +195,21 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
         DecodeError: `missing`, or `corrupt` when the file is not a video, is empty, or ends too early.
     """
     name = os.fspath(path)
-    with open_video(path) as (container, stream), open(path, "rb") if index else nullcontext() as file:
-        _check_index(name, stream, size_bytes=os.stat(path).st_size)
+    with open_video(path, span=span) as (container, stream), _opened_if(index, path) as file:
+        check_index(name, stream, size_bytes=span[1] - span[0] if span else os.stat(path).st_size)
         declared = (stream.codec_context.width, stream.codec_context.height)
         collector = PacketCollector(file.fileno(), container, stream) if file else None
         survey = survey_packets(container, stream, collector=collector, name=name, tolerant=tolerant)
+        _check_order(name, collector if survey.tells and not tolerant else None)
         stated = (stream.average_rate, stream.guessed_rate)
-        shown, first = survey.shown, survey.first_picture
-        if not survey.tells:
-            shown, first = _count_pictures(name, survey, stated=stated, tolerant=tolerant)
-        _check_times(name, shown)
+        reading = _Reading(name, span, tolerant)
+        shown, first, is_counted = _shown_pictures(reading, container, survey=survey, stated=stated)
         tick = stream.time_base or Fraction(1, 1000)
         last_duration = _last_duration(container, stream, survey=survey, shown=shown)
         if not tolerant:
             extent = int(shown[-1]) + last_duration - min(int(shown[0]), 0)
-            _check_end(name, container, stream=stream, extent=extent)
-            _check_size(name, declared, first=first)
+            check_end(name, container, stream=stream, extent=extent)
+            check_size(name, declared, first=first)
         fps, is_cfr = measure_rate(shown, tick, stated=stated)
         context = stream.codec_context
         return ChunkFacts(
@@ -230,7 +229,7 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
             first_s=int(shown[0]) * tick,
             frame_times=None if is_cfr else (shown - shown[0]) * float(tick),
             packet_index=collector.record(shown) if collector else b"",
-            is_counted=not survey.tells,
+            is_counted=is_counted,
             last_s=float(last_duration * tick) or float(1 / fps),
             densest_fps=fps if is_cfr else densest_rate((shown - shown[0]) * float(tick), stated),
             pixel_aspect=Fraction(stream.sample_aspect_ratio or 1),
@@ -238,6 +237,60 @@ def probe_chunk(path: str | os.PathLike[str], *, index: bool = False, tolerant: 
             transfer=int(context.color_trc),
             primaries=int(context.color_primaries),
         )
+
+
+def avi_frames(path: str | os.PathLike[str], *, span: ByteSpan | None) -> AviFrames | None:
+    """Return the frames of an AVI file that lost some; see `find_avi_frames`.
+
+    Args:
+        path: the video file.
+        span: one of several recordings in the file; None for the whole file.
+
+    Raises:
+        DecodeError: when the file cannot be opened.
+    """
+    with open_video(path, span=span) as (container, stream):
+        return find_avi_frames(path, container, stream, span=span)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Which recording is read, and whether damage is ignored."""
+
+    name: str
+    span: ByteSpan | None
+    is_tolerant: bool
+
+
+def _shown_pictures(
+    reading: _Reading,
+    container: InputContainer,
+    *,
+    survey: PacketSurvey,
+    stated: tuple[Fraction | None, ...],
+) -> tuple[np.ndarray, VideoFrame | None, bool]:
+    """Return the times of the pictures that are shown, the first picture, and whether they were counted."""
+    name = reading.name
+    avi = avi_frames(name, span=reading.span) if container.format.name == "avi" else None
+    if avi is not None and avi.gaps and not reading.is_tolerant:
+        raise corrupt(name, f"lacks {avi.total - len(avi.numbers)} of its {avi.total} packets")
+    if avi is not None and reading.is_tolerant:
+        shown, first = _count_frames_of_avi(reading, survey, avi)
+        return shown, first, True
+    shown, first = survey.shown, survey.first_picture
+    if not survey.tells:
+        shown, first = _count_pictures(reading, survey, stated)
+    _check_times(name, shown)
+    return shown, first, not survey.tells
+
+
+def _opened_if(wanted: bool, path: str | os.PathLike[str]) -> AbstractContextManager[BinaryIO | None]:
+    return open(path, "rb") if wanted else nullcontext()
+
+
+def _check_order(name: str, collector: PacketCollector | None) -> None:
+    if collector is not None and not collector.is_ordered():
+        raise corrupt(name, "its container states another order of pictures than the pictures themselves")
 
 
 def _check_times(name: str, shown: np.ndarray) -> None:
@@ -270,57 +323,6 @@ def _start_seconds(container: InputContainer, first_frame: Fraction, *, fps: Fra
     return float(seconds) if seconds * 2 > 1 / fps else 0.0
 
 
-def color_range_name(color_range: int, pix_fmt: str) -> str:
-    """Return the name of FFmpeg's range number; the old `yuvj` pixel formats are `full`."""
-    if pix_fmt.startswith("yuvj"):
-        return "full"
-    return {1: "limited", 2: "full"}.get(color_range, "unspecified")
-
-
-def colorspace_name(colorspace: int) -> str:
-    """Return the name of FFmpeg's YUV matrix number, such as `bt709`; `unspecified` if it is unknown."""
-    return _COLORSPACES.get(colorspace, "unspecified")
-
-
-def expected_seconds(container: InputContainer, stream: VideoStream) -> float | None:
-    """Return the duration that the file's header states for its video stream.
-
-    Args:
-        container: the open file.
-        stream: its video stream.
-
-    Returns:
-        Seconds, or None if the header has no duration of the video alone (a container's duration may be that of
-        the audio).
-    """
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    tag = stream.metadata.get("DURATION", "")  # Matroska: HH:MM:SS.nnnnnnnnn
-    if tag.count(":") == 2:
-        hours, minutes, seconds = tag.split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    if len(container.streams) == 1 and container.duration:
-        return container.duration / av.time_base
-    return None
-
-
-def corrupt(name: str, cause: str) -> DecodeError:
-    """Create the error of a file that cannot be used.
-
-    Args:
-        name: path of the file.
-        cause: description of the problem.
-    """
-    return DecodeError(name, (), decoder="probe", kind="corrupt", cause=cause)
-
-
-def _check_index(name: str, stream: VideoStream, *, size_bytes: int) -> None:
-    """Reject a file whose index refers to bytes after its end (a truncated mp4 keeps its index)."""
-    end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-    if end > size_bytes:
-        raise corrupt(name, f"is truncated: its index needs {end} bytes, the file has {size_bytes}")
-
-
 def _last_duration(
     container: InputContainer, stream: VideoStream, *, survey: PacketSurvey, shown: np.ndarray
 ) -> int:
@@ -335,33 +337,15 @@ def _last_duration(
     return max(survey.last_duration, min(by_table, survey.last_decoded_duration))
 
 
-def _check_end(name: str, container: InputContainer, *, stream: VideoStream, extent: int) -> None:
-    """Reject a file that ends well before the end stated in its header; `extent` is its end in ticks."""
-    expected = expected_seconds(container, stream)
-    if expected is None:
-        return
-    # Matroska counts its duration from zero, mp4 from the first frame.
-    seconds = float(extent * (stream.time_base or Fraction(1, 1000)))
-    if seconds < expected - MAX_MISSING_SECONDS:
-        raise corrupt(name, f"ends after {seconds:.1f} s of {expected:.1f} s")
-
-
-def _check_size(name: str, declared: tuple[int, int], *, first: VideoFrame | None) -> None:
-    """Reject a file whose header states another picture size than that of its pictures: one is damaged."""
-    if first is not None and (first.width, first.height) != declared:
-        says = "x".join(map(str, declared))
-        raise corrupt(name, f"declares pictures of {says}, but they are {first.width}x{first.height}")
-
-
 def _count_pictures(
-    name: str, survey: PacketSurvey, *, stated: tuple[Fraction | None, ...], tolerant: bool
+    reading: _Reading, survey: PacketSurvey, stated: tuple[Fraction | None, ...]
 ) -> tuple[np.ndarray, VideoFrame | None]:
     """Decode a file whose packets do not determine its pictures; return their times and the first picture."""
     times: list[int | None] = []
     first: VideoFrame | None = None
-    with open_video(name) as (container, stream):
+    with open_video(reading.name, span=reading.span) as (container, stream):
         whole = (delivered.frame for delivered in TolerantReader(container, stream))
-        for frame in whole if tolerant else decode_strictly(container, stream):
+        for frame in whole if reading.is_tolerant else decode_strictly(container, stream):
             first = first or frame
             times.append(frame.pts)
         rate = next((rate for rate in stated if rate), Fraction(25))
@@ -372,6 +356,16 @@ def _count_pictures(
             same = len(decoding) == len(times) and bool((np.diff(decoding) > 0).all())
             return decoding if same else complete_times([None] * len(times), step), first
     return complete_times(times, step), first
+
+
+def _count_frames_of_avi(
+    reading: _Reading, survey: PacketSurvey, avi: AviFrames
+) -> tuple[np.ndarray, VideoFrame | None]:
+    """Return the times that the frames of a damaged AVI file had, and the first picture."""
+    with open_video(reading.name, span=reading.span) as (container, stream):
+        first = next(iter(TolerantReader(container, stream, avi=avi)), None)
+    begin = int(survey.decoding.min()) if len(survey.decoding) else 0
+    return begin + np.arange(avi.total), first.frame if first else None
 
 
 def rotation_of(frame: VideoFrame | None) -> int:

@@ -10,6 +10,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 from avion_dali.contracts import ChunkRef, DecodeError, PacketIndexRef, UserError
+from avion_dali.data.joined import find_recordings
 from avion_dali.data.manifest import Chunk, IndexWriter
 from avion_dali.data.probe import probe_chunk
 from avion_dali.data.probing_pool import map_in_processes
@@ -255,6 +256,9 @@ def _probe(file: ChunkFile, *, index: bool) -> Probed:
     if not _is_text(str(path)):
         return UnusableChunk(str(path), "its name is not UTF-8; rename it"), b""
     try:
+        if path.is_file() and (count := len(find_recordings(path))) > 1:
+            reason = f"contains {count} recordings and only the first would be read"
+            return UnusableChunk(str(path), f"{reason}; chunk it with `avion-dali chunk`"), b""
         facts = probe_chunk(path, index=index)
     except DecodeError as error:
         return UnusableChunk(str(path), f"{error.kind}: {error.cause}"), b""

@@ -38,6 +38,7 @@ def complete_times(times: Sequence[int | None], step: Fraction) -> np.ndarray:
     if not len(known):
         return np.round(numbers * float(step)).astype(np.int64)
     ticks = np.array([times[i] for i in known], dtype=np.int64)
+    known, ticks = _without_misplaced(known, ticks, step=float(step))
     gaps = np.diff(ticks)
     steps = np.maximum(np.round(np.diff(known) * float(step)), 1).astype(np.int64)
     ticks[1:] += np.where(gaps <= 0, steps - gaps, 0).cumsum()
@@ -46,6 +47,17 @@ def complete_times(times: Sequence[int | None], step: Fraction) -> np.ndarray:
     full[before] = ticks[0] - (known[0] - numbers[before]) * float(step)
     full[after] = ticks[-1] + (numbers[after] - known[-1]) * float(step)
     return np.round(full).astype(np.int64)
+
+
+def _without_misplaced(known: np.ndarray, ticks: np.ndarray, *, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """Leave out times that are not before the next one, although the times around them are one step apart.
+
+    Program streams state the time of one picture in several, and FFmpeg may assign it to an earlier picture.
+    """
+    apart = np.abs(ticks[2:] - ticks[:-2] - (known[2:] - known[:-2]) * step)
+    misplaced = np.zeros(len(ticks), dtype=bool)
+    misplaced[1:-1] = (np.diff(ticks)[1:] <= 0) & (apart <= step / 2)
+    return known[~misplaced], ticks[~misplaced]
 
 
 def measure_rate(

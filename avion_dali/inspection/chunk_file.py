@@ -18,19 +18,14 @@ from av.video.frame import VideoFrame
 
 from avion_dali.contracts import ChunkRef, DecodeError
 from avion_dali.data.bitstream import Entry
+from avion_dali.data.colors import HDR_TRANSFERS, color_range_name, colorspace_name
 from avion_dali.data.delivery import decode_strictly
 from avion_dali.data.indexing import STRICT, make_decoder, make_packet, stream_facts
+from avion_dali.data.joined import find_recordings
 from avion_dali.data.packet_index import IndexBlock, IndexDamagedError, PacketIndex, StreamFacts
-from avion_dali.data.probe import (
-    HDR_TRANSFERS,
-    ChunkFacts,
-    color_range_name,
-    colorspace_name,
-    open_video,
-    probe_chunk,
-    rotation_of,
-)
+from avion_dali.data.probe import ChunkFacts, open_video, probe_chunk, rotation_of
 from avion_dali.inspection.findings import FileReport, Finding, Target
+from avion_dali.inspection.reader_comparison import first_difference
 
 MAX_GOP_SECONDS = 5.0
 # Numbers of color primaries in FFmpeg and in ITU-T H.273, table 2.
@@ -74,10 +69,13 @@ def inspect_file(target: Target) -> FileReport:
         frame_size = facts.width, facts.height
         span = target.start_s, target.start_s + facts.end_s()
         found += _picture_findings(facts)
+        if (count := len(find_recordings(target.path))) > 1:
+            found.append(Finding("joined", f"contains {count} recordings, of which the first is read"))
         blocks = _read_blocks(facts.packet_index)
         found += _access_findings(facts, blocks)
         if target.deep:
             _decode_everything(facts, blocks)
+            _compare_readers(facts, target.ref)
     except _FaultError as fault:
         found.append(fault.finding)
     except DecodeError as error:
@@ -250,6 +248,14 @@ def _decode_everything(facts: ChunkFacts, blocks: list[IndexBlock]) -> None:
     if max(delivered) >= facts.num_frames:
         detail = f"more than its {facts.num_frames} frames are decoded"
         raise _FaultError("wrong-count", detail, facts.num_frames)
+
+
+def _compare_readers(facts: ChunkFacts, ref: ChunkRef | None) -> None:
+    """Compare the decoders on a sample: some damage is concealed by each of them in another way."""
+    known = ref or ChunkRef(facts.path, facts.size_bytes, facts.num_frames, facts.width, facts.height)
+    differing = first_difference(known)
+    if differing is not None:
+        raise _FaultError("decoders-differ", "decoders show different pictures", differing)
 
 
 def _decode_indexed(facts: ChunkFacts, blocks: list[IndexBlock]) -> set[int]:

@@ -34,6 +34,7 @@ KINDS: dict[str, Kind] = {
     "changed": Kind("error", "rebuild the manifest"),
     "wrong-count": Kind("error", "rebuild the manifest"),
     "wrong-order": Kind("error", "its header or its pictures are damaged: " + _REMAKE),
+    "decoders-differ": Kind("error", "its header or its pictures are damaged: " + _REMAKE),
     "index": Kind("error", "rebuild the manifest"),
     "crashed": Kind("error", "check the memory; if it crashes again, " + _REMAKE),
     "timeout": Kind("error", "check the disk or network drive; long files may need a longer --timeout"),
@@ -47,6 +48,7 @@ KINDS: dict[str, Kind] = {
     "wide-gamut": Kind(
         "warning", "its colors are decoded too pale: convert it to BT.709 primaries before chunking"
     ),
+    "joined": Kind("warning", "manifests leave it out: chunk with `avion-dali chunk`, which cuts all of them"),
     "rotation": Kind("warning", "decoders do not rotate it: chunk with `avion-dali chunk`"),
     "nvdec-size": Kind("warning", "the GPU decoder restarts for every clip: chunk with `avion-dali chunk`"),
     "many-sizes": Kind("warning", "the GPU decoder is kept for one size at a time: chunk to fewer sizes"),

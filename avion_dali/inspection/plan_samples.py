@@ -19,11 +19,12 @@ import numpy as np
 
 from avion_dali.contracts import ClipRequest, DecodeError, UserError
 from avion_dali.cores import available_cores
+from avion_dali.data.declared import expected_seconds
 from avion_dali.data.encoding import PictureFilter, write_chunk
 from avion_dali.data.hand_held import FRAMES_PER_SECOND
 from avion_dali.data.manifest import IndexWriter, Manifest, Sample, write_manifest
 from avion_dali.data.planner import Planner
-from avion_dali.data.probe import expected_seconds, open_video
+from avion_dali.data.probe import open_video
 from avion_dali.data.profiles import PROFILES, ProfileName
 from avion_dali.data.scanning import find_chunk_files, scan_chunks
 from avion_dali.decode.planned_reads import planned_reads

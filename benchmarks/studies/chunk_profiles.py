@@ -229,19 +229,14 @@ def tables(rows: list[Row]) -> str:
         limit = BYTES_LIMITS.get(row["profile"], math.inf)
         over = f" (over the limit of {limit})" if row["bytes_ratio"] > limit else ""
         under = " (too low)" if row["ssim_above_compat"] < -SSIM_SLACK else ""
-        cells = [
-            f"`{row['profile']}`",
-            row["source"],
-            f"{row['mbit_per_s']:.2f}",
-            f"{row['bytes_ratio']:.2f}{over}",
-        ]
+        cells = [f"`{row['profile']}`", row["source"], f"{row['mbit_per_s']:.2f}"]
+        cells.append(f"{row['bytes_ratio']:.2f}{over}")
         cells.append(f"{row['ssim']:.4f} ({row['ssim_above_compat']:+.4f}){under}")
         times = [f"{row[f'cpu_ms, {kind}']:.1f}" for kind in KINDS]
         lines.append([*cells, *times, f"{row['encode_ratio']:.1f}"])
     times = [f"ms, {kind}" for kind in KINDS]
-    return markdown(
-        ("profile", "source", "Mbit/s", "bytes / compat", "SSIM", *times, "encoding / compat"), lines
-    )
+    heads = ("profile", "source", "Mbit/s", "bytes / compat", "SSIM", *times, "encoding / compat")
+    return markdown(heads, lines)
 
 
 BENCHMARK = Benchmark("chunk_profiles", tables, draw, {"bytes_limits": BYTES_LIMITS})

@@ -52,17 +52,10 @@ def finetune_rows(demo: Path, output: Path) -> list[Row]:
     """Fine-tune from the demo, which is run first if it is missing."""
     times = run("demo-finetune", "--demo-dir", str(demo), "--output-dir", str(output))
     numbers = FinetuneNumbers(**json.loads((output / "numbers.json").read_text()))
-    rows: list[Row] = [
-        {
-            "measured": "margin",
-            "what": margin.what,
-            "this": margin.value,
-            "that": margin.other,
-            "gain": margin.value - margin.other,
-            "least": margin.least,
-        }
-        for margin in margins(numbers)
-    ]
+    rows: list[Row] = []
+    for margin in margins(numbers):
+        sides = {"this": margin.value, "that": margin.other, "gain": margin.value - margin.other}
+        rows.append({"measured": "margin", "what": margin.what, **sides, "least": margin.least})
     return [*rows, {"measured": "time", **times}]
 
 

@@ -8,11 +8,10 @@ The default corpus takes about 6 GB of disk while it runs. Linux only: memory is
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from avion_dali.data.order import epoch_order
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.data.rows import CHUNK_SCHEMA, SAMPLE_SCHEMA
 from avion_dali.data.tables import ROWS_PER_BATCH
-from benchmarks.machine import process_memory_mb
+from benchmarks.machine import in_fresh_process, process_memory_mb
 from benchmarks.report import Benchmark, Row, every_row, parser_of
 
 CHUNK_SECONDS, FPS = 15.0, 30
@@ -176,12 +175,6 @@ def drop_cached_pages(folder: Path) -> None:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def in_fresh_process(function: Callable[..., Row], *arguments: object) -> Row:
-    """Run a measurement in a spawned process, as another rank would start."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 BENCHMARK = Benchmark("manifest", every_row, requirement=REQUIREMENT)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest, CropWindow, PacketIndexRef
+from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest, CropWindow, DecodeError, PacketIndexRef
 from avion_dali.decode import cpu_fused
+from avion_dali.decode.reading import read_everything, read_planned, read_spanned
 from avion_dali.loading.faults import failure_of
 from avion_dali.loading.pool import PoolBrokenError, Ticket, WorkerPool
 from avion_dali.loading.ring import SharedRing
@@ -23,8 +24,8 @@ from benchmarks.corpus import indexed_chunk
 
 FRAMES_PER_CLIP, FRAME_SIZE = 4, 32
 # ISO/IEC 14496-12: boxes that hold boxes, and the bytes before the first of them.
-_BOXES_INSIDE = dict.fromkeys((b"moov", b"trak", b"mdia", b"minf", b"stbl", b"dinf", b"edts"), 0)
-_BOXES_INSIDE |= {b"stsd": 8, b"avc1": 78, b"hev1": 78, b"hvc1": 78}
+_PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"dinf", b"edts", b"mvex", b"moof", b"traf")
+_BOXES_INSIDE = dict.fromkeys(_PARENTS, 0) | {b"stsd": 8, b"avc1": 78, b"hev1": 78, b"hvc1": 78, b"av01": 78}
 # RFC 9559: Segment, Info, Tracks, TrackEntry, Video, Cluster, BlockGroup, Cues, CuePoint, CueTrackPositions.
 _ELEMENTS_INSIDE = frozenset(
     number.to_bytes((number.bit_length() + 7) // 8, "big")
@@ -45,7 +46,9 @@ class Piece:
 
 
 def pieces(data: bytes) -> list[Piece]:
-    """All boxes or elements of a file, outer ones before those inside them."""
+    """All boxes, elements or packets of a file, outer ones before those inside them."""
+    if data[:1] == b"\x47":  # MPEG-TS; a packet begins with 4 bytes of header, and often with times
+        return [Piece(at, at + 4, at + 20) for at in range(0, len(data) - 187, 188)]
     walk = _elements if data[:4] == b"\x1a\x45\xdf\xa3" else _boxes
     return list(walk(data, 0, len(data)))
 
@@ -168,8 +171,9 @@ class Source:
 
 
 def open_source(name: str, path: Path) -> Source:
-    """Probe and index a video; its index lies beside it."""
-    return Source(name, indexed_chunk(path))
+    """Probe and index a video; its index lies beside it, if its packets can be indexed."""
+    ref = indexed_chunk(path)
+    return Source(name, ref if ref.index and ref.index.num_bytes else replace(ref, index=None))
 
 
 def decoded(request: ClipRequest) -> np.ndarray:
@@ -201,6 +205,8 @@ def trials(source: Source, folder: Path, kind: str, seed: int) -> Iterator[Trial
     expected = decoded(source.request(ids))
     damaged = replace(source.ref, path=str(path), size_bytes=len(data))
     for label, ref in (("index", damaged), ("no index", replace(damaged, index=None))):
+        if label == "index" and ref.index is None:
+            continue
         sound = replace(source.ref, index=ref.index)
         yield Trial((source.name, kind, label), source.request(ids, ref), expected)
         yield Trial((source.name, "sound", label), source.request(ids, sound), expected)
@@ -215,6 +221,22 @@ def index_trials(source: Source, folder: Path, kind: str, seed: int) -> Iterator
     ids = source.random_ids(np.random.default_rng(seed))
     ref = replace(source.ref, index=PacketIndexRef(str(path), 0, source.ref.index.num_bytes))
     yield Trial((source.name, kind, "damaged index"), source.request(ids, ref), decoded(source.request(ids)))
+
+
+def indexed_as(path: Path) -> str:
+    """What becomes of a damaged file: `refused`, a reader's `error`, or readers that `agree` or `disagree`."""
+    try:
+        ref = open_source("", path).ref
+        ids = tuple(sorted({i * (ref.num_frames - 1) // 7 for i in range(8)}))
+    except DecodeError:
+        return "refused"
+    try:
+        readers = (read_everything, read_planned, read_spanned)
+        first, *others = ([f.to_ndarray(format="rgb24") for f in read(ClipPart(ref, ids))] for read in readers)
+    except DecodeError:
+        return "error"
+    same = all(np.array_equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    return "agree" if same else "disagree"
 
 
 def outcomes(

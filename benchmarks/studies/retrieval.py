@@ -8,7 +8,6 @@ similarity matrix. Linux only: memory is read from /proc.
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from benchmarks.machine import in_fresh_process
 from benchmarks.report import Benchmark, Row, every_row, parser_of
 
 WIDTH = 256
@@ -31,12 +31,6 @@ class Sizes:
     clips: int = 9668
     captions: int = 3842
     rounds: int = 3
-
-
-def in_fresh_process(sizes: Sizes) -> Row:
-    """Measure in a separate process without other data."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(retrieval_case, (sizes,))
 
 
 def made_up(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=Sizes.rounds, help="of which the fastest counts")
     options = parser.parse_args()
     sizes = Sizes(options.clips, options.captions, options.rounds)
-    BENCHMARK.run(options, lambda: [in_fresh_process(sizes)])
+    BENCHMARK.run(options, lambda: [in_fresh_process(retrieval_case, sizes)])
 
 
 if __name__ == "__main__":
