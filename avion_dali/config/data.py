@@ -93,7 +93,9 @@ class LoaderOptions(ClipOptions):
     Args:
         workers: decode processes per rank; 0 uses the machine's cores divided by the ranks on it.
         prefetch_batches: number of micro-batches decoded ahead of the model.
-        clip_timeout_s: seconds after which the worker of a clip is killed and the clip is replaced.
+        clip_timeout_s: seconds after which the worker of a clip is killed and the clip is replaced. A worker
+            takes several clips; when one hangs, they are decoded again one by one, so a clip that never ends
+            costs at most twice this time.
         max_bad_fraction: fraction of the manifest's rows that may fail before the run stops.
 
     Raises:
