@@ -101,7 +101,7 @@ class DaliStrategy:
             batch: the batch.
         """
         rows = _rows_for_graph(batch)
-        clips = [(batch.requests[row], self._mini_clip(batch, row)) for row in rows]
+        clips = [self._clip(batch, row) for row in rows]
         sample_ids, colorspaces = [r.sample_id for r, _ in clips], [mini.colorspace for _, mini in clips]
         graph = next(self._turns) if rows else None
         self._sent[batch.slot] = _Sent(graph, rows, sample_ids, colorspaces)
@@ -143,7 +143,7 @@ class DaliStrategy:
         clips = [clip for clip in batch.results if clip is not None]
         self._stats.decode_s += sum(clip.seconds for clip in clips)
         self._count_unfit([clip.unfit for clip in clips if clip.unfit])
-        if frames is None or len(rows) < len(batch.requests):
+        if frames is None or len(rows) < len(batch.clips):
             frames = self._with_rows_in_place(batch, rows, frames=frames)
         return frames.flatten(0, 1)
 
@@ -169,7 +169,7 @@ class DaliStrategy:
         refused: dict[int, ClipError] = {}
         rows = _rows_for_graph(batch)
         for row in rows:
-            mini_clip, request = self._mini_clip(batch, row), batch.requests[row]
+            request, mini_clip = self._clip(batch, row)
             self._one_clip_graph.put(graph_inputs([(request, mini_clip)]))
             try:
                 frames, _ = self._one_clip_graph.take()
@@ -191,7 +191,7 @@ class DaliStrategy:
         self, batch: PendingBatch[CollectedClip], rows: list[int], *, frames: torch.Tensor | None
     ) -> torch.Tensor:
         """Return all rows: those from the graph, those with frames in the ring, and zeros for invalid rows."""
-        shape = (len(batch.requests), *self._slots[batch.slot].shape[1:])
+        shape = (len(batch.clips), *self._slots[batch.slot].shape[1:])
         everything = torch.zeros(shape, dtype=torch.uint8, device=self._device)
         if frames is not None:
             everything[rows] = frames
@@ -201,13 +201,14 @@ class DaliStrategy:
                 everything[row] = torch.from_numpy(in_place[row]).to(self._device)
         return everything
 
-    def _mini_clip(self, batch: PendingBatch[CollectedClip], row: int) -> MiniClip:
-        """Return a row's mini clip, whose data may be in the ring."""
+    def _clip(self, batch: PendingBatch[CollectedClip], row: int) -> tuple[ClipRequest, MiniClip]:
+        """Return a row's request and mini clip, whose data may be in the ring."""
         clip = batch.results[row]
         assert clip is not None and clip.mini_clip is not None
         if not clip.num_bytes:
-            return clip.mini_clip
-        return replace(clip.mini_clip, data=self._slots[batch.slot][row].reshape(-1)[: clip.num_bytes])
+            return clip.request, clip.mini_clip
+        data = self._slots[batch.slot][row].reshape(-1)[: clip.num_bytes]
+        return clip.request, replace(clip.mini_clip, data=data)
 
     def _count_unfit(self, reasons: list[str]) -> None:
         self._stats.decoded_on_cpu += len(reasons)

@@ -30,6 +30,7 @@ class CollectedClip:
     """Result of `collect_into`.
 
     Args:
+        request: the clip as it was planned.
         mini_clip: the clip for DALI; None if its decoded frames are at its place in the ring instead.
         num_bytes: number of bytes of the mini clip's data at its place; 0 if they did not fit and are part of
             `mini_clip`.
@@ -37,6 +38,7 @@ class CollectedClip:
         unfit: reason why the worker decoded the clip; empty if it did not.
     """
 
+    request: ClipRequest
     mini_clip: MiniClip | None
     num_bytes: int
     seconds: float
@@ -64,9 +66,9 @@ def collect_into(request: ClipRequest, place: Place, device: Device) -> Collecte
         except (UnfitForMiniClipError, UnorderedStreamError) as unfit:
             shape = request.frames_shape
             cpu_fused.decode_clip(request, memory[: int(np.prod(shape))].reshape(shape))
-            return CollectedClip(None, 0, time.perf_counter() - start, str(unfit))
+            return CollectedClip(request, None, 0, time.perf_counter() - start, str(unfit))
     num_bytes = len(mini_clip.data)
     if num_bytes > len(memory):
-        return CollectedClip(mini_clip, 0, time.perf_counter() - start)
+        return CollectedClip(request, mini_clip, 0, time.perf_counter() - start)
     memory[:num_bytes] = np.frombuffer(mini_clip.data, np.uint8)
-    return CollectedClip(replace(mini_clip, data=b""), num_bytes, time.perf_counter() - start)
+    return CollectedClip(request, replace(mini_clip, data=b""), num_bytes, time.perf_counter() - start)

@@ -50,7 +50,7 @@ def confess(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
     """Report what the worker process has loaded and how much memory it holds."""
     import avion_dali.decode.cpu_fused  # noqa: F401  (what a real worker holds)
 
-    heavy = [m for m in ("torch", "open_clip", "pyarrow", "jsonargparse", "nvidia.dali") if m in sys.modules]
+    heavy = [m for m in ("torch", "open_clip", "jsonargparse", "nvidia.dali") if m in sys.modules]
     with open("/proc/self/status") as status:
         resident = next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmRSS"))
     cause = json.dumps({"heavy": heavy, "resident_mb": resident})

@@ -4,6 +4,8 @@ import os
 import time
 from pathlib import Path
 
+from avion_dali.loading.pool import still_working
+
 
 def sleep_and_tell(path: str) -> None:
     """Task that leaves its process id in a file, then hangs."""
@@ -36,3 +38,16 @@ def chatter(answer: str) -> str:
 def joined(first: str, second: int) -> str:
     """Task that returns what it got."""
     return f"{first!r} {second!r}"
+
+
+def go_on(parts: int) -> int:
+    """Task that takes long and makes progress."""
+    for _ in range(parts):
+        time.sleep(0.3)
+        still_working()
+    return parts
+
+
+def unpicklable() -> object:
+    """Task whose result cannot be sent."""
+    return lambda: None

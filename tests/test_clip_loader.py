@@ -1,5 +1,6 @@
 """What a batch carries of its requests besides frames: tokens, labels, captions, sample and view ids."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -9,31 +10,30 @@ import pytest
 import torch
 from chunk_folders import chunk_row
 
-from avion_dali.contracts import ClipBatch
+from avion_dali.contracts import ClipBatch, ClipRequest
 from avion_dali.data.classes import CaptionTable, ClassTable
 from avion_dali.data.manifest import Manifest, Sample, write_manifest
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.loading.clip_loader import ClipLoader, LoaderSettings
 from avion_dali.loading.frames_strategy import FramesStrategy
-from avion_dali.loading.pool import Ticket
 
 RULES = ClipRules(num_frames=2, frame_size=16, training=True)
 
 
 class InstantPool:
-    """A pool whose tasks take no time and do nothing."""
+    """A pool that does tasks at once, in this process."""
 
-    def schedule(self, task: object, *arguments: object) -> Ticket:
-        future: Future[float] = Future()
-        future.set_result(0.0)
-        return Ticket(future, 0)
+    workers = 1
 
-    def wait(self, ticket: Ticket) -> float:
-        return ticket.future.result()
+    def schedule(self, task: Callable, *arguments: object) -> Future:
+        future: Future = Future()
+        future.set_result(task(*arguments))
+        return future
 
-    def wait_until_over(self, ticket: Ticket) -> None:
-        return None
+
+def leave_as_it_is(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
+    """A decoder that does nothing."""
 
 
 def manifest_of(folder: Path, labels: list[int], *, graded: bool = False) -> Manifest:
@@ -63,7 +63,7 @@ def batches_of(manifest: Manifest, rules: ClipRules, *, micro_batch: int = 4) ->
         clips_per_sample=rules.clips_per_row,
     )
     settings = LoaderSettings(torch.device("cpu"), context_length=4)
-    planner, pool, strategy = Planner(manifest, rules, seed=0), InstantPool(), FramesStrategy(print)
+    planner, pool, strategy = Planner(manifest, rules, seed=0), InstantPool(), FramesStrategy(leave_as_it_is)
     with ClipLoader(planner, schedule, pool=pool, strategy=strategy, settings=settings) as loader:
         return list(loader)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import CodeType, FrameType
@@ -31,7 +32,7 @@ from avion_dali.contracts import ClipBatch, ClipPart, ClipRequest
 from avion_dali.decode.source import PartPackets
 from avion_dali.engine.distributed import Distributed
 from avion_dali.loading import worker
-from avion_dali.loading.pool import Ticket
+from avion_dali.loading.clip_group import ClipGroup, GroupResult, work_on
 from avion_dali.loading.strategy import PendingBatch
 from avion_dali.models.blocks import VideoEncoder
 from avion_dali.models.presets import PRESETS
@@ -54,7 +55,8 @@ NOT_COUNTED = {
     ("avion_dali/objectives/clips.py", "batch_augmentation"),
     ("pipelines/codecs.py", "require_decodable"),
     ("pipelines/dali_strategy.py", "_rows_for_graph"),
-    # The way of the text.
+    # The way of the text, the label and the ids.
+    ("avion_dali/loading/clip_group.py", "of"),
     ("avion_dali/models/dual_encoder.py", "encode_text"),
 }
 
@@ -70,7 +72,8 @@ def is_clip(value: Any, depth: int = 3) -> bool:
         return value.ndim >= 4 and value.dtype == np.uint8
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return depth > 0 and any(is_clip(part, depth - 1) for part in value)
-    return isinstance(value, (ClipRequest, Ticket, PendingBatch, ClipBatch, CollectedClip, MiniClip))
+    forms = (ClipGroup, ClipRequest, CollectedClip, MiniClip, GroupResult, Future, PendingBatch, ClipBatch)
+    return isinstance(value, forms)
 
 
 def is_graph_input(value: Any) -> bool:
@@ -173,7 +176,7 @@ def make_config(manifest: Path, decoder: str, output: Path) -> TrainConfig:
 
 
 def traced_step(config: TrainConfig, extra: Callable[[], None] = lambda: None) -> set[Function]:
-    """Trace one training step, and what a worker does for one clip, in this process."""
+    """Trace one training step, and what a worker does for a group of one clip, in this process."""
     smaller = replace(PRESETS["tiny"], video_layers=1, text_layers=1, text_width=32, text_heads=2)
     trace = Trace()
     with patch.dict(PRESETS, tiny=smaller), training(config, Distributed()) as loop:
@@ -182,9 +185,9 @@ def traced_step(config: TrainConfig, extra: Callable[[], None] = lambda: None) -
         with trace:
             next(steps)
             extra()
-        request = loader._planner.plan(0, 0)
+        group = loader._group(0, [0], loader._ring.place(0, 0))
         with patch.dict(worker._attached, clear=True), trace:
-            loader._strategy.task(request, loader._ring.place(0, 0))
+            work_on(loader._strategy.task, group)
     return trace.found
 
 

@@ -191,7 +191,7 @@ def test_mini_clips_larger_than_their_place_come_along(pool: WorkerPool, tmp_pat
     )
     request = clip_request(0, [(indexed_ref(path, tmp_path), (3, 9))], [(0, 0, 96, 80)], size=16)
     with loader_of(FixedPlanner([request] * 3), pool) as loader:
-        clip = pool.wait(pool.schedule(loader._strategy.task, request, loader._ring.place(0, 0)))
+        clip = pool.schedule(loader._strategy.task, request, loader._ring.place(0, 0)).result()
         assert len(clip.mini_clip.data) > loader._ring.clip_bytes
         (batch,) = epoch(loader)
         assert loader.stats.decoded_on_cpu == 0

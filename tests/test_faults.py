@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from dali_clips import clip_request
-from pebble import ProcessExpired
 
 from avion_dali.contracts import ChunkRef, ClipError, DecodeError, UserError
 from avion_dali.loading.faults import ALWAYS_TOLERATED, FaultPolicy, failure_of
+from avion_dali.loading.pool import WorkerDiedError
 
 REQUEST = clip_request(4, [(ChunkRef("/chunks/a.mp4", 1, 30, 64, 48), (3, 9))])
 
@@ -60,7 +60,7 @@ def test_a_quarantine_that_cannot_be_written_is_an_error(tmp_path: Path) -> None
     ("error", "kind", "cause"),
     [
         (futures.TimeoutError(), "timeout", "no answer"),
-        (ProcessExpired("x", code=-9, pid=1), "worker-died", "ended with code -9"),
+        (WorkerDiedError(-9), "worker-died", "ended with code -9"),
         (
             DecodeError("/b.mp4", (7,), decoder="odd", kind="changed", cause="other size"),
             "changed",

@@ -303,11 +303,11 @@ def test_thousands_of_clips_leave_no_trace_in_a_worker(sources: list[Source]) ->
     memory_kb = []
     clips = (requests[i % len(requests)] for i in range(CLIPS))
     while batch := list(islice(clips, 8)):
-        tickets = [
+        done = [
             pool.schedule(decode_into, cpu_fused.decode_clip, request, ring.place(0, i))
             for i, request in enumerate(batch)
         ]
-        failed = [ticket.future.exception() is not None for ticket in tickets]
+        failed = [future.exception() is not None for future in done]
         assert failed == [request.parts[0].chunk.size_bytes == 1 for request in batch]
         memory_kb.append(private_memory_kb(multiprocessing.active_children()[0].pid))
     pool.close()

@@ -13,20 +13,24 @@ import make_videos
 import odd_tasks
 import pytest
 from dali_clips import chunk_manifest
-from pebble import ProcessExpired
 from processes import left_after
 
 from avion_dali.contracts import UserError
-from avion_dali.loading.pool import WorkerPool, default_workers
+from avion_dali.loading.pool import WorkerDiedError, WorkerPool, default_workers
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_it_does_any_task() -> None:
     with WorkerPool(workers=2, timeout_s=20) as pool:
-        tickets = [pool.schedule(odd_tasks.joined, "a", number) for number in range(20)]
-        assert [pool.wait(ticket) for ticket in tickets] == [f"'a' {number}" for number in range(20)]
-        assert pool.wait(pool.schedule(partial(odd_tasks.joined, "b"), 3)) == "'b' 3"
+        done = [pool.schedule(odd_tasks.joined, "a", number) for number in range(20)]
+        assert [future.result() for future in done] == [f"'a' {number}" for number in range(20)]
+        assert pool.schedule(partial(odd_tasks.joined, "b"), 3).result() == "'b' 3"
+
+
+def test_processes_stand_back_as_told() -> None:
+    with WorkerPool(workers=1, timeout_s=20, niceness=3) as pool:
+        assert pool.schedule(os.nice, 0).result() == os.nice(0) + 3
 
 
 def test_processes_stand_back_as_told() -> None:
@@ -38,28 +42,26 @@ def test_tasks_fail_alone(tmp_path: Path) -> None:
     with WorkerPool(workers=2, timeout_s=1.0) as pool:
         bad = [
             (pool.schedule(odd_tasks.fail, "broken"), ValueError),
-            (pool.schedule(odd_tasks.die, int(signal.SIGKILL)), ProcessExpired),
+            (pool.schedule(odd_tasks.die, int(signal.SIGKILL)), WorkerDiedError),
             (pool.schedule(odd_tasks.sleep_and_tell, str(tmp_path / "pid")), futures.TimeoutError),
         ]
         good = pool.schedule(odd_tasks.joined, "a", 1)
-        for ticket, error in bad:
+        for future, error in bad:
             with pytest.raises(error):
-                pool.wait(ticket)
-            pool.wait_until_over(ticket)
-        assert pool.wait(good) == "'a' 1"
+                future.result()
+        assert good.result() == "'a' 1"
 
 
-def test_waiting_until_a_task_is_over_reports_no_failure(tmp_path: Path) -> None:
+def test_a_late_tasks_process_is_gone_when_the_task_is_over(tmp_path: Path) -> None:
     with WorkerPool(workers=1, timeout_s=1.0) as pool:
-        ticket = pool.schedule(odd_tasks.sleep_and_tell, str(tmp_path / "pid"))
-        pool.wait_until_over(ticket)
+        futures.wait([pool.schedule(odd_tasks.sleep_and_tell, str(tmp_path / "pid"))])
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_closing_twice_is_fine() -> None:
     pool = WorkerPool(workers=1, timeout_s=20)
-    pool.wait(pool.schedule(odd_tasks.joined, "a", 1))
+    pool.schedule(odd_tasks.joined, "a", 1).result()
     pool.close()
     pool.close()
 
@@ -74,8 +76,8 @@ from avion_dali.loading.pool import WorkerPool
 
 def main():
     with WorkerPool(workers=2, timeout_s=30) as pool:
-        tickets = [pool.schedule(odd_tasks.joined, "clip", number) for number in range(3)]
-        print(*map(pool.wait, tickets))
+        done = [pool.schedule(odd_tasks.joined, "clip", number) for number in range(3)]
+        print(*(future.result() for future in done))
 """
 LOADER_SCRIPT = """
 import sys
@@ -142,8 +144,33 @@ def test_a_script_with_a_main_guard_runs(manifest: Path, source: str) -> None:
 
 
 def test_processes_that_keep_dying_end_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("avion_dali.loading.pool._MAX_RESTARTS", 1)
+    monkeypatch.setattr("avion_dali.loading.pool._MAX_DEATHS", 1)
+    monkeypatch.setattr("avion_dali.loading.pool._serve", os._exit)
     with WorkerPool(workers=1, timeout_s=20) as pool:
-        pool._restart()
+        waiting = pool.schedule(odd_tasks.joined, "a", 1)
         with pytest.raises(UserError, match="died 2 times in a row; is the machine out of memory"):
-            pool._restart()
+            waiting.result()
+        with pytest.raises(UserError, match="died 2 times in a row"):
+            pool.schedule(odd_tasks.joined, "a", 2)
+
+
+def test_tasks_that_make_progress_have_more_time() -> None:
+    with WorkerPool(workers=1, timeout_s=0.6) as pool:
+        assert pool.schedule(odd_tasks.go_on, 4).result() == 4
+
+
+def test_answers_that_cannot_be_pickled_and_what_raised_an_error_are_told() -> None:
+    with WorkerPool(workers=1, timeout_s=20) as pool:
+        with pytest.raises(Exception, match="pickle"):
+            pool.schedule(odd_tasks.unpicklable).result()
+        error = pool.schedule(odd_tasks.fail, "broken").exception()
+        assert "in fail" in str(error.__cause__)
+
+
+def test_tasks_of_a_closed_pool_fail(tmp_path: Path) -> None:
+    with WorkerPool(workers=1, timeout_s=20) as pool:
+        waiting = pool.schedule(odd_tasks.sleep_and_tell, str(tmp_path / "pid"))
+    with pytest.raises(RuntimeError, match="closed"):
+        waiting.result()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.schedule(odd_tasks.joined, "a", 1)

@@ -95,7 +95,9 @@ class LoaderOptions(ClipOptions):
         worker_niceness: how far the decode processes stand back from the training process where cores are
             short, 0 (equal) to 19; see nice(1). All published measurements are with 0.
         prefetch_batches: number of micro-batches decoded ahead of the model.
-        clip_timeout_s: seconds after which the worker of a clip is killed and the clip is replaced.
+        clip_timeout_s: seconds after which the worker of a clip is killed and the clip is replaced. A worker
+            takes several clips; when one hangs, they are decoded again one by one, so a clip that never ends
+            costs at most twice this time.
         max_bad_fraction: fraction of the manifest's rows that may fail before the run stops.
 
     Raises:

@@ -94,12 +94,15 @@ class Manifest:
                 f"{self.folder}: tables have {rows} rows, but manifest.json has other numbers; build it again"
             )
 
-    def __reduce__(self) -> tuple[type[Manifest], tuple[Path], dict[str, str]]:
+    def __reduce__(self) -> tuple[type[Manifest], tuple[Path], tuple[str, int]]:
         # Another process opens the folder itself, because tables are memory-mapped and caches are not shared.
-        return Manifest, (self.folder.absolute(),), {"chunk_root": self.chunk_root}
+        return Manifest, (self.folder.absolute(),), (self.chunk_root, self.fingerprint)
 
-    def __setstate__(self, state: dict[str, str]) -> None:
-        self._place_chunks(state["chunk_root"])
+    def __setstate__(self, state: tuple[str, int]) -> None:
+        chunk_root, fingerprint = state
+        self._place_chunks(chunk_root)
+        if fingerprint != self.fingerprint:
+            raise UserError(f"{self.folder} was built anew while it was in use; start this program again")
 
     @cached_property
     def classes(self) -> ClassTable | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 
@@ -76,6 +77,10 @@ class Planner:
         find_crop(rules.crop)  # reject an unknown name here instead of at the first clip
         self.manifest, self.rules, self.seed = manifest, rules, seed
         self._captions = open_captions(manifest) if rules.training and rules.text == "relevant" else None
+
+    def __reduce__(self) -> tuple[Callable[..., Planner], tuple[Manifest, ClipRules]]:
+        # Another process opens the manifest and its captions itself.
+        return partial(Planner, seed=self.seed), (self.manifest, self.rules)
 
     @property
     def num_clips(self) -> int:

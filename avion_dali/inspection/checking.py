@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import numpy as np
-from pebble import ProcessExpired
 
 from avion_dali import __version__
 from avion_dali.contracts import UserError
@@ -27,7 +26,7 @@ from avion_dali.data.scanning import ChunkNames, find_chunk_files
 from avion_dali.files import partial_path, put_in_place
 from avion_dali.inspection.chunk_file import file_stamp, inspect_file
 from avion_dali.inspection.findings import KINDS, FileReport, Finding, Target
-from avion_dali.loading.pool import PoolBrokenError, WorkerPool
+from avion_dali.loading.pool import WorkerDiedError, WorkerPool
 from avion_dali.locks import folder_lock
 
 FINDINGS_FILE, PROGRESS_FILE = "findings.jsonl", "progress.jsonl"
@@ -223,16 +222,13 @@ def supervise(
     with WorkerPool(workers=jobs, timeout_s=timeout_s) as pool:
         waiting = deque((item, pool.schedule(task, item)) for item in islice(remaining, _AHEAD * jobs))
         while waiting:
-            item, ticket = waiting.popleft()
+            item, future = waiting.popleft()
             result: Result | Finding
             try:
-                result = pool.wait(ticket)
-            except PoolBrokenError:
-                waiting.appendleft((item, pool.schedule(task, item)))
-                continue
+                result = future.result()
             except futures.TimeoutError:
                 result = Finding("timeout", f"no answer within {timeout_s:g} s")
-            except ProcessExpired as error:
+            except WorkerDiedError as error:
                 result = Finding("crashed", f"its process ended with code {error.exitcode}")
             yield item, result
             waiting.extend((item, pool.schedule(task, item)) for item in islice(remaining, 1))

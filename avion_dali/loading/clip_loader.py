@@ -1,11 +1,14 @@
-"""The clip loader plans clips, lets the pool decode them ahead, and yields `ClipBatch`es in order."""
+"""The clip loader lets the pool plan and decode clips ahead, and yields `ClipBatch`es in order."""
 
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent import futures
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic
 
@@ -15,12 +18,12 @@ import torch
 from avion_dali.contracts import ClipBatch, ClipError
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import Planner
-from avion_dali.data.tokens import pad_tokens
+from avion_dali.loading.clip_group import ClipGroup, RowFacts, clips_per_group, work_on
 from avion_dali.loading.faults import MAX_ATTEMPTS, FaultPolicy, LoaderStats, failure_of
 from avion_dali.loading.loader_state import State, position_of, state_at
-from avion_dali.loading.pool import PoolBrokenError, WorkerPool
+from avion_dali.loading.pool import WorkerPool
 from avion_dali.loading.ring import SharedRing
-from avion_dali.loading.strategy import LoaderStrategy, PendingBatch, RefusedRowsError, Result
+from avion_dali.loading.strategy import GroupTask, LoaderStrategy, PendingBatch, RefusedRowsError, Result
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class ClipLoader(Generic[Result]):
     A delivered batch belongs to the receiver; later batches do not overwrite it.
 
     Args:
-        planner: makes clip requests.
+        planner: makes clip requests, in the workers.
         schedule: assigns clips to micro-batches.
         pool: worker processes, which other loaders may share.
         strategy: how the loader obtains frames.
@@ -88,6 +91,10 @@ class ClipLoader(Generic[Result]):
         self._ring = SharedRing(slots, (schedule.micro_batch, *planner.rules.clip_shape))
         self._in_slots: list[PendingBatch[Result] | None] = [None] * slots
         strategy.open(self._ring, settings.device, self.stats)
+        # A worker opens the manifest itself, and plans the clips of a group.
+        self._group = partial(ClipGroup, pickle.dumps(planner), context_length=settings.context_length)
+        clips_ahead = settings.prefetch_batches * schedule.micro_batch
+        self._clips_per_group = clips_per_group(clips_ahead, pool.workers)
         self._begun = 0  # number of batches begun in all iterations; they use the slots in turn
         self._iteration = 0  # number of the latest iteration; 0 before the first one
         self._is_closed = False
@@ -201,7 +208,7 @@ class ClipLoader(Generic[Result]):
                 begun.append(self._begin(number))
             if begun and (len(begun) > prefetch or number >= last):
                 started.append(begun.popleft())
-                self._settle(started[-1], range(len(started[-1].requests)))
+                self._settle(started[-1], range(len(started[-1].clips)))
                 if depth:
                     self._strategy.start(started[-1])
             if started and (len(started) > depth or (number >= last and not begun)):
@@ -214,58 +221,66 @@ class ClipLoader(Generic[Result]):
             raise RuntimeError("another iteration of the same loader has started, which ended this one")
 
     def _begin(self, number: int) -> PendingBatch[Result]:
-        """Plan the clips of a micro-batch and schedule them in the pool."""
+        """Schedule the clips of a micro-batch in the pool, in groups."""
         slot = self._begun % self._ring.slots
         self._begun += 1
         if (former := self._in_slots[slot]) is not None:
             # If its iteration was left early, workers may still be writing to the slot.
-            for ticket in former.tickets:
-                self._pool.wait_until_over(ticket)
+            futures.wait([task.future for task in former.tasks])
         self._strategy.wait_until_free(slot)
         epoch, clips = self.schedule.micro_batch_ids(*divmod(number, self.accum_steps))
-        requests = [self._planner.plan(clip, epoch) for clip in clips.tolist()]
-        batch = PendingBatch[Result](number, epoch, slot, requests, np.ones(len(requests), dtype=bool))
+        length = self.settings.context_length
+        batch = PendingBatch[Result](number, epoch, slot, clips.tolist(), RowFacts.empty(len(clips), length))
         self._in_slots[slot] = batch
-        for row, request in enumerate(requests):
-            place = self._ring.place(slot, row)
-            batch.tickets.append(self._pool.schedule(self._strategy.task, request, place))
+        for first in range(0, len(clips), self._clips_per_group):
+            rows = range(first, min(first + self._clips_per_group, len(clips)))
+            group = self._group(epoch, batch.clips[first : rows.stop], self._ring.place(slot, first))
+            task = GroupTask(rows, self._pool.schedule(work_on, self._strategy.task, group))
+            batch.tasks += [task] * len(rows)
         return batch
 
     def _settle(self, batch: PendingBatch[Result], rows: Iterable[int]) -> None:
         """Wait for the clips of some rows; a clip that fails is replaced, or its row becomes invalid."""
         for row in rows:
-            while batch.valid[row]:
-                try:
-                    batch.results[row] = self._pool.wait(batch.tickets[row])
-                    break
-                except PoolBrokenError:
-                    self._schedule_again(batch, row)
-                except Exception as error:  # the process boundary; errors of other causes are raised again
-                    self._replace(batch, row, failure=failure_of(error, batch.requests[row]))
+            while batch.valid[row] and batch.results[row] is None:
+                if row in batch.failed:
+                    self._replace(batch, row, failure=self._failure(batch, row))
+                elif lost := batch.collect(row):
+                    self._schedule_again(batch, lost)
 
-    def _schedule_again(self, batch: PendingBatch[Result], row: int) -> None:
-        request, place = batch.requests[row], self._ring.place(batch.slot, row)
-        batch.tickets[row] = self._pool.schedule(self._strategy.task, request, place)
+    def _schedule_again(self, batch: PendingBatch[Result], rows: Iterable[int]) -> None:
+        """Schedule the clips of some rows one by one."""
+        for row in rows:
+            group = self._group(batch.epoch, [batch.clips[row]], self._ring.place(batch.slot, row))
+            future = self._pool.schedule(work_on, self._strategy.task, group)
+            batch.tasks[row] = GroupTask(range(row, row + 1), future)
+
+    def _failure(self, batch: PendingBatch[Result], row: int) -> ClipError:
+        """Describe why a clip failed; its process may have died without telling what it had planned."""
+        request = self._planner.plan(batch.clips[row], batch.epoch)
+        batch.facts.values_RF[row] = RowFacts.of([request], self.settings.context_length).values_RF
+        return failure_of(batch.failed.pop(row), request)
 
     def _replace(self, batch: PendingBatch[Result], row: int, *, failure: ClipError) -> None:
         """Schedule a substitute for a failed clip; in evaluation, make its row invalid instead."""
         self.stats.failures[failure.kind] += 1
+        batch.results[row] = None
         if not self.schedule.training:
-            batch.valid[row], batch.results[row] = False, None
+            batch.valid[row] = False
             self.stats.invalid += 1
         elif batch.attempts[row] == MAX_ATTEMPTS:
             raise self._faults.exhausted(failure)
         else:
             attempt = batch.attempts[row]
-            substitute = self._faults.substitute(batch.planned_ids[row], batch.epoch, attempt)
+            substitute = self._faults.substitute(batch.planned_clips[row], batch.epoch, attempt)
             failure = dataclasses.replace(failure, substitute_id=substitute)
         batch.errors.append(failure)
         self._faults.record(failure)
         if failure.substitute_id is not None:
             self.stats.replaced += batch.attempts[row] == 0
             batch.attempts[row] += 1
-            batch.requests[row] = self._planner.plan(failure.substitute_id, batch.epoch)
-            self._schedule_again(batch, row)
+            batch.clips[row] = failure.substitute_id
+            self._schedule_again(batch, [row])
 
     def _finish(self, batch: PendingBatch[Result]) -> ClipBatch:
         """Assemble a batch and count it as delivered."""
@@ -277,21 +292,21 @@ class ClipLoader(Generic[Result]):
                 for row, failure in refused.failures.items():
                     self._replace(batch, row, failure=failure)
                 self._settle(batch, refused.failures)
-        requests, rows, length = batch.requests, len(batch.requests), self.settings.context_length
+        rows, facts = len(batch.clips), batch.facts
         self.stats.delivered += rows
         self._next = batch.number + 1
         if self._next >= self._start + len(self):
             self._start = self._next // len(self) * len(self)
         return ClipBatch(
             frames_BTHWC=frames_BTHWC,
-            tokens_BL=self._on_device(pad_tokens([r.tokens for r in requests], length) if length else None),
-            labels_B=self._on_device(_ids_or_none([request.label for request in requests])),
-            sample_ids=np.array([request.sample_id for request in requests], dtype=np.int64),
+            tokens_BL=self._on_device(facts.tokens),
+            labels_B=self._on_device(facts.labels),
+            sample_ids=facts.sample_ids,
             view_ids=np.tile(np.arange(self._ring.slot_shape[1]), rows),
             valid=batch.valid,
             epoch=batch.epoch,
             errors=tuple(batch.errors),
-            caption_ids=_ids_or_none([request.caption_id for request in requests]),
+            caption_ids=facts.caption_ids,
         )
 
     def _on_device(self, values: np.ndarray | None) -> torch.Tensor | None:
@@ -302,8 +317,3 @@ class ClipLoader(Generic[Result]):
         if self.settings.device.type == "cuda":
             values_X = values_X.pin_memory()
         return values_X.to(self.settings.device, non_blocking=True)
-
-
-def _ids_or_none(ids: list[int]) -> np.ndarray | None:
-    """Return ids as an int64 array, or None if no row has an id."""
-    return np.array(ids, dtype=np.int64) if any(number >= 0 for number in ids) else None

@@ -9,10 +9,9 @@ from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pebble import ProcessExpired
-
 from avion_dali.contracts import ClipError, ClipRequest, DecodeError, FailureKind, UserError
 from avion_dali.data.randomness import generator
+from avion_dali.loading.pool import WorkerDiedError
 
 # Even in a small dataset, a single bad file must not stop the run.
 ALWAYS_TOLERATED = 8
@@ -129,7 +128,7 @@ def failure_of(error: Exception, request: ClipRequest) -> ClipError:
         path, frame_ids, kind, cause = error.path, error.frame_ids, error.kind, error.cause
     elif isinstance(error, futures.TimeoutError):
         kind, cause = "timeout", "no answer within the clip's time limit"
-    elif isinstance(error, ProcessExpired):
+    elif isinstance(error, WorkerDiedError):
         kind, cause = "worker-died", f"its process ended with code {error.exitcode}"
     else:
         raise error

@@ -76,7 +76,7 @@ class FramesStrategy:
             uint8 (B*V, T, H, W, C) on the device, not overwritten later; zeros for invalid rows.
         """
         self._stats.decode_s += sum(seconds for seconds in batch.results if seconds)
-        in_ring_BVTHWC = self._slots[batch.slot][: len(batch.requests)]
+        in_ring_BVTHWC = self._slots[batch.slot][: len(batch.clips)]
         in_ring_BVTHWC[torch.from_numpy(~batch.valid)] = 0
         frames_BTHWC = in_ring_BVTHWC.flatten(0, 1)
         if self._stream is None:

@@ -2,34 +2,51 @@
 
 All tasks have the same time limit. If a task exceeds it or its process dies, only this task fails: the process
 is replaced and the other tasks continue.
+
+Each process has a pipe of its own, so a process that dies leaves no lock behind, and its end is seen at once. One
+thread hands out tasks and receives answers. Where processes share a queue, all idle ones wake for each task:
+64 of them delivered next to nothing on two cores.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
+import selectors
+import threading
 import time
+import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import partial
-from multiprocessing.context import SpawnProcess
-from typing import Any, Generic, TypeVar
-
-from pebble import ProcessPool
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple, TypeVar
 
 from avion_dali.child_process import MISSING_MAIN_GUARD, SafeSpawn, exit_if_importing_main
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
 from avion_dali.loading.worker import start_worker
 
-_POLL_S = 0.5
-_GRACE_S = 5.0
-_MAX_RESTARTS = 20
+_POLL_S = 0.2  # between two looks at the time limits
+_GRACE_S = 2.0
+_IMPORTS_S = 20.0  # more for the first task of a process, which imports the modules of its tasks
+_MAX_DEATHS = 20
+_PROGRESS = b""
+_NO_MAIN_GUARD = (
+    "worker processes import the main module again, and this module starts worker processes whenever it is "
+    'imported; put the code that starts them under `if __name__ == "__main__":`'
+)
+_DEATHS = (
+    "the worker processes died {} times in a row; is the machine out of memory? Take fewer processes "
+    "(`workers`, --jobs) or a smaller `prefetch_batches`"
+)
 
 Result = TypeVar("Result")
+
+_pipes: list[Connection] = []  # in a worker process, the one to its pool
 
 
 def default_workers(ranks_on_machine: int = 1) -> int:
@@ -41,42 +58,55 @@ def default_workers(ranks_on_machine: int = 1) -> int:
     return max(1, available_cores() // ranks_on_machine)
 
 
-class PoolBrokenError(Exception):
-    """The pool lost its processes before a task ended, and the task did not cause this."""
+def still_working() -> None:
+    """Tell the pool of this worker process that the current task makes progress: its time limit begins anew."""
+    for pipe in _pipes:
+        pipe.send_bytes(_PROGRESS)
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket(Generic[Result]):
-    """A task that was scheduled in a pool.
+class WorkerDiedError(Exception):
+    """The process of a task ended before the task did.
 
     Args:
-        future: the result of the task, or its error.
-        generation: number of restarts of the pool when the task was scheduled.
+        exitcode: exit status of the process; negative for a signal.
     """
 
-    future: Future[Result]
-    generation: int
+    def __init__(self, exitcode: int | None) -> None:
+        super().__init__(exitcode)
+        self.exitcode = exitcode
 
 
-class _RecordingSpawn(SafeSpawn):
-    """Starts processes, and keeps those that run or lack a main guard; pebble does not tell exit statuses."""
+class _RemoteError(Exception):
+    """The traceback of an error in a worker process, as text."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.processes: list[SpawnProcess] = []
 
-    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
-        """Make a process, as multiprocessing's contexts do."""
-        process = super().Process(*args, **kwargs)
-        kept = [p for p in self.processes if p.exitcode in (None, MISSING_MAIN_GUARD)]
-        self.processes = [*kept, process]
-        return process
+class _Job(NamedTuple):
+    message: bytes
+    future: Future[Any]
 
-    def kill_all(self) -> None:
-        """Kill all running processes."""
-        for process in self.processes:
-            if process.is_alive():
-                process.kill()
+
+class _Worker:
+    """A process, its pipe, and the task it works on."""
+
+    def __init__(self, spawn: SafeSpawn, niceness: int) -> None:
+        self.pipe, other = spawn.Pipe()
+        # A daemon, so that Python does not wait for it at the end of a program that leaves its pool open.
+        self.process = spawn.Process(target=_serve, args=(other, os.getpid(), niceness), daemon=True)
+        self.process.start()
+        other.close()
+        self.job: _Job | None = None
+        self.deadline = 0.0
+        self.more_s = _IMPORTS_S
+
+    def end(self, *, kill: bool) -> int | None:
+        """End the process, and return its exit status; None if the system does not let it end yet."""
+        if kill:
+            self.process.kill()
+        self.process.join(_GRACE_S)
+        if self.process.is_alive():
+            self.process.kill()
+        self.pipe.close()
+        return self.process.exitcode
 
 
 class WorkerPool:
@@ -87,17 +117,17 @@ class WorkerPool:
 
     Args:
         workers: number of processes.
-        timeout_s: seconds after which a task's process is killed and replaced.
+        timeout_s: seconds after which a task's process is killed and replaced, unless the task calls
+            `still_working`.
         niceness: by how much the priority of the processes is lower than that of this process, 0 to 19.
     """
 
     def __init__(self, *, workers: int, timeout_s: float, niceness: int = 0) -> None:
         exit_if_importing_main()
-        self.workers, self._timeout_s, self._niceness = workers, timeout_s, niceness
-        self._generation, self._restarts = 0, 0
-        self._last_done = time.monotonic()
-        self._spawn = _RecordingSpawn()
-        self._pool = self._start()
+        self.workers = workers
+        self._supervisor = _Supervisor(workers, timeout_s, niceness)
+        # Also for a pool that nobody closes: when it is collected, or at the end of the program.
+        self._end = weakref.finalize(self, self._supervisor.close)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -105,7 +135,7 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def schedule(self, task: Callable[..., Result], *arguments: Any) -> Ticket[Result]:
+    def schedule(self, task: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Queue a task.
 
         Args:
@@ -113,118 +143,183 @@ class WorkerPool:
             *arguments: arguments of the function, which must be picklable.
 
         Returns:
-            A ticket for `wait`.
+            The future result of the task, or its error: the exception of the task; `futures.TimeoutError` or
+            `WorkerDiedError`, which concern this task alone; or a `UserError` when the worker processes cannot
+            start, or repeatedly die.
 
         Raises:
-            UserError: when the worker processes cannot start, or repeatedly die.
+            UserError: when the worker processes could not start, or repeatedly died.
+            RuntimeError: when the pool is closed.
         """
-        if not self._pool.active:
-            self._restart()
-        future = self._pool.schedule(task, args=arguments, timeout=self._timeout_s)
-        future.add_done_callback(partial(_note_done, weakref.ref(self)))
-        return Ticket(future, self._generation)
-
-    def wait(self, ticket: Ticket[Result]) -> Result:
-        """Wait for a task.
-
-        Args:
-            ticket: from `schedule`.
-
-        Returns:
-            The return value of the task.
-
-        Raises:
-            PoolBrokenError: when the processes were lost; the task must be scheduled again.
-            UserError: when the worker processes cannot start, or repeatedly die.
-            Exception: the exception of the task, `concurrent.futures.TimeoutError` or `pebble.ProcessExpired`.
-        """
-        began = time.monotonic()
-        while not ticket.future.done():
-            futures.wait([ticket.future], timeout=_POLL_S)
-            # A task that a process had just received when it died is never reported. If no task has ended for
-            # longer than the time limit of a task, such a task is assumed.
-            silent_s = time.monotonic() - max(began, self._last_done)
-            lost = ticket.generation != self._generation or not self._pool.active
-            if not ticket.future.done() and (lost or silent_s > self._timeout_s + _GRACE_S):
-                if not lost:
-                    self._restart()
-                raise self._loss()
-        try:
-            result = ticket.future.result()
-        except BrokenProcessPool:
-            raise self._loss() from None
-        self._restarts = 0
-        return result
-
-    def wait_until_over(self, ticket: Ticket[Any]) -> None:
-        """Wait until a task no longer runs, and ignore its result or error.
-
-        Args:
-            ticket: from `schedule`.
-
-        Raises:
-            UserError: when the worker processes cannot start, or repeatedly die.
-        """
-        if ticket.future.done():
-            return
-        try:
-            self.wait(ticket)
-        except UserError:
-            raise
-        except Exception:  # the process boundary: neither the result nor the error of this task is needed
-            return
+        return self._supervisor.schedule(task, arguments)
 
     def close(self) -> None:
         """Kill what is running and wait for the processes to end; may be called twice."""
         self._end()
 
-    def _start(self) -> ProcessPool:
-        pool = ProcessPool(
-            max_workers=self.workers,
-            initializer=start_worker,
-            initargs=(os.getpid(), self._niceness),
-            context=self._spawn,
-        )
-        # Also for a pool that nobody closes: when it is collected, or at the end of the program.
-        self._end = weakref.finalize(self, _end, pool, self._spawn)
-        return pool
 
-    def _restart(self) -> None:
-        """Replace all processes after an idle process died, which breaks pebble's pool.
+class _Supervisor:
+    """The processes of a pool and the thread that serves them; the pool itself may be collected meanwhile.
 
-        Raises:
-            UserError: when the processes cannot start, or repeatedly die.
-        """
-        self.close()
-        self._generation += 1
-        self._restarts += 1
-        if isinstance(loss := self._loss(), UserError):
-            raise loss
-        if self._restarts > _MAX_RESTARTS:
-            raise UserError(
-                f"the worker processes died {self._restarts} times in a row; is the machine out of memory? "
-                "Take fewer processes (`workers`, --jobs) or a smaller `prefetch_batches`"
-            )
-        self._pool = self._start()
+    The thread starts all processes, because on Linux they end with the thread that started them.
+    """
 
-    def _loss(self) -> Exception:
-        """Return the error with the reason for which the processes were lost."""
-        if all(process.exitcode != MISSING_MAIN_GUARD for process in self._spawn.processes):
-            return PoolBrokenError()
-        return UserError(
-            "worker processes import the main module again, and this module starts worker processes whenever "
-            'it is imported; put the code that starts them under `if __name__ == "__main__":`'
-        )
+    def __init__(self, workers: int, timeout_s: float, niceness: int) -> None:
+        self._count, self._timeout_s, self._niceness = workers, timeout_s, niceness
+        self._spawn, self._selector = SafeSpawn(), selectors.DefaultSelector()
+        self._workers: set[_Worker] = set()
+        self._deaths = 0  # of processes without a task, since the last answer
+        self._lock = threading.Lock()  # for the following
+        self._queue: deque[_Job] = deque()
+        self._idle: list[_Worker] = []
+        self._problem: Exception | None = None  # why no task is accepted any more
+        self._thread = threading.Thread(target=self._run, name="worker pool", daemon=True)
+        self._thread.start()
+
+    def schedule(self, task: Callable[..., Any], arguments: tuple[Any, ...]) -> Future[Any]:
+        """See `WorkerPool.schedule`."""
+        job = _Job(bytes(ForkingPickler.dumps((task, arguments))), Future())
+        with self._lock:
+            if self._problem is not None:
+                raise self._problem
+            self._queue.append(job)
+            if self._idle:
+                self._give(self._idle.pop())
+        return job.future
+
+    def close(self) -> None:
+        """See `WorkerPool.close`."""
+        self._stop(RuntimeError("the pool of worker processes is closed"))
+        for worker in list(self._workers):
+            worker.process.kill()  # the ends of their pipes wake the thread
+        self._thread.join()
+
+    def _stop(self, problem: Exception) -> None:
+        with self._lock:
+            self._problem = self._problem or problem
+
+    def _run(self) -> None:
+        checked = time.monotonic()
+        try:
+            for _ in range(self._count):
+                self._start_worker()
+            while self._problem is None:
+                for key, _ in self._selector.select(_POLL_S):
+                    self._receive(key.data)
+                if time.monotonic() - checked > _POLL_S:
+                    checked = time.monotonic()
+                    self._end_late_tasks(checked)
+        except OSError as error:
+            self._stop(UserError(f"worker processes cannot start: {error}"))
+        except Exception as error:  # the process boundary: whatever it is, nobody may wait for the tasks
+            self._stop(error)
+        self._end()
+
+    def _end(self) -> None:
+        """End all processes, and fail all tasks."""
+        assert self._problem is not None
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.end(kill=True)
+        self._selector.close()
+        for job in [*(worker.job for worker in self._workers if worker.job), *self._queue]:
+            job.future.set_exception(self._problem)
+        self._workers.clear()
+
+    def _start_worker(self) -> None:
+        if self._problem is None:
+            worker = _Worker(self._spawn, self._niceness)
+            self._workers.add(worker)
+            self._selector.register(worker.pipe, selectors.EVENT_READ, worker)
+
+    def _give(self, worker: _Worker) -> None:
+        """Give a worker the next task, if there is one; the caller holds the lock."""
+        if not self._queue:
+            self._idle.append(worker)
+            return
+        worker.job, worker.deadline = self._queue.popleft(), time.monotonic() + self._timeout_s + worker.more_s
+        try:
+            worker.pipe.send_bytes(worker.job.message)
+        except OSError:  # it died while it had nothing to do, which the thread is about to see
+            self._queue.appendleft(worker.job)
+            worker.job = None
+
+    def _receive(self, worker: _Worker) -> None:
+        """Receive an answer of a worker, or the end of its pipe; its first answer only says that it runs."""
+        try:
+            answer = worker.pipe.recv_bytes()
+        except (EOFError, OSError):
+            self._replace(worker)
+            return
+        if worker.job is not None and answer == _PROGRESS:
+            worker.deadline, worker.more_s = time.monotonic() + self._timeout_s, 0.0
+            return
+        with self._lock:
+            job, worker.job = worker.job, None
+            self._give(worker)
+        if job is not None:
+            self._deaths = 0
+            _deliver(answer, job.future)
+
+    def _end_late_tasks(self, now: float) -> None:
+        for worker in [worker for worker in self._workers if worker.job and worker.deadline < now]:
+            self._replace(worker, futures.TimeoutError())
+
+    def _replace(self, worker: _Worker, error: futures.TimeoutError | None = None) -> None:
+        """Replace a worker that died, or is killed for an error; its task fails."""
+        self._selector.unregister(worker.pipe)
+        self._workers.remove(worker)
+        with self._lock:
+            if worker in self._idle:
+                self._idle.remove(worker)
+        exitcode = worker.end(kill=error is not None)
+        if exitcode == MISSING_MAIN_GUARD:
+            self._stop(UserError(_NO_MAIN_GUARD))
+        if worker.job is not None:
+            worker.job.future.set_exception(error or self._problem or WorkerDiedError(exitcode))
+        else:
+            self._deaths += 1
+        if self._deaths > _MAX_DEATHS:
+            self._stop(UserError(_DEATHS.format(self._deaths)))
+        self._start_worker()
 
 
-def _end(pool: ProcessPool, spawn: _RecordingSpawn) -> None:
-    pool.stop()
-    # All at once: pebble ends them one after another, and one that is still starting would meet an error.
-    spawn.kill_all()
-    pool.join()
+def _deliver(answer: bytes, future: Future[Any]) -> None:
+    try:
+        error, value = pickle.loads(answer)
+    except Exception as unreadable:  # the process boundary: an error class that cannot be unpickled
+        error, value = unreadable, "an answer of a worker process could not be unpickled"
+    if error is None:
+        future.set_result(value)
+    else:
+        error.__cause__ = _RemoteError(value)
+        future.set_exception(error)
 
 
-def _note_done(pool: weakref.ref[WorkerPool], _: Future[Any]) -> None:
-    """Note the time at which a task ended; a task does not keep its pool alive."""
-    if (alive := pool()) is not None:
-        alive._last_done = time.monotonic()
+def _serve(pipe: Connection, parent_pid: int, niceness: int) -> None:
+    """Work in a process: call the tasks that arrive, and answer with (None, result) or (error, traceback)."""
+    start_worker(parent_pid, niceness)
+    _pipes.append(pipe)
+    pipe.send_bytes(_PROGRESS)
+    has_imported = False
+    while True:
+        try:
+            task, arguments = pickle.loads(pipe.recv_bytes())
+            if not has_imported:
+                pipe.send_bytes(_PROGRESS)
+                has_imported = True
+            answer = pickle.dumps((None, task(*arguments)))
+        except EOFError:
+            return
+        except Exception as error:  # the process boundary: every error is the task's answer
+            answer = _failed(error)
+        pipe.send_bytes(answer)
+
+
+def _failed(error: Exception) -> bytes:
+    text = traceback.format_exc()
+    try:
+        return pickle.dumps((error, text))
+    except Exception:  # the process boundary: some errors cannot be pickled
+        return pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), text))

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from avion_dali.contracts import ClipError, ClipRequest
+from avion_dali.loading.clip_group import GroupResult, RowFacts
 from avion_dali.loading.faults import LoaderStats
-from avion_dali.loading.pool import Ticket
+from avion_dali.loading.pool import WorkerDiedError
 from avion_dali.loading.ring import Place, SharedRing
 
 Result = TypeVar("Result")
+
+LOST = (futures.TimeoutError, WorkerDiedError)
+"""Errors of a whole task, which do not tell the clip that caused them."""
+
+
+class GroupTask(NamedTuple):
+    """The task of some neighboring rows.
+
+    Args:
+        rows: the rows.
+        future: what `work_on` returns, or its error.
+    """
+
+    rows: range
+    future: Future[GroupResult]
 
 
 @dataclass(slots=True)
@@ -25,11 +43,14 @@ class PendingBatch(Generic[Result]):
         number: number of the micro-batch on this rank, counted over all epochs.
         epoch: its epoch.
         slot: number of its slot in the ring.
-        requests: one clip request per row; for a replaced clip, the request of the substitute.
+        clips: index of each row's clip, see `Planner.plan`; for a replaced clip, that of the substitute.
+        facts: sample id, label, caption id and tokens of each row; valid when the row's task has ended.
         valid: bool (B,), False for a row that could not be read and is not replaced.
-        tickets: one ticket per row.
-        results: results of the rows' tasks; None before the task ends, and for invalid rows.
-        planned_ids: the planned sample ids, one per row.
+        tasks: the latest task of each row.
+        results: results of the rows' tasks; None before the task ends, for clips that failed, and for invalid
+            rows.
+        failed: why clips failed that are not replaced yet, by row.
+        planned_clips: the planned clips, one per row.
         attempts: number of substitutes tried per row.
         errors: clip errors so far.
     """
@@ -37,18 +58,47 @@ class PendingBatch(Generic[Result]):
     number: int
     epoch: int
     slot: int
-    requests: list[ClipRequest]
-    valid: np.ndarray
-    tickets: list[Ticket[Result]] = field(init=False, default_factory=list)
+    clips: list[int]
+    facts: RowFacts
+    valid: np.ndarray = field(init=False)
+    tasks: list[GroupTask] = field(init=False, default_factory=list)
     results: list[Result | None] = field(init=False)
-    planned_ids: list[int] = field(init=False)
+    failed: dict[int, Exception] = field(init=False, default_factory=dict)
+    planned_clips: list[int] = field(init=False)
     attempts: list[int] = field(init=False)
     errors: list[ClipError] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.results = [None] * len(self.requests)
-        self.planned_ids = [request.sample_id for request in self.requests]
-        self.attempts = [0] * len(self.requests)
+        rows = len(self.clips)
+        self.valid, self.results = np.ones(rows, dtype=bool), [None] * rows
+        self.planned_clips, self.attempts = self.clips.copy(), [0] * rows
+
+    def collect(self, row: int) -> range:
+        """Wait for the task of a row, and take over the results and failures of its clips.
+
+        Args:
+            row: the row.
+
+        Returns:
+            The rows of the task, if it was lost with several clips: one of them may have caused this, so they
+            must be scheduled again one by one. Otherwise no rows.
+
+        Raises:
+            Exception: the error of the task, if no clip caused it.
+        """
+        rows, future = self.tasks[row]
+        try:
+            done = future.result()
+        except LOST as error:
+            if len(rows) > 1:
+                return rows
+            self.failed[row] = error
+            return range(0)
+        first, stop = rows.start, rows.stop
+        self.facts.values_RF[first:stop] = done.facts_RF
+        self.results[first:stop] = done.results
+        self.failed |= {first + number: failure for number, failure in done.failures.items()}
+        return range(0)
 
 
 class RefusedRowsError(Exception):
@@ -72,7 +122,10 @@ class LoaderStrategy(Protocol[Result]):
 
     @property
     def task(self) -> Callable[[ClipRequest, Place], Result]:
-        """The function that a worker calls per clip; it may write to the clip's place in the ring."""
+        """The function that a worker calls per clip; it may write to the clip's place in the ring.
+
+        Its result must not be None. A `DecodeError` fails the clip, and any other error stops the loader.
+        """
 
     def open(self, ring: SharedRing, device: torch.device, stats: LoaderStats) -> None:
         """Prepare for batches.

@@ -157,7 +157,7 @@ class InPlace(FramesStrategy):
     def frames(self, batch: PendingBatch[float]) -> torch.Tensor:
         """Return a batch, which the slot's next one overwrites."""
         self.stats.decode_s += sum(seconds or 0 for seconds in batch.results)
-        return self.slots[batch.slot][: len(batch.requests)].flatten(0, 1)
+        return self.slots[batch.slot][: len(batch.clips)].flatten(0, 1)
 
     def close(self) -> None:
         """Release all views of the memory."""

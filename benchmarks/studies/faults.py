@@ -14,6 +14,7 @@ import multiprocessing
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from avion_dali.contracts import ClipRequest, DecodeError
 from avion_dali.inspection.checking import supervise
-from avion_dali.loading.pool import Ticket, WorkerPool
+from avion_dali.loading.pool import WorkerPool
 from avion_dali.loading.ring import SharedRing
 from benchmarks.machine import process_memory_mb
 from benchmarks.media import SCENES, write_video
@@ -149,7 +150,7 @@ def mixed_requests(sources: list[mutations.Source]) -> list[ClipRequest]:
 
 def read_clips(pool: WorkerPool, ring: SharedRing, requests: Iterable[ClipRequest]) -> int:
     """Read clips with all places of the ring in use; returns the number of unreadable clips."""
-    failed, pending = 0, deque[Ticket[float]]()
+    failed, pending = 0, deque[Future[float]]()
     waiting = iter(requests)
     while True:
         for place, request in enumerate(islice(waiting, PLACES)):
@@ -158,7 +159,7 @@ def read_clips(pool: WorkerPool, ring: SharedRing, requests: Iterable[ClipReques
             return failed
         while pending:
             try:
-                pool.wait(pending.popleft())
+                pending.popleft().result()
             except DecodeError:
                 failed += 1
 

@@ -6,6 +6,7 @@ Tests use a few of them, and `benchmarks.studies.faults` all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,7 +18,7 @@ from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest, CropWindow, De
 from avion_dali.decode import cpu_fused
 from avion_dali.decode.reading import read_everything, read_planned, read_spanned
 from avion_dali.loading.faults import failure_of
-from avion_dali.loading.pool import PoolBrokenError, Ticket, WorkerPool
+from avion_dali.loading.pool import WorkerPool
 from avion_dali.loading.ring import SharedRing
 from avion_dali.loading.worker import decode_into
 from benchmarks.corpus import indexed_chunk
@@ -259,28 +260,21 @@ def outcomes(
     ):
         while batch := list(islice(waiting, places)):
             ring.frames(0)[:] = 0
-            tickets = [schedule(pool, ring, trial.request, i) for i, trial in enumerate(batch)]
+            done = [schedule(pool, ring, trial.request, i) for i, trial in enumerate(batch)]
             for i, trial in enumerate(batch):
-                yield (trial, *_outcome(pool, ring, tickets[i], trial, i))
+                yield (trial, *_outcome(done[i], trial, ring.frames(0)[i]))
 
 
-def schedule(pool: WorkerPool, ring: SharedRing, request: ClipRequest, place: int) -> Ticket[float]:
+def schedule(pool: WorkerPool, ring: SharedRing, request: ClipRequest, place: int) -> Future[float]:
     """Have a clip decoded into a row of the ring's first slot."""
     return pool.schedule(decode_into, cpu_fused.decode_clip, request, ring.place(0, place))
 
 
-def _outcome(
-    pool: WorkerPool, ring: SharedRing, ticket: Ticket[float], trial: Trial, place: int
-) -> tuple[str, str]:
-    while True:
-        try:
-            pool.wait(ticket)
-        except PoolBrokenError:
-            ticket = schedule(pool, ring, trial.request, place)
-            continue
-        except Exception as error:  # the process boundary; `failure_of` raises what is not a clip's failure
-            failure, part = failure_of(error, trial.request), trial.request.parts[0]
-            assert (failure.path, failure.frame_ids) == (part.chunk.path, part.frame_ids)
-            return failure.kind, failure.cause
-        same = np.array_equal(ring.frames(0)[place], trial.expected)
-        return ("right", "") if same else ("wrong", "")
+def _outcome(done: Future[float], trial: Trial, frames: np.ndarray) -> tuple[str, str]:
+    try:
+        done.result()
+    except Exception as error:  # the process boundary; `failure_of` raises what is not a clip's failure
+        failure, part = failure_of(error, trial.request), trial.request.parts[0]
+        assert (failure.path, failure.frame_ids) == (part.chunk.path, part.frame_ids)
+        return failure.kind, failure.cause
+    return ("right", "") if np.array_equal(frames, trial.expected) else ("wrong", "")
