@@ -53,7 +53,7 @@ def test_a_thread_takes_it_repeatedly_and_others_wait() -> None:
 def test_pools_have_no_semaphores_with_names() -> None:
     """After SIGKILL of a whole process group, nobody is left to remove them."""
     with WorkerPool(workers=1, timeout_s=60) as pool:
-        maps = pool.wait(pool.schedule(Path.read_text, Path("/proc/self/maps")))
+        maps = pool.schedule(Path.read_text, Path("/proc/self/maps")).result()
         maps += Path("/proc/self/maps").read_text()
     named = [line for line in maps.splitlines() if "/dev/shm/sem." in line and "(deleted)" not in line]
     assert named == []
