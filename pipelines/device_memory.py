@@ -1,4 +1,4 @@
-"""The GPU memory that DALI takes beside the model, which PyTorch does not count."""
+"""The GPU memory that decoding with DALI takes beside the model, which PyTorch does not count."""
 
 from __future__ import annotations
 
@@ -15,27 +15,37 @@ _COPIES_OF_OUTPUT = 3  # resized, arranged and delivered
 _RGB, _NV12 = 3, 1.5  # bytes per pixel
 
 
-def needed_bytes(batch_BVTHWC: tuple[int, ...], pixels: int, *, under_way: int, sessions: int) -> int:
-    """Estimate the GPU memory that DALI needs to decode batches on NVDEC.
+def pool_bytes(batch_BVTHWC: tuple[int, ...], pixels: int, *, under_way: int) -> int:
+    """Estimate what DALI takes from its memory pool to decode batches on NVDEC.
 
-    For each batch under way, with pictures of `pixels` pixels of 3 bytes:
-    B x max(8 + T, (1 + V) x T) pictures, and 3 x B x V x T x H x W x 3 bytes. The decoders of a batch are all
-    opened before the first one decodes, with 8 pictures each, beside the T pictures of the output
-    (video_decoder_base.h, frames_decoder_gpu.h); they are closed before the pictures are cropped, once per
-    view. Sessions are kept (NVDECCache), with up to 20 pictures of 1.5 bytes per pixel each. Source: DALI 2.4,
-    dali/operators/video; not measured.
+    For each batch under way, with decoded pictures of `pixels` x 3 bytes: B x max(8 + T, (1 + V) x T) pictures,
+    and 3 x B x V x T x H x W x 3 bytes. The decoders of a batch are all opened before the first one decodes,
+    with 8 pictures each, beside the T pictures of the output (video_decoder_base.h, frames_decoder_gpu.h); they
+    are closed before the pictures are cropped, once per view. Source: DALI 2.4, dali/operators/video; not
+    measured.
 
     Args:
         batch_BVTHWC: shape of a delivered batch: clips, views, frames, height, width and channels.
         pixels: pixels of a decoded picture.
         under_way: batches under way in all graphs, `DaliStrategy.depth`.
-        sessions: clips that all graphs decode in parallel.
     """
     clips, views, frames, height, width, channels = batch_BVTHWC
     pictures = clips * max(_BUFFERS_PER_CLIP + frames, (1 + views) * frames)
     output = clips * views * frames * height * width * channels
-    per_batch = pictures * pixels * _RGB + _COPIES_OF_OUTPUT * output
-    return under_way * per_batch + int(sessions * _SURFACES_PER_SESSION * pixels * _NV12)
+    return under_way * (pictures * pixels * _RGB + _COPIES_OF_OUTPUT * output)
+
+
+def session_bytes(pixels: int, *, sessions: int) -> int:
+    """Estimate what the driver takes for decode sessions: up to 20 pictures of 1.5 bytes per pixel each.
+
+    DALI keeps sessions and uses them again, but only for pictures whose sides are multiples of 16; with others,
+    there are up to 100 (`NVDECCache` in frames_decoder_gpu.cc, DALI 2.4). Not measured.
+
+    Args:
+        pixels: pixels of a decoded picture.
+        sessions: clips that all graphs decode in parallel.
+    """
+    return int(sessions * _SURFACES_PER_SESSION * pixels * _NV12)
 
 
 def reserve(num_bytes: int, device: torch.device) -> None:
@@ -45,7 +55,7 @@ def reserve(num_bytes: int, device: torch.device) -> None:
     first one.
 
     Args:
-        num_bytes: from `needed_bytes`.
+        num_bytes: from `pool_bytes`.
         device: the GPU; without an index, the current one.
 
     Raises:

@@ -19,7 +19,7 @@ from avion_dali.data.order import BatchSchedule
 pytest.importorskip("nvidia.dali")
 
 from pipelines import device_memory
-from pipelines.device_memory import needed_bytes, reserve
+from pipelines.device_memory import pool_bytes, reserve, session_bytes
 
 BATCH = (256, 1, 4, 224, 224, 3)
 SCHEDULE = BatchSchedule(1000, global_batch=256, micro_batch=256)
@@ -37,12 +37,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def test_the_estimate_follows_its_formula() -> None:
     pixels = 512 * 288
     opened, delivered = 256 * 12 * pixels * 3, 3 * 256 * 4 * 224 * 224 * 3
-    sessions = 16 * 20 * pixels * 3 // 2
-    assert needed_bytes(BATCH, pixels, under_way=2, sessions=16) == 2 * (opened + delivered) + sessions
-    assert needed_bytes(BATCH, pixels, under_way=4, sessions=0) == 4 * (opened + delivered)
+    assert pool_bytes(BATCH, pixels, under_way=2) == 2 * (opened + delivered)
     many_frames = (8, 2, 16, 224, 224, 3)  # cropping them for two views takes more than opening the decoders
     cropped, delivered = 8 * 48 * pixels * 3, 3 * 8 * 2 * 16 * 224 * 224 * 3
-    assert needed_bytes(many_frames, pixels, under_way=1, sessions=0) == cropped + delivered
+    assert pool_bytes(many_frames, pixels, under_way=1) == cropped + delivered
+    assert session_bytes(pixels, sessions=16) == 16 * 20 * pixels * 3 // 2
 
 
 def test_pictures_are_averaged_over_chunks(manifest: Manifest) -> None:
@@ -59,9 +58,10 @@ def test_on_a_gpu_the_memory_is_reserved(
     strategy = open_dali_strategy(DaliConfig(), manifest, schedule=SCHEDULE, **how)
     assert (strategy.depth, strategy._num_graphs, strategy._num_threads) == (2, 2, 8)
     open_dali_strategy(DaliConfig(graphs=4, threads=3), manifest, schedule=SCHEDULE, **how)
-    two, four = (needed_bytes(BATCH, 5376, under_way=n, sessions=s) for n, s in ((2, 16), (4, 12)))
+    two, four = (pool_bytes(BATCH, 5376, under_way=graphs) for graphs in (2, 4))
     assert asked == [(two, 3), (four, 3)]
-    assert f"DALI: 2 graphs x 8 threads, about {two / 2**30:.1f} GiB of GPU memory" in caplog.text
+    gib = (two + session_bytes(5376, sessions=16)) / 2**30
+    assert f"DALI: 2 graphs x 8 threads, about {gib:.1f} GiB of GPU memory" in caplog.text
 
 
 def test_on_the_cpu_cores_are_shared_and_nothing_is_reserved(manifest: Manifest) -> None:

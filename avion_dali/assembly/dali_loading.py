@@ -53,12 +53,11 @@ def open_dali_strategy(
     strategy: LoaderStrategy[Any] = module.DaliStrategy(num_graphs=graphs, num_threads=threads)
     if backend == "mixed":
         memory, pixels = pipelines_module("device_memory"), mean_picture_pixels(manifest)
-        batch_BVTHWC = (schedule.micro_batch, *clip_shape)
-        needed = memory.needed_bytes(batch_BVTHWC, pixels, under_way=strategy.depth, sessions=graphs * threads)
+        pool = memory.pool_bytes((schedule.micro_batch, *clip_shape), pixels, under_way=strategy.depth)
         if schedule.rank == 0:
-            gib = needed / 2**30
+            gib = (pool + memory.session_bytes(pixels, sessions=graphs * threads)) / 2**30
             _log.info("DALI: %d graphs x %d threads, about %.1f GiB of GPU memory", graphs, threads, gib)
-        memory.reserve(needed, device)
+        memory.reserve(pool, device)
     return strategy
 
 
