@@ -36,6 +36,6 @@ def require_integer(value: object, key: str, *, least: int, below: int = 1 << 63
     Raises:
         UserError: names the key, its value and the allowed values.
     """
-    fits = isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= value < below
+    fits = isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) < below
     at_most = f" and < {below}" if below < 1 << 63 else ""
     require(fits, key, value=value, allowed=f"a whole number >= {least}{at_most}")
