@@ -112,7 +112,7 @@ class SpawnedProcess(SpawnProcess):
 
     def start(self) -> None:
         """Start the process."""
-        with safe_start():
+        with safe_start(), _importable_main():
             super().start()
 
 
@@ -191,6 +191,22 @@ class PipeLock:
 def _close(*descriptors: int) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
+
+
+@contextmanager
+def _importable_main() -> Iterator[None]:
+    """Hide a main module that no child can import: a program from standard input names a file `<stdin>`."""
+    main, name = sys.modules["__main__"], "__file__"
+    with _environment:
+        path = vars(main).get(name)
+        is_missing = path is not None and not os.path.exists(path)
+        if is_missing:
+            delattr(main, name)
+        try:
+            yield
+        finally:
+            if is_missing:
+                setattr(main, name, path)
 
 
 class SafeSpawn(SpawnContext):

@@ -47,7 +47,8 @@ class DecodeError(Exception):
         return _rebuild_decode_error, self.args
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.kind}: {self.cause} (decoder {self.decoder}, frames {list(self.frame_ids)})"
+        frames = f", frames {list(self.frame_ids)}" if self.frame_ids else ""
+        return f"{self.path}: {self.kind}: {self.cause} (decoder {self.decoder}{frames})"
 
 
 def _rebuild_decode_error(

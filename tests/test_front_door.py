@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,20 @@ def test_rank_and_world_come_from_torchruns_environment(
         ({"rank": 2, "world_size": 2}, "`rank` = 2"),
         ({"world_size": 2}, "both `rank` and `world_size`"),
         ({"prefetch_batches": 0}, "`prefetch_batches` = 0"),
+        ({"num_frames": "4"}, "`num_frames` = '4' .* a whole number"),
+        ({"num_frames": 2.0}, "`num_frames` = 2.0 .* a whole number"),
+        ({"workers": True}, "`workers` = True .* a whole number"),
+        ({"crop_scale": (0.5,)}, r"`crop_scale` = \(0.5,\) .* two finite numbers"),
+        ({"crop_ratio": (1, float("inf"))}, "`crop_ratio` = .* two finite numbers"),
+        ({"flip_probability": None}, "`flip_probability` = None .* a finite number"),
+        ({"eval_crops": 3.0}, "`eval_crops` = 3.0 .* 1 or 3"),
+        ({"batch_size": 2.0}, "`batch_size` = 2.0 .* a whole number >= 1"),
+        ({"seed": -1}, "`seed` = -1 .* a whole number >= 0"),
+        ({"training": "no"}, "`training` = 'no' .* True or False"),
+        ({"device": "gpu"}, "`device` = 'gpu' cannot be used here"),
+        ({"context_length": -1}, "`context_length` = -1"),
+        ({"quarantine": 3}, "`quarantine` = 3"),
+        ({"pool": 3}, "`pool` = 3"),
     ],
 )
 def test_errors_name_parameters_of_the_call(data: LaunchData, options: dict[str, Any], message: str) -> None:
@@ -118,7 +133,41 @@ def test_errors_name_parameters_of_the_call(data: LaunchData, options: dict[str,
         open_small(data.own, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"manifest": None}, "`manifest` = None"),
+        ({"num_frames": None}, "`num_frames` = None"),
+        ({"seed": 1.5}, "`seed` = 1.5"),
+        ({"max_bad_fraction": float("nan")}, "`max_bad_fraction` = nan"),
+    ],
+)
+def test_errors_of_a_dataset_name_its_parameters(
+    data: LaunchData, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        avion_dali.ClipDataset(**{"manifest": data.own, **SMALL, **options})
+    with pytest.raises(UserError, match="`epoch` = -1"):
+        avion_dali.ClipDataset(data.own, **SMALL).set_epoch(-1)
+
+
+def test_numpys_numbers_are_as_good(data: LaunchData) -> None:
+    counts = {name: np.int64(value) for name, value in SMALL.items()}
+    ours, other = avion_dali.ClipDataset(data.own, **SMALL), avion_dali.ClipDataset(data.own, **counts)
+    assert torch.equal(ours[0]["frames"], other[np.int64(0)]["frames"])
+
+
+def test_threads_may_share_a_dataset(data: LaunchData) -> None:
+    dataset = avion_dali.ClipDataset(data.own, **SMALL)
+    alone = [dataset[i]["frames"] for i in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: dataset[i % 12]["frames"], range(48)))
+    assert all(torch.equal(frames, alone[i % 12]) for i, frames in enumerate(found))
+
+
 def test_an_option_that_does_not_exist_is_a_type_error(data: LaunchData) -> None:
+    with pytest.raises(TypeError, match=r"ClipDataset\(\) has no keyword workers"):
+        avion_dali.ClipDataset(data.own, workers=1)
     with pytest.raises(TypeError, match=r"open_clips\(\) has no keyword num_frame"):
         open_small(data.own, num_frame=3)
 

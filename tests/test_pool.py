@@ -138,6 +138,18 @@ def test_a_script_with_a_main_guard_runs(manifest: Path, source: str) -> None:
     assert left_after(3, script.pid) == []
 
 
+def test_a_program_from_standard_input_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=POOL_SCRIPT + "main()\n",
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, SAID[POOL_SCRIPT], "")
+
+
 def test_processes_that_keep_dying_end_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("avion_dali.loading.pool._MAX_DEATHS", 1)
     monkeypatch.setattr("avion_dali.loading.pool._serve", os._exit)

@@ -6,6 +6,7 @@ Axes: V views of a clip, T frames, H W pixels, C channels, L text tokens.
 from __future__ import annotations
 
 import logging
+import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from avion_dali.assembly.open_clips import ClipKeywords, default_context_length
+from avion_dali.assembly.open_clips import ClipKeywords, default_context_length, require_common
 from avion_dali.config import ClipOptions
+from avion_dali.config.checks import require, require_integer
 from avion_dali.contracts import ClipError, ClipRequest, DecodeError, UserError
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.planner import ClipRules, Planner
 from avion_dali.data.tokens import pad_tokens
+from avion_dali.decode.cpu_fused import one_thread
 from avion_dali.decode.decoders import CPU_DECODERS
 from avion_dali.loading.faults import MAX_ATTEMPTS, FaultPolicy, failure_of
 from avion_dali.loading.worker import failures_as_decode_errors
@@ -33,8 +36,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
     """One clip per row of a manifest, decoded on the CPU in the calling process.
 
     Item `i` of an epoch is bit-identical to the clip that `open_clips` with the same options delivers for row
-    `i` in that epoch. The dataset can be pickled, so it works with every start method of processes. Each
-    process has its own decoders and must call it from one thread.
+    `i` in that epoch. The dataset can be pickled, so it works with every start method of processes.
+    Threads that call it decode one after another; processes decode at the same time.
 
     An item is a dictionary:
 
@@ -75,6 +78,11 @@ class ClipDataset(Dataset[dict[str, Any]]):
         max_bad_fraction: float = 0.01,
         **options: Unpack[ClipKeywords],
     ) -> None:
+        require_common(manifest, seed=seed, training=training, context_length=context_length)
+        if unknown := sorted(options.keys() - ClipKeywords.__annotations__.keys()):
+            raise TypeError(f"ClipDataset() has no keyword {', '.join(unknown)}")
+        is_share = isinstance(max_bad_fraction, (int, float)) and 0 <= max_bad_fraction <= 1
+        require(is_share, "`max_bad_fraction`", value=max_bad_fraction, allowed="in [0, 1]")
         opened = manifest if isinstance(manifest, Manifest) else Manifest(manifest)
         if decoder not in CPU_DECODERS:
             raise UserError(
@@ -100,8 +108,12 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
         Args:
             epoch: epoch number, >= 0.
+
+        Raises:
+            UserError: when it is no such number.
         """
-        self._epoch.fill_(epoch)
+        require_integer(epoch, "`epoch`", least=0)
+        self._epoch.fill_(int(epoch))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Decode one clip; the class describes the item.
@@ -113,6 +125,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             IndexError: when there is no such clip.
             UserError: when too many clips cannot be read.
         """
+        index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
         epoch = int(self._epoch)
@@ -133,7 +146,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     def _decode(self, request: ClipRequest, frames_VTHWC: np.ndarray) -> ClipError | None:
         try:
-            with failures_as_decode_errors(request, decoder=self.decoder):
+            with one_thread(), failures_as_decode_errors(request, decoder=self.decoder):
                 CPU_DECODERS[self.decoder](request, frames_VTHWC)
         except DecodeError as error:
             _log.warning("a clip could not be read: %s", error)

@@ -16,7 +16,7 @@ from avion_dali.assembly.dali_loading import open_dali_strategy
 from avion_dali.assembly.dali_room import pipelines_module
 from avion_dali.assembly.decoder_choice import INSTEAD, choose_decoder
 from avion_dali.config import DaliConfig, LoaderOptions
-from avion_dali.config.checks import require
+from avion_dali.config.checks import require, require_integer
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import CHUNKS_FILE, SAMPLES_FILE, Manifest
 from avion_dali.data.order import BatchSchedule
@@ -123,6 +123,7 @@ def open_clips(  # noqa: PLR0913 - the front door: its keywords are what a user 
     Raises:
         UserError: when the manifest, an option or the decoder cannot be used here.
     """
+    require_common(manifest, seed=seed, training=training, context_length=options.get("context_length"))
     own = {name: value for name, value in options.items() if name in LoaderOptions.__dataclass_fields__}
     more: dict[str, Any] = {name: value for name, value in options.items() if name not in own}
     if unknown := sorted(more.keys() - LoaderKeywords.__annotations__.keys()):
@@ -149,8 +150,8 @@ def _schedule(
 ) -> BatchSchedule:
     """Return the schedule that assigns clips to batches; `sizes` are clips per batch and batches per step."""
     batch_size, accum_steps = sizes
-    require(batch_size >= 1, "`batch_size`", value=batch_size, allowed=">= 1")
-    require(accum_steps >= 1, "`accum_steps`", value=accum_steps, allowed=">= 1")
+    require_integer(batch_size, "`batch_size`", least=1)
+    require_integer(accum_steps, "`accum_steps`", least=1)
     rank, world_size = ranks
     per_step = batch_size * accum_steps * world_size
     if training and manifest.num_samples < per_step:
@@ -181,12 +182,13 @@ def _open(
     quarantine: str | Path | None = None,
     pool: WorkerPool | None = None,
 ) -> ClipLoader[Any]:
+    require(pool is None or isinstance(pool, WorkerPool), "`pool`", value=pool, allowed="a WorkerPool")
     settings = LoaderSettings(
         device=device,
         context_length=default_context_length(manifest) if context_length is None else context_length,
         prefetch_batches=options.prefetch_batches,
         max_bad_fraction=options.max_bad_fraction,
-        quarantine=Path(quarantine) if quarantine else None,
+        quarantine=_file_to_write(quarantine) if quarantine else None,
     )
     rules = ClipRules.from_options(options, training=schedule.training)
     planner = Planner(manifest, rules, seed=schedule.seed)
@@ -220,14 +222,47 @@ def ranks_on_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def require_common(manifest: object, *, seed: object, training: object, context_length: object = None) -> None:
+    """Check the types of arguments that `open_clips` and `ClipDataset` have in common.
+
+    Args:
+        manifest: a path or a manifest.
+        seed: the seed.
+        training: whether clips are drawn for training.
+        context_length: tokens per text, or None.
+
+    Raises:
+        UserError: names the first argument that cannot be used.
+    """
+    named = isinstance(manifest, (str, Path, Manifest)) and manifest != ""
+    require(named, "`manifest`", value=manifest, allowed="the path of a manifest, or a Manifest")
+    require_integer(seed, "`seed`", least=0)
+    require(isinstance(training, bool), "`training`", value=training, allowed="True or False")
+    if context_length is not None:
+        require_integer(context_length, "`context_length`", least=0)
+
+
+def _file_to_write(quarantine: str | Path) -> Path:
+    named = isinstance(quarantine, (str, Path)) and not Path(quarantine).is_dir()
+    require(named, "`quarantine`", value=quarantine, allowed="the path of a file")
+    return Path(quarantine)
+
+
 def default_device(device: str | torch.device | None) -> torch.device:
     """Return the device of batches: the requested one, else this rank's GPU, else the CPU.
 
     Args:
         device: the requested device, or None.
+
+    Raises:
+        UserError: when PyTorch has no such device here.
     """
     if device is not None:
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, TypeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"`device` = {device!r} cannot be used here: {reason}") from error
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
     return torch.device("cpu")
@@ -249,6 +284,8 @@ def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, i
         raise UserError("give both `rank` and `world_size`, or neither to take those that torchrun sets")
     if rank is None or world_size is None:
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    require_integer(world_size, "`world_size`", least=1)
+    require_integer(rank, "`rank`", least=0)
     if not 0 <= rank < world_size:
         raise UserError(f"`rank` = {rank} must be in [0, `world_size`), and `world_size` is {world_size}")
     return rank, world_size

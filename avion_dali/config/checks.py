@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 from avion_dali.contracts import UserError
 
 
@@ -20,3 +22,20 @@ def require(condition: bool, key: str, *, value: object, allowed: str) -> None:
     """
     if not condition:
         raise UserError(f"{key} = {value!r} is not allowed; it must be {allowed}")
+
+
+def require_integer(value: object, key: str, *, least: int, below: int = 1 << 63) -> None:
+    """Raise an error unless a value is a whole number in [least, below); NumPy's are allowed.
+
+    Args:
+        value: value of the setting.
+        key: name of the setting, as for `require`.
+        least: smallest allowed number.
+        below: smallest number that is too large.
+
+    Raises:
+        UserError: names the key, its value and the allowed values.
+    """
+    fits = isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) < below
+    at_most = f" and < {below}" if below < 1 << 63 else ""
+    require(fits, key, value=value, allowed=f"a whole number >= {least}{at_most}")

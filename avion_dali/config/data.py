@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 from avion_dali.config.checks import require
+from avion_dali.config.plain import require_field_types
 
 Normalization = Literal["openai", "openai-avion", "imagenet"]
 Sampling = Literal["segments", "strided", "dense"]
@@ -40,7 +42,7 @@ class ClipOptions:
         relevancy_threshold: threshold of `relevant`, in [0, 1); see `text`.
 
     Raises:
-        UserError: when a value is out of range.
+        UserError: when a value has another type or is out of range.
     """
 
     num_frames: int = 4
@@ -58,6 +60,7 @@ class ClipOptions:
     relevancy_threshold: float = 0.1
 
     def __post_init__(self) -> None:
+        require_field_types(self)
         require(self.num_frames >= 1, "`num_frames`", value=self.num_frames, allowed=">= 1")
         require(self.frame_size >= 16, "`frame_size`", value=self.frame_size, allowed=">= 16 pixels")
         names = get_args(Sampling)
@@ -80,7 +83,8 @@ class ClipOptions:
         )
         require(self.repeats >= 1, "`repeats`", value=self.repeats, allowed=">= 1")
         require(self.eval_clips >= 1, "`eval_clips`", value=self.eval_clips, allowed=">= 1")
-        require(self.eval_crops in (1, 3), "`eval_crops`", value=self.eval_crops, allowed="1 or 3")
+        crops = isinstance(self.eval_crops, Integral) and self.eval_crops in (1, 3)
+        require(crops, "`eval_crops`", value=self.eval_crops, allowed="1 or 3")
         require(self.text in get_args(TextSource), "`text`", value=self.text, allowed="own or relevant")
         threshold = self.relevancy_threshold
         require(0 <= threshold < 1, "`relevancy_threshold`", value=threshold, allowed="in [0, 1)")
@@ -101,7 +105,7 @@ class LoaderOptions(ClipOptions):
         max_bad_fraction: fraction of the manifest's rows that may fail before the run stops.
 
     Raises:
-        UserError: when a value is out of range.
+        UserError: when a value has another type or is out of range.
     """
 
     workers: int = 0

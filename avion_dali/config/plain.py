@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from avion_dali.config.checks import require
 from avion_dali.contracts import UserError
 from avion_dali.wording import shown
 
@@ -54,6 +56,30 @@ def require_types(kind: Any, values: object, *, name: str) -> None:
             raise UserError(f"{name}.{key} is {shown(value)}, which is not allowed there")
 
 
+_NAMED: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a string",
+    tuple[float, float]: "two finite numbers",
+}
+
+
+def require_field_types(options: Any) -> None:
+    """Require that the values of a dataclass instance have the types of its fields; literals are not checked.
+
+    Args:
+        options: the instance; whole numbers and numbers may also be NumPy's.
+
+    Raises:
+        UserError: naming the first field that has another type.
+    """
+    for key, hint in typing.get_type_hints(type(options)).items():
+        value = getattr(options, key)
+        if hint in _NAMED:
+            require(_fits(value, hint), f"`{key}`", value=value, allowed=_NAMED[hint])
+
+
 def _fits(value: object, hint: Any) -> bool:
     """Tell whether a plain value has a type; files hold lists for tuples and whole numbers for floats."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -66,9 +92,9 @@ def _fits(value: object, hint: Any) -> bool:
     if isinstance(origin, type):
         return isinstance(value, origin)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and _is_finite(value)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(int(value)) < 1 << 63
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 
@@ -77,7 +103,7 @@ def _fit_each(values: Sequence[object], hints: tuple[Any, ...]) -> bool:
     return len(values) == len(kinds) and all(map(_fits, values, kinds))
 
 
-def _is_finite(value: float) -> bool:
+def _is_finite(value: numbers.Real) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:

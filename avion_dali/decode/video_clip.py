@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 import os
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import cast
+from typing import Any, Final, cast
 
 import numpy as np
 
+from avion_dali.config.checks import require, require_integer
 from avion_dali.contracts import ChunkRef, ClipPart, CropWindow, UserError
 from avion_dali.data.crops import center_square_window
 from avion_dali.data.probe import ChunkFacts, probe_chunk
-from avion_dali.decode.cpu_fused import forget_kept
+from avion_dali.decode.cpu_fused import forget_kept, one_thread
 from avion_dali.decode.reading import read_planned
 from avion_dali.decode.rendering import sized_view
 
 Seconds = float | int | Fraction
 
-_one_at_a_time = threading.Lock()
+LARGEST_SIDE: Final = 8192  # pixels; FFmpeg refuses pictures of about twice that
 ROUNDING_FRAMES = 1e-6  # share of a frame that rounding may cost a time
 
 
@@ -53,21 +55,21 @@ def decode_clip(
         uint8 (T, H, W, 3), RGB, upright.
 
     Raises:
-        UserError: when not exactly one of `frame_ids` and `seconds` is given, or an index or the window lies
-            outside the video.
+        UserError: when an argument has another type, not exactly one of `frame_ids` and `seconds` is given, or
+            an index or the window lies outside the video.
         DecodeError: when the file cannot be read.
     """
     if (frame_ids is None) == (seconds is None):
         raise UserError("give either `frame_ids` or `seconds`")
-    if frame_size is not None and operator.index(frame_size) < 1:
-        raise UserError(f"`frame_size` = {frame_size} must be a number of pixels >= 1")
+    require(_is_path(path), "`path`", value=path, allowed="the path of a file")
+    if frame_size is not None:
+        require_integer(frame_size, "`frame_size`", least=1, below=LARGEST_SIDE + 1)
     facts = _facts(os.path.abspath(path), *_version(path))
     wanted = _at(facts, seconds) if seconds is not None else _numbers(facts, cast(Sequence[int], frame_ids))
     region, size = _region(facts, window, frame_size=frame_size)
     unique = sorted(set(wanted))
     chunk = ChunkRef(facts.path, facts.size_bytes, facts.num_frames, facts.width, facts.height)
-    # Decoders are kept for the next clip, and one that is used by two threads at once crashes.
-    with _one_at_a_time:
+    with one_thread():
         try:
             frames = read_planned(ClipPart(chunk, tuple(unique)))
             view = sized_view(frames[0], region, size=size)
@@ -79,12 +81,25 @@ def decode_clip(
 
 
 def _numbers(facts: ChunkFacts, frame_ids: Sequence[int]) -> list[int]:
-    numbers = [operator.index(number) for number in frame_ids]
-    if not numbers or min(numbers) < 0 or max(numbers) >= facts.num_frames:
+    ids = _as_list("frame_ids", frame_ids)
+    are_whole = all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in ids)
+    if not are_whole or not ids or min(ids) < 0 or max(ids) >= facts.num_frames:
         raise UserError(
-            f"`frame_ids` = {numbers} must be numbers of frames of {facts.path}: 0 to {facts.num_frames - 1}"
+            f"`frame_ids` = {ids} must be numbers of frames of {facts.path}: 0 to {facts.num_frames - 1}"
         )
-    return numbers
+    return [int(i) for i in ids]
+
+
+def _as_list(name: str, values: Iterable[Any]) -> list[Any]:
+    """Return the elements of a sequence, array or tensor as plain values."""
+    try:
+        return list(values.tolist() if hasattr(values, "tolist") else values)
+    except TypeError:
+        raise UserError(f"`{name}` = {values!r} must be a sequence of numbers") from None
+
+
+def _is_path(path: object) -> bool:
+    return isinstance(path, (str, os.PathLike)) and os.fspath(path) != "" and "\0" not in str(path)
 
 
 def _version(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -103,9 +118,10 @@ def _facts(path: str, _size: int, _changed_ns: int) -> ChunkFacts:
 
 def _at(facts: ChunkFacts, seconds: Sequence[Seconds]) -> list[int]:
     """Return the frames shown at some times: the first before the video starts, the last after its end."""
-    times = np.array([float(time) - facts.start_s for time in seconds])
-    if not len(times) or not np.isfinite(times).all():
-        raise UserError(f"`seconds` = {list(seconds)} must be one or more finite times")
+    asked = _as_list("seconds", seconds)
+    if not asked or not all(isinstance(time, numbers.Real) and math.isfinite(time) for time in asked):
+        raise UserError(f"`seconds` = {asked} must be one or more finite times")
+    times = np.array([float(time) - facts.start_s for time in asked])
     if facts.frame_times is None:
         # A time computed as number / rate may be slightly less than that of the intended frame.
         frames = np.floor(times * float(facts.fps) + ROUNDING_FRAMES).astype(int)
@@ -141,9 +157,11 @@ def _region(
 
 def _as_window(window: tuple[int, int, int, int]) -> CropWindow:
     try:
-        return CropWindow(*window)
+        x, y, width, height = (operator.index(number) for number in window)
+        return CropWindow(x, y, width, height)
     except (TypeError, ValueError) as error:
-        raise UserError(f"`window` = {window!r}: {error}") from error
+        cause = error if str(error).startswith("crop window") else "it must be four whole numbers of pixels"
+        raise UserError(f"`window` = {window!r}: {cause}") from error
 
 
 def _upright(picture_HWC: np.ndarray, facts: ChunkFacts) -> np.ndarray:
