@@ -160,6 +160,16 @@ def test_an_avi_that_lost_packets(tmp_path: Path, style: str, damage: Callable[[
             probe_chunk(video)
 
 
+def test_a_truncated_avi_names_what_its_header_promised(tmp_path: Path) -> None:
+    whole = fv.write(tmp_path / "whole.avi", AVI_STYLES["h264"], count=COUNT).read_bytes()
+    (tmp_path / "v.avi").write_bytes(whole[: len(whole) // 2])
+    report = chunk_video(tmp_path / "v.avi", tmp_path / "out", SETTINGS)
+    made = fv.chunk_pictures(tmp_path / "out")
+    assert made and sorted([*made, *report.losses.chunks]) == [0, 1, 2, 3, 4]
+    assert report.losses.spans[-1][1] == 5
+    assert "before the expected 5.0 s" in report.failed
+
+
 def test_an_avi_without_an_index_that_lost_nothing(tmp_path: Path) -> None:
     for style in AVI_STYLES:
         video = fv.write(tmp_path / f"{style}.avi", AVI_STYLES[style], count=COUNT, sound_seconds=2)

@@ -19,9 +19,11 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from avion_dali.data.container_limits import ByteSpan
+from avion_dali.data.declared import MAX_MISSING_SECONDS
 
 _SEARCHED_BYTES = 64 << 20  # the index of about 40 hours is this long, with as many chunks of sound
 _ENTRY_BYTES = 16
+_MOST_PER_PACKET = 100  # frames that a header may state for each packet of a truncated file
 
 
 class PacketPlace(NamedTuple):
@@ -77,7 +79,10 @@ def find_avi_frames(
         return None
     if 2 * len(numbers) < len(packets) or len(packets) > len(stored):
         unconfirmed = {packet.position: number for number, packet in enumerate(packets)}
-        return AviFrames(unconfirmed, frozenset(), len(packets), is_timed=False)
+        promised = min(stream.frames, _MOST_PER_PACKET * len(packets))
+        # The header counts repeated frames as well, which have empty packets.
+        is_cut = promised > len(packets) + MAX_MISSING_SECONDS * (stream.average_rate or 0)
+        return AviFrames(unconfirmed, frozenset(), promised if is_cut else len(packets), is_timed=False)
     found = set(numbers.values())
     gaps = {number for before, number in zip(stored, stored[1:], strict=False) if before not in found}
     return AviFrames(numbers, frozenset(gaps), len(entries))

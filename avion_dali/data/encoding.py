@@ -75,7 +75,7 @@ def upright_filters(frame: VideoFrame) -> list[str]:
         ValueError: when the matrix rotates by anything other than quarter turns.
     """
     a, b, c, d = _display_matrix(frame)
-    if not (a or b or c or d):  # no matrix, or an empty one
+    if a * d == b * c:  # no matrix, or one that would leave nothing to see: players ignore it
         return []
     if a and d and not (b or c):
         turned, mirror_x, mirror_y = False, a < 0, d < 0
