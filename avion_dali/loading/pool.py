@@ -3,9 +3,9 @@
 All tasks have the same time limit. If a task exceeds it or its process dies, only this task fails: the process
 is replaced and the other tasks continue.
 
-Each process has a pipe of its own, so a process that dies leaves no lock behind, and its end is seen at once. One
-thread hands out tasks and receives answers. Where processes share a queue, all idle ones wake for each task:
-64 of them delivered next to nothing on two cores.
+Each process has a pipe of its own, so a process that dies leaves no lock behind, and its end is seen at once.
+One thread hands out tasks and receives answers. Where processes share a queue, all idle ones wake for each
+task: 64 of them delivered next to nothing on two cores.
 """
 
 from __future__ import annotations
