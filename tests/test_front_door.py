@@ -197,7 +197,7 @@ def test_no_process_is_left_when_a_loader_is_closed_or_forgotten(data: LaunchDat
 def test_a_loader_that_is_dropped_ends_its_processes(data: LaunchData) -> None:
     loader = open_small(data.own)
     next(iter(loader))
-    processes = list(loader._pool._spawn.processes)
+    processes = [worker.process for worker in loader._pool._supervisor._workers]
     assert all(process.is_alive() for process in processes) and processes
     del loader
     gc.collect()

@@ -56,7 +56,7 @@ class ClipLoader(Generic[Result]):
     A delivered batch belongs to the receiver; later batches do not overwrite it.
 
     Args:
-        planner: makes clip requests, in the workers.
+        planner: makes clip requests; each worker opens a copy of it.
         schedule: assigns clips to micro-batches.
         pool: worker processes, which other loaders may share.
         strategy: how the loader obtains frames.

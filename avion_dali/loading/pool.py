@@ -3,13 +3,14 @@
 All tasks have the same time limit. If a task exceeds it or its process dies, only this task fails: the process
 is replaced and the other tasks continue.
 
-Each process has a pipe of its own, so a process that dies leaves no lock behind, and its end is seen at once. One
-thread hands out tasks and receives answers. Where processes share a queue, all idle ones wake for each task:
-64 of them delivered next to nothing on two cores.
+Each process has a pipe of its own, so a process that dies leaves no lock behind, and its end is seen at once.
+One thread hands out tasks and receives answers. Where processes share a queue, all idle ones wake for each
+task: 64 of them delivered next to nothing on two cores.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import selectors
@@ -90,7 +91,6 @@ class _Worker:
 
     def __init__(self, spawn: SafeSpawn, niceness: int) -> None:
         self.pipe, other = spawn.Pipe()
-        # A daemon, so that Python does not wait for it at the end of a program that leaves its pool open.
         self.process = spawn.Process(target=_serve, args=(other, os.getpid(), niceness), daemon=True)
         self.process.start()
         other.close()
@@ -126,8 +126,7 @@ class WorkerPool:
         exit_if_importing_main()
         self.workers = workers
         self._supervisor = _Supervisor(workers, timeout_s, niceness)
-        # Also for a pool that nobody closes: when it is collected, or at the end of the program.
-        self._end = weakref.finalize(self, self._supervisor.close)
+        self._end = weakref.finalize(self, self._supervisor.close)  # also for a pool that nobody closes
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -174,6 +173,8 @@ class _Supervisor:
         self._idle: list[_Worker] = []
         self._problem: Exception | None = None  # why no task is accepted any more
         self._thread = threading.Thread(target=self._run, name="worker pool", daemon=True)
+        # At the end of a program before multiprocessing ends the processes, which this thread would replace.
+        atexit.register(self.close)
         self._thread.start()
 
     def schedule(self, task: Callable[..., Any], arguments: tuple[Any, ...]) -> Future[Any]:
@@ -193,6 +194,7 @@ class _Supervisor:
         for worker in list(self._workers):
             worker.process.kill()  # the ends of their pipes wake the thread
         self._thread.join()
+        atexit.unregister(self.close)
 
     def _stop(self, problem: Exception) -> None:
         with self._lock:

@@ -52,6 +52,7 @@ class Reading:
 
     wall_s: float
     trainer_s: float
+    thread_s: float  # of trainer_s, the thread that takes batches
     workers_s: float
     machine_s: float
     bytes_read: int
@@ -65,6 +66,7 @@ class Reading:
         return cls(
             wall_s=time.perf_counter(),
             trainer_s=time.process_time(),
+            thread_s=time.thread_time(),
             workers_s=sum(map(process_cpu_s, pids)),
             machine_s=machine_cpu_s(),
             bytes_read=sum(map(process_read_bytes, pids)),
@@ -83,7 +85,8 @@ class Reading:
             "cores_busy": round((trainer_s + workers_s) / elapsed_s, 2),
             "worker_cpu_ms_per_clip": round(1000 * workers_s / clips, 3),
             "worker_ms_per_clip": round(1000 * (self.decode_s - before.decode_s) / clips, 3),
-            "trainer_cpu_ms_per_clip": round(1000 * trainer_s / clips, 3),
+            "trainer_cpu_ms_per_clip": round(1000 * trainer_s / clips, 4),
+            "trainer_thread_cpu_ms_per_clip": round(1000 * (self.thread_s - before.thread_s) / clips, 4),
             "kb_read_per_clip": round((self.bytes_read - before.bytes_read) / clips / 1e3, 1),
             "cores_taken_by_other_programs": round(max(others_s, 0) / elapsed_s, 2),
         }

@@ -4,7 +4,7 @@ python -m benchmarks.loader [--videos FILE ...] [--extra-videos FOLDER] [--folde
 
 Like figures 2 and 7 of AVION (arXiv 2309.16669). Machines with more workers than this one has cores are
 simulated by workers that sleep for as long as they would decode: what the training process does for a clip
-(plan, submit, copy out) is real there. Linux only: processor time and memory come from /proc.
+(submit, collect) is real there. Linux only: processor time and memory come from /proc.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def loading(manifests: Manifests, bench: LoaderBench) -> list[Row]:
 
 
 def simulation(manifests: Manifests, measured: list[Row], bench: LoaderBench) -> list[Row]:
-    """Measure the rate of the training process when decoding has enough cores."""
+    """Measure the trainer's rate when decoding has enough cores; no frames are written or copied."""
     kinds = {kind.name: kind for kind in SIMULATED_KINDS}
     single = {
         (row["profile"], row["clip"]): row["worker_cpu_ms_per_clip"] / 1000
@@ -76,7 +76,7 @@ def simulation(manifests: Manifests, measured: list[Row], bench: LoaderBench) ->
     strategy = InPlace(partial(sleep_instead, seconds=seconds))
     rows: list[Row] = []
     for workers in bench.simulated_workers:
-        many = replace(bench, micro_batch=max(workers, bench.micro_batch))
+        many = replace(bench, micro_batch=max(4 * workers, bench.micro_batch), frame_size=32)
         with WorkerPool(workers=workers, timeout_s=60) as pool:
             for (profile, name), sleep_s in single.items():
                 what = {"measured": "simulated", "profile": profile, "clip": name, "workers": workers}
