@@ -9,7 +9,7 @@ class HostCopy:
     """A few numbers of the device, copied to the host in the background.
 
     Read later, when the device has long passed the copy, they cost no wait; read at once, they cost one. On the
-    CPU they are there from the beginning.
+    CPU they are there from the beginning. `tests/test_device_flow.py` checks that steps read nothing else.
 
     Args:
         numbers: any shape and dtype; later changes of the tensor do not matter.
