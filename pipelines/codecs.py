@@ -42,6 +42,13 @@ def require_decodable(parts: Sequence[PartPackets], *, device: Device) -> None:
         if codec not in DECODABLE[device]:
             where = "without a GPU" if device == "cpu" else "on a GPU"
             raise UnfitForMiniClipError(f"DALI does not decode {codec} {where}")
+        # NVDEC outputs pictures of even sizes (`ulTargetHeight` in cuviddec.h), so the chroma of an odd height
+        # does not begin where DALI reads it, at height x pitch (DALI 2.4, color_space.cu).
+        if device == "mixed" and (part.stream.width % 2 or part.stream.height % 2):
+            size = f"{part.stream.width}x{part.stream.height}"
+            raise UnfitForMiniClipError(
+                f"its pictures have an odd side ({size}), and DALI needs even ones on a GPU"
+            )
         payloads = [payload for run in part.runs for payload in run.payloads] if device == "mixed" else []
         if codec == "vp9" and not all(map(shows_one_picture, payloads)):
             raise UnfitForMiniClipError("it has hidden pictures, which DALI counts as frames on a GPU")

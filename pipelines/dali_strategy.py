@@ -1,11 +1,11 @@
-"""Decoding with DALI: workers collect the packets of clips, and one DALI graph decodes them."""
+"""Decoding with DALI: workers collect the packets of clips, and DALI graphs decode batches of them in turn."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from avion_dali.loading.strategy import PendingBatch, RefusedRowsError
 
 from .codecs import Device
 from .color import correct_colors, need_correction
+from .device_errors import DALI_ERRORS, require_fault_of_a_clip
 from .graph import GraphSettings, failure_cause, graph_inputs
 from .graph_runner import GraphRunner
 from .mini_clip import MiniClip
@@ -24,39 +25,47 @@ from .mini_clip_worker import CollectedClip, collect_into
 
 _log = logging.getLogger(__name__)
 
+_BATCHES_UNDER_WAY = 2  # the host works on one while the device works on the other
+# Clips of so many files do not all fail in the same batch, unless the cause lies elsewhere. In the order of a
+# manifest, all clips of a batch can come from a single damaged file.
+_FILES_NOT_ALL_BAD = 4
+
 
 class _Sent(NamedTuple):
-    """The part of a batch that the graph decodes: rows, their samples and the color spaces of their streams."""
+    """The part of a batch that a graph decodes: rows, their samples and the color spaces of their streams."""
 
+    graph: GraphRunner | None  # None if there is nothing to decode
     rows: list[int]
     sample_ids: list[int]
     colorspaces: list[int]
 
 
-_NOTHING = _Sent([], [], [])
+_NOTHING = _Sent(None, [], [], [])
 
 
 class DaliStrategy:
     """A `LoaderStrategy` that decodes on NVDEC if batches are delivered to a GPU, and otherwise on the CPU.
 
-    Clips that DALI cannot decode correctly are decoded by `cpu-fused` in the workers, and counted.
+    Clips that DALI cannot decode correctly are decoded by `cpu-fused` in the workers, and counted. Batches go
+    to the graphs in turn, and are delivered in their own order.
 
     Args:
-        num_threads: number of clips that DALI decodes in parallel.
+        num_graphs: number of graphs; see `default_graphs`. A single one has two batches under way, several
+            have one each.
+        num_threads: number of clips that each graph decodes in parallel.
     """
 
-    depth = 2  # batches in the graph: the host works on one while the device works on the other
-
-    def __init__(self, *, num_threads: int) -> None:
-        self._num_threads = num_threads
+    def __init__(self, *, num_graphs: int = 1, num_threads: int) -> None:
+        self.depth = max(_BATCHES_UNDER_WAY, num_graphs)
+        self._num_graphs, self._num_threads = num_graphs, num_threads
         self._sent: dict[int, _Sent] = {}  # by slot
         self._reasons: set[str] = set()
 
     def open(self, ring: SharedRing, device: torch.device, stats: LoaderStats) -> None:
-        """Build the graph.
+        """Build the graphs.
 
         Args:
-            ring: shared memory to which tasks write; a batch on which the graph fails is read again from it.
+            ring: shared memory to which tasks write; a batch on which a graph fails is read again from it.
             device: device to which frames are delivered.
             stats: counts to which decoding time and clips decoded by `cpu-fused` are added.
         """
@@ -73,9 +82,10 @@ class DaliStrategy:
             num_views=views,
             frame_size=frame_size,
             num_threads=self._num_threads,
-            prefetch_depth=self.depth,
+            prefetch_depth=self.depth // self._num_graphs,
         )
-        self._graph = GraphRunner(self._settings)
+        self._graphs = [GraphRunner(self._settings) for _ in range(self._num_graphs)]
+        self._turns = cycle(self._graphs)
 
     def wait_until_free(self, slot: int) -> None:
         """Do nothing, since a slot's delivered or discarded batch is no longer read.
@@ -85,7 +95,7 @@ class DaliStrategy:
         """
 
     def start(self, batch: PendingBatch[CollectedClip]) -> None:
-        """Queue the batch's mini clips in the graph.
+        """Queue the batch's mini clips in the graph whose turn it is.
 
         Args:
             batch: the batch.
@@ -93,12 +103,13 @@ class DaliStrategy:
         rows = _rows_for_graph(batch)
         clips = [(batch.requests[row], self._mini_clip(batch, row)) for row in rows]
         sample_ids, colorspaces = [r.sample_id for r, _ in clips], [mini.colorspace for _, mini in clips]
-        self._sent[batch.slot] = _Sent(rows, sample_ids, colorspaces)
-        if rows:
-            self._graph.put(graph_inputs(clips))
+        graph = next(self._turns) if rows else None
+        self._sent[batch.slot] = _Sent(graph, rows, sample_ids, colorspaces)
+        if graph:
+            graph.put(graph_inputs(clips))
 
     def frames(self, batch: PendingBatch[CollectedClip]) -> torch.Tensor:
-        """Return the frames of a batch, from the graph and from workers.
+        """Return the frames of a batch, from its graph and from workers.
 
         Args:
             batch: the batch.
@@ -108,13 +119,17 @@ class DaliStrategy:
 
         Raises:
             RefusedRowsError: when DALI cannot decode some rows.
-            RuntimeError: when DALI delivers other clips than the queued ones.
+            RuntimeError: when DALI delivers other clips than the queued ones, or when not a clip failed but
+                the device.
+            UserError: when memory is short.
         """
         sent = self._sent.pop(batch.slot, _NOTHING)  # empty in a second call, after the graph failed
         rows, frames = sent.rows, None
-        if rows:
-            with contextlib.suppress(RuntimeError):  # it failed on a clip, which is found below
-                frames, sample_ids = self._graph.take()
+        if sent.graph:
+            try:
+                frames, sample_ids = sent.graph.take()
+            except DALI_ERRORS as error:
+                require_fault_of_a_clip(error)  # the clip is found below
         if frames is None:
             rows = []
             self._decode_one_by_one(batch)
@@ -133,29 +148,33 @@ class DaliStrategy:
         return frames.flatten(0, 1)
 
     def discard(self) -> None:
-        """Discard the batches that were started, and wait for those that the graph is decoding."""
+        """Discard the batches that were started, and wait for those that the graphs are decoding."""
         self._sent.clear()
-        self._graph.discard()
+        for graph in self._graphs:
+            graph.discard()
 
     def close(self) -> None:
         """Discard the batches that were started."""
-        self._graph.clear()
+        for graph in self._graphs:
+            graph.clear()
         self._slots = []
 
     @cached_property
     def _one_clip_graph(self) -> GraphRunner:
-        """A second graph, created when a batch first fails, which finds the clips that cannot be decoded."""
+        """A further graph, created when a batch first fails, which finds the clips that cannot be decoded."""
         return GraphRunner(replace(self._settings, batch_size=1, num_threads=1, prefetch_depth=1))
 
     def _decode_one_by_one(self, batch: PendingBatch[CollectedClip]) -> None:
         """Decode a batch's mini clips one at a time into the ring, and report those that fail."""
         refused: dict[int, ClipError] = {}
-        for row in _rows_for_graph(batch):
+        rows = _rows_for_graph(batch)
+        for row in rows:
             mini_clip, request = self._mini_clip(batch, row), batch.requests[row]
             self._one_clip_graph.put(graph_inputs([(request, mini_clip)]))
             try:
                 frames, _ = self._one_clip_graph.take()
-            except RuntimeError as error:
+            except DALI_ERRORS as error:
+                require_fault_of_a_clip(error)
                 refused[row] = _refusal(request, error)
                 continue
             correct_colors(frames, [mini_clip.colorspace])
@@ -164,6 +183,8 @@ class DaliStrategy:
             assert clip is not None
             batch.results[row] = replace(clip, mini_clip=None)
         if refused:
+            if len(refused) == len(rows):
+                _require_few_files(list(refused.values()))
             raise RefusedRowsError(refused)
 
     def _with_rows_in_place(
@@ -204,7 +225,17 @@ def _device_index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _refusal(request: ClipRequest, error: RuntimeError) -> ClipError:
+def _require_few_files(refused: list[ClipError]) -> None:
+    """Raise an error if all clips of a batch fail and come from more files than can be damaged by chance."""
+    files = {failure.path for failure in refused}
+    if len(files) >= _FILES_NOT_ALL_BAD:
+        raise RuntimeError(
+            f"DALI refuses every clip of a batch, from {len(files)} files, so the clips are not the cause; the "
+            f"last is {refused[-1].path}: {refused[-1].cause}. `avion-dali env` tests this machine's decoders"
+        )
+
+
+def _refusal(request: ClipRequest, error: BaseException) -> ClipError:
     part = request.parts[0]
     cause = f"DALI cannot decode it: {failure_cause(error)}"
     return ClipError(request.sample_id, request.epoch, "corrupt", part.chunk.path, part.frame_ids, cause)

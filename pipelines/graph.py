@@ -79,17 +79,34 @@ class GraphSettings:
     prefetch_depth: int = 2
 
 
-def default_threads(device: Device, ranks_on_machine: int = 1) -> int:
-    """Return the number of clips to decode in parallel.
+def default_graphs(device: Device) -> int:
+    """Return the number of graphs that decode batches in turn.
 
-    On the CPU, it is one per core. With NVDEC, a thread mostly waits for its decode session, and one session
-    uses one of the GPU's engines (7 on H100 and H200, 4 on L4), so it is two per engine for up to 8 engines.
+    On NVDEC, all threads of a graph convert and copy their frames on the graph's one CUDA stream and wait for
+    it after each frame, and a batch is opened as a whole before its first frame is decoded (DALI 2.4,
+    video_decoder_base.h, frames_decoder_gpu.cc). A second graph has a stream of its own and decodes while the
+    first one opens its batch. On the CPU there are no streams, and one graph uses all cores.
+
+    Args:
+        device: device on which frames are decoded.
+    """
+    return 2 if device == "mixed" else 1
+
+
+def default_threads(device: Device, ranks_on_machine: int = 1, *, graphs: int = 1) -> int:
+    """Return the number of clips that each graph decodes in parallel.
+
+    On the CPU, the graphs have one thread per core together. With NVDEC, a thread mostly waits for its decode
+    session, and one session uses one of the GPU's engines (7 on H100 and H200, 4 on L4), so it is two per
+    engine for up to 8 engines.
 
     Args:
         device: device on which frames are decoded.
         ranks_on_machine: training processes that share the cores.
+        graphs: graphs of one process, which share its threads.
     """
-    return 16 if device == "mixed" else max(1, available_cores() // ranks_on_machine)
+    threads = 16 if device == "mixed" else available_cores() // ranks_on_machine
+    return max(1, threads // graphs)
 
 
 def graph_inputs(clips: Sequence[tuple[ClipRequest, MiniClip]]) -> GraphInputs:
@@ -112,7 +129,7 @@ def graph_inputs(clips: Sequence[tuple[ClipRequest, MiniClip]]) -> GraphInputs:
     )
 
 
-def failure_cause(error: RuntimeError) -> str:
+def failure_cause(error: BaseException) -> str:
     """Return the line of DALI's message that states the cause; the other lines state where it occurred.
 
     Args:

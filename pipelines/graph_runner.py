@@ -8,6 +8,7 @@ from collections import deque
 import torch
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
+from .device_errors import DALI_ERRORS
 from .graph import OUTPUTS, GraphInputs, GraphSettings, build_graph
 
 
@@ -64,6 +65,7 @@ class GraphRunner:
 
         Raises:
             RuntimeError: when DALI cannot decode one of its clips. This batch is lost; the others continue.
+            MemoryError: when memory is short; see `device_errors`.
         """
         try:
             (outputs,) = next(self._iterator)
@@ -71,7 +73,7 @@ class GraphRunner:
             # No batch is under way: this is the first batch after a pause or a failure.
             self._restart()
             return self.take()
-        except RuntimeError:
+        except DALI_ERRORS:
             # DALI starts no other batch in place of a failed one; it is restarted when the others are finished.
             self._queue.is_open = False
             self._queue.under_way -= 1
@@ -88,7 +90,7 @@ class GraphRunner:
         self.clear()
         while self._queue.under_way:
             # Errors of discarded batches are ignored.
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(*DALI_ERRORS):
                 self.take()
 
     def _restart(self) -> None:

@@ -14,6 +14,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -247,7 +248,12 @@ def _try_all(backend: Backend, device_index: int = 0) -> dict[str, str]:
         return {codec: problem or WORKS for codec, problem in zip(CODECS, problems, strict=True)}
 
 
+@cache
 def _decode_in_subprocess(codec: str, backend: Backend, *, device_index: int = 0) -> str | None:
+    """Call `decode_problem` once per process and device: a training asks for the same one several times.
+
+    The answer takes seconds: Python, PyTorch and DALI start, and a CUDA context.
+    """
     failure = call_in_subprocess(decode_problem, codec, backend, device_index)
     return failure and f"test clip of {codec}: {failure}"
 
@@ -289,8 +295,6 @@ def decode_problem(codec: str, backend: Backend, device_index: int = 0) -> str |
 
 def _decode_with_dali(request: ClipRequest, backend: Backend, *, device_index: int) -> np.ndarray | str:
     """Return frames, uint8 (V, T, H, W, C), or the reason why DALI cannot decode them."""
-    import numpy as np
-
     from avion_dali.decode.source import gather_packets
 
     from .codecs import Device, require_decodable
@@ -304,10 +308,11 @@ def _decode_with_dali(request: ClipRequest, backend: Backend, *, device_index: i
     except UnfitForMiniClipError as error:
         return str(error)
     try:
-        from .graph import GraphSettings, build_graph, failure_cause, graph_inputs
+        from .device_errors import DALI_ERRORS
+        from .graph import GraphSettings, failure_cause, graph_inputs
+        from .graph_runner import GraphRunner
     except (ImportError, OSError) as error:
         return f"DALI cannot be imported: {error}"
-    inputs = graph_inputs([(request, mini_clip)])
     settings = GraphSettings(
         device=device,
         device_id=device_index,
@@ -318,9 +323,12 @@ def _decode_with_dali(request: ClipRequest, backend: Backend, *, device_index: i
         prefetch_depth=1,
     )
     try:
-        frames, _ = build_graph(lambda: inputs, settings).run()
-        return np.array(frames.as_cpu().as_tensor())[0]
-    except RuntimeError as error:  # the only exception that DALI raises
+        runner = GraphRunner(settings)
+        runner.put(graph_inputs([(request, mini_clip)]))
+        frames, _ = runner.take()
+        return frames[0].cpu().numpy()
+    # PyTorch raises BufferError for memory that it cannot take from DALI, such as pinned memory.
+    except (*DALI_ERRORS, BufferError) as error:
         return failure_cause(error)
 
 

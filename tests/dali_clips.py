@@ -111,12 +111,12 @@ def planner_of(manifest: Manifest, *, training: bool = True, size: int = 48, fra
     return Planner(manifest, rules, seed=3)
 
 
-def strategy_of(decoder: str) -> Any:
+def strategy_of(decoder: str, graphs: int = 1) -> Any:
     if decoder == "cpu-fused":
         return FramesStrategy(cpu_fused.decode_clip)
     from pipelines.dali_strategy import DaliStrategy
 
-    return DaliStrategy(num_threads=2)
+    return DaliStrategy(num_graphs=graphs, num_threads=2)
 
 
 @contextmanager
@@ -125,6 +125,7 @@ def loader_of(
     pool: WorkerPool,
     *,
     decoder: str = "dali",
+    graphs: int = 1,
     bad: float = 1.0,
     collect: Callable[..., Any] | None = None,
     **schedule: Any,
@@ -136,7 +137,7 @@ def loader_of(
     count = len(planner.requests) if isinstance(planner, FixedPlanner) else planner.manifest.num_samples
     sizes = {"global_batch": 12, "micro_batch": 12, "training": False, "seed": 5} | schedule
     settings = LoaderSettings(torch.device("cpu"), context_length=4, max_bad_fraction=bad)
-    strategy, plan = strategy_of(decoder), BatchSchedule(count, **sizes)
+    strategy, plan = strategy_of(decoder, graphs), BatchSchedule(count, **sizes)
     with ClipLoader(planner, plan, pool=pool, strategy=strategy, settings=settings) as loader:
         if collect is not None:
             strategy.task = partial(collect, device="cpu")

@@ -45,6 +45,16 @@ def with_payload(part: PartPackets, payload: bytes) -> PartPackets:
     return replace(part, runs=(replace(run, payloads=(run.payloads[0], payload, *run.payloads[2:])), *others))
 
 
+@pytest.mark.parametrize(("width", "height"), [(128, 95), (127, 96)])
+def test_odd_sizes_do_not_fit_nvdec(gop_videos: dict[str, Path], width: int, height: int) -> None:
+    part = packets_of(gop_videos["vp9"])
+    require_decodable([part], device="mixed")
+    odd = replace(part, stream=replace(part.stream, width=width, height=height))
+    require_decodable([odd], device="cpu")
+    with pytest.raises(UnfitForMiniClipError, match=f"odd side .{width}x{height}."):
+        require_decodable([odd], device="mixed")
+
+
 def test_hidden_pictures_of_vp9_do_not_fit_nvdec(gop_videos: dict[str, Path]) -> None:
     part = packets_of(gop_videos["vp9"])
     first, second, *_ = part.runs[0].payloads

@@ -82,6 +82,7 @@ def assert_right_frames(batch: ClipBatch, planner: Planner) -> None:
 def test_an_epoch_of_training_goes_on_past_every_kind_of_fault(manifest: Manifest) -> None:
     planner = planner_of(manifest)
     sizes = {"training": True, "global_batch": 4, "micro_batch": 4, "collect": odd_collectors.collect_oddly}
+    sizes["graphs"] = 2
     with WorkerPool(workers=2, timeout_s=3.0) as pool:
         with loader_of(planner, pool, **sizes) as loader:
             batches = epoch(loader)
@@ -139,10 +140,15 @@ def test_when_dali_refuses_everything(manifest: Manifest) -> None:
             epoch(loader)
 
 
-def test_leaving_while_dali_has_refused_batches_under_way(manifest: Manifest) -> None:
-    """They are given up with the iteration, and the next one finds its own."""
+@pytest.mark.parametrize("graphs", [1, 3])
+def test_leaving_while_dali_has_refused_batches_under_way(manifest: Manifest, graphs: int) -> None:
+    """They are given up with the iteration, and the next one finds its own.
+
+    Every second batch is refused, so with three graphs each of them meets refused batches.
+    """
     planner = FixedPlanner([planner_of(manifest).plan(i, 0) for i in range(16)])
     sizes = {"global_batch": 2, "micro_batch": 2, "collect": odd_collectors.collect_with_refused_pairs}
+    sizes["graphs"] = graphs
     with WorkerPool(workers=1, timeout_s=60) as pool, loader_of(planner, pool, **sizes) as loader:
         for taken in (1, 3, 5):
             for _ in zip(range(taken), loader, strict=False):

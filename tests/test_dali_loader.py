@@ -97,6 +97,22 @@ def test_resume_at_any_step_gives_the_same_batches(manifest: Manifest, pool: Wor
             assert_same(whole[2 * first :], epoch(loader, first, 7))
 
 
+@pytest.mark.parametrize("graphs", [2, 3])
+def test_several_graphs_in_turn_give_the_batches_of_one(
+    manifest: Manifest, pool: WorkerPool, graphs: int
+) -> None:
+    """Also after a loop that was left, when the next batch goes to another graph than in the first loop."""
+    planner, sizes = planner_of(manifest, training=False), {"global_batch": 3, "micro_batch": 3}
+    with loader_of(planner, pool, **sizes) as loader:
+        one = epoch(loader)
+    assert [len(batch) for batch in one] == [3] * 7 + [1]
+    with loader_of(planner, pool, graphs=graphs, **sizes) as loader:
+        for taken in (8, 1, 4, 8):
+            batches = [batch for _, batch in zip(range(taken), loader.batches(0, 8), strict=False)]
+            assert_same(one[:taken], batches)
+        assert_same(one[5:], epoch(loader, 5))
+
+
 def test_evaluation_drops_nothing_and_repeats_itself(manifest: Manifest, pool: WorkerPool) -> None:
     """With two ranks the last batch leaves one of them two clips and the other none."""
     planner = planner_of(manifest, training=False)

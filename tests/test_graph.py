@@ -27,6 +27,7 @@ from pipelines.graph import (
     GraphInputs,
     GraphSettings,
     build_graph,
+    default_graphs,
     default_threads,
     failure_cause,
     graph_inputs,
@@ -69,6 +70,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "vp9-240m": ("240m.mp4", vp9 | {"color_range": 2, "colorspace": 7}),
         "vp9-bt2020": ("bt2020.mp4", vp9 | {"color_range": 1, "colorspace": 9}),
         "vp9-odd": ("odd.mp4", vp9 | {"size": (130, 98)}),
+        "vp8": ("vp8.webm", {"codec": "libvpx", "options": make_videos.VP9_FAST | {"b": "1M"}}),
         "mjpeg": ("mjpeg.mov", {"codec": "mjpeg", "options": {"q": "3"}, "pix_fmt": "yuvj420p"}),
         "h264": ("h264.mp4", {}),
     }
@@ -216,7 +218,7 @@ def test_views_flips_and_repeated_frames_of_two_chunks(videos: dict[str, Path], 
         assert_parity(runner(views=3), requests)
 
 
-@pytest.mark.parametrize("style", ["vp9", "mjpeg"])
+@pytest.mark.parametrize("style", ["vp8", "vp9", "mjpeg"])
 def test_frame_numbers_are_those_asked_for(videos: dict[str, Path], runner: Callable, style: str) -> None:
     asked = [(0, 1, 2), (0, 29, 59), (13, 31, 47), (57, 58, 59), (4, 5, 40), (7, 8, 9), (30, 31, 59)]
     requests = [request_for([(videos[style], ids)], sample_id=100 + i) for i, ids in enumerate(asked)]
@@ -288,6 +290,8 @@ def test_the_cpu_backend_has_no_h264(videos: dict[str, Path], runner: Callable) 
 def test_default_threads() -> None:
     assert default_threads("mixed") == default_threads("mixed", ranks_on_machine=8) >= 8
     assert default_threads("cpu") >= default_threads("cpu", ranks_on_machine=10_000) == 1
+    assert (default_graphs("mixed"), default_threads("mixed", graphs=default_graphs("mixed"))) == (2, 8)
+    assert (default_graphs("cpu"), default_threads("cpu", graphs=1000)) == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,11 @@ def test_it_does_any_task() -> None:
         assert pool.wait(pool.schedule(partial(odd_tasks.joined, "b"), 3)) == "'b' 3"
 
 
+def test_processes_stand_back_as_told() -> None:
+    with WorkerPool(workers=1, timeout_s=20, niceness=3) as pool:
+        assert pool.wait(pool.schedule(os.nice, 0)) == os.nice(0) + 3
+
+
 def test_tasks_fail_alone(tmp_path: Path) -> None:
     with WorkerPool(workers=2, timeout_s=1.0) as pool:
         bad = [

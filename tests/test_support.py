@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata, util
 from pathlib import Path
 
@@ -181,6 +182,30 @@ def test_a_failure_of_nvdec_itself_is_reported(monkeypatch: pytest.MonkeyPatch) 
     problem = str(support.nvdec_problem(0))
     assert problem.startswith("test clip of h264: ")
     assert "CUDA is not available" in problem
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered() -> Iterator[None]:
+    """Each test asks anew, and no other test gets what it was told."""
+    support._decode_in_subprocess.cache_clear()
+    yield
+    support._decode_in_subprocess.cache_clear()
+
+
+@pytest.mark.parametrize("problem", [None, "the driver crashed"])
+def test_each_device_is_tried_once(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the answer, and whoever asks."""
+    asked = []
+    monkeypatch.setattr(support, "nvdec_obstacle", lambda device_index: None)
+    monkeypatch.setattr(
+        support,
+        "call_in_subprocess",
+        lambda task, codec, backend, index: asked.append((codec, index)) or problem,
+    )
+    answers = [support.nvdec_problem(index) for index in (0, 1, 0, 1)]
+    assert answers == [problem and f"test clip of h264: {problem}"] * 4
+    assert support.codec_support(0)["h264"] == (answers[0] or "works")
+    assert asked.count(("h264", 0)) == asked.count(("h264", 1)) == 1
 
 
 def test_each_codec_fails_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:

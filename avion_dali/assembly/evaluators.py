@@ -134,6 +134,7 @@ def evaluation_config(trained: TrainConfig, options: EvaluateConfig) -> TrainCon
     return replace(
         trained,
         decoder=options.decoder,
+        dali=options.dali,
         output_dir=options.output_dir or trained.output_dir,
         data=data,
         # The evaluation may run on another kind of device than the training.

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import pyarrow.compute as pc
 import torch
 
+from avion_dali.assembly.dali_loading import open_dali_strategy
 from avion_dali.assembly.dali_room import pipelines_module
 from avion_dali.assembly.decoder_choice import INSTEAD, choose_decoder
-from avion_dali.config import LoaderOptions
+from avion_dali.config import DaliConfig, LoaderOptions
 from avion_dali.config.checks import require
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import CHUNKS_FILE, SAMPLES_FILE, Manifest
@@ -56,6 +57,8 @@ class LoaderKeywords(ClipKeywords, total=False):
         prefetch_batches: see `avion_dali.config.LoaderOptions`.
         clip_timeout_s: see `avion_dali.config.LoaderOptions`.
         max_bad_fraction: see `avion_dali.config.LoaderOptions`.
+        worker_niceness: see `avion_dali.config.LoaderOptions`.
+        dali: graphs and threads of `decoder` dali.
         accum_steps: batches per optimizer step, 1 by default; training drops the last partial step.
         context_length: tokens per text, 0 for no tokens; by default 77 if the manifest has texts.
         quarantine: file to which one JSON line per unreadable clip is written; by default none.
@@ -65,6 +68,8 @@ class LoaderKeywords(ClipKeywords, total=False):
     prefetch_batches: int
     clip_timeout_s: float
     max_bad_fraction: float
+    worker_niceness: int
+    dali: DaliConfig
     accum_steps: int
     context_length: int
     quarantine: str | Path
@@ -124,10 +129,13 @@ def open_clips(  # noqa: PLR0913 - the front door: its keywords are what a user 
         raise TypeError(f"open_clips() has no keyword {', '.join(unknown)}")
     chosen = LoaderOptions(num_frames=num_frames, frame_size=frame_size, workers=workers, **own)  # type: ignore[arg-type]
     opened = manifest if isinstance(manifest, Manifest) else Manifest(manifest)
-    ranks = _place_among_ranks(rank, world_size)
+    on, ranks = default_device(device), _place_among_ranks(rank, world_size)
     sizes = batch_size, more.pop("accum_steps", 1)
     schedule = _schedule(opened, chosen, sizes=sizes, ranks=ranks, seed=seed, training=training)
-    return _open(opened, chosen, schedule, decoder=decoder, device=default_device(device), **more)
+    strategy = _open_strategy(
+        decoder, opened, chosen, schedule=schedule, device=on, dali=more.pop("dali", None)
+    )
+    return _open(opened, chosen, schedule, strategy=strategy, device=on, **more)
 
 
 def _schedule(
@@ -167,7 +175,7 @@ def _open(
     options: LoaderOptions,
     schedule: BatchSchedule,
     *,
-    decoder: str,
+    strategy: LoaderStrategy[Any],
     device: torch.device,
     context_length: int | None = None,
     quarantine: str | Path | None = None,
@@ -182,7 +190,6 @@ def _open(
     )
     rules = ClipRules.from_options(options, training=schedule.training)
     planner = Planner(manifest, rules, seed=schedule.seed)
-    strategy = _open_strategy(choose_decoder(decoder, device).name, manifest, device=device)
     owns_pool = pool is None
     pool = pool or open_pool(options)
     try:
@@ -199,10 +206,12 @@ def open_pool(options: LoaderOptions) -> WorkerPool:
     """Start the worker processes of this rank.
 
     Args:
-        options: number of processes, and the time limit per clip.
+        options: number and niceness of processes, and the time limit per clip.
     """
     return WorkerPool(
-        workers=options.workers or default_workers(ranks_on_machine()), timeout_s=options.clip_timeout_s
+        workers=options.workers or default_workers(ranks_on_machine()),
+        timeout_s=options.clip_timeout_s,
+        niceness=options.worker_niceness,
     )
 
 
@@ -245,18 +254,30 @@ def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, i
     return rank, world_size
 
 
-def _open_strategy(decoder: str, manifest: Manifest, *, device: torch.device) -> LoaderStrategy[Any]:
+def _open_strategy(
+    decoder: str,
+    manifest: Manifest,
+    options: LoaderOptions,
+    *,
+    schedule: BatchSchedule,
+    device: torch.device,
+    dali: DaliConfig | None,
+) -> LoaderStrategy[Any]:
     """Create the loading strategy of a decoder."""
-    if decoder in CPU_DECODERS:
-        return FramesStrategy(CPU_DECODERS[decoder])
+    name = choose_decoder(decoder, device).name
+    if name in CPU_DECODERS:
+        return FramesStrategy(CPU_DECODERS[name])
     if device.type != "cuda":
         require_decodable_without_gpu(manifest)
-    # Imported only when needed: importing DALI takes a second, and it exists only for Linux.
-    threads = pipelines_module("graph").default_threads(
-        "mixed" if device.type == "cuda" else "cpu", ranks_on_machine()
+    clip_shape = ClipRules.from_options(options, training=schedule.training).clip_shape
+    return open_dali_strategy(
+        dali or DaliConfig(),
+        manifest,
+        schedule=schedule,
+        clip_shape=clip_shape,
+        device=device,
+        ranks_on_machine=ranks_on_machine(),
     )
-    strategy: LoaderStrategy[Any] = pipelines_module("dali_strategy").DaliStrategy(num_threads=threads)
-    return strategy
 
 
 def require_decodable_without_gpu(manifest: Manifest) -> None:

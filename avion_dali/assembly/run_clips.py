@@ -35,6 +35,7 @@ def open_run_clips(
         batch_size=config.optim.micro_batch,
         accum_steps=run.accum_steps if training else 1,
         decoder=run.decoder.name,
+        dali=config.dali,
         seed=config.run.seed,
         training=training,
         device=run.device,

@@ -20,11 +20,13 @@ def main(argv: list[str] | None = None) -> int:
     """
     config = parse_options(EvaluateConfig, argv, prog="avion-dali evaluate", description=__doc__ or "")
     # Decode workers import this module again, so slow imports are here.
+    from avion_dali.assembly.blocking_sync import apply_blocking_sync
     from avion_dali.assembly.evaluators import evaluate_checkpoint
     from avion_dali.engine.distributed import distributed_session
 
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise UserError(f"--output {config.output}: its folder does not exist")
+    apply_blocking_sync(config.dali)
     with parameters_as_keys(EvaluateConfig), distributed_session() as distributed:
         result = evaluate_checkpoint(config, distributed)
         if distributed.is_main:

@@ -32,6 +32,7 @@ def train_from_command_line(argv: list[str] | None, *, command: str, description
 
     config = parse_options(TrainConfig, argv, prog=f"avion-dali {command}", description=description)
     # Decode workers import this module again: everything heavy is imported here.
+    from avion_dali.assembly.blocking_sync import apply_blocking_sync
     from avion_dali.assembly.training import training
     from avion_dali.engine.distributed import distributed_session
     from avion_dali.engine.signals import exit_status
@@ -44,6 +45,7 @@ def train_from_command_line(argv: list[str] | None, *, command: str, description
             f"avion-dali {right}. Give --config a recipe of `avion-dali recipes`: it names an objective and "
             "what goes with it"
         )
+    apply_blocking_sync(config.dali)
     keys = parameters_as_keys(TrainConfig)
     with keys, distributed_session() as distributed, training(config, distributed) as loop:
         if loop.step >= loop.last_step:

@@ -6,6 +6,7 @@ them.
 """
 
 from avion_dali.config.commands import EvaluateConfig, TrainConfig
+from avion_dali.config.dali import DaliConfig
 from avion_dali.config.data import (
     AugmentConfig,
     ClipOptions,
@@ -39,6 +40,7 @@ __all__ = [
     "ClassificationConfig",
     "ClipOptions",
     "ContrastiveConfig",
+    "DaliConfig",
     "DataConfig",
     "EvaluateConfig",
     "LoaderOptions",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from avion_dali.config.checks import require
+from avion_dali.config.dali import DaliConfig
 from avion_dali.config.data import AugmentConfig, DataConfig
 from avion_dali.config.model import ModelConfig
 from avion_dali.config.objective import ObjectiveConfig
@@ -26,6 +27,7 @@ class TrainConfig:
         resume: `auto` continues from the checkpoint in `output_dir` if there is one, `never` rejects such a
             folder.
         data: manifests, and how clips are drawn and loaded.
+        dali: graphs, threads and waiting of `decoder` dali.
         augment: augmentation of clips on the device.
         model: the model.
         objective: the objective and its settings.
@@ -37,6 +39,7 @@ class TrainConfig:
     decoder: str = "auto"
     resume: Literal["auto", "never"] = "auto"
     data: DataConfig = field(default_factory=DataConfig)
+    dali: DaliConfig = field(default_factory=DaliConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -70,6 +73,7 @@ class EvaluateConfig:
         checkpoint: a checkpoint of a training, or its exported safetensors file.
         manifest: manifest to evaluate on; by default the evaluation manifest of the training.
         decoder: how clips are decoded, see `TrainConfig`.
+        dali: graphs, threads and waiting of `decoder` dali.
         workers: decode processes per rank; 0 uses the machine's cores divided by the ranks on it.
         micro_batch: clips per forward pass.
         num_frames: frames per clip; 0 uses the value of the training. Position tables are interpolated.
@@ -83,6 +87,7 @@ class EvaluateConfig:
     checkpoint: str
     manifest: str = ""
     decoder: str = "auto"
+    dali: DaliConfig = field(default_factory=DaliConfig)
     workers: int = 0
     micro_batch: int = 64
     num_frames: int = 0

@@ -92,6 +92,8 @@ class LoaderOptions(ClipOptions):
 
     Args:
         workers: decode processes per rank; 0 uses the machine's cores divided by the ranks on it.
+        worker_niceness: how far the decode processes stand back from the training process where cores are
+            short, 0 (equal) to 19; see nice(1). All published measurements are with 0.
         prefetch_batches: number of micro-batches decoded ahead of the model.
         clip_timeout_s: seconds after which the worker of a clip is killed and the clip is replaced.
         max_bad_fraction: fraction of the manifest's rows that may fail before the run stops.
@@ -101,6 +103,7 @@ class LoaderOptions(ClipOptions):
     """
 
     workers: int = 0
+    worker_niceness: int = 0
     prefetch_batches: int = 3
     clip_timeout_s: float = 30.0
     max_bad_fraction: float = 0.01
@@ -108,6 +111,10 @@ class LoaderOptions(ClipOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.workers >= 0, "`workers`", value=self.workers, allowed=">= 0 (0: one per core)")
+        niceness = self.worker_niceness
+        require(
+            0 <= niceness <= 19, "`worker_niceness`", value=niceness, allowed="in [0, 19] (0: as the trainer)"
+        )
         require(self.prefetch_batches >= 1, "`prefetch_batches`", value=self.prefetch_batches, allowed=">= 1")
         require(self.clip_timeout_s > 0, "`clip_timeout_s`", value=self.clip_timeout_s, allowed="> 0 seconds")
         require(

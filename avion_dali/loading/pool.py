@@ -88,11 +88,12 @@ class WorkerPool:
     Args:
         workers: number of processes.
         timeout_s: seconds after which a task's process is killed and replaced.
+        niceness: by how much the priority of the processes is lower than that of this process, 0 to 19.
     """
 
-    def __init__(self, *, workers: int, timeout_s: float) -> None:
+    def __init__(self, *, workers: int, timeout_s: float, niceness: int = 0) -> None:
         exit_if_importing_main()
-        self.workers, self._timeout_s = workers, timeout_s
+        self.workers, self._timeout_s, self._niceness = workers, timeout_s, niceness
         self._generation, self._restarts = 0, 0
         self._last_done = time.monotonic()
         self._spawn = _RecordingSpawn()
@@ -179,7 +180,10 @@ class WorkerPool:
 
     def _start(self) -> ProcessPool:
         pool = ProcessPool(
-            max_workers=self.workers, initializer=start_worker, initargs=(os.getpid(),), context=self._spawn
+            max_workers=self.workers,
+            initializer=start_worker,
+            initargs=(os.getpid(), self._niceness),
+            context=self._spawn,
         )
         # Also for a pool that nobody closes: when it is collected, or at the end of the program.
         self._end = weakref.finalize(self, _end, pool, self._spawn)
