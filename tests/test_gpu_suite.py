@@ -60,7 +60,7 @@ def test_missing_chunks_and_options_are_told(media, tmp_path, capsys):
     for options, told in (
         (
             ["--stage", "1", "--media", str(tmp_path), "--output", "x"],
-            f"make them with --make-media {tmp_path}",
+            f"--media {tmp_path} has no chunks; make them",
         ),
         (["--stage", "1", "--output", "x"], "make them with --make-media DIR"),
         (["--media", str(media)], "--output, and --stage or --parts"),

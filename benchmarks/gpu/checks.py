@@ -32,7 +32,6 @@ def run_tests(suite: Suite, record: Record, files: tuple[str, ...], chosen: str 
         import pytest
     except ImportError as error:
         raise NotRunError("pytest is not installed") from error
-    suite.require_device()
     if suite.device == "cuda":
         os.environ["AVION_REQUIRE_CUDA"] = "1"
     for name in files:
@@ -54,9 +53,5 @@ def tests_of_compilation(suite: Suite, record: Record) -> None:
 
 def tests_of_dali(suite: Suite, record: Record) -> None:
     """What decodes with DALI."""
-    run_tests(suite, record, ("test_graph", "test_dali_loader", "test_support", "test_env"))
-
-
-def damage(suite: Suite, record: Record) -> None:
-    """What the loader makes of damaged chunks."""
-    run_tests(suite, record, ("test_damage_on_gpu",))
+    files = ("test_graph", "test_damage_on_gpu", "test_dali_loader", "test_support", "test_env")
+    run_tests(suite, record, files)

@@ -107,10 +107,7 @@ def make_media(folder: Path, *, small: bool) -> int:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(available_cores(), spawn, start_worker, (os.getpid(),)) as pool:
         list(pool.map(encode, jobs))
-    sizes = {job.path: job.path.stat().st_size / 2**20 for job in jobs}
-    for path, mib in sizes.items():
-        print(f"{path.relative_to(folder)}: {mib:.2f} MiB")
-    print(f"{len(jobs)} chunks in {folder}: {sum(sizes.values()):.1f} MiB")
+    print(f"{len(jobs)} chunks in {folder}: {sum(job.path.stat().st_size for job in jobs) / 2**20:.1f} MiB")
     return 0
 
 

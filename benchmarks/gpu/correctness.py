@@ -98,8 +98,8 @@ def check(suite: Suite, runner: GraphRunner, name: str, packets: Packets) -> Row
 
 def is_right(agreement: Agreement) -> bool:
     """Whether two decoders' frames differ no more than their rounding does."""
-    close = agreement.psnr_db >= RIGHT_FROM_DB and agreement.bias_levels <= RIGHT_TO_BIAS
-    return close and not agreement.failure
+    rounding = agreement.psnr_db >= RIGHT_FROM_DB and agreement.bias_levels <= RIGHT_TO_BIAS
+    return rounding and not agreement.failure
 
 
 def run_batches(

@@ -98,7 +98,6 @@ def sampling() -> Iterator[GpuSampler]:
 
 def probe(suite: Suite, record: Record) -> None:
     """Everything that takes no time: software, GPU, decoders, and the card's own speed."""
-    suite.require_device()
     record({"measured": "software", **attempt(software)})
     record({"measured": "gpu", **attempt(partial(gpu_facts, suite))})
     for codec in CUVID_CODECS:

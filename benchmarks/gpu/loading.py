@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 from avion_dali.assembly.open_clips import open_clips
+from avion_dali.config import DaliConfig
 from benchmarks.gpu.chunks import ODD, open_manifest
 from benchmarks.gpu.device import GpuSampler, sampling
-from benchmarks.gpu.parts import Graphs, Record, Suite, attempt
-from benchmarks.gpu.training import dali_options
+from benchmarks.gpu.parts import Record, Suite, attempt
 from benchmarks.loader.measure import CONTEXT_LENGTH, LoaderBench, measure
 from benchmarks.report import Row
 
@@ -40,14 +40,13 @@ def loaders(suite: Suite, record: Record) -> None:
     )
 
 
-def record_rates(suite: Suite, record: Record, cases: list[tuple[str, str, int, Graphs | None]]) -> None:
+def record_rates(suite: Suite, record: Record, cases: list[tuple[str, str, int, DaliConfig | None]]) -> None:
     """Measure loaders one after the other: decoder, chunks, workers (0: one a core), graphs."""
-    suite.require_device()
     with sampling() as sampler:
         for decoder, chunks, workers, graphs in cases:
             row: Row = {"measured": "loader", "decoder": decoder, "chunks": chunks, "workers": workers or "all"}
             row |= vars(graphs) if graphs else {}
-            options = {"workers": workers, **dali_options(graphs)}
+            options = {"workers": workers, "dali": graphs or DaliConfig()}
             record({**row, **attempt(partial(loader_rate, suite, decoder, chunks, options, sampler))})
 
 

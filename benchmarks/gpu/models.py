@@ -23,14 +23,11 @@ from benchmarks.report import Row, read_rows, select
 from benchmarks.train.memory import METHODS, MIB, Method, Subject
 from benchmarks.train.step import Case, Step, measure_case
 
-WARM_STEPS, STEPS = 3, 6
-TIMED = 3  # steps of a largest batch, the first of which is not counted
 MOST = 4096  # clips that are tried
 # Kernels of PyTorch's attention that can be demanded.
 FORCED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 _OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # for what a demanded one refuses, such as masks
 _ATTENTION = re.compile("attention|flash|fmha|sdpa", re.IGNORECASE)
-_TOP = 6  # kernels that a row names
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,6 @@ def step_cases(suite: Suite) -> list[StepCase]:
 
 def steps(suite: Suite, record: Record) -> None:
     """Speed of a whole training step by kernel, recomputation, compilation, encoder, size and length."""
-    suite.require_device()
     for step in step_cases(suite):
         numbers = attempt(partial(measure_step, suite, step))
         record({"measured": "train step", **vars(step.case), "forced": step.forced, **numbers})
@@ -77,7 +73,7 @@ def measure_step(suite: Suite, step: StepCase) -> Row:
     """Time a step, then look at the kernels of one."""
     if step.case.compile:
         torch.compiler.reset()  # blocks of all cases share their code, whose compilations are limited
-    warm, count = min(WARM_STEPS, suite.scale.warm_steps), min(STEPS, suite.scale.steps)
+    warm, count = (3, 6) if suite.device == "cuda" else (1, 2)
     with sdpa_kernel([FORCED[step.forced], *_OTHERS], set_priority=True) if step.forced else nullcontext():
         return measure_case(step.case, suite.device, warm=warm, steps=count, inspect=kernels)
 
@@ -96,8 +92,8 @@ def kernels(step: Step) -> Row:
     spent = {event.key: getattr(event, column) for event in profiler.key_averages()}
     top, total = sorted(spent, key=lambda name: -spent[name]), sum(spent.values()) or 1
     return {
-        "attention_kernels": [_short(name) for name in top if _ATTENTION.search(name)][:_TOP],
-        "top_kernels": [f"{_short(name)} {spent[name] / total:.0%}" for name in top[:_TOP]],
+        "attention_kernels": [_short(name) for name in top if _ATTENTION.search(name)][:6],
+        "top_kernels": [f"{_short(name)} {spent[name] / total:.0%}" for name in top[:6]],
     }
 
 
@@ -107,7 +103,6 @@ def _short(name: str) -> str:
 
 def memory(suite: Suite, record: Record) -> None:
     """Memory of a clip beside what was counted on a CPU, and the largest batches that train."""
-    suite.require_device()
     vit, other = (
         Subject(name, suite.scale.model, 4, suite.scale.frame_size) for name in ("vit", "timesformer")
     )
@@ -179,5 +174,5 @@ def largest_batch(suite: Suite, subject: Subject, method: Method) -> Row:
     batch = largest(fits, most=MOST if on_gpu else 2)
     if not batch:
         raise NotRunError("not even one clip fits")
-    seconds = statistics.median([run(batch) for _ in range(TIMED)][1:])
+    seconds = statistics.median([run(batch) for _ in range(3)][1:])
     return {"clips": batch, "clips_per_s": round(batch / seconds, 1)}

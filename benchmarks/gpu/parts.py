@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from avion_dali.config import ModelSize
+from avion_dali.config import DaliConfig, ModelSize
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
 from avion_dali.files import atomic_write_text
@@ -43,23 +43,15 @@ def first_line(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
-class Graphs:
-    """How DALI decodes: the fields of `avion_dali.config.DaliConfig`."""
-
-    graphs: int  # that take batches in turn
-    threads: int  # clips that each decodes at the same time
-    blocking_sync: bool = False  # the process sleeps, instead of spinning, while it waits for the GPU
-
-
-@dataclass(frozen=True)
 class Scale:
     """Size of the measurements."""
 
     samples: int = 8_000  # rows of a manifest
     frame_size: int = 224  # side of the clips in pixels
     batch: int = 128  # clips of a batch, and of a training's step; halved until they fit
-    graphs: tuple[Graphs, ...] = (Graphs(1, 16), Graphs(2, 4), Graphs(2, 8))  # the last is the usual one
-    blocking: tuple[Graphs, ...] = (Graphs(2, 8, blocking_sync=True), Graphs(2, 4, blocking_sync=True))
+    # Graphs, and threads of each; the last are the usual ones. And the same where waiting threads sleep.
+    graphs: tuple[DaliConfig, ...] = (DaliConfig(1, 16), DaliConfig(2, 4), DaliConfig(2, 8))
+    blocking: tuple[DaliConfig, ...] = (DaliConfig(2, 8, True), DaliConfig(2, 4, True))
     rate_s: float = 3.0  # length of the measurement of a rate
     checked: int = 32  # clips compared for every style
     model: ModelSize = "vit_b16"
@@ -74,7 +66,7 @@ class Scale:
 TINY = Scale(
     **{"samples": 64, "frame_size": 64, "batch": 4, "checked": 8, "model": "tiny", "product": 256},
     **{"warm_steps": 1, "steps": 2, "long_steps": 3, "rate_s": 0.05, "workers": (1,)},
-    **{"graphs": (Graphs(2, 1), Graphs(1, 2)), "blocking": (Graphs(1, 2, blocking_sync=True),)},
+    **{"graphs": (DaliConfig(2, 1), DaliConfig(1, 2)), "blocking": (DaliConfig(1, 2, True),)},
 )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.gpu.parts import PartResult
-from benchmarks.machine import versions
 from benchmarks.report import Row, every_row, markdown, select
 
 REQUIREMENT = {
@@ -23,11 +22,8 @@ _HIDDEN = ("measured", "at_s", "spread_ms", "cores_taken_by_other_programs", "to
 def summary(results: Sequence[PartResult], facts: dict[str, Any]) -> str:
     """Return the summary: targets, parts, and a table for each kind of row."""
     rows = [row for result in results for row in result.rows]
-    shown = [f"{name} {version}" for name, version in versions().items() if name in ("torch", "av", "python")]
     ends = [(r.part, r.outcome, r.seconds, _short(r.reason, WIDTH)) for r in results]
-    machine = (
-        f"{', '.join(facts['gpus']) or 'no GPU'}; {facts['cores']} cores ({facts['cpu']}); {', '.join(shown)}"
-    )
+    machine = f"{', '.join(facts['gpus']) or 'no GPU'}; {facts['cores']} cores ({facts['cpu']})"
     table = markdown(("part", "outcome", "seconds", "reason"), ends)
     return (
         "\n\n".join([machine, "\n".join(f"- {line}" for line in verdicts(rows)), table, every_row(rows)]) + "\n"

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from avion_dali import config
+from avion_dali.assembly.blocking_sync import use_blocking_sync
 from avion_dali.assembly.training import training as open_training
-from avion_dali.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from avion_dali.config import DaliConfig, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from avion_dali.contracts import ClipBatch
 from avion_dali.cores import available_cores
 from avion_dali.engine.distributed import Distributed
@@ -24,7 +24,7 @@ from avion_dali.loading.faults import LoaderStats
 from benchmarks.corpus import FOUR, STRIDED, repeat_chunk
 from benchmarks.gpu.chunks import chunks_of, manifest_of, open_manifest
 from benchmarks.gpu.device import GpuSampler, sampling
-from benchmarks.gpu.parts import Graphs, NotRunError, Record, Suite, attempt
+from benchmarks.gpu.parts import NotRunError, Record, Suite, attempt
 from benchmarks.loader.measure import Reading
 from benchmarks.media import FPS
 from benchmarks.report import Row
@@ -40,7 +40,7 @@ class Fed:
     """A training, and what feeds it."""
 
     decoder: str  # name of the decoder, or `NO_LOADER`
-    graphs: Graphs | None = None  # of `dali`
+    graphs: DaliConfig | None = None  # of `dali`
     encoder: str = "vit"  # `videomae` is pre-trained, others are trained with texts
     compile: bool = False
     long: bool = False  # so many steps that hours can be extrapolated
@@ -63,14 +63,8 @@ class Fed:
             model=ModelConfig(encoder=self.encoder, size=size, compile=self.compile),
             objective=ObjectiveConfig(name="masked-video" if masked else "contrastive"),
             optim=OptimConfig(global_batch=batch, micro_batch=batch, epochs=1_000),
-            **dali_options(self.graphs),
+            dali=self.graphs or DaliConfig(),
         )
-
-
-def dali_options(graphs: Graphs | None) -> dict[str, Any]:
-    """Return the keywords of a configuration or loader that set how DALI decodes."""
-    kind = getattr(config, "DaliConfig", None)
-    return {"dali": kind(**vars(graphs))} if kind and graphs else {}
 
 
 class RepeatedBatch:
@@ -110,6 +104,8 @@ def dali_training(suite: Suite, record: Record) -> None:
 
 def dali_training_blocking(suite: Suite, record: Record) -> None:
     """The same where the process sleeps while it waits for the GPU, which is set before CUDA starts."""
+    if problem := use_blocking_sync(0) if suite.device == "cuda" else None:
+        raise NotRunError(problem)
     suite.require_dali()
     record_trainings(suite, record, [Fed("dali", graphs) for graphs in suite.scale.blocking])
 
@@ -122,7 +118,6 @@ def videomae(suite: Suite, record: Record) -> None:
 
 def record_trainings(suite: Suite, record: Record, trainings: list[Fed]) -> None:
     """Run trainings one after the other."""
-    suite.require_device()
     with sampling() as sampler:
         for fed in trainings:
             numbers = attempt(partial(first_that_fits, suite, fed, sampler))
@@ -180,7 +175,6 @@ def take(numbers: Iterator[Any], steps: int, *, seconds: float) -> None:
 
 def table_4(suite: Suite, record: Record) -> None:
     """Four rows of the paper's table 4, through the project's own loader and loop, the last with DALI."""
-    suite.require_device()
     scale, batch = suite.scale, min(64, suite.scale.batch)
     steps, workers = min(10, scale.steps), max(1, available_cores() - 1)
     bench = AblationBench(suite.device, scale.model, scale.frame_size, (batch,), workers, steps)
