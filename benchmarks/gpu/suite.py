@@ -51,9 +51,9 @@ STAGES: dict[int, tuple[Part, ...]] = {
     ),
     2: (
         Part("frames", ".correctness.frames", 60),
-        Part("dali_training", ".training.dali_training", 110),
-        Part("dali_training_blocking", ".training.dali_training_blocking", 50),
-        Part("throughput", ".loading.throughput", 60),
+        Part("dali_training", ".training.dali_training", 100),
+        Part("throughput", ".loading.throughput", 45),
+        Part("dali_training_blocking", ".training.dali_training_blocking", 40),
         Part("dali_tests", ".checks.tests_of_dali", 60),
     ),
     3: (
