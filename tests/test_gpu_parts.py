@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,22 +15,138 @@ from avion_dali.decode import cpu_fused
 
 pytest.importorskip("nvidia.dali")
 
-from benchmarks.gpu import chunks, correctness, device, loading, models, rates
+from benchmarks.gpu import checks, chunks, correctness, device, loading, training
 from benchmarks.gpu.correctness import everything_kept, mini_clips, planned
 from benchmarks.gpu.device import sampling
-from benchmarks.gpu.parts import QUICK, NotRunError, Scale, Suite, attempt
+from benchmarks.gpu.parts import TINY, NotRunError, Scale, Suite, attempt
+from benchmarks.gpu.training import NO_LOADER, Fed
+from benchmarks.machine import ROOT
+
+STYLES = ("vp9", "vp9-odd", "balanced", "compat", "hevc")
 
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
-    """A suite with chunks of two styles."""
-    made = Suite(tmp_path_factory.mktemp("gpu_parts"), "cpu", QUICK)
+    """A suite with small chunks of some styles."""
+    media = tmp_path_factory.mktemp("media")
+    for job in chunks.media_jobs(media, small=True):
+        if job.path.parts[-3] in STYLES:
+            chunks.encode(job)
+    return Suite(tmp_path_factory.mktemp("work"), media, "cpu", TINY)
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    return []
+
+
+def failures(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if "failure" in row]
+
+
+def test_the_media_are_all_styles_and_an_odd_size(tmp_path):
+    for small in (False, True):
+        jobs = list(chunks.media_jobs(tmp_path, small=small))
+        found = {job.path.parts[-3] for job in jobs}
+        assert found == {*chunks.STYLES, "balanced-odd", "vp9-odd"}
+        assert {job.size[0] % 16 == 0 for job in jobs if "odd" in str(job.path.relative_to(tmp_path))} == {
+            False
+        }
+        assert len(jobs) == len(found) + (0 if small else 3)
+
+
+def test_frames_of_dali_are_right_and_other_styles_say_why_not(suite, rows):
+    correctness.frames(suite, rows.append)
+    assert [row["chunks"] for row in rows][:2] == ["vp9", "vp9-odd"] and len(rows) == len(chunks.STYLES) + 2
+    for row in rows:
+        if row["chunks"].startswith("vp9"):
+            assert row["right"] and row["clips"] == TINY.checked and row["min_psnr_db"] > 45
+            assert row["clips_with_wrong_numbers"] == row["failures"] == []
+        elif row["chunks"] in STYLES:
+            assert "does not decode" in row["not_run"]
+        else:
+            assert "make them with --make-media" in row["not_run"]
+
+
+def test_loaders_are_timed(suite, rows):
+    usual = suite.scale.graphs[-1]
+    cases = [("dali", "vp9", 1, usual), ("dali", "compat", 1, usual), ("cpu-fused", "compat", 1, None)]
+    loading.record_rates(suite, rows.append, cases)
+    by_dali, refused, by_cpu = rows
+    assert by_dali["clips_per_s"] > 0 and by_dali["left_to_cpu_fused"] == 0 and by_dali["graphs"] == 1
+    assert by_cpu["clips_per_s"] > 0 and by_cpu["workers"] == 1
+    assert "h264 chunks" in refused["not_run"]
+
+
+def test_rates_are_those_of_all_cells(suite, monkeypatch):
+    found = []
+    monkeypatch.setattr(loading, "record_rates", lambda suite, record, cases: found.extend(cases))
+    loading.throughput(replace(suite, scale=Scale()), found.append)
+    loading.loaders(replace(suite, scale=Scale(workers=(16, 8, 1))), found.append)
+    assert found[0] == ("dali", "vp9", 0, Scale().graphs[-1]) and len(found) == len(set(found))
+    assert {graphs for _, chunks, _, graphs in found if chunks == "vp9" and graphs} >= set(Scale().graphs)
+    assert [workers for name, chunks, workers, _ in found if name == "cpu-fused"] == [16, 8, 1, 0]
+
+
+def test_trainings_are_fed_by_each_decoder_and_by_none(suite, rows):
+    graphs = suite.scale.graphs[-1]
+    fed = [Fed(NO_LOADER), Fed("dali", graphs, long=True), Fed("cpu-fused", encoder="videomae"), Fed("unknown")]
+    training.record_trainings(suite, rows.append, fed)
+    assert not failures(rows) and "not a decoder" in rows.pop()["not_run"]
+    for row, steps in zip(rows, (TINY.steps, TINY.long_steps, TINY.steps), strict=True):
+        assert (row["batch"], row["model"], row["steps"]) == (TINY.batch, "tiny", steps)
+        assert row["clips_per_s"] > 0
+    assert rows[1]["hours_for_20m_clips"] == pytest.approx(20e6 / rows[1]["clips_per_s"] / 3600, abs=0.01)
+    assert (rows[1]["graphs"], rows[1]["threads"]) == (graphs.graphs, graphs.threads)
+
+
+def test_table_4_is_made_of_the_carried_chunks(suite, rows, monkeypatch):
+    taken = []
+
+    def run_case(case, manifest, bench, *, batch, folder) -> dict:
+        frames = manifest.chunk(0).ref.num_frames
+        taken.append((case.crop, frames, batch, bench.size))
+        return {"measured": "training", "clips_per_s": 1.0}
+
+    monkeypatch.setattr(training.ablation, "run_case", run_case)
+    training.table_4(suite, rows.append)
+    assert [frames for _, frames, *_ in taken] == [9000, 450 // 60 * 60, 420, 420]
+    assert [crop for crop, *_ in taken][-1] == "by DALI" and training.ablation.DECODERS["by DALI"] == "dali"
+    assert {row["measured"] for row in rows} == {"table 4"} and len(rows) == 4
+
+
+def test_tests_of_the_repository_are_counted_and_their_failures_told(suite, rows, monkeypatch):
+    def run(options, plugins) -> None:
+        assert options[options.index("-k") + 1] == "not compile" and options[-1].endswith("tests/test_gpu.py")
+        error = "    assert 1 == 2\nE   assert 1 == 2\nE   more"
+        for name, when, outcome, text in (
+            *(("a", when, "passed", "") for when in ("setup", "call", "teardown")),
+            ("b", "setup", "skipped", ""),
+            ("c", "call", "failed", error),
+        ):
+            report = SimpleNamespace(nodeid=name, when=when, outcome=outcome, longreprtext=text)
+            plugins[0].pytest_runtest_logreport(report)
+
+    monkeypatch.setattr(pytest, "main", run)
+    checks.run_tests(suite, rows.append, ("test_gpu",), "not compile")
+    assert rows == [
+        {"measured": "test", "test": "c", "failure": "E   assert 1 == 2"},
+        {"measured": "tests", "file": "test_gpu", "passed": 1, "skipped": 1, "failed": 1},
+    ]
+
+
+def test_the_tests_that_are_named_are_there_and_marked():
+    text = {name: (ROOT / "tests" / f"{name}.py").read_text() for name in named_tests()}
+    assert all("mark.gpu" in found for found in text.values()) and len(text) == 9
+
+
+def named_tests() -> set[str]:
+    named: set[str] = set()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "STYLES", {name: chunks.STYLES[name] for name in ("balanced", "vp9")})
-        rows: list[dict] = []
-        chunks.media(made, rows.append)
-    assert [row["chunks"] for row in rows] == [QUICK.sources] * 3
-    return made
+        patch.setattr(checks, "run_tests", lambda suite, record, files, chosen="": named.update(files))
+        for part in (checks.tests_of_models, checks.tests_of_compilation, checks.tests_of_dali):
+            part(None, None)
+    return named
 
 
 def test_what_is_measured_apart_says_why_it_was_not(capsys):
@@ -134,26 +251,10 @@ def brighter(batch, ids):
 )
 def test_wrong_frames_are_noticed(suite, spoil, right, wrong, failures):
     runner, on_gpu = FakeRunner(checked(suite, "balanced"), spoil), replace(suite, device="cuda")
-    row = correctness.check(on_gpu, runner, "balanced", QUICK.size, "dropped")
+    row = correctness.check(on_gpu, runner, "balanced", planned)
     assert row["right"] is right
     assert set(row["clips_with_wrong_numbers"]) >= set(wrong) and row["failures"] == failures
     assert row["packets_per_clip"] > 4
-
-
-def test_graphs_that_fail_have_no_rate(suite, monkeypatch):
-    class Broken:
-        def put(self, inputs) -> None: ...
-
-        def take(self) -> None:
-            raise RuntimeError("no memory")
-
-    supply = rates.make_supply(suite, "vp9", QUICK.size)
-    monkeypatch.setattr(rates, "GraphRunner", lambda settings: Broken())
-    found = rates.rate(suite, rates.Cell("vp9", QUICK.size, 2), supply, None)
-    assert found == {"failure": "no memory"}
-    assert len(supply.batches) == QUICK.samples // QUICK.batch
-    assert 4 < supply.packets_per_clip <= 60 and supply.kb_per_clip > 0.5
-    assert {len(inputs[0]) for inputs in supply.batches} == {QUICK.batch}
 
 
 @pytest.fixture
@@ -180,7 +281,8 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> object:
 
 def test_what_a_gpu_tells_is_read(one_gpu, monkeypatch):
     assert device.open_gpu() is one_gpu
-    told = {"kernels_percent": 97, "gpu_memory_mb": 5000.0, "video_clock_mhz": 1500 + pynvml.NVML_CLOCK_VIDEO}
+    clocks = {"video_clock_mhz": 1500 + pynvml.NVML_CLOCK_VIDEO, "sm_clock_mhz": 1500 + pynvml.NVML_CLOCK_SM}
+    told = {"kernels_percent": 97, "gpu_memory_mb": 5000.0, **clocks}
     assert device.read(one_gpu) == told
     monkeypatch.setattr(pynvml, "nvmlDeviceGetDecoderUtilization", lambda gpu: [81, 100_000])
     assert device.read(one_gpu) == told | {"nvdec_percent": 81}
@@ -192,7 +294,8 @@ def test_samples_are_summed_up_and_what_is_not_told_is_left_out(one_gpu):
         while not sampler.since(start):
             time.sleep(0.01)
         row = sampler.since(start)
-    assert row == {"kernels_percent": 97, "gpu_memory_mb": 5000, "video_clock_mhz": 1503}
+    clocks = {"video_clock_mhz": 1503, "sm_clock_mhz": 1501}
+    assert row == {"kernels_percent": 97, "gpu_memory_mb": 5000, **clocks}
     assert sampler.since(time.perf_counter()) == {}
 
 
@@ -208,78 +311,27 @@ def test_nothing_is_sampled_without_a_driver(monkeypatch):
 def test_a_training_takes_the_batch_that_fits(suite, monkeypatch):
     tried = []
 
-    def train(suite, loader, micro_batch, sampler) -> dict:
-        tried.append(micro_batch)
-        if micro_batch > 4:
+    def train(suite, fed, batch, sampler) -> dict:
+        tried.append(batch)
+        if batch > limit:
             raise torch.OutOfMemoryError
         return {"clips_per_s": 1.0}
 
-    monkeypatch.setattr(loading, "train", train)
-    source = loading.Source("vp9", "cpu-fused", workers=1)
-    row = loading.first_that_fits(suite, source, (16, 8, 4, 2), None)
-    assert row == {"micro_batch": 4, "clips_per_s": 1.0} and tried == [16, 8, 4]
-    with pytest.raises(NotRunError, match="does not fit with 8 clips"):
-        loading.first_that_fits(suite, source, (8,), None)
+    limit = 1
+    monkeypatch.setattr(training, "train", train)
+    row = training.first_that_fits(suite, Fed(NO_LOADER), None)
+    assert row == {"batch": 1, "clips_per_s": 1.0} and tried == [4, 2, 1]
+    limit = 0
+    with pytest.raises(NotRunError, match="does not fit"):
+        training.first_that_fits(suite, Fed(NO_LOADER), None)
 
 
-def test_steps_of_all_kinds_are_timed_most_important_first(tmp_path):
-    cases = models.step_cases(Suite(tmp_path, "cuda", Scale()))
-    assert len(set(cases)) == len(cases)
-    assert (cases[0].encoder, cases[0].size, cases[0].attention) == ("vit", "vit_b16", "sdpa")
-    assert {case.attention for case in cases} == {"sdpa", "flash-attn", "math", "xformers"}
-    assert {(case.encoder, case.compile) for case in cases} >= {("vit", True), ("videomae", True)}
-    assert {case.size for case in cases} == {"vit_b16", "vit_l14"} and {case.frames for case in cases} == {
-        4,
-        16,
-    }
-    tiny = models.step_cases(Suite(tmp_path, "cpu", QUICK))
-    assert {(case.size, case.batch, case.compile) for case in tiny} == {("tiny", 2, False)}
-    assert len(set(tiny)) == len(tiny) < len(cases)
-
-
-@pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 100, 1000, 1500])
-def test_largest_is_found_to_an_eighth(limit):
-    asked = []
-
-    def fits(number):
-        asked.append(number)
-        return number <= limit
-
-    found = models.largest(fits, most=1000)
-    most = min(limit, 1000)
-    assert found <= most <= found + max(1, found // 8)
-    assert max(asked) <= 1000 and len(asked) < 20
-
-
-class FakeStep:
-    """Takes a hundredth of a second for a clip, the first time a minute; batches above `limit` do not fit."""
-
-    def __init__(self, limit):
-        self.limit, self.timed = limit, []
-
-    def fits(self, batch):
-        return batch <= self.limit
-
-    def run(self, batch):
-        self.timed.append(batch)
-        return batch / 100 if len(self.timed) > 1 else 60.0
-
-
-def test_the_largest_batch_is_timed(monkeypatch):
-    step = FakeStep(96)
-    monkeypatch.setattr(models, "TowerStep", lambda subject, method: step)
-    row = models.largest_batch(models.Subject(), models.METHODS[1])
-    assert row == {"trained with": 96, "clips_per_s": 100} and step.timed == [96] * models.TIMED
-    step.limit = 0
-    with pytest.raises(NotRunError, match="not even one clip"):
-        models.largest_batch(models.Subject(), models.METHODS[1])
-
-
-def test_a_gpu_that_is_asked_for_must_be_there(tmp_path):
+def test_a_gpu_that_is_asked_for_must_be_there():
     if torch.cuda.is_available():
         pytest.skip("there is one")
+    on_gpu = Suite(Path(), Path(), "cuda")
     with pytest.raises(NotRunError, match="driver|CUDA|GPU"):
-        Suite(tmp_path, "cuda").require_device()
-    Suite(tmp_path, "cpu").require_device()
-    with pytest.raises(NotRunError, match="--device cpu"):
-        Suite(tmp_path, "cpu").require_gpu()
+        on_gpu.require_device()
+    with pytest.raises(NotRunError, match="driver|CUDA|GPU|DALI"):
+        on_gpu.require_dali()
+    Suite(Path(), Path(), "cpu").require_device()

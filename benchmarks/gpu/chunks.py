@@ -1,4 +1,4 @@
-"""Input of the GPU suite: chunks of every profile whose pictures show their number, and clips of them.
+"""Input of the GPU suite: chunks of every style whose pictures show their number, and clips of them.
 
 Spawned processes import this module.
 """
@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from av.video.frame import VideoFrame
@@ -26,12 +23,9 @@ from avion_dali.data.encoding import write_chunk
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.profiles import PIX_FMT, PROFILES, EncodeProfile
 from avion_dali.loading.worker import start_worker
-from benchmarks.corpus import FOUR, kind_manifest, mbit_per_s
-from benchmarks.gpu.parts import NotRunError, Record, Suite, attempt
+from benchmarks.corpus import FOUR, ClipKind, kind_manifest
+from benchmarks.gpu.parts import NotRunError, Suite
 from benchmarks.media import FPS, SCENES, pictures
-
-if TYPE_CHECKING:
-    from benchmarks.report import Row
 
 # The project's profiles, and HEVC as x265 encodes it by default: with a pyramid of reference pictures.
 STYLES: dict[str, EncodeProfile] = {
@@ -46,6 +40,7 @@ STYLES: dict[str, EncodeProfile] = {
         },
     ),
 }
+ODD = "-odd"  # of a size that is no multiple of 16, so that NVDEC codes it larger than it is shown
 _BITS, _DARK, _LIGHT = 10, 30, 225
 
 
@@ -76,12 +71,13 @@ class _Job:
 
     path: Path
     style: str
-    size: tuple[int, int]
+    size: tuple[int, int]  # (width, height) in pixels
     frames: int
     seed: int
 
 
-def _encode(job: _Job) -> None:
+def encode(job: _Job) -> None:
+    """Write a chunk."""
     job.path.parent.mkdir(parents=True, exist_ok=True)
     write_chunk(job.path, _pictures(job), profile=STYLES[job.style], fps=Fraction(FPS))
 
@@ -93,53 +89,46 @@ def _pictures(job: _Job) -> Iterator[VideoFrame]:
         yield VideoFrame.from_ndarray(rgb_HWC, format="rgb24").reformat(format=PIX_FMT)
 
 
-def kinds(suite: Suite) -> list[tuple[str, tuple[int, int]]]:
-    """List style and size of all chunks; the training style also in the odd size."""
-    return [*((style, suite.scale.size) for style in STYLES), (suite.training_style, suite.scale.other_size)]
+def media_jobs(folder: Path, *, small: bool) -> Iterator[_Job]:
+    """List the chunks: four of the style that is trained on, one of each other, and two of an odd size."""
+    size, odd, frames = ((128, 96), (126, 96), 60) if small else ((512, 288), (382, 288), 150)
+    for style in STYLES:
+        long = style == "balanced" and not small
+        for seed in range(4 if long else 1):
+            path = folder / style / f"source_{seed}" / "0.mp4"
+            yield _Job(path, style, size, 2 * frames if long else frames, seed)
+    for style in ("balanced", "vp9"):
+        yield _Job(folder / f"{style}{ODD}" / "source_0" / "0.mp4", style, odd, frames, 0)
 
 
-def media(suite: Suite, record: Record) -> None:
-    """Write all chunks and their manifests."""
-    start = time.perf_counter()
-    with ProcessPoolExecutor(
-        available_cores(),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=start_worker,
-        initargs=(os.getpid(),),
-    ) as pool:
-        begun = [(style, size, list(_begin(pool, suite, style, size))) for style, size in kinds(suite)]
-        for style, size, chunks in begun:
-            row: Row = {"measured": "media", "style": style, "size": "x".join(map(str, size))}
-            numbers = attempt(partial(_finish, suite.manifest_folder(style, size), chunks, suite.scale.samples))
-            seconds = round(time.perf_counter() - start, 1)
-            record({**row, **numbers, "seconds_since_start": seconds})
+def make_media(folder: Path, *, small: bool) -> int:
+    """Encode all chunks, and print how long they are; returns the exit status."""
+    jobs = list(media_jobs(folder, small=small))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(available_cores(), spawn, start_worker, (os.getpid(),)) as pool:
+        list(pool.map(encode, jobs))
+    print(f"{len(jobs)} chunks in {folder}: {sum(job.path.stat().st_size for job in jobs) / 2**20:.1f} MiB")
+    return 0
 
 
-def _finish(folder: Path, chunks: Sequence[Future[None]], samples: int) -> Row:
-    for chunk in chunks:
-        chunk.result()
-    manifest = kind_manifest(folder.with_suffix(""), folder, FOUR, samples=samples)
-    return {"chunks": manifest.num_chunks, "mbit_per_s": mbit_per_s(manifest)}
+def kinds(suite: Suite) -> list[str]:
+    """All styles that should be there, also in the odd size; the one that is trained on is first."""
+    names = [*STYLES, f"balanced{ODD}", f"vp9{ODD}"]
+    return sorted(names, key=lambda name: name.removesuffix(ODD) != suite.style)
 
 
-def _begin(
-    pool: ProcessPoolExecutor, suite: Suite, style: str, size: tuple[int, int]
-) -> Iterator[Future[None]]:
-    folder = suite.manifest_folder(style, size).with_suffix("")
-    for seed in range(suite.scale.sources):
-        path = folder / f"source_{seed}" / "0.mp4"
-        yield pool.submit(_encode, _Job(path, style, size, suite.scale.seconds * FPS, seed))
+def open_manifest(suite: Suite, chunks: str, kind: ClipKind = FOUR) -> Manifest:
+    """Open a manifest of clips of a style's chunks; the first call makes it."""
+    if not (suite.media / chunks).is_dir():
+        raise NotRunError(f"{suite.media} has no {chunks} chunks; make them with --make-media")
+    return manifest_of(suite, suite.media / chunks, f"{chunks}_{kind.num_frames}.manifest", kind)
 
 
-def open_manifest(suite: Suite, style: str, size: tuple[int, int] | None = None) -> Manifest:
-    """Open the manifest of a style's chunks.
-
-    Raises:
-        NotRunError: when it could not be made.
-    """
-    folder = suite.manifest_folder(style, size or suite.scale.size)
+def manifest_of(suite: Suite, source: Path, name: str, kind: ClipKind = FOUR) -> Manifest:
+    """Open a manifest of a folder's chunks in the work folder; the first call makes it."""
+    folder = suite.work / name
     if not (folder / "manifest.json").exists():
-        raise NotRunError(f"there are no {folder.stem} chunks; see the part `media`")
+        kind_manifest(source, folder, kind, samples=suite.scale.samples)
     return Manifest(folder)
 
 
@@ -169,17 +158,8 @@ def clips_to_check(chunks: Sequence[ChunkRef], *, count: int, frame_size: int) -
         window = CropWindow(0, 0, width, height)
         if number % 2:
             window = random_resized_window(width, height, scale=(0.5, 1.0), ratio=(0.75, 4 / 3), rng=rng)
-        clips.append(
-            ClipRequest(
-                sample_id=number,
-                epoch=0,
-                parts=tuple(ClipPart(part, tuple(ids.tolist())) for part, ids in parts),
-                gather=(0, 1, 2, 3),
-                windows=(window,),
-                flips=(False,),
-                frame_size=frame_size,
-            )
-        )
+        wanted = tuple(ClipPart(part, tuple(ids.tolist())) for part, ids in parts)
+        clips.append(ClipRequest(number, 0, wanted, (0, 1, 2, 3), (window,), (False,), frame_size))
     return clips
 
 

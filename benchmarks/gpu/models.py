@@ -1,88 +1,125 @@
 """Parts of the GPU suite about models alone, their clips on the GPU already: speed of a step, and memory.
 
 `benchmarks.train.step` and `benchmarks.train.memory` say what a step is and how memory is counted; here is
-which of it fits into the suite's time, and what only a GPU's allocator can tell.
+which of it fits into the suite's time, and what only a GPU's profiler and allocator can tell.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.parts import NotRunError, Record, Suite, attempt
-from benchmarks.report import Row
-from benchmarks.train.memory import METHODS, MIB, Method, Subject, count
-from benchmarks.train.step import Case, measure_case
+from benchmarks.gpu.parts import NotRunError, Record, Suite, attempt, first_line
+from benchmarks.report import Row, read_rows, select
+from benchmarks.train.memory import METHODS, MIB, Method, Subject
+from benchmarks.train.step import Case, Step, measure_case
 
-WARM_STEPS, STEPS = 3, 6
-TIMED = 3  # steps of a largest batch, the first of which is not counted
 MOST = 4096  # clips that are tried
+# Kernels of PyTorch's attention that can be demanded.
+FORCED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+_OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # for what a demanded one refuses, such as masks
+_ATTENTION = re.compile("attention|flash|fmha|sdpa", re.IGNORECASE)
 
 
-def step_cases(suite: Suite) -> list[Case]:
-    """List the timed cases by importance: kernels, recomputation, encoders, length, size, compilation."""
-    short, long = Case(batch=128), Case(frames=16, batch=16)
+@dataclass(frozen=True)
+class StepCase:
+    """A training step, and the attention kernel that is demanded of PyTorch; empty for its own choice."""
+
+    case: Case
+    forced: str = ""
+
+
+def step_cases(suite: Suite) -> list[StepCase]:
+    """List the timed steps by importance: kernels, compilation, recomputation, size, encoders, length."""
+    short = Case(batch=128)
+    large, masked = replace(short, size="vit_l14", batch=32), replace(short, encoder="videomae", frames=16)
     cases = [
-        short,
-        replace(short, attention="flash-attn"),
-        replace(short, attention="math"),
-        replace(short, checkpoint_every=1),
-        replace(short, encoder="timesformer"),
-        long,
-        replace(long, attention="math"),
-        replace(short, size="vit_l14", batch=64),
-        replace(short, size="vit_l14", checkpoint_every=1),
-        Case(encoder="videomae", frames=16, batch=128),
-        replace(long, size="vit_l14", checkpoint_every=1),
-        replace(short, attention="xformers"),
-        replace(short, compile=True),
-        replace(short, compile=True, checkpoint_every=1, batch=256),
-        Case(encoder="videomae", frames=16, batch=128, compile=True),
+        *(StepCase(short, forced) for forced in ("", *FORCED)),
+        StepCase(replace(short, compile=True)),
+        StepCase(replace(short, checkpoint_every=1)),
+        StepCase(replace(short, compile=True, batch=256)),
+        StepCase(large),
+        StepCase(replace(short, encoder="timesformer")),
+        StepCase(masked),
+        StepCase(replace(short, attention="math", batch=64)),
+        StepCase(replace(short, frames=16, batch=16)),
+        *(StepCase(replace(case, compile=True)) for case in (large, masked)),
+        *(StepCase(replace(short, attention=name)) for name in ("flash-attn", "xformers")),
     ]
-    if suite.device == "cpu":  # compilation would take longer than all other cases
-        cases = [case for case in cases if not case.compile]
-    if suite.scale.model == "tiny":
-        side = suite.scale.frame_size
-        cases = [replace(case, size="tiny", frames=4, batch=2, frame_size=side) for case in cases]
+    if suite.device == "cpu":  # compilation would take longer than all others, and only flash can be demanded
+        kept = [step for step in cases if not step.case.compile and step.forced != "cudnn"]
+        tiny = {"size": suite.scale.model, "frames": 4, "batch": 2, "frame_size": suite.scale.frame_size}
+        cases = [StepCase(replace(step.case, **tiny), step.forced) for step in kept]
     return list(dict.fromkeys(cases))
 
 
-def train_steps(suite: Suite, record: Record) -> None:
+def steps(suite: Suite, record: Record) -> None:
     """Speed of a whole training step by kernel, recomputation, compilation, encoder, size and length."""
-    suite.require_device()
-    warm, steps = min(WARM_STEPS, suite.scale.warm_steps), min(STEPS, suite.scale.steps)
-    for case in step_cases(suite):
-        numbers = attempt(partial(measure_case, case, suite.device, warm=warm, steps=steps))
-        record({"measured": "train step", **vars(case), **numbers})
+    for step in step_cases(suite):
+        numbers = attempt(partial(measure_step, suite, step))
+        record({"measured": "train step", **vars(step.case), "forced": step.forced, **numbers})
 
 
-def subjects(suite: Suite) -> list[Subject]:
-    """List the measured models: AVION's tower and the one it replaces, at both lengths."""
-    size, side = suite.scale.model, suite.scale.frame_size
-    return [Subject(encoder, size, n, side) for n in (4, 16) for encoder in ("vit", "timesformer")]
+def measure_step(suite: Suite, step: StepCase) -> Row:
+    """Time a step, then look at the kernels of one."""
+    if step.case.compile:
+        torch.compiler.reset()  # blocks of all cases share their code, whose compilations are limited
+    warm, count = (3, 6) if suite.device == "cuda" else (1, 2)
+    with sdpa_kernel([FORCED[step.forced], *_OTHERS], set_priority=True) if step.forced else nullcontext():
+        return measure_case(step.case, suite.device, warm=warm, steps=count, inspect=kernels)
 
 
-def model_memory(suite: Suite, record: Record) -> None:
-    """Memory of a clip as counted and as allocated, and the largest batches that train."""
-    suite.require_device()
-    for subject in subjects(suite):
-        for method in METHODS:
-            numbers = attempt(partial(memory_of_clip, suite, subject, method))
-            record({"measured": "model memory", **described(subject, method), **numbers})
-    if suite.device == "cuda":
-        for method in METHODS[1:]:
-            subject = subjects(suite)[0]
-            numbers = attempt(partial(largest_batch, subject, method))
-            record({"measured": "largest batch", **described(subject, method), **numbers})
+def kernels(step: Step) -> Row:
+    """Run a step under the profiler: its attention kernels, and what takes most of its time."""
+    on_gpu = step.device.type == "cuda"
+    try:
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+            step.run()
+            if on_gpu:
+                torch.cuda.synchronize()
+    except RuntimeError as error:  # the profiler may not be allowed here; the step's time counts without it
+        return {"attention_kernels": f"not seen: {first_line(error)}"}
+    column = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    spent = {event.key: getattr(event, column) for event in profiler.key_averages()}
+    top, total = sorted(spent, key=lambda name: -spent[name]), sum(spent.values()) or 1
+    return {
+        "attention_kernels": [_short(name) for name in top if _ATTENTION.search(name)][:6],
+        "top_kernels": [f"{_short(name)} {spent[name] / total:.0%}" for name in top[:6]],
+    }
 
 
-def allocated_per_clip(subject: Subject, method: Method) -> float:
-    """Measure with the GPU's allocator what one more clip keeps for the backward pass."""
+def _short(name: str) -> str:
+    return name.removeprefix("void ").partition("(")[0][:60]
+
+
+def memory(suite: Suite, record: Record) -> None:
+    """Memory of a clip beside what was counted on a CPU, and the largest batches that train."""
+    vit, other = (
+        Subject(name, suite.scale.model, 4, suite.scale.frame_size) for name in ("vit", "timesformer")
+    )
+    cases: list[tuple[str, Callable[..., Row], Subject, Method]]
+    cases = [("memory", memory_of_clip, vit, method) for method in METHODS]
+    cases += [
+        ("largest batch", largest_batch, subject, method) for subject in (vit, other) for method in METHODS[1:]
+    ]
+    for measured, measure, subject, method in cases:
+        what = {"encoder": f"{subject.encoder} {subject.size}", "frames": 4, "method": method.name}
+        record({"measured": measured, **what, **attempt(partial(measure, suite, subject, method))})
+
+
+def memory_of_clip(suite: Suite, subject: Subject, method: Method) -> Row:
+    """What the GPU's allocator gives one more clip for the backward pass, beside the committed count."""
+    if suite.device == "cpu":
+        raise NotRunError("no allocator of a GPU (--device cpu)")
     model, held = subject.build(method, "cuda"), []
     for number in (2, 4):
         clips = subject.clips(number, "cuda")
@@ -90,53 +127,10 @@ def allocated_per_clip(subject: Subject, method: Method) -> float:
         output = model(clips)
         held.append(torch.cuda.memory_allocated() - before)
         del output, clips
-    return (held[1] - held[0]) / 2 / MIB
-
-
-class TowerStep:
-    """Training steps of an encoder alone, on the GPU."""
-
-    def __init__(self, subject: Subject, method: Method) -> None:
-        self.subject = subject
-        self.model = subject.build(method, "cuda")
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
-
-    def run(self, batch: int) -> float:
-        """Take one step and return its seconds."""
-        clips = self.subject.clips(batch, "cuda")
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        self.model(clips).float().square().mean().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    def fits(self, batch: int) -> bool:
-        """Whether a batch fits into the GPU's memory."""
-        try:
-            self.run(batch)
-        except torch.OutOfMemoryError:
-            self.optimizer.zero_grad()
-            torch.cuda.empty_cache()
-            return False
-        return True
-
-
-def described(subject: Subject, method: Method) -> Row:
-    """Describe the case."""
-    encoder = f"{subject.encoder} {subject.size}"
-    return {"encoder": encoder, "frames": subject.frames, "method": method.name}
-
-
-def memory_of_clip(suite: Suite, subject: Subject, method: Method) -> Row:
-    """What a clip takes: as counted (short clips only, it is done on the CPU), and on a GPU as allocated."""
-    row: Row = {}
-    if subject.frames == 4:
-        row["counted MiB a clip"] = count(subject, method)["MiB a clip"]
-    if suite.device == "cuda":
-        row["allocated MiB a clip"] = allocated_per_clip(subject, method)
-    return row
+    what = {"encoder": f"{subject.encoder} {subject.size}", "frames": 4, "method": method.name}
+    counted = [row["MiB a clip"] for row in select(read_rows("memory"), "saved for the backward pass", **what)]
+    allocated = round((held[1] - held[0]) / 2 / MIB, 1)
+    return {"allocated_mib_per_clip": allocated, "counted_mib_per_clip": counted[0] if counted else None}
 
 
 def largest(fits: Callable[[int], bool], *, most: int) -> int:
@@ -153,16 +147,32 @@ def largest(fits: Callable[[int], bool], *, most: int) -> int:
     return number
 
 
-def largest_batch(subject: Subject, method: Method) -> Row:
-    """Find the largest batch that trains, and time it.
+def largest_batch(suite: Suite, subject: Subject, method: Method) -> Row:
+    """Find the largest batch that trains, and time it; without a GPU nothing ends the search but its limit."""
+    on_gpu = suite.device == "cuda"
+    model = subject.build(method, suite.device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
-    Raises:
-        NotRunError: when not even one clip fits.
-    """
-    torch.cuda.empty_cache()
-    step = TowerStep(subject, method)
-    batch = largest(step.fits, most=MOST)
+    def run(batch: int) -> float:
+        clips, start = subject.clips(batch, suite.device), time.perf_counter()
+        model(clips).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def fits(batch: int) -> bool:
+        try:
+            run(batch)
+        except torch.OutOfMemoryError:
+            optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            return False
+        return True
+
+    batch = largest(fits, most=MOST if on_gpu else 2)
     if not batch:
         raise NotRunError("not even one clip fits")
-    seconds = statistics.median([step.run(batch) for _ in range(TIMED)][1:])
-    return {"trained with": batch, "clips_per_s": batch / seconds}
+    seconds = statistics.median([run(batch) for _ in range(3)][1:])
+    return {"clips": batch, "clips_per_s": round(batch / seconds, 1)}

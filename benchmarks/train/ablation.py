@@ -48,6 +48,7 @@ DECODERS: dict[str, str | DecodeClip] = {
     "after decoding": crop_afterwards,
     "merged": "paper-fused",
     "merged, packet plan": "cpu-fused",
+    "by DALI": "dali",  # `benchmarks.gpu` trains with it
 }
 
 

@@ -71,8 +71,9 @@ class Subject:
             attention=method.attention,
             checkpoint_every=method.checkpoint_every,
         )
-        tower = build_video_tower(options, num_frames=self.frames, frame_size=self.side, embed_dim=256)
-        return tower.to(device, torch.bfloat16).train()
+        with torch.device(device):
+            tower = build_video_tower(options, num_frames=self.frames, frame_size=self.side, embed_dim=256)
+        return tower.to(torch.bfloat16).train()
 
     def clips(self, number: int, device: str) -> Tensor:
         """Create clips in bfloat16."""
