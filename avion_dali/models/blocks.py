@@ -1,4 +1,4 @@
-"""Common parts of the video towers: configuration, patches, stochastic depth and activation checkpointing.
+"""Common parts of the video towers: configuration, patches, MLPs and their base class.
 
 Axes: B clips, C channels, T frames, H W pixels, N tokens, D width, X pixel values of a patch.
 """
@@ -13,7 +13,6 @@ from typing import ClassVar, Final, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from avion_dali.config import DEFAULT_NORM_EPS, Activation, AttentionBackend
 from avion_dali.contracts import UserError
@@ -108,24 +107,6 @@ class VideoTowerConfig:
         return self.drop_path * block / max(1, self.layers - 1)
 
 
-def drop_path(x_BND: Tensor, *, rate: float, training: bool) -> Tensor:
-    """Set a residual branch to zero for random clips and scale the others, which preserves the expectation.
-
-    Args:
-        x_BND: output of the branch, float (B, N, D).
-        rate: probability that the branch of a clip is zeroed, in [0, 1).
-        training: False returns the input unchanged.
-
-    Returns:
-        Float (B, N, D).
-    """
-    if not training or rate == 0.0:
-        return x_BND
-    keep = 1.0 - rate
-    mask_B11 = x_BND.new_empty(x_BND.shape[0], 1, 1).bernoulli_(keep)
-    return x_BND * (mask_B11 / keep)
-
-
 def cut_patches(frames_BCTHW: Tensor, *, patch_size: int, patch_frames: int = 1) -> Tensor:
     """Cut clips into patches, or into tubes of several frames.
 
@@ -215,38 +196,6 @@ def build_mlp(width: int, activation: Activation, *, names: tuple[str, str]) -> 
             ]
         )
     )
-
-
-def run_blocks(blocks: nn.ModuleList, x_BND: Tensor, *, checkpoint_every: int) -> Tensor:
-    """Apply blocks in order, storing only the input of those that are recomputed in the backward pass.
-
-    Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
-
-    Args:
-        blocks: the blocks; each maps float (B, N, D) to (B, N, D).
-        x_BND: tokens.
-        checkpoint_every: recompute the first block and every n-th block after it; 0 recomputes none.
-    """
-    for i, block in enumerate(blocks):
-        if checkpoint_every and i % checkpoint_every == 0 and torch.is_grad_enabled():
-            x_BND = checkpoint(block, x_BND, use_reentrant=False)
-        else:
-            x_BND = block(x_BND)
-    return x_BND
-
-
-def compile_blocks(blocks: nn.ModuleList, *, enabled: bool) -> None:
-    """Compile each block in place at its first call, so that parameters keep their names.
-
-    Blocks with equal options share the compiled code.
-
-    Args:
-        blocks: blocks of a tower.
-        enabled: False does nothing.
-    """
-    if enabled:
-        for block in blocks:
-            block.compile()
 
 
 class VideoEncoder(nn.Module):

@@ -17,15 +17,10 @@ from torch import Tensor, nn
 
 from avion_dali.config import ModelConfig
 from avion_dali.contracts import UserError
-from avion_dali.models.blocks import (
-    PatchEmbedding,
-    VideoTowerConfig,
-    check_clip_shape,
-    cut_patches,
-    run_blocks,
-)
+from avion_dali.models.blocks import PatchEmbedding, VideoTowerConfig, check_clip_shape, cut_patches
 from avion_dali.models.layout import TowerLayout
 from avion_dali.models.positions import sincos_positions
+from avion_dali.models.residual import run_blocks
 from avion_dali.models.towers import ENCODERS, encoder_class, tower_config
 from avion_dali.models.videomae import TUBE_FRAMES, VideoMAETower, build_blocks, build_tube_embedding
 

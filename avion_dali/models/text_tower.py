@@ -12,8 +12,9 @@ from torch import nn
 
 from avion_dali.config import Activation
 from avion_dali.contracts import UserError
-from avion_dali.models.blocks import ACTIVATIONS, compile_blocks
+from avion_dali.models.blocks import ACTIVATIONS
 from avion_dali.models.layout import TowerLayout
+from avion_dali.models.residual import compile_blocks
 
 TEXT_LAYOUT: Final = TowerLayout(
     blocks="transformer.resblocks",
