@@ -191,5 +191,10 @@ def test_a_resolved_run_leaves_nothing_open_and_says_what_was_decided() -> None:
     assert "auto" not in (model.activation, model.attention, run.decoder.name, run.precision)
     assert (model.norm_eps, run.accum_steps) == (1e-6, 2)
     text = "\n".join([*run.lines(), run.batch_line()])
-    for part in ("decoder: cpu-fused", "attention sdpa", "fp32 on cpu", "8 clips = 2 ranks x 2 clips x 2"):
+    for part in (
+        "decoder: cpu-fused",
+        "attention sdpa (flash)",
+        "fp32 on cpu",
+        "8 clips = 2 ranks x 2 clips x 2",
+    ):
         assert part in text

@@ -10,7 +10,8 @@ from avion_dali.assembly.decoder_choice import DecoderChoice, choose_decoder
 from avion_dali.config import TrainConfig
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.precision import AUTOCAST_DTYPES, Precision, resolve_precision
-from avion_dali.models.attention import resolve_attention
+from avion_dali.models.attention import describe_kernel, resolve_attention
+from avion_dali.models.presets import PRESETS
 from avion_dali.models.starting_weights import StartWeights
 from avion_dali.models.towers import resolve_model
 from avion_dali.tasks.table import find_task
@@ -49,9 +50,15 @@ class ResolvedRun:
         return [
             f"decoder: {self.decoder.name} ({self.decoder.reason})",
             f"model: {model.encoder} {model.size}, {model.activation}, norm eps {model.norm_eps:g}, "
-            f"attention {model.attention}, {self.precision} on {self.device}",
+            f"attention {self._attention()}, {self.precision} on {self.device}",
             f"pixels: normalization {self.config.data.normalization}",
         ]
+
+    def _attention(self) -> str:
+        preset, kernel = PRESETS[self.config.model.size], self.config.model.attention
+        width = preset.video_width // preset.video_heads
+        assert kernel != "auto"
+        return describe_kernel(kernel, self.device, dtype=AUTOCAST_DTYPES[self.precision], width=width)
 
     def batch_line(self) -> str:
         """Return the line for the console that says how an optimizer step's batch is split."""

@@ -9,7 +9,7 @@ from avion_dali.config.checks import require
 
 ModelSize = Literal["tiny", "vit_b16", "vit_l16", "vit_l14", "vit_l14_336"]
 Activation = Literal["gelu", "quick_gelu"]
-AttentionBackend = Literal["auto", "sdpa", "flash-attn", "xformers", "math"]
+AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash", "efficient", "flash-attn", "xformers", "math"]
 TemporalResize = Literal["interpolate", "truncate"]
 DEFAULT_NORM_EPS: Final = 1e-6
 """LayerNorm epsilon of a video tower if neither its configuration nor its weights specify one."""
@@ -42,6 +42,7 @@ class ModelConfig:
             block to `drop_path` in the last (Huang et al. 2016, arXiv 1603.09382).
         patch_dropout: fraction of patch tokens dropped in training (`vit` only).
         attention: attention kernel of the video encoder; `auto` selects the best one that works on the device.
+            `sdpa` is PyTorch's, which chooses among `cudnn`, `flash` and `efficient`; these names force one.
         checkpoint_every: recompute the activations of every n-th block in the backward pass (activation
             checkpointing); 0 for no block, 1 for all blocks.
         compile: run torch.compile on each block.
