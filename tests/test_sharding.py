@@ -16,7 +16,15 @@ from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import LATEST_NAME, load_checkpoint
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.run_log import LOG_NAME, read_rows
-from avion_dali.engine.sharding import gathered, gradient_norm, is_sharded, placed_like, shard_model, unsharded
+from avion_dali.engine.sharding import (
+    clip_gradients,
+    gathered,
+    gradient_norm,
+    is_sharded,
+    placed_like,
+    shard_model,
+    unsharded,
+)
 from avion_dali.models.safetensors_files import read_safetensors
 
 
@@ -121,6 +129,20 @@ def test_one_process_is_left_alone():
     model(torch.ones(1, 2)).sum().backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     torch.testing.assert_close(gradient_norm(model.parameters()), expected)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 50.0])
+def test_gradients_are_clipped_as_torch_does(max_norm):
+    ours, theirs = ([nn.Parameter(torch.zeros(n)) for n in (3, 4, 5)] for _ in range(2))
+    for mine, other in zip(ours[:2], theirs[:2], strict=True):
+        mine.grad = torch.randn(mine.shape, generator=torch.Generator().manual_seed(mine.numel()))
+        other.grad = mine.grad.clone()
+    norm = gradient_norm(ours)
+    clip_gradients(ours, max_norm, norm=norm)
+    nn.utils.clip_grads_with_norm_(theirs, max_norm, norm)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours[:2], theirs[:2], strict=True))
+    assert float(gradient_norm(ours)) == pytest.approx(min(max_norm, float(norm)), rel=1e-5)
+    clip_gradients(ours[2:], max_norm, norm=norm)
 
 
 def test_fp16_is_refused(monkeypatch):

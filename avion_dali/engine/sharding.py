@@ -91,7 +91,8 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         model: the bare model, sharded or not; its weights must not change inside the block.
     """
     if isinstance(model, FSDPModule):
-        # In an evaluation before the first step, a block would otherwise be initialized as the root.
+        # In an evaluation before the first step, a block would otherwise be initialized as the root. Public
+        # methods initialize no root but in a forward pass of the model, which needs all ranks.
         model._get_fsdp_state()._lazy_init()
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
@@ -134,6 +135,23 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     square = nn.utils.get_total_norm(parts).square()
     dist.all_reduce(square)
     return (square + nn.utils.get_total_norm(rest).square()).sqrt() if rest else square.sqrt()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, norm: Tensor) -> None:
+    """Scale all gradients in place so that their norm is at most `max_norm`.
+
+    The numbers are those of `torch.nn.utils.clip_grads_with_norm_`, which scales sharded gradients one by one
+    instead of in one kernel.
+
+    Args:
+        parameters: the parameters; those without a gradient are skipped.
+        max_norm: largest norm.
+        norm: 2-norm () of all gradients, see `gradient_norm`.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    if parts:
+        torch._foreach_mul_(parts, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
 
 def weight_sum(model: nn.Module) -> float:
