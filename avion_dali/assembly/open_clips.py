@@ -58,6 +58,8 @@ class LoaderKeywords(ClipKeywords, total=False):
         max_bad_fraction: see `avion_dali.config.LoaderOptions`.
         accum_steps: batches per optimizer step, 1 by default; training drops the last partial step.
         context_length: tokens per text, 0 for no tokens; by default 77 if the manifest has texts.
+        cut_texts: end the token ids of a batch with its longest text, rounded up to a multiple of 16, instead
+            of after `context_length` tokens; False by default.
         quarantine: file to which one JSON line per unreadable clip is written; by default none.
         pool: processes that several loaders share and the caller closes; by default each loader starts its own.
     """
@@ -67,6 +69,7 @@ class LoaderKeywords(ClipKeywords, total=False):
     max_bad_fraction: float
     accum_steps: int
     context_length: int
+    cut_texts: bool
     quarantine: str | Path
     pool: WorkerPool
 
@@ -127,7 +130,9 @@ def open_clips(  # noqa: PLR0913 - the front door: its keywords are what a user 
     ranks = _place_among_ranks(rank, world_size)
     sizes = batch_size, more.pop("accum_steps", 1)
     schedule = _schedule(opened, chosen, sizes=sizes, ranks=ranks, seed=seed, training=training)
-    return _open(opened, chosen, schedule, decoder=decoder, device=default_device(device), **more)
+    pool = more.pop("pool", None)
+    settings = _loader_settings(opened, chosen, device=default_device(device), **more)
+    return _open(opened, chosen, schedule, decoder=decoder, settings=settings, pool=pool)
 
 
 def _schedule(
@@ -162,27 +167,37 @@ def _schedule(
     )
 
 
+def _loader_settings(
+    manifest: Manifest,
+    options: LoaderOptions,
+    *,
+    device: torch.device,
+    context_length: int | None = None,
+    cut_texts: bool = False,
+    quarantine: str | Path | None = None,
+) -> LoaderSettings:
+    return LoaderSettings(
+        device=device,
+        context_length=default_context_length(manifest) if context_length is None else context_length,
+        prefetch_batches=options.prefetch_batches,
+        max_bad_fraction=options.max_bad_fraction,
+        quarantine=Path(quarantine) if quarantine else None,
+        cut_texts=cut_texts,
+    )
+
+
 def _open(
     manifest: Manifest,
     options: LoaderOptions,
     schedule: BatchSchedule,
     *,
     decoder: str,
-    device: torch.device,
-    context_length: int | None = None,
-    quarantine: str | Path | None = None,
-    pool: WorkerPool | None = None,
+    settings: LoaderSettings,
+    pool: WorkerPool | None,
 ) -> ClipLoader[Any]:
-    settings = LoaderSettings(
-        device=device,
-        context_length=default_context_length(manifest) if context_length is None else context_length,
-        prefetch_batches=options.prefetch_batches,
-        max_bad_fraction=options.max_bad_fraction,
-        quarantine=Path(quarantine) if quarantine else None,
-    )
     rules = ClipRules.from_options(options, training=schedule.training)
     planner = Planner(manifest, rules, seed=schedule.seed)
-    strategy = _open_strategy(choose_decoder(decoder, device).name, manifest, device=device)
+    strategy = _open_strategy(choose_decoder(decoder, settings.device).name, manifest, device=settings.device)
     owns_pool = pool is None
     pool = pool or open_pool(options)
     try:

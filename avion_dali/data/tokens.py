@@ -8,6 +8,7 @@ import numpy as np
 
 CONTEXT_LENGTH = 77
 END_OF_TEXT = 49407
+LENGTH_STEP = 16
 
 
 def clip_tokenizer() -> Callable[[str], tuple[int, ...]]:
@@ -32,6 +33,23 @@ def cut_to_context(ids: tuple[int, ...]) -> tuple[int, ...]:
         ids: token ids of one text, including start and end markers.
     """
     return ids if len(ids) <= CONTEXT_LENGTH else (*ids[: CONTEXT_LENGTH - 1], ids[-1])
+
+
+def batch_length(rows: Sequence[tuple[int, ...]], context_length: int) -> int:
+    """Return a length to which the texts of a batch may be cut.
+
+    A causal text tower gives the same vectors at every length that no text exceeds. Steps of 16 keep the number
+    of different shapes small.
+
+    Args:
+        rows: ids of each text.
+        context_length: largest length.
+
+    Returns:
+        The length of the longest text, rounded up to a multiple of 16, at most `context_length`.
+    """
+    longest = max((len(ids) for ids in rows), default=0)
+    return min(context_length, -(-max(1, longest) // LENGTH_STEP) * LENGTH_STEP)
 
 
 def pad_tokens(rows: Sequence[tuple[int, ...]], context_length: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 from avion_dali.contracts import ClipBatch, ClipError
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import Planner
-from avion_dali.data.tokens import pad_tokens
+from avion_dali.data.tokens import batch_length, pad_tokens
 from avion_dali.loading.faults import MAX_ATTEMPTS, FaultPolicy, LoaderStats, failure_of
 from avion_dali.loading.loader_state import State, position_of, state_at
 from avion_dali.loading.pool import PoolBrokenError, WorkerPool
@@ -30,6 +30,7 @@ class LoaderSettings:
     Args:
         device: device to which batches are delivered.
         context_length: text tokens per row; 0 for none.
+        cut_texts: whether rows end with the longest text of their batch, see `batch_length`.
         prefetch_batches: number of micro-batches that workers decode ahead.
         max_bad_fraction: see `FaultPolicy`.
         quarantine: see `FaultPolicy`.
@@ -40,6 +41,7 @@ class LoaderSettings:
     prefetch_batches: int = 3
     max_bad_fraction: float = 0.01
     quarantine: Path | None = None
+    cut_texts: bool = False
 
 
 class ClipLoader(Generic[Result]):
@@ -277,14 +279,14 @@ class ClipLoader(Generic[Result]):
                 for row, failure in refused.failures.items():
                     self._replace(batch, row, failure=failure)
                 self._settle(batch, refused.failures)
-        requests, rows, length = batch.requests, len(batch.requests), self.settings.context_length
+        requests, rows = batch.requests, len(batch.requests)
         self.stats.delivered += rows
         self._next = batch.number + 1
         if self._next >= self._start + len(self):
             self._start = self._next // len(self) * len(self)
         return ClipBatch(
             frames_BTHWC=frames_BTHWC,
-            tokens_BL=self._on_device(pad_tokens([r.tokens for r in requests], length) if length else None),
+            tokens_BL=self._on_device(self._texts([request.tokens for request in requests])),
             labels_B=self._on_device(_ids_or_none([request.label for request in requests])),
             sample_ids=np.array([request.sample_id for request in requests], dtype=np.int64),
             view_ids=np.tile(np.arange(self._ring.slot_shape[1]), rows),
@@ -293,6 +295,13 @@ class ClipLoader(Generic[Result]):
             errors=tuple(batch.errors),
             caption_ids=_ids_or_none([request.caption_id for request in requests]),
         )
+
+    def _texts(self, rows: list[tuple[int, ...]]) -> np.ndarray | None:
+        """Return the token ids of a batch, int64 (B, L), or None if the loader delivers no texts."""
+        length = self.settings.context_length
+        if not length:
+            return None
+        return pad_tokens(rows, batch_length(rows, length) if self.settings.cut_texts else length)
 
     def _on_device(self, values: np.ndarray | None) -> torch.Tensor | None:
         """Copy numbers to the device, through pinned memory so that the host does not wait for a GPU."""
