@@ -7,6 +7,7 @@ import torch
 
 from avion_dali.models.blocks import VideoTowerConfig
 from avion_dali.models.masked_video import MaskedVideo
+from avion_dali.models.text_tower import TextTower, TextTowerConfig
 from avion_dali.models.towers import ENCODERS
 
 LAYERS = 12
@@ -66,3 +67,12 @@ def test_masked_video_too(counted):
     model(clips(), masks)
     assert counted.calls == LAYERS + 2
     assert counted.graphs == 3  # the decoder is narrower and drops nothing
+
+
+def test_texts_of_all_lengths_share_two_graphs(counted):
+    """One for the first length, and one for any."""
+    torch.manual_seed(0)
+    tower = TextTower(TextTowerConfig(77, 90, 32, LAYERS, 4, 16, compile=True))
+    for length in (16, 48, 77, 32, 64):
+        tower(torch.arange(2 * length).reshape(2, length) % 90)
+    assert (counted.graphs, counted.calls) == (2, 5 * LAYERS)
