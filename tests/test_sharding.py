@@ -117,6 +117,17 @@ def test_half_precision_is_that_of_one_process(results, tmp_path):
     assert len({result["half"] for result in results}) == 1
 
 
+def test_blocks_sent_in_half_give_the_loss_of_one_process_and_keep_whole_weights(results, tmp_path):
+    loop = make_training(tmp_path, Distributed(), precision="bf16")
+    losses = [float(numbers["loss"]) for numbers in loop.steps(0, 3)]
+    for result in results:
+        assert result["sent_half"][0] == pytest.approx(losses[0], abs=2e-2)
+        assert result["sent_half"] == pytest.approx(losses, rel=5e-2)
+        assert result["sent_dtypes"] == {torch.float32}
+        assert result["used_dtypes"] == {torch.bfloat16}
+    assert len({result["sent_half"][-1] for result in results}) == 1
+
+
 def test_one_process_is_left_alone():
     model = nn.Linear(2, 2)
     shard_model(model, RunConfig(sharding="shard"), distributed=Distributed())
@@ -145,7 +156,10 @@ def test_gradients_are_clipped_as_torch_does(max_norm):
     clip_gradients(ours[2:], max_norm, norm=norm)
 
 
-def test_fp16_is_refused(monkeypatch):
+def test_precisions_that_do_not_fit_are_refused():
     here = Distributed(world_size=2, device=torch.device("cuda", 0))
     with pytest.raises(UserError, match="run.sharding = shard needs run.precision = bf16 or fp32"):
         shard_model(nn.Linear(2, 2), RunConfig(sharding="shard", precision="fp16"), distributed=here)
+    exact = RunConfig(sharding="shard", precision="fp32", sharding_dtype="bf16")
+    with pytest.raises(UserError, match="run.sharding_dtype = bf16 needs run.precision = bf16, not fp32"):
+        shard_model(nn.Linear(2, 2), exact, distributed=here)

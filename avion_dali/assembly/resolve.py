@@ -8,6 +8,7 @@ import torch
 
 from avion_dali.assembly.decoder_choice import DecoderChoice, choose_decoder
 from avion_dali.config import TrainConfig
+from avion_dali.contracts import UserError
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.precision import AUTOCAST_DTYPES, Precision, resolve_precision
 from avion_dali.models.attention import describe_kernel, resolve_attention
@@ -66,6 +67,30 @@ class ResolvedRun:
         return (
             f"batch: {optim.global_batch} clips = {ranks} ranks x {optim.micro_batch} clips x "
             f"{self.accum_steps} micro-batches"
+        )
+
+
+def require_trainable(run: ResolvedRun) -> None:
+    """Reject settings with which a model can be evaluated but not trained.
+
+    Args:
+        run: the resolved configuration of a training.
+
+    Raises:
+        UserError: names the settings that do not go together.
+    """
+    model, sharding = run.config.model, run.config.run.sharding
+    if model.residual_dtype == "bf16" and run.precision != "bf16":
+        raise UserError(
+            f"model.residual_dtype = bf16 needs run.precision = bf16, but the run computes in {run.precision}; "
+            "set model.residual_dtype = fp32"
+        )
+    is_sharded = sharding == "shard" and run.distributed.world_size > 1
+    if is_sharded and model.compile and model.checkpoint_every:
+        # Recomputed blocks that are both sharded and compiled save other tensors than in the forward pass.
+        raise UserError(
+            "run.sharding = shard, model.compile and model.checkpoint_every do not go together: PyTorch ends "
+            "such trainings with a CheckpointError; set model.checkpoint_every = 0 or model.compile = false"
         )
 
 

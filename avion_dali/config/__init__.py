@@ -20,6 +20,7 @@ from avion_dali.config.model import (
     AttentionBackend,
     ModelConfig,
     ModelSize,
+    ResidualDtype,
     TemporalResize,
 )
 from avion_dali.config.objective import (
@@ -49,6 +50,7 @@ __all__ = [
     "Normalization",
     "ObjectiveConfig",
     "OptimConfig",
+    "ResidualDtype",
     "RunConfig",
     "Sampling",
     "TemporalResize",

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from avion_dali.config import RunConfig
@@ -36,8 +36,9 @@ def shard_model(model: nn.Module, run: RunConfig, *, distributed: Distributed) -
 
     Each block is one unit, and the remaining parameters form another. Parameters are sent as float32, and
     autocast rounds them where they are used, so a sharded run computes the same numbers as a replicated one in
-    every precision. Sending bf16 would halve the traffic, but also round norms and position tables. Scalars (a
-    temperature) cannot be sharded; every rank keeps them, see `average_whole_gradients`.
+    every precision. With `run.sharding_dtype` bf16, blocks are sent in half the bytes, which also rounds their
+    norms and the tokens between them; position tables and projections are not rounded. Scalars (a temperature)
+    cannot be sharded; every rank keeps them, see `average_whole_gradients`.
 
     Args:
         model: the bare model, equal on all ranks, on this rank's device.
@@ -45,14 +46,19 @@ def shard_model(model: nn.Module, run: RunConfig, *, distributed: Distributed) -
         distributed: this process among all processes of the run; the model of a single process is not changed.
 
     Raises:
-        UserError: the precision is fp16, whose gradient scaler does not support shards; or the weights differ
-            between ranks.
+        UserError: the precision is fp16, whose gradient scaler does not support shards, or not bf16 although
+            parameters are to be sent in bf16; or the weights differ between ranks.
     """
     if run.sharding != "shard" or distributed.world_size == 1:
         return
-    if resolve_precision(run.precision, distributed.device) == "fp16":
+    precision = resolve_precision(run.precision, distributed.device)
+    if precision == "fp16":
         raise UserError(
             "run.sharding = shard needs run.precision = bf16 or fp32; or set run.sharding = replicate"
+        )
+    if run.sharding_dtype == "bf16" and precision != "bf16":
+        raise UserError(
+            f"run.sharding_dtype = bf16 needs run.precision = bf16, not {precision}; set it to fp32"
         )
     # After sharding every rank holds a different part, so a difference could no longer be detected.
     require_agreement({"sum of all weights": weight_sum(model)})
@@ -60,8 +66,10 @@ def shard_model(model: nn.Module, run: RunConfig, *, distributed: Distributed) -
     # modifies.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if run.sharding_dtype == "bf16" else MixedPrecisionPolicy()
     for block in _blocks(model):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     scalars = {p for p in model.parameters() if p.ndim == 0}
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
 

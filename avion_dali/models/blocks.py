@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from avion_dali.config import DEFAULT_NORM_EPS, Activation, AttentionBackend
+from avion_dali.config import DEFAULT_NORM_EPS, Activation, AttentionBackend, ResidualDtype
 from avion_dali.contracts import UserError
 from avion_dali.models.layout import TowerLayout
 
@@ -63,6 +63,7 @@ class VideoTowerConfig:
     drop_path_schedule: Literal["constant", "linear"] = "constant"
     patch_dropout: float = 0.0
     attention: AttentionBackend = "auto"
+    residual_dtype: ResidualDtype = "fp32"
     checkpoint_every: int = 0
     compile: bool = False
 
@@ -99,6 +100,12 @@ class VideoTowerConfig:
                 f"{tube_frames}; set data.num_frames to a multiple of {tube_frames}"
             )
         return self.num_frames // tube_frames
+
+    def as_residual(self, x_BND: Tensor) -> Tensor:
+        """Return the tokens for the first block, float (B, N, D): in bf16 if configured, in a run in bf16."""
+        device = x_BND.device.type
+        is_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        return x_BND.bfloat16() if is_bf16 and self.residual_dtype == "bf16" else x_BND
 
     def drop_path_rate(self, block: int) -> float:
         """Return the stochastic depth rate of a block, counted from 0."""

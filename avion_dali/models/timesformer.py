@@ -183,6 +183,7 @@ class TimeSformer(VideoEncoder):
         x_BND = torch.cat([class_11D.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
         if self.config.pre_norm:
             x_BND = self.ln_pre(x_BND)
+        x_BND = self.config.as_residual(x_BND)
         x_BND = run_blocks(self.blocks, x_BND, checkpoint_every=self.config.checkpoint_every)
         pooled: Tensor = self.norm(x_BND[:, 0])
         return pooled

@@ -114,6 +114,7 @@ class VideoMAETower(VideoEncoder):
         """Return the mean of the tokens after a norm: float (B, 3, T, H, W) -> (B, width)."""
         check_clip_shape(frames_BCTHW, self.config.clip_shape)
         x_BND = self.patch_embed(frames_BCTHW) + self.positions_ND
+        x_BND = self.config.as_residual(x_BND)
         x_BND = run_blocks(self.blocks, x_BND, checkpoint_every=self.config.checkpoint_every)
         pooled: Tensor = self.fc_norm(x_BND.mean(dim=1))
         return pooled

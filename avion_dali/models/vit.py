@@ -121,7 +121,7 @@ class VideoTower(VideoEncoder):
             x_BND = drop_patches(x_BND, rate=self.config.patch_dropout)
         class_D = self.class_embedding + self.positional_embedding[0]
         x_BND = torch.cat([class_D.expand(x_BND.shape[0], 1, -1), x_BND], dim=1)
-        x_BND = self.transformer(self.ln_pre(x_BND))
+        x_BND = self.transformer(self.config.as_residual(self.ln_pre(x_BND)))
         pooled: Tensor = self.ln_post(x_BND[:, 0])
         return pooled
 
