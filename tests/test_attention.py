@@ -167,6 +167,38 @@ def test_backends_of_other_packages_equal_the_formula(backend):
     assert torch.allclose(attend(q[:, :, :9], k, v, backend).float(), expected[:, :, :9], atol=0.03)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 2, 197])
+@pytest.mark.parametrize("backend", ["sdpa", "cudnn", "flash", "efficient"])
+def test_pytorchs_kernels_take_strongly_negative_scores_on_a_gpu(backend, queries):
+    try:
+        kernel = resolve_attention(backend, CUDA, dtype=torch.bfloat16)
+    except UserError as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, queries, 64, generator=generator)
+    k, v = torch.randn(2, 2, 3, 197, 64, generator=generator)
+    q[..., 0], k[..., 0] = 1.0, -120 * math.sqrt(64)
+    given = [t.bfloat16() for t in (q, k, v)]
+    exact, ours = [t.double() for t in given], [t.to(CUDA).requires_grad_() for t in given]
+    mixed = attend(*ours, kernel)
+    mixed.float().sum().backward()
+    assert torch.allclose(mixed.double().cpu(), attend(*exact, "math"), atol=0.03)
+    assert all(t.grad.isfinite().all() for t in ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [16, 48, 64, 77])
+def test_causal_attention_on_a_gpu_is_that_on_a_cpu(length):
+    q, k, v = torch.randn(3, 2, 3, length, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours = [t.to(CUDA).requires_grad_() for t in (q, k, v)]
+    mixed = attend_causally(*ours)
+    mixed.float().sum().backward()
+    expected = attend_causally(q.double(), k.double(), v.double())
+    assert torch.allclose(mixed.double().cpu(), expected, atol=0.03)
+    assert all(t.grad.isfinite().all() for t in ours)
+
+
 class FakePackage(types.ModuleType):
     """A package with flash-attn's function, on CPUs."""
 
