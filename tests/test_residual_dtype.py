@@ -48,6 +48,12 @@ def test_tokens_are_bf16_where_the_run_computes_in_bf16(encoder):
         assert token_dtypes(half, blocks_of(half), clips()) == {torch.bfloat16}
 
 
+def test_shapes_can_be_counted_without_a_device():
+    with torch.device("meta"):
+        tower = make_tower("vit", "bf16")
+        assert tower(torch.empty(2, 3, 4, 16, 16)).shape == (2, 8)
+
+
 def test_masked_video_too():
     model = MaskedVideo(dataclasses.replace(TOWER, residual_dtype="bf16"), decoder_depth=2)
     masks = (torch.arange(32) < 24).expand(6, 32)

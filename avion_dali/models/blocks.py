@@ -104,8 +104,10 @@ class VideoTowerConfig:
     def as_residual(self, x_BND: Tensor) -> Tensor:
         """Return the tokens for the first block, float (B, N, D): in bf16 if configured, in a run in bf16."""
         device = x_BND.device.type
+        if self.residual_dtype == "fp32" or not torch.amp.is_autocast_available(device):
+            return x_BND
         is_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-        return x_BND.bfloat16() if is_bf16 and self.residual_dtype == "bf16" else x_BND
+        return x_BND.bfloat16() if is_bf16 else x_BND
 
     def drop_path_rate(self, block: int) -> float:
         """Return the stochastic depth rate of a block, counted from 0."""
