@@ -223,7 +223,7 @@ class ClipBatch:
     Args:
         frames_BTHWC: uint8 tensor (B*V, T, H, W, 3), RGB, on the target device; the views of a clip are
             adjacent (row b*V + v).
-        tokens_BL: int64 tensor (B, L) of text token ids, zero padded, or None.
+        tokens_BL: int64 tensor (B, L) of text token ids, zero padded, or None; batches may differ in L.
         labels_B: int64 tensor (B,) of class indices, or None.
         sample_ids: int64 array (B,), the manifest row that each row holds; for a replaced clip, the row of
             the substitute.

@@ -81,6 +81,7 @@ def make_training(
     accum_steps: int = 1,
     sharding: str = "replicate",
     precision: str = "fp32",
+    sharding_dtype: str = "fp32",
     max_steps: int = 5,
     **optim: object,
 ) -> TrainLoop:
@@ -92,7 +93,14 @@ def make_training(
         learning_rate=3e-3,
         **{"eps": 1e-2, "clip_grad_norm": 1.0, "ema_decay": 0.5, **optim},
     )
-    run = RunConfig(seed=1, log_every=1, sharding=sharding, precision=precision, max_steps=max_steps)
+    run = RunConfig(
+        seed=1,
+        log_every=1,
+        sharding=sharding,
+        sharding_dtype=sharding_dtype,
+        precision=precision,
+        max_steps=max_steps,
+    )
     model = fresh_model()
     shard_model(model, run, distributed=distributed)
     return TrainLoop(
@@ -177,6 +185,14 @@ def four_shards(rank: int, folder: Path, port: int) -> None:
     half = make_training(folder / "none", here, sharding="shard", precision="bf16")
     (numbers,) = half.steps(0, 1)
     results["half"] = float(numbers["loss"])
+    sent = make_training(folder / "none", here, sharding="shard", precision="bf16", sharding_dtype="bf16")
+    used: list[torch.dtype] = []
+    for block in [*sent.model.visual.transformer.resblocks, *sent.model.textual.transformer.resblocks]:
+        norm = block.ln_1
+        norm.register_forward_pre_hook(lambda norm, given: used.extend((given[0].dtype, norm.weight.dtype)))
+    results["sent_half"] = [float(numbers["loss"]) for numbers in sent.steps(0, 3)]
+    results["used_dtypes"] = set(used)
+    results["sent_dtypes"] = {p.dtype for p in whole_weights(sent.model).values()}
     torch.save(results, folder / f"rank{rank}.pt")
     barrier()
     shutdown()

@@ -15,7 +15,7 @@ from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
 from avion_dali.models.find_facts import guessed_facts
 from avion_dali.models.masked_video import MaskedVideo
 from avion_dali.models.presets import PRESETS
-from avion_dali.models.text_tower import TextTowerConfig, build_text_tower
+from avion_dali.models.text_tower import TextTower, TextTowerConfig
 from avion_dali.models.towers import ENCODERS, encoder_name
 from avion_dali.models.weight_facts import Family, WeightFacts
 
@@ -40,7 +40,7 @@ def small_dual_encoder(
         TEXT, activation=config.activation, embed_dim=config.embed_dim, **(text or {})
     )
     torch.manual_seed(seed)
-    return randomize(DualEncoder(ENCODERS[encoder](config), build_text_tower(text_config)), seed)
+    return randomize(DualEncoder(ENCODERS[encoder](config), TextTower(text_config)), seed)
 
 
 def small_classifier(encoder: str = "vit", *, seed: int = 0, classes: int = 5, **tower) -> Classifier:

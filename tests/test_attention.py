@@ -6,11 +6,19 @@ import types
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avion_dali.contracts import UserError
 from avion_dali.models import attention
-from avion_dali.models.attention import FusedAttention, SelfAttention, attend, resolve_attention, sdpa_problem
+from avion_dali.models.attention import (
+    FusedAttention,
+    SelfAttention,
+    attend,
+    attend_causally,
+    describe_kernel,
+    resolve_attention,
+    sdpa_problem,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 PACKAGES = {"flash-attn": "flash_attn", "xformers": "xformers"}
@@ -42,6 +50,39 @@ def test_attend_equals_the_written_formula(backend, queries):
     q, k, v = make_qkv(queries=queries)
     weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(5), dim=-1)
     assert torch.allclose(attend(q, k, v, backend), weights @ v, atol=1e-12)
+
+
+def test_one_query_is_not_given_to_cudnn(monkeypatch):
+    """Its backward pass gives NaN for one query with scores below -88."""
+    given, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*qkv: torch.Tensor) -> torch.Tensor:
+        given.append((qkv[0].shape[2], torch.backends.cuda.cudnn_sdp_enabled()))
+        return attention(*qkv)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    for backend in ("sdpa", "cudnn"):
+        attend(*make_qkv(queries=1), backend)
+    attend(*make_qkv(queries=2), "sdpa")
+    assert given == [(1, False), (1, False), (2, True)]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_one_query_with_strongly_negative_scores(dtype, error):
+    q, k, v = make_qkv(queries=1)
+    q[..., 0], k[..., 0] = 1.0, -120 * math.sqrt(5)
+    given = [t.to(dtype) for t in (q, k, v)]
+    exact, ours = ([t.to(d).requires_grad_() for t in given] for d in (torch.float64, dtype))
+    assert all(score < -100 for score in (given[0].double() @ given[1].double().mT / math.sqrt(5)).flatten())
+    expected, mixed = attend(*exact, "math"), attend(*ours, "sdpa")
+    assert torch.allclose(mixed.double(), expected, atol=error)
+    expected[..., 0].sum().backward()
+    mixed[..., 0].sum().backward()
+    for right, found in zip(exact, ours, strict=True):
+        assert found.grad.isfinite().all()
+        # The first feature of all keys is -268, which multiplies rounding errors in the gradient of the query.
+        assert torch.allclose(found.grad[..., 1:].double(), right.grad[..., 1:], atol=error, rtol=error)
 
 
 def test_attend_with_equal_keys_averages_the_values():
@@ -76,6 +117,37 @@ def test_pytorchs_kernels_are_called_and_compared(monkeypatch):
     assert "wrong by up to" in sdpa_problem(SDPBackend.MATH, CPU, dtype=torch.float32)
 
 
+def test_a_kernel_of_pytorchs_can_be_forced(monkeypatch):
+    assert resolve_attention("flash", CPU, dtype=torch.float32) == "flash"
+    for name in ("cudnn", "efficient"):
+        with pytest.raises(UserError, match=f"'{name}' cannot run here: No viable backend.*auto or sdpa"):
+            resolve_attention(name, CPU, dtype=torch.float32)
+    q, k, v = make_qkv(torch.float32)
+    traced = torch.compile(attend, backend="eager", fullgraph=True)
+    for call in (attend, traced):
+        assert torch.allclose(call(q, k, v, "flash"), attend(q, k, v, "math"), atol=1e-6)
+        assert torch.allclose(call(q[:, :, :1], k, v, "cudnn"), attend(q[:, :, :1], k, v, "math"), atol=1e-6)
+        with pytest.raises(RuntimeError, match="No viable backend|No available kernel"):
+            call(q, k, v, "cudnn")
+
+
+def test_the_kernel_that_pytorch_picks_has_a_name():
+    assert describe_kernel("sdpa", CPU, dtype=torch.float32, width=64) == "sdpa (flash)"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert describe_kernel("sdpa", CPU, dtype=torch.float32, width=64) == "sdpa (math)"
+    assert describe_kernel("cudnn", CPU, dtype=torch.float32, width=64) == "cudnn"
+
+
+@pytest.mark.parametrize("length", [1, 6])
+def test_causal_attention_is_attention_to_the_tokens_before(length):
+    q, k, v = (t[:, :, :length] for t in make_qkv())
+    mixed = attend_causally(q, k, v)
+    for end in range(length):
+        before = slice(0, end + 1)
+        expected = attend(q[:, :, end : end + 1], k[:, :, before], v[:, :, before], "math")
+        assert torch.allclose(mixed[:, :, end : end + 1], expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("backend", PACKAGES)
 def test_backends_of_other_packages_say_why_they_cannot_run_here(backend):
     if importlib.util.find_spec(PACKAGES[backend]) and torch.cuda.is_available():
@@ -93,6 +165,38 @@ def test_backends_of_other_packages_equal_the_formula(backend):
     q, k, v = (torch.randn(2, 3, 50, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     expected = attend(q.float(), k.float(), v.float(), "math")
     assert torch.allclose(attend(q[:, :, :9], k, v, backend).float(), expected[:, :, :9], atol=0.03)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 2, 197])
+@pytest.mark.parametrize("backend", ["sdpa", "cudnn", "flash", "efficient"])
+def test_pytorchs_kernels_take_strongly_negative_scores_on_a_gpu(backend, queries):
+    try:
+        kernel = resolve_attention(backend, CUDA, dtype=torch.bfloat16)
+    except UserError as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, queries, 64, generator=generator)
+    k, v = torch.randn(2, 2, 3, 197, 64, generator=generator)
+    q[..., 0], k[..., 0] = 1.0, -120 * math.sqrt(64)
+    given = [t.bfloat16() for t in (q, k, v)]
+    exact, ours = [t.double() for t in given], [t.to(CUDA).requires_grad_() for t in given]
+    mixed = attend(*ours, kernel)
+    mixed.float().sum().backward()
+    assert torch.allclose(mixed.double().cpu(), attend(*exact, "math"), atol=0.03)
+    assert all(t.grad.isfinite().all() for t in ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [16, 48, 64, 77])
+def test_causal_attention_on_a_gpu_is_that_on_a_cpu(length):
+    q, k, v = torch.randn(3, 2, 3, length, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours = [t.to(CUDA).requires_grad_() for t in (q, k, v)]
+    mixed = attend_causally(*ours)
+    mixed.float().sum().backward()
+    expected = attend_causally(q.double(), k.double(), v.double())
+    assert torch.allclose(mixed.double().cpu(), expected, atol=0.03)
+    assert all(t.grad.isfinite().all() for t in ours)
 
 
 class FakePackage(types.ModuleType):

@@ -28,7 +28,8 @@ TRAIN_OPTIONS = {
     "train_manifest eval_manifest normalization",
     "augment": "color_jitter rand_augment_ops rand_augment_magnitude erasing_probability",
     "model": "encoder size weights temporal_resize embed_dim activation norm_eps pre_norm context_length "
-    "drop_path drop_path_schedule patch_dropout attention checkpoint_every compile train_logit_scale",
+    "drop_path drop_path_schedule patch_dropout attention residual_dtype checkpoint_every compile "
+    "train_logit_scale",
     "objective": "name contrastive max_margin classification masked_video",
     "objective.contrastive": "local_loss",
     "objective.max_margin": "loss margin relaxation",
@@ -37,8 +38,8 @@ TRAIN_OPTIONS = {
     "optim": "optimizer global_batch micro_batch epochs learning_rate rate_batch schedule warmup_epochs "
     "warmup_learning_rate final_learning_rate layer_decay weight_decay beta1 beta2 eps clip_grad_norm "
     "ema_decay",
-    "run": "seed precision sharding log_every eval_every save_every save_minutes keep_last spike_factor "
-    "on_spike max_steps",
+    "run": "seed precision sharding sharding_dtype log_every eval_every save_every save_minutes keep_last "
+    "spike_factor on_spike max_steps",
 }
 COMMANDS = {
     "chunk": "--output --profile --chunk-seconds --short-side --max-fps --jobs --root",

@@ -54,7 +54,14 @@ def manifest_of(folder: Path, labels: list[int], *, graded: bool = False) -> Man
     return Manifest(folder)
 
 
-def batches_of(manifest: Manifest, rules: ClipRules, *, micro_batch: int = 4) -> list[ClipBatch]:
+def batches_of(
+    manifest: Manifest,
+    rules: ClipRules,
+    *,
+    micro_batch: int = 4,
+    context_length: int = 4,
+    cut_texts: bool = False,
+) -> list[ClipBatch]:
     schedule = BatchSchedule(
         manifest.num_samples,
         global_batch=micro_batch,
@@ -62,7 +69,7 @@ def batches_of(manifest: Manifest, rules: ClipRules, *, micro_batch: int = 4) ->
         training=rules.training,
         clips_per_sample=rules.clips_per_row,
     )
-    settings = LoaderSettings(torch.device("cpu"), context_length=4)
+    settings = LoaderSettings(torch.device("cpu"), context_length=context_length, cut_texts=cut_texts)
     planner, pool, strategy = Planner(manifest, rules, seed=0), InstantPool(), FramesStrategy(leave_as_it_is)
     with ClipLoader(planner, schedule, pool=pool, strategy=strategy, settings=settings) as loader:
         return list(loader)
@@ -86,6 +93,15 @@ def test_caption_ids_name_the_texts_that_were_drawn(tmp_path: Path) -> None:
     assert batch.caption_ids.dtype == np.int64
     assert batch.caption_ids.tolist() == batch.sample_ids.tolist()  # each row's only positive is its own
     assert batch.tokens_BL[:, 1].tolist() == [50 + i for i in batch.caption_ids.tolist()]
+
+
+@pytest.mark.parametrize(("cut", "length"), [(False, 40), (True, 16)])
+def test_texts_are_cut_to_the_longest_of_the_batch_if_asked(tmp_path: Path, cut: bool, length: int) -> None:
+    manifest = manifest_of(tmp_path, [-1] * 4, graded=True)
+    (batch,) = batches_of(manifest, RULES, context_length=40, cut_texts=cut)
+    (short,) = batches_of(manifest, RULES)
+    assert batch.tokens_BL.shape == (4, length)
+    assert torch.equal(batch.tokens_BL[:, :4], short.tokens_BL) and (batch.tokens_BL[:, 4:] == 0).all()
 
 
 @pytest.mark.parametrize("repeats", [1, 3])

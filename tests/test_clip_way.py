@@ -35,6 +35,7 @@ from avion_dali.loading import worker
 from avion_dali.loading.clip_group import ClipGroup, GroupResult, work_on
 from avion_dali.loading.strategy import PendingBatch
 from avion_dali.models.blocks import VideoEncoder
+from avion_dali.models.dual_encoder import DualEncoder
 from avion_dali.models.presets import PRESETS
 from pipelines.mini_clip import MiniClip
 from pipelines.mini_clip_worker import CollectedClip
@@ -43,6 +44,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "architecture.md").read_text()
 CLIPS = 3
 LIMITS = {"cpu-fused": 20, "dali": 24}
+TOWERS = {VideoEncoder.forward.__code__, DualEncoder.encode_text.__code__}
 NAMED = re.compile(r"`([\w/]+\.py)` `([\w.]+)`")
 
 # Functions that are given the clip and are no steps. The document names them, too.
@@ -129,12 +131,12 @@ class Trace:
         code = frame.f_code
         if event not in ("call", "return") or not (path := path_of(code)):
             return
-        # Values check themselves; comprehensions belong to their function; the tower is one step.
+        # Values check themselves; comprehensions belong to their function; a tower is one step.
         if path == "avion_dali/contracts.py" or code.co_name in ("__init__", "__post_init__"):
             return
         if code.co_name in ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"):
             return
-        if VideoEncoder.forward.__code__ in callers_of(frame):
+        if not TOWERS.isdisjoint(callers_of(frame)):
             return
         if event == "return":
             is_step = (frame in self._given and is_part(value)) or is_clip(value) or is_graph_input(value)

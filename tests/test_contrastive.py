@@ -15,7 +15,7 @@ from avion_dali.config import AugmentConfig
 from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.device_ops.step_key import StepKey
 from avion_dali.models.dual_encoder import DualEncoder
-from avion_dali.models.text_tower import TextTowerConfig, build_text_tower
+from avion_dali.models.text_tower import TextTower, TextTowerConfig
 from avion_dali.models.vit import VideoTower, VideoTowerConfig
 from avion_dali.objectives.contrastive import Contrastive, info_nce
 from avion_dali.objectives.gather import gather_with_grad, world_size
@@ -32,7 +32,7 @@ def make_model() -> DualEncoder:
         VideoTowerConfig(image_size=16, patch_size=8, num_frames=2, width=32, layers=2, heads=2, embed_dim=16)
     )
     text = TextTowerConfig(context_length=8, vocab_size=50, width=32, layers=1, heads=2, embed_dim=16)
-    model = DualEncoder(visual, build_text_tower(text), train_logit_scale=True)
+    model = DualEncoder(visual, TextTower(text), train_logit_scale=True)
     with torch.no_grad():
         visual.temporal_embedding.normal_(std=0.1)
     return model

@@ -7,7 +7,7 @@ from torch import nn
 from avion_dali.config import ModelConfig
 from avion_dali.contracts import UserError
 from avion_dali.models.dual_encoder import DualEncoder, build_dual_encoder
-from avion_dali.models.text_tower import TextTowerConfig, build_text_tower
+from avion_dali.models.text_tower import TextTower, TextTowerConfig
 
 SHORT = TextTowerConfig(context_length=8, vocab_size=50, width=32, layers=2, heads=4, embed_dim=16)
 
@@ -58,7 +58,7 @@ def test_text_feature_ignores_everything_after_its_end(model):
 
 
 def test_text_of_another_length_is_refused(model):
-    with pytest.raises(ValueError, match="takes 12 tokens"):
+    with pytest.raises(ValueError, match="takes up to 12 tokens"):
         model.encode_text(torch.zeros(1, 77, dtype=torch.int64))
 
 
@@ -145,7 +145,7 @@ def test_compile_covers_both_towers(monkeypatch):
 def test_text_tower_is_a_causal_pre_norm_transformer():
     """Against torch's own encoder layers, given the same weights."""
     torch.manual_seed(0)
-    tower = build_text_tower(SHORT).train()
+    tower = TextTower(SHORT).train()
     tokens = torch.tensor([[48, 3, 4, 49, 0, 0, 0, 0], [48, 9, 1, 1, 2, 7, 49, 0]])
     x = tower.token_embedding(tokens) + tower.positional_embedding
     mask = nn.Transformer.generate_square_subsequent_mask(8)

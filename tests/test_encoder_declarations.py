@@ -24,11 +24,12 @@ from avion_dali.engine.checkpoint import (
 )
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.optimizers import build_optimizer, parameter_groups
-from avion_dali.models.blocks import NamedPatchEmbedding, VideoEncoder, init_linear_layers, run_blocks
+from avion_dali.models.blocks import NamedPatchEmbedding, VideoEncoder, init_linear_layers
 from avion_dali.models.classifier import Classifier, build_classifier
 from avion_dali.models.dual_encoder import build_dual_encoder
 from avion_dali.models.layout import TowerLayout
 from avion_dali.models.masked_video import build_masked_video
+from avion_dali.models.residual import run_blocks
 from avion_dali.models.starting_weights import StartWeights, apply_start, open_start
 from avion_dali.models.towers import ENCODERS, resolve_model
 from avion_dali.models.videomae import build_blocks

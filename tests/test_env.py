@@ -89,12 +89,12 @@ def test_auto_takes_dali_where_nvdec_decodes_h264(quick: pytest.MonkeyPatch) -> 
 def test_what_a_training_cannot_do_without_decides_the_status(
     quick: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = {"open_clip.transformer": "ImportError: timm is too old"}
+    broken = {"open_clip.tokenizer": "ImportError: ftfy is too old"}
     quick.setattr(env, "call_in_subprocess", lambda task, module, timeout_s: broken.get(module))
     assert run() == 1
     out = capsys.readouterr().out
-    assert "import open_clip.transformer: ImportError: timm is too old; install avion_dali" in out
-    assert out.splitlines()[-1] == "This environment cannot train: see text tower"
+    assert "import open_clip.tokenizer: ImportError: ftfy is too old; install avion_dali" in out
+    assert out.splitlines()[-1] == "This environment cannot train: see tokenizer"
 
 
 @pytest.mark.parametrize(("working", "status"), [(["vp9"], 0), ([], 1)])

@@ -16,7 +16,15 @@ from avion_dali.contracts import UserError
 from avion_dali.engine.checkpoint import LATEST_NAME, load_checkpoint
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.run_log import LOG_NAME, read_rows
-from avion_dali.engine.sharding import gathered, gradient_norm, is_sharded, placed_like, shard_model, unsharded
+from avion_dali.engine.sharding import (
+    clip_gradients,
+    gathered,
+    gradient_norm,
+    is_sharded,
+    placed_like,
+    shard_model,
+    unsharded,
+)
 from avion_dali.models.safetensors_files import read_safetensors
 
 
@@ -109,6 +117,17 @@ def test_half_precision_is_that_of_one_process(results, tmp_path):
     assert len({result["half"] for result in results}) == 1
 
 
+def test_blocks_sent_in_half_give_the_loss_of_one_process_and_keep_whole_weights(results, tmp_path):
+    loop = make_training(tmp_path, Distributed(), precision="bf16")
+    losses = [float(numbers["loss"]) for numbers in loop.steps(0, 3)]
+    for result in results:
+        assert result["sent_half"][0] == pytest.approx(losses[0], abs=2e-2)
+        assert result["sent_half"] == pytest.approx(losses, rel=5e-2)
+        assert result["sent_dtypes"] == {torch.float32}
+        assert result["used_dtypes"] == {torch.bfloat16}
+    assert len({result["sent_half"][-1] for result in results}) == 1
+
+
 def test_one_process_is_left_alone():
     model = nn.Linear(2, 2)
     shard_model(model, RunConfig(sharding="shard"), distributed=Distributed())
@@ -123,7 +142,24 @@ def test_one_process_is_left_alone():
     torch.testing.assert_close(gradient_norm(model.parameters()), expected)
 
 
-def test_fp16_is_refused(monkeypatch):
+@pytest.mark.parametrize("max_norm", [0.5, 50.0])
+def test_gradients_are_clipped_as_torch_does(max_norm):
+    ours, theirs = ([nn.Parameter(torch.zeros(n)) for n in (3, 4, 5)] for _ in range(2))
+    for mine, other in zip(ours[:2], theirs[:2], strict=True):
+        mine.grad = torch.randn(mine.shape, generator=torch.Generator().manual_seed(mine.numel()))
+        other.grad = mine.grad.clone()
+    norm = gradient_norm(ours)
+    clip_gradients(ours, max_norm, norm=norm)
+    nn.utils.clip_grads_with_norm_(theirs, max_norm, norm)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours[:2], theirs[:2], strict=True))
+    assert float(gradient_norm(ours)) == pytest.approx(min(max_norm, float(norm)), rel=1e-5)
+    clip_gradients(ours[2:], max_norm, norm=norm)
+
+
+def test_precisions_that_do_not_fit_are_refused():
     here = Distributed(world_size=2, device=torch.device("cuda", 0))
     with pytest.raises(UserError, match="run.sharding = shard needs run.precision = bf16 or fp32"):
         shard_model(nn.Linear(2, 2), RunConfig(sharding="shard", precision="fp16"), distributed=here)
+    exact = RunConfig(sharding="shard", precision="fp32", sharding_dtype="bf16")
+    with pytest.raises(UserError, match="run.sharding_dtype = bf16 needs run.precision = bf16, not fp32"):
+        shard_model(nn.Linear(2, 2), exact, distributed=here)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from chunk_folders import chunk_row
 
-from avion_dali.assembly.resolve import ResolvedRun, resolve
+from avion_dali.assembly.resolve import ResolvedRun, require_trainable, resolve
 from avion_dali.assembly.run_model import build_model
 from avion_dali.config import (
     AugmentConfig,
@@ -184,6 +184,33 @@ def test_an_attention_kernel_that_cannot_run_is_refused_before_training() -> Non
         resolve(replace(config, model=replace(config.model, attention="xformers")), Distributed())
 
 
+def with_model(config: TrainConfig, **options: object) -> TrainConfig:
+    return replace(config, model=replace(config.model, **options))
+
+
+def test_tokens_in_bf16_need_a_run_in_bf16() -> None:
+    config = with_model(config_of("contrastive"), residual_dtype="bf16")
+    run = resolve(config, Distributed())
+    with pytest.raises(
+        UserError, match=r"residual_dtype = bf16 needs run.precision = bf16, .* computes in fp32"
+    ):
+        require_trainable(run)
+    require_trainable(replace(run, precision="bf16"))
+
+
+def test_sharded_compiled_and_recomputed_blocks_are_refused() -> None:
+    config = with_model(config_of("contrastive"), compile=True, checkpoint_every=1)
+    sharded = replace(config, run=replace(config.run, sharding="shard"))
+    two, one = Distributed(world_size=2), Distributed()
+    with pytest.raises(
+        UserError, match=r"do not go together.*model.checkpoint_every = 0 or model.compile = false"
+    ):
+        require_trainable(resolve(sharded, two))
+    allowed = (config, two), (sharded, one), (with_model(sharded, compile=False), two)
+    for settings, ranks in (*allowed, (with_model(sharded, checkpoint_every=0), two)):
+        require_trainable(resolve(settings, ranks))
+
+
 def test_a_resolved_run_leaves_nothing_open_and_says_what_was_decided() -> None:
     config = replace(config_of("contrastive"), optim=OptimConfig(global_batch=8, micro_batch=2))
     run = resolve(config, Distributed(world_size=2))
@@ -191,5 +218,10 @@ def test_a_resolved_run_leaves_nothing_open_and_says_what_was_decided() -> None:
     assert "auto" not in (model.activation, model.attention, run.decoder.name, run.precision)
     assert (model.norm_eps, run.accum_steps) == (1e-6, 2)
     text = "\n".join([*run.lines(), *run.batch_lines()])
-    for part in ("decoder: cpu-fused", "attention sdpa", "fp32 on cpu", "8 clips = 2 ranks x 2 clips x 2"):
+    for part in (
+        "decoder: cpu-fused",
+        "attention sdpa (flash)",
+        "fp32 on cpu",
+        "8 clips = 2 ranks x 2 clips x 2",
+    ):
         assert part in text

@@ -7,7 +7,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from avion_dali.data.tokens import CONTEXT_LENGTH, END_OF_TEXT, clip_tokenizer, cut_to_context, pad_tokens
+from avion_dali.data.tokens import (
+    CONTEXT_LENGTH,
+    END_OF_TEXT,
+    batch_length,
+    clip_tokenizer,
+    cut_to_context,
+    cut_to_longest,
+    pad_tokens,
+)
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +72,13 @@ def test_padding_cuts_long_rows_and_keeps_their_last_id() -> None:
 
 def test_padding_of_no_rows() -> None:
     assert pad_tokens([], 4).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "context", "cut"),
+    [((2, 16), 77, 16), ((17, 3), 77, 32), ((65,), 77, 77), ((9,), 8, 8), ((2,), 40, 16), ((), 77, 16)],
+)
+def test_a_batch_is_as_long_as_its_longest_text_in_steps_of_16(lengths, context, cut) -> None:
+    rows = [(0,) * (length - 1) + (1,) for length in lengths]
+    assert batch_length(rows, context) == cut
+    assert cut_to_longest(pad_tokens(rows, context)).shape == (len(rows), cut)

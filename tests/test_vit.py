@@ -6,14 +6,8 @@ import torch
 from torch import nn
 
 from avion_dali.contracts import UserError
-from avion_dali.models.blocks import (
-    ACTIVATIONS,
-    PatchEmbedding,
-    VideoTowerConfig,
-    cut_patches,
-    drop_path,
-    run_blocks,
-)
+from avion_dali.models.blocks import ACTIVATIONS, PatchEmbedding, VideoTowerConfig, cut_patches
+from avion_dali.models.residual import add_branch, drop_path_factors, run_blocks
 from avion_dali.models.vit import VideoTower, drop_patches
 
 SMALL = VideoTowerConfig(
@@ -136,12 +130,12 @@ def test_initialisation_is_fit_for_training_from_scratch():
 def test_drop_path_zeroes_whole_clips_and_keeps_the_mean():
     torch.manual_seed(0)
     x = torch.ones(4000, 2, 3)
-    dropped = drop_path(x, rate=0.25, training=True)
-    per_clip = dropped.flatten(1)
-    assert (per_clip == per_clip[:, :1]).all()
-    assert sorted(set(per_clip[:, 0].tolist())) == pytest.approx([0.0, 4 / 3])
-    assert abs(float(dropped.mean()) - 1) < 0.03
-    assert drop_path(x, rate=0.25, training=False) is x
+    factors = drop_path_factors(x, 0.25)
+    assert factors.shape == (4000, 1, 1)
+    assert sorted(set(factors.flatten().tolist())) == pytest.approx([0.0, 4 / 3])
+    assert abs(float(factors.mean()) - 1) < 0.03
+    assert torch.equal(add_branch(x, 2 * x, factors), 1 + 2 * factors.expand_as(x))
+    assert add_branch(x, x.bfloat16(), factors.half()).dtype == torch.float32
 
 
 def test_drop_patches_keeps_an_own_subset_of_each_clip():

@@ -40,8 +40,9 @@ from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.device_ops.step_key import StepKey
 from avion_dali.engine.distributed import Distributed
 from avion_dali.metrics.accuracy import CLASS_METRICS
-from avion_dali.models.blocks import NamedPatchEmbedding, VideoEncoder, init_linear_layers, run_blocks
+from avion_dali.models.blocks import NamedPatchEmbedding, VideoEncoder, init_linear_layers
 from avion_dali.models.layout import TowerLayout
+from avion_dali.models.residual import run_blocks
 from avion_dali.models.starting_weights import open_start
 from avion_dali.models.towers import ENCODERS
 from avion_dali.models.videomae import build_blocks

@@ -61,6 +61,8 @@ class LoaderKeywords(ClipKeywords, total=False):
         dali: graphs and threads of `decoder` dali.
         accum_steps: batches per optimizer step, 1 by default; training drops the last partial step.
         context_length: tokens per text, 0 for no tokens; by default 77 if the manifest has texts.
+        cut_texts: end the token ids of a batch with its longest text, rounded up to a multiple of 16, instead
+            of after `context_length` tokens; False by default.
         quarantine: file to which one JSON line per unreadable clip is written; by default none.
         pool: processes that several loaders share and the caller closes; by default each loader starts its own.
     """
@@ -72,6 +74,7 @@ class LoaderKeywords(ClipKeywords, total=False):
     dali: DaliConfig
     accum_steps: int
     context_length: int
+    cut_texts: bool
     quarantine: str | Path
     pool: WorkerPool
 
@@ -131,12 +134,11 @@ def open_clips(  # noqa: PLR0913 - the front door: its keywords are what a user 
     chosen = LoaderOptions(num_frames=num_frames, frame_size=frame_size, workers=workers, **own)  # type: ignore[arg-type]
     opened = manifest if isinstance(manifest, Manifest) else Manifest(manifest)
     on, ranks = default_device(device), _place_among_ranks(rank, world_size)
-    sizes = batch_size, more.pop("accum_steps", 1)
+    sizes, dali, pool = (batch_size, more.pop("accum_steps", 1)), more.pop("dali", None), more.pop("pool", None)
     schedule = _schedule(opened, chosen, sizes=sizes, ranks=ranks, seed=seed, training=training)
-    strategy = _open_strategy(
-        decoder, opened, chosen, schedule=schedule, device=on, dali=more.pop("dali", None)
-    )
-    return _open(opened, chosen, schedule, strategy=strategy, device=on, **more)
+    strategy = _open_strategy(decoder, opened, chosen, schedule=schedule, device=on, dali=dali)
+    settings = _loader_settings(opened, chosen, device=on, **more)
+    return _open(opened, chosen, schedule, strategy=strategy, settings=settings, pool=pool)
 
 
 def _schedule(
@@ -171,25 +173,35 @@ def _schedule(
     )
 
 
+def _loader_settings(
+    manifest: Manifest,
+    options: LoaderOptions,
+    *,
+    device: torch.device,
+    context_length: int | None = None,
+    cut_texts: bool = False,
+    quarantine: str | Path | None = None,
+) -> LoaderSettings:
+    return LoaderSettings(
+        device=device,
+        context_length=default_context_length(manifest) if context_length is None else context_length,
+        prefetch_batches=options.prefetch_batches,
+        max_bad_fraction=options.max_bad_fraction,
+        quarantine=Path(quarantine) if quarantine else None,
+        cut_texts=cut_texts,
+    )
+
+
 def _open(
     manifest: Manifest,
     options: LoaderOptions,
     schedule: BatchSchedule,
     *,
     strategy: LoaderStrategy[Any],
-    device: torch.device,
-    context_length: int | None = None,
-    quarantine: str | Path | None = None,
-    pool: WorkerPool | None = None,
+    settings: LoaderSettings,
+    pool: WorkerPool | None,
 ) -> ClipLoader[Any]:
     require(pool is None or isinstance(pool, WorkerPool), "`pool`", value=pool, allowed="a WorkerPool")
-    settings = LoaderSettings(
-        device=device,
-        context_length=default_context_length(manifest) if context_length is None else context_length,
-        prefetch_batches=options.prefetch_batches,
-        max_bad_fraction=options.max_bad_fraction,
-        quarantine=_file_to_write(quarantine) if quarantine else None,
-    )
     rules = ClipRules.from_options(options, training=schedule.training)
     planner = Planner(manifest, rules, seed=schedule.seed)
     owns_pool = pool is None

@@ -9,9 +9,11 @@ import torch
 from avion_dali.assembly.decoder_choice import DecoderChoice, choose_decoder
 from avion_dali.assembly.memory import MemoryPlan, count_parameters, free_bytes, plan_memory
 from avion_dali.config import TrainConfig
+from avion_dali.contracts import UserError
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.precision import AUTOCAST_DTYPES, Precision, resolve_precision
-from avion_dali.models.attention import resolve_attention
+from avion_dali.models.attention import describe_kernel, resolve_attention
+from avion_dali.models.presets import PRESETS
 from avion_dali.models.starting_weights import StartWeights
 from avion_dali.models.towers import resolve_model
 from avion_dali.tasks.table import find_task
@@ -54,15 +56,45 @@ class ResolvedRun:
         return [
             f"decoder: {self.decoder.name} ({self.decoder.reason})",
             f"model: {model.encoder} {model.size}, {model.activation}, norm eps {model.norm_eps:g}, "
-            f"attention {model.attention}, {self.precision} on {self.device}",
+            f"attention {self._attention()}, {self.precision} on {self.device}",
             f"pixels: normalization {self.config.data.normalization}",
         ]
+
+    def _attention(self) -> str:
+        preset, kernel = PRESETS[self.config.model.size], self.config.model.attention
+        width = preset.video_width // preset.video_heads
+        assert kernel != "auto"
+        return describe_kernel(kernel, self.device, dtype=AUTOCAST_DTYPES[self.precision], width=width)
 
     def batch_lines(self) -> list[str]:
         """Return lines for the console that say how an optimizer step's batch is split, and why."""
         batch, ranks = self.config.optim.global_batch, self.distributed.world_size
         split = f"{ranks} ranks x {self.micro_batch} clips x {self.accum_steps} micro-batches"
         return [f"batch: {batch} clips = {split}", *([self.memory.line] if self.memory else [])]
+
+
+def require_trainable(run: ResolvedRun) -> None:
+    """Reject settings with which a model can be evaluated but not trained.
+
+    Args:
+        run: the resolved configuration of a training.
+
+    Raises:
+        UserError: names the settings that do not go together.
+    """
+    model, sharding = run.config.model, run.config.run.sharding
+    if model.residual_dtype == "bf16" and run.precision != "bf16":
+        raise UserError(
+            f"model.residual_dtype = bf16 needs run.precision = bf16, but the run computes in {run.precision}; "
+            "set model.residual_dtype = fp32"
+        )
+    is_sharded = sharding == "shard" and run.distributed.world_size > 1
+    if is_sharded and model.compile and model.checkpoint_every:
+        # Recomputed blocks that are both sharded and compiled save other tensors than in the forward pass.
+        raise UserError(
+            "run.sharding = shard, model.compile and model.checkpoint_every do not go together: PyTorch ends "
+            "such trainings with a CheckpointError; set model.checkpoint_every = 0 or model.compile = false"
+        )
 
 
 def resolve(config: TrainConfig, distributed: Distributed, start: StartWeights | None = None) -> ResolvedRun:

@@ -42,6 +42,7 @@ def open_run_clips(
         rank=distributed.rank,
         world_size=distributed.world_size,
         context_length=config.model.context_length if run.task.reads_texts else 0,
+        cut_texts=True,
         quarantine=Path(config.output_dir) / "quarantine.jsonl",
         pool=pool,
         **options,

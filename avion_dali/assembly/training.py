@@ -13,7 +13,7 @@ from torch import nn
 from avion_dali.assembly.class_agreement import classes_fingerprint, require_same_classes
 from avion_dali.assembly.evaluators import Evaluator, open_evaluator
 from avion_dali.assembly.open_clips import open_pool
-from avion_dali.assembly.resolve import ResolvedRun, resolve
+from avion_dali.assembly.resolve import ResolvedRun, require_trainable, resolve
 from avion_dali.assembly.run_clips import open_run_clips
 from avion_dali.assembly.run_model import build_model, fill_model
 from avion_dali.config import TrainConfig
@@ -66,6 +66,7 @@ def _training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLo
     require_same_inputs(manifest, eval_manifest)
     start = _open_start(config, latest)
     run = resolve(config, distributed, start)
+    require_trainable(run)
     if eval_manifest and run.task.class_names(manifest):
         require_same_classes(manifest, eval_manifest)
     run.task.check(run.config, manifest)

@@ -33,8 +33,8 @@ else:
 GIB = 2**30
 FIELDS = ("value", "problem", "essential")
 ENCODERS = ("libx264", "libx265", "libvpx-vp9", "libsvtav1")
-# Importing what a training imports, and open_clip, which it imports late, finds missing and broken packages.
-ESSENTIAL_IMPORTS = {"training code": "avion_dali.assembly.training", "text tower": "open_clip.transformer"}
+# Importing what a training imports, and the tokenizer of manifests, finds missing and broken packages.
+ESSENTIAL_IMPORTS = {"training code": "avion_dali.assembly.training", "tokenizer": "open_clip.tokenizer"}
 OPTIONAL_KERNELS = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}
 IMPORT_TIMEOUT_S = 300.0  # long enough for a shared disk without cached files
 _REINSTALL = "pip install --upgrade --force-reinstall"

@@ -21,6 +21,7 @@ from avion_dali.config.model import (
     AttentionBackend,
     ModelConfig,
     ModelSize,
+    ResidualDtype,
     TemporalResize,
 )
 from avion_dali.config.objective import (
@@ -51,6 +52,7 @@ __all__ = [
     "Normalization",
     "ObjectiveConfig",
     "OptimConfig",
+    "ResidualDtype",
     "RunConfig",
     "Sampling",
     "TemporalResize",

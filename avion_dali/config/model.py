@@ -9,7 +9,8 @@ from avion_dali.config.checks import require
 
 ModelSize = Literal["tiny", "vit_b16", "vit_l16", "vit_l14", "vit_l14_336"]
 Activation = Literal["gelu", "quick_gelu"]
-AttentionBackend = Literal["auto", "sdpa", "flash-attn", "xformers", "math"]
+AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash", "efficient", "flash-attn", "xformers", "math"]
+ResidualDtype = Literal["fp32", "bf16"]
 TemporalResize = Literal["interpolate", "truncate"]
 DEFAULT_NORM_EPS: Final = 1e-6
 """LayerNorm epsilon of a video tower if neither its configuration nor its weights specify one."""
@@ -42,6 +43,10 @@ class ModelConfig:
             block to `drop_path` in the last (Huang et al. 2016, arXiv 1603.09382).
         patch_dropout: fraction of patch tokens dropped in training (`vit` only).
         attention: attention kernel of the video encoder; `auto` selects the best one that works on the device.
+            `sdpa` is PyTorch's, which chooses among `cudnn`, `flash` and `efficient`; these names force one.
+        residual_dtype: dtype of the tokens between the blocks of the video encoder. `bf16` saves memory
+            traffic, changes numbers within its rounding, and needs `run.precision` bf16; an evaluation in fp32
+            keeps the tokens in fp32.
         checkpoint_every: recompute the activations of every n-th block in the backward pass (activation
             checkpointing); 0 for no block, 1 for all blocks. `auto` is 0 if the micro-batch then fits into the
             GPU's memory and 1 if not; the CPU counts as a GPU of 24 GB.
@@ -62,6 +67,7 @@ class ModelConfig:
     drop_path_schedule: Literal["constant", "linear"] = "constant"
     patch_dropout: float = 0.0
     attention: AttentionBackend = "auto"
+    residual_dtype: ResidualDtype = "fp32"
     checkpoint_every: int | Literal["auto"] = 0
     compile: bool = False
     train_logit_scale: bool = False

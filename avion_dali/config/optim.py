@@ -104,6 +104,9 @@ class RunConfig:
             on the CPU.
         sharding: how several ranks hold the model: `replicate` (DDP), or `shard` (FSDP2, which splits
             parameters, gradients and optimizer state into equal parts).
+        sharding_dtype: dtype in which `shard` sends the parameters of blocks. `bf16` halves the traffic; the
+            blocks then also pass on their tokens in bf16. It needs `precision` bf16. Gradients are added over
+            ranks in fp32.
         log_every: optimizer steps between log rows.
         eval_every: epochs between evaluations.
         save_every: optimizer steps between checkpoints within an epoch; 0 saves only at the ends of epochs.
@@ -118,6 +121,7 @@ class RunConfig:
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     sharding: Literal["replicate", "shard"] = "replicate"
+    sharding_dtype: Literal["fp32", "bf16"] = "fp32"
     log_every: int = 10
     eval_every: int = 1
     save_every: int = 0

@@ -90,18 +90,18 @@ class Manifest:
         self._fps = lru_cache(maxsize=1024)(Fraction)
         rows = (self._chunks.num_rows, self._samples.num_rows)
         if rows != (self.info["num_chunks"], self.info["num_samples"]):
-            raise UserError(
+            text = (
                 f"{self.folder}: tables have {rows} rows, but manifest.json has other numbers; build it again"
             )
+            raise UserError(text)
 
     def __reduce__(self) -> tuple[type[Manifest], tuple[Path], tuple[str, int]]:
         # Another process opens the folder itself, because tables are memory-mapped and caches are not shared.
         return Manifest, (self.folder.absolute(),), (self.chunk_root, self.fingerprint)
 
     def __setstate__(self, state: tuple[str, int]) -> None:
-        chunk_root, fingerprint = state
-        self._place_chunks(chunk_root)
-        if fingerprint != self.fingerprint:
+        self._place_chunks(state[0])
+        if self.fingerprint != state[1]:
             raise UserError(f"{self.folder} was built anew while it was in use; start this program again")
 
     @cached_property

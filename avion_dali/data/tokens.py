@@ -8,6 +8,7 @@ import numpy as np
 
 CONTEXT_LENGTH = 77
 END_OF_TEXT = 49407
+LENGTH_STEP = 16
 
 
 def clip_tokenizer() -> Callable[[str], tuple[int, ...]]:
@@ -32,6 +33,40 @@ def cut_to_context(ids: tuple[int, ...]) -> tuple[int, ...]:
         ids: token ids of one text, including start and end markers.
     """
     return ids if len(ids) <= CONTEXT_LENGTH else (*ids[: CONTEXT_LENGTH - 1], ids[-1])
+
+
+def batch_length(rows: Sequence[tuple[int, ...]], context_length: int) -> int:
+    """Return a length to which the texts of a batch may be cut.
+
+    A causal text tower gives the same vectors at every length that no text exceeds. Steps of 16 keep the number
+    of different shapes small.
+
+    Args:
+        rows: ids of each text.
+        context_length: largest length.
+
+    Returns:
+        The length of the longest text, rounded up to a multiple of 16, at most `context_length`.
+    """
+    return _in_steps(max((len(ids) for ids in rows), default=0), context_length)
+
+
+def cut_to_longest(tokens_BL: np.ndarray) -> np.ndarray:
+    """Cut the padding that all texts of a batch have in common, see `batch_length`.
+
+    Args:
+        tokens_BL: int64 (B, L), zero-padded; the last id of a text is the end marker, which is not 0.
+
+    Returns:
+        A view of the first columns, at least one.
+    """
+    used = np.flatnonzero(tokens_BL.any(axis=0))
+    longest = int(used[-1]) + 1 if len(used) else 0
+    return tokens_BL[:, : _in_steps(longest, tokens_BL.shape[1])]
+
+
+def _in_steps(longest: int, context_length: int) -> int:
+    return min(context_length, -(-max(1, longest) // LENGTH_STEP) * LENGTH_STEP)
 
 
 def pad_tokens(rows: Sequence[tuple[int, ...]], context_length: int) -> np.ndarray:

@@ -38,7 +38,7 @@ from avion_dali.engine.optimizers import describe_rates, learning_rate_schedule,
 from avion_dali.engine.precision import OverflowCount, autocast, gradient_scaler, resolve_precision
 from avion_dali.engine.protocols import BatchSource, Objective
 from avion_dali.engine.run_log import RunLog, sum_over_ranks
-from avion_dali.engine.sharding import average_whole_gradients, gradient_norm, is_sharded
+from avion_dali.engine.sharding import average_whole_gradients, clip_gradients, gradient_norm, is_sharded
 from avion_dali.engine.signals import RankVotes, StopSignals
 from avion_dali.engine.timing import StepTimer
 from avion_dali.engine.train_row import TrainRow
@@ -340,7 +340,7 @@ class TrainLoop:
 
     def _change_weights(self, grad_norm: torch.Tensor) -> None:
         if self.settings.optim.clip_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.settings.optim.clip_grad_norm, grad_norm)
+            clip_gradients(self.parameters, self.settings.optim.clip_grad_norm, norm=grad_norm)
         self.scaler.step(self.optimizer)
         if self.after_step is not None:
             self.after_step()

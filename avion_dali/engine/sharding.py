@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from avion_dali.config import RunConfig
@@ -36,8 +36,9 @@ def shard_model(model: nn.Module, run: RunConfig, *, distributed: Distributed) -
 
     Each block is one unit, and the remaining parameters form another. Parameters are sent as float32, and
     autocast rounds them where they are used, so a sharded run computes the same numbers as a replicated one in
-    every precision. Sending bf16 would halve the traffic, but also round norms and position tables. Scalars (a
-    temperature) cannot be sharded; every rank keeps them, see `average_whole_gradients`.
+    every precision. With `run.sharding_dtype` bf16, blocks are sent in half the bytes, which also rounds their
+    norms and the tokens between them; position tables and projections are not rounded. Scalars (a temperature)
+    cannot be sharded; every rank keeps them, see `average_whole_gradients`.
 
     Args:
         model: the bare model, equal on all ranks, on this rank's device.
@@ -45,14 +46,19 @@ def shard_model(model: nn.Module, run: RunConfig, *, distributed: Distributed) -
         distributed: this process among all processes of the run; the model of a single process is not changed.
 
     Raises:
-        UserError: the precision is fp16, whose gradient scaler does not support shards; or the weights differ
-            between ranks.
+        UserError: the precision is fp16, whose gradient scaler does not support shards, or not bf16 although
+            parameters are to be sent in bf16; or the weights differ between ranks.
     """
     if run.sharding != "shard" or distributed.world_size == 1:
         return
-    if resolve_precision(run.precision, distributed.device) == "fp16":
+    precision = resolve_precision(run.precision, distributed.device)
+    if precision == "fp16":
         raise UserError(
             "run.sharding = shard needs run.precision = bf16 or fp32; or set run.sharding = replicate"
+        )
+    if run.sharding_dtype == "bf16" and precision != "bf16":
+        raise UserError(
+            f"run.sharding_dtype = bf16 needs run.precision = bf16, not {precision}; set it to fp32"
         )
     # After sharding every rank holds a different part, so a difference could no longer be detected.
     require_agreement({"sum of all weights": weight_sum(model)})
@@ -60,8 +66,10 @@ def shard_model(model: nn.Module, run: RunConfig, *, distributed: Distributed) -
     # modifies.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if run.sharding_dtype == "bf16" else MixedPrecisionPolicy()
     for block in _blocks(model):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     scalars = {p for p in model.parameters() if p.ndim == 0}
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
 
@@ -91,7 +99,8 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         model: the bare model, sharded or not; its weights must not change inside the block.
     """
     if isinstance(model, FSDPModule):
-        # In an evaluation before the first step, a block would otherwise be initialized as the root.
+        # In an evaluation before the first step, a block would otherwise be initialized as the root. Public
+        # methods initialize no root but in a forward pass of the model, which needs all ranks.
         model._get_fsdp_state()._lazy_init()
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
@@ -134,6 +143,23 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     square = nn.utils.get_total_norm(parts).square()
     dist.all_reduce(square)
     return (square + nn.utils.get_total_norm(rest).square()).sqrt() if rest else square.sqrt()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, norm: Tensor) -> None:
+    """Scale all gradients in place so that their norm is at most `max_norm`.
+
+    The numbers are those of `torch.nn.utils.clip_grads_with_norm_`, which scales sharded gradients one by one
+    instead of in one kernel.
+
+    Args:
+        parameters: the parameters; those without a gradient are skipped.
+        max_norm: largest norm.
+        norm: 2-norm () of all gradients, see `gradient_norm`.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    if parts:
+        torch._foreach_mul_(parts, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
 
 def weight_sum(model: nn.Module) -> float:

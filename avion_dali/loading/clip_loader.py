@@ -18,6 +18,7 @@ import torch
 from avion_dali.contracts import ClipBatch, ClipError
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import Planner
+from avion_dali.data.tokens import cut_to_longest
 from avion_dali.loading.clip_group import ClipGroup, RowFacts, clips_per_group, work_on
 from avion_dali.loading.faults import MAX_ATTEMPTS, FaultPolicy, LoaderStats, failure_of
 from avion_dali.loading.loader_state import State, position_of, state_at
@@ -33,6 +34,7 @@ class LoaderSettings:
     Args:
         device: device to which batches are delivered.
         context_length: text tokens per row; 0 for none.
+        cut_texts: whether rows end with the longest text of their batch, see `cut_to_longest`.
         prefetch_batches: number of micro-batches that workers decode ahead.
         max_bad_fraction: see `FaultPolicy`.
         quarantine: see `FaultPolicy`.
@@ -43,6 +45,7 @@ class LoaderSettings:
     prefetch_batches: int = 3
     max_bad_fraction: float = 0.01
     quarantine: Path | None = None
+    cut_texts: bool = False
 
 
 class ClipLoader(Generic[Result]):
@@ -293,13 +296,16 @@ class ClipLoader(Generic[Result]):
                     self._replace(batch, row, failure=failure)
                 self._settle(batch, refused.failures)
         rows, facts = len(batch.clips), batch.facts
+        tokens_BL = facts.tokens
+        if tokens_BL is not None and self.settings.cut_texts:
+            tokens_BL = cut_to_longest(tokens_BL)
         self.stats.delivered += rows
         self._next = batch.number + 1
         if self._next >= self._start + len(self):
             self._start = self._next // len(self) * len(self)
         return ClipBatch(
             frames_BTHWC=frames_BTHWC,
-            tokens_BL=self._on_device(facts.tokens),
+            tokens_BL=self._on_device(tokens_BL),
             labels_B=self._on_device(facts.labels),
             sample_ids=facts.sample_ids,
             view_ids=np.tile(np.arange(self._ring.slot_shape[1]), rows),

@@ -23,7 +23,7 @@ from avion_dali.config import AttentionBackend
 from avion_dali.contracts import UserError
 from avion_dali.wording import first_line
 
-Kernel = Literal["sdpa", "flash-attn", "xformers", "math"]
+Kernel = Literal["sdpa", "cudnn", "flash", "efficient", "flash-attn", "xformers", "math"]
 PackageKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Kernels of other packages: module, function, and the package to install.
@@ -34,6 +34,15 @@ _PACKAGES: Final[dict[str, tuple[str, str, str]]] = {
 # The kernels that work on this machine. They take (B, N, H, K), with heads after tokens, and scale as `attend`
 # does.
 _PACKAGE_KERNELS: Final[dict[str, PackageKernel]] = {}
+# Kernels of PyTorch's `scaled_dot_product_attention`; `sdpa` leaves the choice to PyTorch.
+_SDPA_BACKENDS: Final[dict[str, SDPBackend]] = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+# For a single query. The backward pass of cuDNN gives NaN for one query with strongly negative scores
+# (NVIDIA/cudnn-frontend issue 1072). `math` would round such scores to half precision, these kernels do not.
+_WITHOUT_CUDNN: Final = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _HALF: Final = (torch.float16, torch.bfloat16)
 SDPA_TOLERANCE: Final = 0.02
 """Largest allowed error of a kernel in half precision, on values with standard deviation 1."""
@@ -60,11 +69,13 @@ def resolve_attention(name: AttentionBackend, device: torch.device, *, dtype: to
         return "sdpa" if _package_problem("flash-attn", str(device), dtype) else "flash-attn"
     if name in ("sdpa", "math"):
         return name
-    if name not in _PACKAGES:
-        raise UserError(
-            f"model.attention = {name!r} is not a kernel; choose one of auto, sdpa, flash-attn, xformers, math"
-        )
-    problem = _package_problem(name, str(device), dtype)
+    if name in _SDPA_BACKENDS:
+        problem = sdpa_problem(_SDPA_BACKENDS[name], device, dtype=dtype)
+    elif name in _PACKAGES:
+        problem = _package_problem(name, str(device), dtype)
+    else:
+        choices = ", ".join(("auto", "sdpa", *_SDPA_BACKENDS, *_PACKAGES, "math"))
+        raise UserError(f"model.attention = {name!r} is not a kernel; choose one of {choices}")
     if problem:
         raise UserError(f"model.attention = {name!r} cannot run here: {problem}; set it to auto or sdpa")
     return name
@@ -116,7 +127,7 @@ def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, backend: AttentionBac
     """Scaled dot-product attention, softmax(q k^T / sqrt(K)) v, without mask or dropout.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1. Only `math` stores the N x M matrix of weights
-    (Dao et al. 2022, arXiv 2205.14135).
+    (Dao et al. 2022, arXiv 2205.14135). A single query is not given to cuDNN, see `_WITHOUT_CUDNN`.
 
     Args:
         q_BHNK: queries, float (B, H, N, K).
@@ -133,14 +144,59 @@ def attend(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, backend: AttentionBac
     kernel = backend
     if backend == "auto":
         kernel = _automatic_kernel(str(q_BHNK.device), q_BHNK.dtype)
-    if kernel == "sdpa":
-        return functional.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK)
     if kernel == "math":
         return _attend_plainly(q_BHNK, k_BHMK, v_BHMK=v_BHMK)
+    if kernel in ("sdpa", "cudnn") and q_BHNK.shape[2] == 1:
+        with sdpa_kernel(_WITHOUT_CUDNN):
+            return functional.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK)
+    if kernel == "sdpa":
+        return functional.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK)
+    if kernel in _SDPA_BACKENDS:
+        with sdpa_kernel(_SDPA_BACKENDS[kernel]):
+            return functional.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK)
     if kernel not in _PACKAGE_KERNELS:
         kernel = resolve_attention(kernel, q_BHNK.device, dtype=q_BHNK.dtype)
     q_BNHK, k_BMHK, v_BMHK = (t.transpose(1, 2) for t in (q_BHNK, k_BHMK, v_BHMK))
     return _PACKAGE_KERNELS[kernel](q_BNHK, k_BMHK, v_BMHK).transpose(1, 2)
+
+
+def attend_causally(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor) -> Tensor:
+    """`attend` in which a token sees only itself and the tokens before it, by PyTorch's choice of kernel.
+
+    No mask is passed: kernels skip what a causal mask hides, and cuDNN's gives NaN with masks of some lengths
+    (pytorch/pytorch issue 196678).
+
+    Args:
+        q_BHNK: queries, float (B, H, N, K).
+        k_BHNK: keys, same shape and dtype.
+        v_BHNK: values, same shape and dtype.
+
+    Returns:
+        Float (B, H, N, K).
+    """
+    if q_BHNK.shape[2] == 1:
+        return v_BHNK
+    return functional.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK, is_causal=True)
+
+
+def describe_kernel(kernel: Kernel, device: torch.device, *, dtype: torch.dtype, width: int) -> str:
+    """Return a kernel's name for logs; for `sdpa` also the kernel that PyTorch picks, as `sdpa (cudnn)`.
+
+    PyTorch picks by device, dtype and width of a head, not by the number of tokens.
+
+    Args:
+        kernel: a resolved kernel.
+        device: device of queries, keys and values.
+        dtype: their dtype.
+        width: width of one head (K).
+    """
+    if kernel != "sdpa":
+        return kernel
+    q_BHNK = torch.empty(1, 1, 197, width, device=device, dtype=dtype, requires_grad=True)
+    # The functions `torch.backends.cuda.can_use_...` tell what could run, but not which of them comes first.
+    picked = SDPBackend(torch._fused_sdp_choice(q_BHNK, q_BHNK, q_BHNK))
+    names = {backend: name for name, backend in _SDPA_BACKENDS.items()}
+    return f"sdpa ({names.get(picked, picked.name.lower())})"
 
 
 def _attend_plainly(q_BHNK: Tensor, k_BHMK: Tensor, *, v_BHMK: Tensor) -> Tensor:
@@ -222,20 +278,23 @@ class SelfAttention(nn.Module):
     without renaming.
     """
 
-    def __init__(self, width: int, heads: int, *, backend: AttentionBackend = "auto") -> None:
-        """Create the projections; `VideoTower` initializes them.
+    def __init__(
+        self, width: int, heads: int, *, backend: AttentionBackend = "auto", causal: bool = False
+    ) -> None:
+        """Create the projections; the tower initializes them.
 
         Args:
             width: token width D.
             heads: number of heads; divides `width`.
-            backend: attention kernel.
+            backend: attention kernel; causal attention has one kernel only.
+            causal: whether a token sees only itself and the tokens before it.
 
         Raises:
             UserError: when the width does not divide into the heads.
         """
         super().__init__()
         check_heads(width, heads)
-        self.heads, self.backend = heads, backend
+        self.heads, self.backend, self.causal = heads, backend, causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -243,7 +302,11 @@ class SelfAttention(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         """Mix the tokens of each clip: float (B, N, D) -> (B, N, D)."""
         qkv_BNX = functional.linear(x_BND, self.in_proj_weight, self.in_proj_bias)
-        mixed_BHNK = attend(*split_heads(qkv_BNX, self.heads), self.backend)
+        q_BHNK, k_BHNK, v_BHNK = split_heads(qkv_BNX, self.heads)
+        if self.causal:
+            mixed_BHNK = attend_causally(q_BHNK, k_BHNK, v_BHNK)
+        else:
+            mixed_BHNK = attend(q_BHNK, k_BHNK, v_BHNK, self.backend)
         projected: Tensor = self.out_proj(join_heads(mixed_BHNK))
         return projected
 

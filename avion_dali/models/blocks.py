@@ -1,4 +1,4 @@
-"""Common parts of the video towers: configuration, patches, stochastic depth and activation checkpointing.
+"""Common parts of the video towers: configuration, patches, MLPs and their base class.
 
 Axes: B clips, C channels, T frames, H W pixels, N tokens, D width, X pixel values of a patch.
 """
@@ -13,9 +13,8 @@ from typing import ClassVar, Final, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from avion_dali.config import DEFAULT_NORM_EPS, Activation, AttentionBackend
+from avion_dali.config import DEFAULT_NORM_EPS, Activation, AttentionBackend, ResidualDtype
 from avion_dali.contracts import UserError
 from avion_dali.models.layout import TowerLayout
 
@@ -64,6 +63,7 @@ class VideoTowerConfig:
     drop_path_schedule: Literal["constant", "linear"] = "constant"
     patch_dropout: float = 0.0
     attention: AttentionBackend = "auto"
+    residual_dtype: ResidualDtype = "fp32"
     checkpoint_every: int = 0
     compile: bool = False
 
@@ -101,29 +101,19 @@ class VideoTowerConfig:
             )
         return self.num_frames // tube_frames
 
+    def as_residual(self, x_BND: Tensor) -> Tensor:
+        """Return the tokens for the first block, float (B, N, D): in bf16 if configured, in a run in bf16."""
+        device = x_BND.device.type
+        if self.residual_dtype == "fp32" or not torch.amp.is_autocast_available(device):
+            return x_BND
+        is_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        return x_BND.bfloat16() if is_bf16 else x_BND
+
     def drop_path_rate(self, block: int) -> float:
         """Return the stochastic depth rate of a block, counted from 0."""
         if self.drop_path_schedule == "constant":
             return self.drop_path
         return self.drop_path * block / max(1, self.layers - 1)
-
-
-def drop_path(x_BND: Tensor, *, rate: float, training: bool) -> Tensor:
-    """Set a residual branch to zero for random clips and scale the others, which preserves the expectation.
-
-    Args:
-        x_BND: output of the branch, float (B, N, D).
-        rate: probability that the branch of a clip is zeroed, in [0, 1).
-        training: False returns the input unchanged.
-
-    Returns:
-        Float (B, N, D).
-    """
-    if not training or rate == 0.0:
-        return x_BND
-    keep = 1.0 - rate
-    mask_B11 = x_BND.new_empty(x_BND.shape[0], 1, 1).bernoulli_(keep)
-    return x_BND * (mask_B11 / keep)
 
 
 def cut_patches(frames_BCTHW: Tensor, *, patch_size: int, patch_frames: int = 1) -> Tensor:
@@ -215,38 +205,6 @@ def build_mlp(width: int, activation: Activation, *, names: tuple[str, str]) -> 
             ]
         )
     )
-
-
-def run_blocks(blocks: nn.ModuleList, x_BND: Tensor, *, checkpoint_every: int) -> Tensor:
-    """Apply blocks in order, storing only the input of those that are recomputed in the backward pass.
-
-    Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
-
-    Args:
-        blocks: the blocks; each maps float (B, N, D) to (B, N, D).
-        x_BND: tokens.
-        checkpoint_every: recompute the first block and every n-th block after it; 0 recomputes none.
-    """
-    for i, block in enumerate(blocks):
-        if checkpoint_every and i % checkpoint_every == 0 and torch.is_grad_enabled():
-            x_BND = checkpoint(block, x_BND, use_reentrant=False)
-        else:
-            x_BND = block(x_BND)
-    return x_BND
-
-
-def compile_blocks(blocks: nn.ModuleList, *, enabled: bool) -> None:
-    """Compile each block in place at its first call, so that parameters keep their names.
-
-    Blocks with equal options share the compiled code.
-
-    Args:
-        blocks: blocks of a tower.
-        enabled: False does nothing.
-    """
-    if enabled:
-        for block in blocks:
-            block.compile()
 
 
 class VideoEncoder(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from avion_dali.config import ModelConfig
 from avion_dali.models.presets import PRESETS
-from avion_dali.models.text_tower import TextTowerConfig, build_text_tower
+from avion_dali.models.text_tower import TextTower, TextTowerConfig
 from avion_dali.models.towers import build_video_tower, resolve_model
 
 # The temperature starts at 0.07, and the scale is at most 100: Radford et al. 2021, arXiv 2103.00020, section
@@ -34,7 +34,7 @@ class DualEncoder(nn.Module):
 
         Args:
             visual: maps float frames (B, 3, T, H, W) to (B, D).
-            textual: maps int64 tokens (B, L) to (B, D); has an attribute `context_length`.
+            textual: maps int64 tokens (B, L) to (B, D); has an attribute `context_length`, the largest L.
             train_logit_scale: whether to learn the temperature instead of keeping it at 0.07.
         """
         super().__init__()
@@ -51,19 +51,14 @@ class DualEncoder(nn.Module):
         """Embed texts.
 
         Args:
-            tokens_BL: token ids, int64 (B, L) with L the tower's context length, zero padded.
+            tokens_BL: token ids, int64 (B, L) with L at most the tower's context length, zero padded.
 
         Returns:
             Unit vectors, float32 (B, D).
 
         Raises:
-            ValueError: when L differs from the context length.
+            ValueError: when L exceeds the context length.
         """
-        if tokens_BL.shape[-1] != self.textual.context_length:
-            raise ValueError(
-                f"the text tower takes {self.textual.context_length} tokens per text, got "
-                f"{tokens_BL.shape[-1]}; the manifest's texts and model.context_length must agree"
-            )
         return functional.normalize(self.textual(tokens_BL).float(), dim=-1)
 
     def forward(self, frames_BCTHW: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +103,7 @@ def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int)
     assert config.activation != "auto"
     preset = PRESETS[config.size]
     visual = build_video_tower(config, num_frames=num_frames, frame_size=frame_size, embed_dim=config.embed_dim)
-    textual = build_text_tower(
+    textual = TextTower(
         TextTowerConfig(
             context_length=config.context_length,
             vocab_size=preset.vocab_size,
@@ -117,7 +112,7 @@ def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int)
             heads=preset.text_heads,
             embed_dim=config.embed_dim,
             activation=config.activation,
-            checkpointing=config.checkpoint_every == 1,
+            checkpoint_every=config.checkpoint_every,
             compile=config.compile,
         )
     )

@@ -17,15 +17,10 @@ from torch import Tensor, nn
 
 from avion_dali.config import ModelConfig
 from avion_dali.contracts import UserError
-from avion_dali.models.blocks import (
-    PatchEmbedding,
-    VideoTowerConfig,
-    check_clip_shape,
-    cut_patches,
-    run_blocks,
-)
+from avion_dali.models.blocks import PatchEmbedding, VideoTowerConfig, check_clip_shape, cut_patches
 from avion_dali.models.layout import TowerLayout
 from avion_dali.models.positions import sincos_positions
+from avion_dali.models.residual import run_blocks
 from avion_dali.models.towers import ENCODERS, encoder_class, tower_config
 from avion_dali.models.videomae import TUBE_FRAMES, VideoMAETower, build_blocks, build_tube_embedding
 
@@ -41,15 +36,16 @@ class MaskedEncoder(nn.Module):
     def __init__(self, config: VideoTowerConfig) -> None:
         """Create the encoder that the config describes."""
         super().__init__()
-        self.checkpoint_every = config.checkpoint_every
+        self.config = config
         self.patch_embed = build_tube_embedding(config)
         self.blocks = build_blocks(config)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def forward(self, tubes_BUX: Tensor, positions_BUD: Tensor) -> Tensor:
         """Encode the pixels of visible tubes (B, U, X) and their positions (B, U, D) -> float (B, U, D)."""
-        x_BUD = self.patch_embed.proj.embed(tubes_BUX) + positions_BUD
-        encoded: Tensor = self.norm(run_blocks(self.blocks, x_BUD, checkpoint_every=self.checkpoint_every))
+        x_BUD = self.config.as_residual(self.patch_embed.proj.embed(tubes_BUX) + positions_BUD)
+        x_BUD = run_blocks(self.blocks, x_BUD, checkpoint_every=self.config.checkpoint_every)
+        encoded: Tensor = self.norm(x_BUD)
         return encoded
 
 
@@ -66,14 +62,15 @@ class MaskedDecoder(nn.Module):
             values: number of pixel values per tube (X).
         """
         super().__init__()
-        self.checkpoint_every = config.checkpoint_every
+        self.config = config
         self.blocks = build_blocks(config)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, values)
 
     def forward(self, x_BNE: Tensor, *, hidden: int) -> Tensor:
         """Decode tokens (B, N, E), with the hidden ones last -> predictions (B, hidden, X)."""
-        x_BNE = run_blocks(self.blocks, x_BNE, checkpoint_every=self.checkpoint_every)
+        x_BNE = self.config.as_residual(x_BNE)
+        x_BNE = run_blocks(self.blocks, x_BNE, checkpoint_every=self.config.checkpoint_every)
         predicted: Tensor = self.head(self.norm(x_BNE[:, -hidden:]))
         return predicted
 

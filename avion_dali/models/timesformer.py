@@ -23,13 +23,11 @@ from avion_dali.models.blocks import (
     VideoTowerConfig,
     build_mlp,
     check_clip_shape,
-    compile_blocks,
-    drop_path,
     init_linear_layers,
-    run_blocks,
 )
 from avion_dali.models.convert_lavila import vit_to_timesformer
 from avion_dali.models.layout import TowerLayout
+from avion_dali.models.residual import DropPathBlock, add_branch, compile_blocks, run_blocks
 
 Over = Literal["time", "space"]
 
@@ -90,14 +88,13 @@ class DividedAttention(nn.Module):
         return torch.cat([class_BGH1K, groups_BGHLK], dim=3).flatten(0, 1)
 
 
-class DividedBlock(nn.Module):
+class DividedBlock(DropPathBlock):
     """Attention over time, then over space, then the MLP; both attentions share one residual connection."""
 
     def __init__(self, config: VideoTowerConfig, *, drop_path_rate: float) -> None:
         """Create one block of the tower that the config describes."""
-        super().__init__()
+        super().__init__(drop_path_rate)
         width, eps, places = config.width, config.norm_eps, config.patches_per_frame
-        self.drop_path_rate = drop_path_rate
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = DividedAttention(width, config.heads, over="space", places=places, backend=config.attention)
         self.timeattn = DividedAttention(
@@ -107,13 +104,14 @@ class DividedBlock(nn.Module):
         self.mlp = build_mlp(width, config.activation, names=("fc1", "fc2"))
         self.norm3 = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """Apply the block: float (B, N, D) -> (B, N, D)."""
-        rate = self.drop_path_rate
+    def forward(
+        self, x_BND: Tensor, first_B11: Tensor | None = None, second_B11: Tensor | None = None
+    ) -> Tensor:
+        """Apply the block to float (B, N, D), with the drop path factors of its two branches -> (B, N, D)."""
         over_time_BND = self.timeattn(self.norm3(x_BND))
         over_space_BND = self.attn(self.norm1(x_BND + over_time_BND))
-        x_BND = x_BND + drop_path(over_space_BND, rate=rate, training=self.training)
-        return x_BND + drop_path(self.mlp(self.norm2(x_BND)), rate=rate, training=self.training)
+        x_BND = add_branch(x_BND, over_space_BND, first_B11)
+        return add_branch(x_BND, self.mlp(self.norm2(x_BND)), second_B11)
 
 
 class TimeSformer(VideoEncoder):
@@ -185,6 +183,7 @@ class TimeSformer(VideoEncoder):
         x_BND = torch.cat([class_11D.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
         if self.config.pre_norm:
             x_BND = self.ln_pre(x_BND)
+        x_BND = self.config.as_residual(x_BND)
         x_BND = run_blocks(self.blocks, x_BND, checkpoint_every=self.config.checkpoint_every)
         pooled: Tensor = self.norm(x_BND[:, 0])
         return pooled

@@ -147,6 +147,7 @@ def tower_config(
         drop_path_schedule=config.drop_path_schedule,
         patch_dropout=config.patch_dropout,
         attention=config.attention,
+        residual_dtype=config.residual_dtype,
         checkpoint_every=config.checkpoint_every,
         compile=config.compile,
     )

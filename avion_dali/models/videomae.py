@@ -19,36 +19,34 @@ from avion_dali.models.blocks import (
     VideoTowerConfig,
     build_mlp,
     check_clip_shape,
-    compile_blocks,
-    drop_path,
     init_linear_layers,
-    run_blocks,
 )
 from avion_dali.models.layout import TowerLayout
 from avion_dali.models.positions import sincos_positions
+from avion_dali.models.residual import DropPathBlock, add_branch, compile_blocks, run_blocks
 
 TUBE_FRAMES: Final = 2
 # So small a head starts with nearly equal probabilities of all classes and lets the encoder adapt first.
 HEAD_SCALE: Final = 0.001
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(DropPathBlock):
     """A pre-norm transformer block like `vit.Block`, with timm's parameter names."""
 
     def __init__(self, config: VideoTowerConfig, *, drop_path_rate: float) -> None:
         """Create one block of the tower that the config describes."""
-        super().__init__()
-        self.drop_path_rate = drop_path_rate
+        super().__init__(drop_path_rate)
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attn = FusedAttention(config.width, config.heads, backend=config.attention)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = build_mlp(config.width, config.activation, names=("fc1", "fc2"))
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """Apply the block: float (B, N, D) -> (B, N, D)."""
-        rate = self.drop_path_rate
-        x_BND = x_BND + drop_path(self.attn(self.norm1(x_BND)), rate=rate, training=self.training)
-        return x_BND + drop_path(self.mlp(self.norm2(x_BND)), rate=rate, training=self.training)
+    def forward(
+        self, x_BND: Tensor, first_B11: Tensor | None = None, second_B11: Tensor | None = None
+    ) -> Tensor:
+        """Apply the block to float (B, N, D), with the drop path factors of its two branches -> (B, N, D)."""
+        x_BND = add_branch(x_BND, self.attn(self.norm1(x_BND)), first_B11)
+        return add_branch(x_BND, self.mlp(self.norm2(x_BND)), second_B11)
 
 
 def build_blocks(config: VideoTowerConfig) -> nn.ModuleList:
@@ -116,6 +114,7 @@ class VideoMAETower(VideoEncoder):
         """Return the mean of the tokens after a norm: float (B, 3, T, H, W) -> (B, width)."""
         check_clip_shape(frames_BCTHW, self.config.clip_shape)
         x_BND = self.patch_embed(frames_BCTHW) + self.positions_ND
+        x_BND = self.config.as_residual(x_BND)
         x_BND = run_blocks(self.blocks, x_BND, checkpoint_every=self.config.checkpoint_every)
         pooled: Tensor = self.fc_norm(x_BND.mean(dim=1))
         return pooled

@@ -19,12 +19,10 @@ from avion_dali.models.blocks import (
     VideoTowerConfig,
     build_mlp,
     check_clip_shape,
-    compile_blocks,
-    drop_path,
     init_linear_layers,
-    run_blocks,
 )
 from avion_dali.models.layout import TowerLayout
+from avion_dali.models.residual import BlockStack, DropPathBlock, add_branch
 
 
 def drop_patches(x_BND: Tensor, *, rate: float) -> Tensor:
@@ -45,40 +43,23 @@ def drop_patches(x_BND: Tensor, *, rate: float) -> Tensor:
     return x_BND.gather(1, kept_BN.unsqueeze(-1).expand(-1, -1, width))
 
 
-class Block(nn.Module):
+class Block(DropPathBlock):
     """A pre-norm transformer block: attention, then an MLP."""
 
     def __init__(self, config: VideoTowerConfig, *, drop_path_rate: float) -> None:
         """Create one block of the tower that the config describes."""
-        super().__init__()
-        self.drop_path_rate = drop_path_rate
+        super().__init__(drop_path_rate)
         self.ln_1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attn = SelfAttention(config.width, config.heads, backend=config.attention)
         self.ln_2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = build_mlp(config.width, config.activation, names=("c_fc", "c_proj"))
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """Float (B, N, D) -> (B, N, D)."""
-        rate = self.drop_path_rate
-        x_BND = x_BND + drop_path(self.attn(self.ln_1(x_BND)), rate=rate, training=self.training)
-        return x_BND + drop_path(self.mlp(self.ln_2(x_BND)), rate=rate, training=self.training)
-
-
-class BlockStack(nn.Module):
-    """The blocks in order; this class gives them the parameter names `transformer.resblocks.<i>`."""
-
-    def __init__(self, config: VideoTowerConfig) -> None:
-        """Create all blocks of the tower that the config describes."""
-        super().__init__()
-        self.checkpoint_every = config.checkpoint_every
-        self.resblocks = nn.ModuleList(
-            Block(config, drop_path_rate=config.drop_path_rate(i)) for i in range(config.layers)
-        )
-        compile_blocks(self.resblocks, enabled=config.compile)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """Float (B, N, D) -> (B, N, D)."""
-        return run_blocks(self.resblocks, x_BND, checkpoint_every=self.checkpoint_every)
+    def forward(
+        self, x_BND: Tensor, first_B11: Tensor | None = None, second_B11: Tensor | None = None
+    ) -> Tensor:
+        """Apply the block to float (B, N, D), with the drop path factors of its two branches -> (B, N, D)."""
+        x_BND = add_branch(x_BND, self.attn(self.ln_1(x_BND)), first_B11)
+        return add_branch(x_BND, self.mlp(self.ln_2(x_BND)), second_B11)
 
 
 class VideoTower(VideoEncoder):
@@ -110,7 +91,11 @@ class VideoTower(VideoEncoder):
         self.add_projection()
         self.conv1 = PatchEmbedding(config.patch_size, width)
         self.ln_pre = nn.LayerNorm(width, eps=config.norm_eps)
-        self.transformer = BlockStack(config)
+        self.transformer = BlockStack(
+            [Block(config, drop_path_rate=config.drop_path_rate(i)) for i in range(config.layers)],
+            checkpoint_every=config.checkpoint_every,
+            compile=config.compile,
+        )
         self.ln_post = nn.LayerNorm(width, eps=config.norm_eps)
         self.init_weights()
 
@@ -136,7 +121,7 @@ class VideoTower(VideoEncoder):
             x_BND = drop_patches(x_BND, rate=self.config.patch_dropout)
         class_D = self.class_embedding + self.positional_embedding[0]
         x_BND = torch.cat([class_D.expand(x_BND.shape[0], 1, -1), x_BND], dim=1)
-        x_BND = self.transformer(self.ln_pre(x_BND))
+        x_BND = self.transformer(self.config.as_residual(self.ln_pre(x_BND)))
         pooled: Tensor = self.ln_post(x_BND[:, 0])
         return pooled
 

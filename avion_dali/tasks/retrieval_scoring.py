@@ -14,7 +14,7 @@ from avion_dali.config import Normalization
 from avion_dali.contracts import ClipBatch
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.relevancy import open_captions
-from avion_dali.data.tokens import pad_tokens
+from avion_dali.data.tokens import batch_length, pad_tokens
 from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.metrics.retrieval import RETRIEVAL_METRICS, RetrievalScores, retrieval_scores
 from avion_dali.models.dual_encoder import DualEncoder
@@ -152,5 +152,6 @@ def _similarity(video_VD: torch.Tensor, text_TD: torch.Tensor) -> np.ndarray:
 
 
 def _embed_texts(model: DualEncoder, gallery: Gallery, *, device: torch.device) -> torch.Tensor:
-    tokens_TL = torch.from_numpy(pad_tokens(gallery.tokens, cast(int, model.textual.context_length))).to(device)
+    length = batch_length(gallery.tokens, cast(int, model.textual.context_length))
+    tokens_TL = torch.from_numpy(pad_tokens(gallery.tokens, length)).to(device)
     return torch.cat([model.encode_text(part).float() for part in tokens_TL.split(_TEXTS_PER_PASS)])
