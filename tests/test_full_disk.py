@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from chunk_folders import contents, write_random_manifest
 
+from avion_dali import files
 from avion_dali.cli import evaluate, features
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
@@ -45,6 +46,33 @@ def test_embeddings_are_whole_or_as_they_were(tmp_path: Path, ending: str) -> No
     with pytest.raises(UserError, match="existing file is unchanged"), no_file_above(20_000):
         features.write_features(path, means, manifest=manifest)
     assert contents(path.parent) == before
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_an_array_never_stands_beside_the_list_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    """Of the two files of an .npy, the array is there only with its own list, wherever a run is interrupted."""
+    manifest = Manifest(write_random_manifest(tmp_path / "m", num_samples=40))
+    path, replace, done = tmp_path / "f.npy", files.os.replace, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    def write(count: int) -> None:
+        means = PerSample(np.arange(count), np.zeros((count, 8), np.float32), np.full(count, -1), 0)
+        features.write_features(path, means, manifest=manifest)
+
+    write(40)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files.os, "replace", interrupted)
+        write(30)
+    assert not path.exists()
+    write(20)
+    assert len(np.load(path)) == len(path.with_suffix(".clips.jsonl").read_text().splitlines()) == 20
 
 
 def test_a_check_keeps_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,9 @@
 A manifest is a folder; `manifest.json` says how it was made and which files it consists of (see
 `manifest_files.py`). `chunks.arrow` holds one row per chunk file with its probed facts, sorted by (video,
 start); `samples.arrow` holds one row per clip with its time span, its chunks (a run of rows of the other
-table), its texts with their token ids, and its label; `packets.bin` holds the chunks' packet indexes, which
-decode workers read for themselves. Where rows have labels, `classes.json` names them; where they are graded
-against a set of captions, `captions.arrow` and `relevancy.npy` hold captions and grades.
+table), its texts with their token ids, and its label; `packets.bin` holds the chunks' packet indexes. Where
+rows have labels, `classes.json` names them; where they are graded against a set of captions, `captions.arrow`
+and `relevancy.npy` hold captions and grades.
 """
 
 from __future__ import annotations
@@ -126,9 +126,8 @@ class Manifest:
         Raises:
             UserError: when it is missing or damaged.
         """
-        return MappedTable(
-            self.files.path(name), rows_per_batch=ROWS_PER_BATCH, checksums=self.files.checksums(name)
-        )
+        path, checksums = self.files.path(name), self.files.checksums(name)
+        return MappedTable(path, rows_per_batch=ROWS_PER_BATCH, checksums=checksums)
 
     @property
     def fingerprint(self) -> int:
@@ -184,8 +183,7 @@ class Manifest:
             row: in [0, num_samples).
         """
         columns, i = self._locate_sample(row)
-        label: int = columns.label[i]
-        return label
+        return int(columns.label[i])
 
     def num_texts(self, row: int) -> int:
         """Return the number of texts of one row.

@@ -100,7 +100,7 @@ def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int)
         UserError: when the encoder is unknown, lacks an option that is set, or does not support such frames.
     """
     config = resolve_model(config)
-    assert config.activation != "auto"
+    assert config.activation != "auto" and config.checkpoint_every != "auto"
     preset = PRESETS[config.size]
     visual = build_video_tower(config, num_frames=num_frames, frame_size=frame_size, embed_dim=config.embed_dim)
     textual = TextTower(
