@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,7 @@ REQUIREMENT = {
     "all_frames_right": True,
 }
 LINES, WIDTH = 60, 190  # of what is printed at the end
-# What is not worth a place in such a line.
-_HIDDEN = ("measured", "at_s", "spread_ms", "cores_taken_by_other_programs", "top_kernels", "kb_read_per_clip")
+_HIDDEN = re.compile("measured|at_s|spread_ms|top_kernels|frame_size|step_ms|data_wait_s|.*_per_clip")  # there
 
 
 def summary(results: Sequence[PartResult], facts: dict[str, Any]) -> str:
@@ -48,10 +48,8 @@ def outcome_line(result: PartResult) -> str:
 
 
 def _line(row: Row) -> str:
-    values = [
-        f"{k}={_short(v, 60)}" for k, v in row.items() if k not in _HIDDEN and v not in (None, "", [], False)
-    ]
-    return _short(f"{row['measured']}: " + " ".join(values), WIDTH)
+    shown = {k: v for k, v in row.items() if not _HIDDEN.fullmatch(k) and v not in (None, "", [], False)}
+    return _short(f"{row['measured']}: " + " ".join(f"{k}={_short(v, 60)}" for k, v in shown.items()), WIDTH)
 
 
 def _short(value: object, width: int) -> str:
