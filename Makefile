@@ -35,8 +35,9 @@ demo-finetune: $(INSTALLED)
 media: $(INSTALLED)
 	$(BIN)/python -m benchmarks.media --output media
 
+# Each file of tests stays in one process, whose fixtures its tests share.
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-oldest:
 	@for python in $(OLDEST_PYTHON) $$(pyenv root 2>/dev/null)/versions/3.12*/bin/python3.12; do \

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from avion_dali.contracts import ChunkRef, ClipPart, ClipRequest, CropWindow, UserError
+from avion_dali.loading.clip_group import RowFacts
 from avion_dali.loading.faults import LoaderStats
 from avion_dali.loading.strategy import PendingBatch, RefusedRowsError
 from pipelines.mini_clip import MiniClip
@@ -118,8 +119,8 @@ def batch_of(paths: Sequence[str]) -> PendingBatch[CollectedClip]:
     window = CropWindow(0, 0, 8, 8)
     parts = [ClipPart(ChunkRef(path, 1, 1, 8, 8), (0,)) for path in paths]
     requests = [ClipRequest(i, 0, (part,), (0,), (window,), (False,), 8) for i, part in enumerate(parts)]
-    batch = PendingBatch[CollectedClip](0, 0, 0, requests, np.ones(len(paths), dtype=bool))
-    batch.results = [CollectedClip(MiniClip(b"x", (0,), 6), 0, 0.0) for _ in paths]
+    batch = PendingBatch[CollectedClip](0, 0, 0, list(range(len(paths))), RowFacts.of(requests, 0))
+    batch.results = [CollectedClip(request, MiniClip(b"x", (0,), 6), 0, 0.0) for request in requests]
     return batch
 
 

@@ -94,8 +94,10 @@ def test_a_damaged_order_is_refused_when_it_is_indexed(
     data = bytearray(gop_videos[style].read_bytes())
     at = data.rfind(b"ctts") + 12
     first, second = (int.from_bytes(data[at + 8 * i + 4 : at + 8 * i + 8], "big") for i in (0, 1))
-    assert first != second
-    data[at + 4 : at + 8], data[at + 12 : at + 16] = second.to_bytes(4, "big"), first.to_bytes(4, "big")
+    frame = 512  # ticks from one picture to the next; the two pictures change their places
+    assert first - frame != second
+    data[at + 4 : at + 8] = (second + frame).to_bytes(4, "big")
+    data[at + 12 : at + 16] = (first - frame).to_bytes(4, "big")
     path = tmp_path / "v.mp4"
     path.write_bytes(data)
     probe_chunk(path, tolerant=True)

@@ -241,10 +241,12 @@ class PacketCollector:
     def is_ordered(self) -> bool:
         """Return whether the container shows the pictures in the order that is coded in them.
 
-        If headers of pictures say otherwise, the decoder decides; other streams are not examined.
+        If headers of pictures say otherwise, the decoder decides. Streams whose times do not tell an order are
+        not examined, such as joined recordings, where times repeat.
         """
         pts = [time for time in self._pts if time is not None]
-        if not (self._usable and self._order.tells and self._tells_order and len(pts) == len(self._places)):
+        examined = self._usable and self._order.tells and self._tells_order
+        if not examined or len(set(pts)) != len(self._places):
             return True
         ranks = np.argsort(np.argsort(pts, kind="stable"), kind="stable").tolist()
         if [rank for _, rank in sorted(zip(self._coded_order, ranks, strict=True))] == list(range(len(ranks))):

@@ -200,7 +200,7 @@ def probe_chunk(
         declared = (stream.codec_context.width, stream.codec_context.height)
         collector = PacketCollector(file.fileno(), container, stream) if file else None
         survey = survey_packets(container, stream, collector=collector, name=name, tolerant=tolerant)
-        _check_order(name, collector if survey.tells and not tolerant else None)
+        _check_order(name, None if tolerant else collector)
         stated = (stream.average_rate, stream.guessed_rate)
         reading = _Reading(name, span, tolerant)
         shown, first, is_counted = _shown_pictures(reading, container, survey=survey, stated=stated)
