@@ -25,8 +25,8 @@ TRAIN_OPTIONS = {
     "": "output_dir decoder resume",
     "dali": "graphs threads blocking_sync",
     "data": "num_frames frame_size sampling stride crop crop_scale crop_ratio flip_probability repeats "
-    "eval_clips eval_crops text relevancy_threshold workers prefetch_batches clip_timeout_s max_bad_fraction worker_niceness "
-    "train_manifest eval_manifest normalization",
+    "eval_clips eval_crops text relevancy_threshold workers worker_niceness prefetch_batches "
+    "clip_timeout_s max_bad_fraction train_manifest eval_manifest normalization",
     "augment": "color_jitter rand_augment_ops rand_augment_magnitude erasing_probability",
     "model": "encoder size weights temporal_resize embed_dim activation norm_eps pre_norm context_length "
     "drop_path drop_path_schedule patch_dropout attention residual_dtype checkpoint_every compile "
