@@ -15,6 +15,7 @@ from typing import Generic
 import numpy as np
 import torch
 
+from avion_dali.config.checks import require_integer
 from avion_dali.contracts import ClipBatch, ClipError
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import Planner
@@ -159,9 +160,13 @@ class ClipLoader(Generic[Result]):
 
         Args:
             epoch: epoch number, >= 0.
+
+        Raises:
+            UserError: when it is no such number.
         """
+        require_integer(epoch, "`epoch`", least=0)
         if self._start // len(self) != epoch:
-            self._start = self._next = epoch * len(self)
+            self._start = self._next = int(epoch) * len(self)
 
     def state_dict(self) -> State:
         """Return the position after the delivered batches; batches that are decoded ahead do not count.
@@ -180,8 +185,8 @@ class ClipLoader(Generic[Result]):
             state: from `state_dict`.
 
         Raises:
-            UserError: when the state belongs to other clips, or its position is within a global batch of this
-                loader.
+            UserError: when it is no state, belongs to other clips, or its position is within a global batch of
+                this loader.
         """
         fingerprint = self._planner.manifest.fingerprint
         self._start = self._next = position_of(state, self.schedule, fingerprint=fingerprint)
