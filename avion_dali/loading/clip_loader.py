@@ -122,7 +122,8 @@ class ClipLoader(Generic[Result]):
 
         Raises:
             RuntimeError: when the loader is closed, or another iteration has started since.
-            UserError: when too many samples cannot be read, or worker processes cannot run.
+            UserError: when too many samples cannot be read, or worker processes cannot run, or in a fork of the
+                process that opened the loader.
         """
         first = self._next = self._start
         self._start = first // len(self) * len(self)
@@ -147,7 +148,8 @@ class ClipLoader(Generic[Result]):
 
         Raises:
             RuntimeError: when the loader is closed, or another iteration has started since.
-            UserError: when too many samples cannot be read, or worker processes cannot run.
+            UserError: when too many samples cannot be read, or worker processes cannot run, or in a fork of the
+                process that opened the loader.
         """
         first = self._next = first_step * self.accum_steps
         self._start = first // len(self) * len(self)
@@ -192,8 +194,13 @@ class ClipLoader(Generic[Result]):
         self._start = self._next = position_of(state, self.schedule, fingerprint=fingerprint)
 
     def close(self) -> None:
-        """Release the shared memory, and end the processes if the loader owns them; may be called twice."""
+        """Release the shared memory, and end the processes if the loader owns them; may be called twice.
+
+        In a fork of the process that opened the loader it does nothing.
+        """
         self._is_closed = True
+        if self._pool.is_foreign():
+            return
         if self._owns_pool:
             self._pool.close()
         self._strategy.close()
@@ -223,6 +230,7 @@ class ClipLoader(Generic[Result]):
                 yield self._finish(started.popleft())
 
     def _require_latest(self, iteration: int) -> None:
+        self._pool.require_own_process()
         if self._is_closed:
             raise RuntimeError("the loader is closed; open a new one")
         if iteration != self._iteration:
