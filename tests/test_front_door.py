@@ -250,6 +250,8 @@ def test_a_dataset_replaces_what_cannot_be_read_and_stops_when_that_is_too_much(
     assert not evaluation["valid"] and not evaluation["frames"].any()
     assert "missing" in caplog.text
     dali = {"decoder": "dali", **SMALL}
+    with pytest.raises(UserError, match="`decoder` = 'nvdec' is not a decoder; choose one of cpu-fused, paper"):
+        avion_dali.ClipDataset(data.own, **dali | {"decoder": "nvdec"})
     with pytest.raises(UserError, match="`decoder` = 'dali' does not run in the processes of a DataLoader"):
         avion_dali.ClipDataset(data.own, **dali)
     with pytest.raises(IndexError):

@@ -316,6 +316,8 @@ def _open_strategy(
     name = choose_decoder(decoder, device).name
     if name in CPU_DECODERS:
         return FramesStrategy(CPU_DECODERS[name])
+    if name != "dali":
+        raise UserError(f"`decoder` = {name!r} has no strategy for loading; add it to open_clips.py")
     if device.type != "cuda":
         require_decodable_without_gpu(manifest)
     clip_shape = ClipRules.from_options(options, training=schedule.training).clip_shape
