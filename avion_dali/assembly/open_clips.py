@@ -187,7 +187,7 @@ def _loader_settings(
         context_length=default_context_length(manifest) if context_length is None else context_length,
         prefetch_batches=options.prefetch_batches,
         max_bad_fraction=options.max_bad_fraction,
-        quarantine=Path(quarantine) if quarantine else None,
+        quarantine=_file_to_write(quarantine) if quarantine else None,
         cut_texts=cut_texts,
     )
 
