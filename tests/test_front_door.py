@@ -107,6 +107,8 @@ def test_rank_and_world_come_from_torchruns_environment(
         ({"batch_size": 13}, "12 samples, fewer than the 13 of one step .* lower `batch_size`"),
         ({"num_frames": 0}, "`num_frames` = 0"),
         ({"decoder": "nvdec"}, "`decoder` = 'nvdec' is not a decoder; choose one of auto, dali, cpu-fused"),
+        ({"context_length": 1}, r"`context_length` = 1 is not allowed; it must be 0 for no tokens, or in \[2"),
+        ({"context_length": 10**9}, "`context_length` = 1000000000 .* < 1025"),
         ({"crop": "middle"}, "`crop` = 'middle' is not a crop rule; choose one of random-resized"),
         ({"crop": "centre"}, "`crop` = 'centre' is now called center"),
         ({"sampling": "uniform"}, "`sampling` = 'uniform'"),

@@ -57,7 +57,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         seed: determines every random choice.
         training: True draws clips at random and replaces unreadable clips by substitutes, as `open_clips` does;
             False uses fixed clips, `eval_clips` per row.
-        context_length: tokens per text (L), 0 for no tokens; by default 77 if the manifest has texts.
+        context_length: tokens per text (L), 2 to 1024, or 0 for no tokens; by default 77 if the manifest has
+            texts.
         max_bad_fraction: fraction of the rows that may be unreadable before a `UserError` is raised; each
             process counts separately.
         **options: the other fields of `avion_dali.config.ClipOptions`.
