@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import reduction, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -51,6 +51,16 @@ def exit_if_importing_main() -> None:
     # `multiprocessing.spawn` sets this while it imports the main module; there is no public attribute for it.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(MISSING_MAIN_GUARD)
+
+
+def disown(processes: Iterable[SpawnProcess]) -> None:
+    """Have `multiprocessing` in a fork leave its parent's processes alone; it terminates them when it ends.
+
+    Args:
+        processes: processes that the parent started.
+    """
+    # `multiprocessing` does so itself in the processes that it forks; there is no public function for others.
+    getattr(multiprocessing.process, "_children", set()).difference_update(processes)
 
 
 def safe_environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Tasks for processes of their own; those import this file, so it stays light."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -16,6 +17,11 @@ def sleep_and_tell(path: str) -> None:
 def die(number: int) -> None:
     """Task that ends by a signal."""
     os.kill(os.getpid(), number)
+
+
+def be_killed(*_: object) -> None:
+    """Worker process that a signal ends before it is ready."""
+    die(signal.SIGKILL)
 
 
 def fail(words: str) -> None:

@@ -31,6 +31,12 @@ class InstantPool:
         future.set_result(task(*arguments))
         return future
 
+    def is_foreign(self) -> bool:
+        return False
+
+    def require_own_process(self) -> None:
+        """It has none."""
+
 
 def leave_as_it_is(request: ClipRequest, frames_VTHWC: np.ndarray) -> None:
     """A decoder that does nothing."""

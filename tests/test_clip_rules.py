@@ -127,7 +127,7 @@ def test_more_repeats_keep_the_first_view(manifest: Manifest, planned: list[Clip
         assert request.parts == planned[row].parts
 
 
-@pytest.mark.parametrize("crop", ["simple-random", "multi-scale", "centre"])
+@pytest.mark.parametrize("crop", ["simple-random", "multi-scale", "center"])
 def test_every_kind_of_crop_is_drawn_by_its_own_rule(manifest: Manifest, crop: str) -> None:
     planner = Planner(manifest, replace(RULES, crop=crop), seed=1)
     windows = {planner.plan(row, 0).windows[0] for row in range(300)}
@@ -136,7 +136,7 @@ def test_every_kind_of_crop_is_drawn_by_its_own_rule(manifest: Manifest, crop: s
         assert len(shapes) == 10
     else:
         assert shapes == {(256, 256)}
-        assert len(windows) == (1 if crop == "centre" else 33)
+        assert len(windows) == (1 if crop == "center" else 33)
 
 
 def test_three_test_crops_share_one_clip(manifest: Manifest) -> None:

@@ -144,7 +144,7 @@ def test_what_is_declared_decides_decay_layers_head_and_defaults():
     assert groups["visual.last.weight"] == (0.0, 1.0) and groups["fc_cls.weight"] == (0.1, 1.0)
 
 
-def test_frames_and_options_are_checked_by_declaration():
+def test_frames_and_options_are_checked_by_declaration(monkeypatch):
     config = pooled_config()
     with pytest.raises(UserError, match="clips of 3 frames cannot be divided into tubes of 2"):
         build(replace(config, data=DataConfig(num_frames=3, frame_size=32)))
@@ -153,6 +153,8 @@ def test_frames_and_options_are_checked_by_declaration():
             resolve_model(replace(config.model, **option))
     with pytest.raises(UserError, match="needs model.encoder = videomae, got pooled"):
         build_masked_video(config.model, num_frames=4, frame_size=32, decoder_depth=1)
+    monkeypatch.setattr(PooledTower, "can_hide_tubes", True)
+    assert build_masked_video(config.model, num_frames=4, frame_size=32, decoder_depth=1).time_slots == 2
 
 
 def test_a_run_is_resumed_from_its_checkpoint(tmp_path: Path):

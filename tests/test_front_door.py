@@ -107,7 +107,10 @@ def test_rank_and_world_come_from_torchruns_environment(
         ({"batch_size": 13}, "12 samples, fewer than the 13 of one step .* lower `batch_size`"),
         ({"num_frames": 0}, "`num_frames` = 0"),
         ({"decoder": "nvdec"}, "`decoder` = 'nvdec' is not a decoder; choose one of auto, dali, cpu-fused"),
-        ({"crop": "center"}, "`crop` = 'center' is not a crop rule; choose one of random-resized"),
+        ({"context_length": 1}, r"`context_length` = 1 is not allowed; it must be 0 for no tokens, or in \[2"),
+        ({"context_length": 10**9}, "`context_length` = 1000000000 .* < 1025"),
+        ({"crop": "middle"}, "`crop` = 'middle' is not a crop rule; choose one of random-resized"),
+        ({"crop": "centre"}, "`crop` = 'centre' is now called center"),
         ({"sampling": "uniform"}, "`sampling` = 'uniform'"),
         ({"rank": 2, "world_size": 2}, "`rank` = 2"),
         ({"world_size": 2}, "both `rank` and `world_size`"),
@@ -250,6 +253,8 @@ def test_a_dataset_replaces_what_cannot_be_read_and_stops_when_that_is_too_much(
     assert not evaluation["valid"] and not evaluation["frames"].any()
     assert "missing" in caplog.text
     dali = {"decoder": "dali", **SMALL}
+    with pytest.raises(UserError, match="`decoder` = 'nvdec' is not a decoder; choose one of cpu-fused, paper"):
+        avion_dali.ClipDataset(data.own, **dali | {"decoder": "nvdec"})
     with pytest.raises(UserError, match="`decoder` = 'dali' does not run in the processes of a DataLoader"):
         avion_dali.ClipDataset(data.own, **dali)
     with pytest.raises(IndexError):

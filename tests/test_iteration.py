@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import make_videos
+import numpy as np
 import pytest
 import torch
 from dali_clips import VP9, chunk_manifest, decoded, draw_soft, loader_of, planner_of
@@ -81,6 +82,11 @@ def test_each_pass_is_the_next_epoch(loader: ClipLoader, manifest: Manifest) -> 
     assert ids_of(list(loader)) == expected_ids(loader, 1)
     assert ids_of(list(loader)) == expected_ids(loader, 2)
     assert loader.stats.delivered == 5 * 20
+    loader.set_epoch(np.int64(7))
+    for epoch in (-1, 1.5, "1", None):
+        with pytest.raises(UserError, match="`epoch` = .* a whole number >= 0"):
+            loader.set_epoch(epoch)
+    assert loader.state_dict()["epoch"] == 7
 
 
 @pytest.mark.parametrize("taken", [1, 2, 7, 9])

@@ -92,3 +92,24 @@ def test_another_manifest_and_another_dictionary_are_refused() -> None:
         position_of(state, schedule, fingerprint=2)
     with pytest.raises(UserError, match="loader: clips_consumed, clips_per_sample, epoch"):
         position_of({}, schedule, fingerprint=1)
+
+
+NO_COUNTS = (-1, 1.5, float("nan"), None, "1", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("epoch", "clips_consumed") for value in NO_COUNTS]
+    + [("clips_consumed", 100), ("clips_consumed", 10**9), ("global_batch", 0), ("micro_batch", "x")],
+)
+def test_numbers_that_no_loader_wrote_are_refused(name: str, value: object) -> None:
+    schedule = schedule_of(8, 8)
+    state = state_at(1, schedule, fingerprint=FINGERPRINT) | {name: value}
+    with pytest.raises(UserError, match=f"`{name}` of the state = {value!r} is not allowed"):
+        position_of(state, schedule, fingerprint=FINGERPRINT)
+
+
+@pytest.mark.parametrize("state", [None, [("epoch", 0)], "epoch"])
+def test_what_is_no_dictionary_is_refused(state: object) -> None:
+    with pytest.raises(UserError, match="`state` = .* must be what `state_dict` returned"):
+        position_of(state, schedule_of(8, 8), fingerprint=FINGERPRINT)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from dali_clips import VP9, chunk_manifest
 
-from avion_dali.assembly import decoder_choice
+from avion_dali.assembly import decoder_choice, open_clips
 from avion_dali.assembly.dali_room import pipelines_module
 from avion_dali.assembly.open_clips import chunk_codecs
 from avion_dali.cli import pretrain
@@ -96,3 +96,10 @@ def test_without_dali_only_its_own_option_fails(monkeypatch: pytest.MonkeyPatch)
 def test_the_demo_makes_chunks_that_its_decoder_reads_without_a_gpu() -> None:
     assert chunk_profile("dali") == "vp9"
     assert chunk_profile("cpu-fused") == chunk_profile("auto") == "balanced"
+
+
+def test_a_decoder_without_a_strategy_is_no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = decoder_choice.DecoderChoice("nvjpeg", "asked for")
+    monkeypatch.setattr(open_clips, "choose_decoder", lambda *_: chosen)
+    with pytest.raises(UserError, match="`decoder` = 'nvjpeg' has no strategy"):
+        open_clips._open_strategy("nvjpeg", None, None, schedule=None, device=CUDA, dali=None)

@@ -152,13 +152,69 @@ def test_a_program_from_standard_input_runs() -> None:
 
 def test_processes_that_keep_dying_end_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("avion_dali.loading.pool._MAX_DEATHS", 1)
-    monkeypatch.setattr("avion_dali.loading.pool._serve", os._exit)
+    monkeypatch.setattr("avion_dali.loading.pool._serve", odd_tasks.be_killed)
     with WorkerPool(workers=1, timeout_s=20) as pool:
         waiting = pool.schedule(odd_tasks.joined, "a", 1)
         with pytest.raises(UserError, match="died 2 times in a row; is the machine out of memory"):
             waiting.result()
         with pytest.raises(UserError, match="died 2 times in a row"):
             pool.schedule(odd_tasks.joined, "a", 2)
+
+
+def test_workers_that_cannot_import_the_main_module_point_to_its_traceback(manifest: Path) -> None:
+    broken = 'if __name__ != "__main__":\n    import module_that_is_not_there\n'
+    script = run_script(manifest.parent, broken + POOL_SCRIPT + 'if __name__ == "__main__":\n    main()\n')
+    output, errors = script.communicate(timeout=100)
+    assert (script.returncode, output) == (1, "")
+    assert "3 in a row with exit status 1: each imports the program's main module" in errors.splitlines()[-1]
+    assert 3 <= errors.count("No module named 'module_that_is_not_there'") <= 4  # two workers start at a time
+
+
+FORKING_SCRIPT = """
+import multiprocessing, os, sys
+
+def use(loader, batches):
+    for step in (lambda: next(batches), lambda: next(iter(loader)), lambda: loader._pool.schedule(os.getpid)):
+        try:
+            step()
+        except Exception as error:
+            print(type(error).__name__, "belongs to the process that opened it" in str(error), flush=True)
+    loader.close()
+
+def main():
+    from dali_clips import loader_of, planner_of
+    from avion_dali.data.manifest import Manifest
+    from avion_dali.loading.pool import WorkerPool
+
+    with (
+        WorkerPool(workers=2, timeout_s=30) as pool,
+        loader_of(planner_of(Manifest(sys.argv[1])), pool, decoder="cpu-fused") as loader,
+    ):
+        batches = iter(loader)
+        got = len(next(batches))
+        workers = sorted(worker.process.pid for worker in pool._supervisor._workers)
+        child = multiprocessing.get_context("fork").Process(target=use, args=(loader, batches))
+        child.start()
+        child.join()
+        if os.fork() == 0:
+            use(loader, batches)
+            sys.exit(0)
+        os.wait()
+        print(got + sum(len(batch) for batch in batches))
+        assert workers == sorted(worker.process.pid for worker in pool._supervisor._workers)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks a process with threads")
+def test_a_fork_is_told_that_the_loader_is_its_parents(manifest: Path) -> None:
+    script = run_script(manifest.parent, FORKING_SCRIPT)
+    output, errors = script.communicate(timeout=100)
+    assert output == "UserError True\n" * 6 + "4\n"
+    assert (script.returncode, errors) == (0, "")
+    assert left_after(3, script.pid) == []
 
 
 def test_tasks_that_make_progress_have_more_time() -> None:

@@ -108,6 +108,27 @@ def test_full_range_pictures_are_not_stretched() -> None:
     assert fused_view(dim, window, flip=False, frame_size=32).render(dim).min() >= 254
 
 
+@pytest.mark.parametrize(("color_range", "levels"), [(2, (30, 70, 190)), (0, (16, 62, 202))])
+def test_gray_h264_looks_as_in_ffmpegs_command(
+    tmp_path: Path, color_range: int, levels: tuple[int, ...]
+) -> None:
+    """Without a tag, gray H.264 is of limited range there, too: `ffmpeg -i FILE -pix_fmt rgb24` of 9.0."""
+    luma = np.repeat(np.array([[30, 70, 190]], np.uint8), 32, axis=1).repeat(96, axis=0)
+    with av.open(str(tmp_path / "gray.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 96, 96, "gray"
+        stream.codec_context.color_range = color_range
+        picture = av.VideoFrame.from_ndarray(luma, format="gray")
+        picture.color_range = color_range
+        container.mux(stream.encode(picture) + stream.encode())
+    with av.open(str(tmp_path / "gray.mp4")) as container:
+        frame = next(container.decode(video=0))
+    for make_view in (fused_view, fresh_fused_view, ReferenceView):
+        rgb = make_view(frame, CropWindow(0, 0, 96, 96), flip=False, frame_size=96).render(frame)
+        for column, level in zip((16, 48, 80), levels, strict=True):
+            assert np.abs(rgb[48, column].astype(int) - level).max() <= 1
+
+
 def test_filmed_video_meets_the_stated_accuracy(lifelike_video: Path) -> None:
     """At least 48 dB in the worst frame and a bias of at most 0.3 levels: the promise of the README."""
     with av.open(str(lifelike_video)) as container:

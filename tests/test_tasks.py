@@ -119,6 +119,9 @@ def test_frozen_frames_reach_the_model(tmp_path: Path, rows: list[Sample]) -> No
         assert evaluate(model, [frozen], scorer, transform=freeze, **on).metrics() == expected
         assert torch.equal(seen[0], batch().frames_BTHWC)
     assert [name for name in NAMES if not find_task(name).has_frozen_control] == ["masked-video"]
+    assert {name: find_task(name).embeds_as for name in NAMES if find_task(name).embeds_as} == {
+        "masked-video": "classification"
+    }
 
 
 def test_only_the_contrastive_objective_keeps_a_temperature_in_range(

@@ -233,9 +233,13 @@ def test_evaluating_again_and_again_takes_no_more_shared_memory(dataset: Path, t
 
 
 def test_an_unknown_key_in_a_file_lists_the_allowed_ones(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("data: {num_frame: 8}\n")
-    with pytest.raises(UserError, match=r"unknown key data.num_frame; data has: .*num_frames"):
-        pretrain.main(["--config", str(tmp_path / "bad.yaml")])
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("data: {num_frame: 8}\n")
+    with pytest.raises(UserError, match=rf"unknown key data.num_frame in {bad}; data has: .*num_frames"):
+        pretrain.main(["--config", str(bad)])
+    bad.write_text("optimizer: {name: lamb}\n")
+    with pytest.raises(UserError, match=rf"unknown key optimizer.name in {bad}; top-level keys are: .*optim"):
+        pretrain.main([f"--config={bad}"])
 
 
 def test_errors_reach_the_console_without_a_traceback() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from avion_dali.assembly.decoder_choice import require_decoder
 from avion_dali.assembly.open_clips import ClipKeywords, default_context_length, require_common
 from avion_dali.config import ClipOptions
 from avion_dali.config.checks import require, require_integer
@@ -56,7 +57,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         seed: determines every random choice.
         training: True draws clips at random and replaces unreadable clips by substitutes, as `open_clips` does;
             False uses fixed clips, `eval_clips` per row.
-        context_length: tokens per text (L), 0 for no tokens; by default 77 if the manifest has texts.
+        context_length: tokens per text (L), 2 to 1024, or 0 for no tokens; by default 77 if the manifest has
+            texts.
         max_bad_fraction: fraction of the rows that may be unreadable before a `UserError` is raised; each
             process counts separately.
         **options: the other fields of `avion_dali.config.ClipOptions`.
@@ -84,6 +86,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         is_share = isinstance(max_bad_fraction, (int, float)) and 0 <= max_bad_fraction <= 1
         require(is_share, "`max_bad_fraction`", value=max_bad_fraction, allowed="in [0, 1]")
         opened = manifest if isinstance(manifest, Manifest) else Manifest(manifest)
+        require_decoder(decoder, choices=CPU_DECODERS)
         if decoder not in CPU_DECODERS:
             raise UserError(
                 f"`decoder` = {decoder!r} does not run in the processes of a DataLoader; choose one of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +33,20 @@ def decoder_names() -> tuple[str, ...]:
     return ("auto", "dali", *CPU_DECODERS)
 
 
+def require_decoder(decoder: str, *, choices: Iterable[str]) -> None:
+    """Refuse what is not the name of a decoder.
+
+    Args:
+        decoder: value of the option.
+        choices: names to suggest.
+
+    Raises:
+        UserError: when there is no such decoder.
+    """
+    if decoder not in decoder_names():
+        raise UserError(f"`decoder` = {decoder!r} is not a decoder; choose one of {', '.join(choices)}")
+
+
 def choose_decoder(decoder: str, device: torch.device) -> DecoderChoice:
     """Choose the decoder; `auto` selects `dali` if NVDEC works and `cpu-fused` otherwise.
 
@@ -42,8 +57,7 @@ def choose_decoder(decoder: str, device: torch.device) -> DecoderChoice:
     Raises:
         UserError: when there is no such decoder, or it cannot run here.
     """
-    if decoder not in decoder_names():
-        raise UserError(f"`decoder` = {decoder!r} is not a decoder; choose one of {', '.join(decoder_names())}")
+    require_decoder(decoder, choices=decoder_names())
     if decoder == "auto":
         return DecoderChoice(*pipelines_module("support").auto_decoder(_nvdec_problem(device)))
     if decoder == "dali":

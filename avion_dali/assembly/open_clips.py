@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT_LENGTH = 77
 """Tokens per text unless the caller specifies a number: that of CLIP's text towers."""
 
+MAX_CONTEXT_LENGTH = 1024
+
 
 class ClipKeywords(TypedDict, total=False):
     """Keywords of `open_clips` and `ClipDataset` that are documented in `ClipOptions`."""
@@ -60,7 +62,7 @@ class LoaderKeywords(ClipKeywords, total=False):
         worker_niceness: see `avion_dali.config.LoaderOptions`.
         dali: graphs and threads of `decoder` dali.
         accum_steps: batches per optimizer step, 1 by default; training drops the last partial step.
-        context_length: tokens per text, 0 for no tokens; by default 77 if the manifest has texts.
+        context_length: tokens per text, 2 to 1024, or 0 for no tokens; by default 77 if the manifest has texts.
         cut_texts: end the token ids of a batch with its longest text, rounded up to a multiple of 16, instead
             of after `context_length` tokens; False by default.
         quarantine: file to which one JSON line per unreadable clip is written; by default none.
@@ -251,7 +253,10 @@ def require_common(manifest: object, *, seed: object, training: object, context_
     require_integer(seed, "`seed`", least=0)
     require(isinstance(training, bool), "`training`", value=training, allowed="True or False")
     if context_length is not None:
-        require_integer(context_length, "`context_length`", least=0)
+        require_integer(context_length, "`context_length`", least=0, below=MAX_CONTEXT_LENGTH + 1)
+        # A text begins and ends with a token of its own.
+        allowed = f"0 for no tokens, or in [2, {MAX_CONTEXT_LENGTH}]"
+        require(context_length != 1, "`context_length`", value=context_length, allowed=allowed)
 
 
 def _file_to_write(quarantine: str | Path) -> Path:
@@ -316,6 +321,8 @@ def _open_strategy(
     name = choose_decoder(decoder, device).name
     if name in CPU_DECODERS:
         return FramesStrategy(CPU_DECODERS[name])
+    if name != "dali":
+        raise UserError(f"`decoder` = {name!r} has no strategy for loading; add it to open_clips.py")
     if device.type != "cuda":
         require_decodable_without_gpu(manifest)
     clip_shape = ClipRules.from_options(options, training=schedule.training).clip_shape

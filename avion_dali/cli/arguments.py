@@ -42,17 +42,19 @@ def parse_options(
         "--config", action="config", help="a recipe or a YAML file; later arguments override it"
     )
     parser.add_class_arguments(options)
+    arguments = _with_recipes(_underscored(argv))
     try:
         with parameters_as_keys(options):
-            return _filled(parser, options, argv=argv)
+            return _filled(parser, options, arguments=arguments)
     except ArgumentError as error:
-        raise UserError(f"{_explain(str(error), options)}\n{prog} --help lists every option") from None
+        explained = _explain(str(error), options, files=_config_files(arguments))
+        raise UserError(f"{explained}\n{prog} --help lists every option") from None
     except (TypeError, UnicodeDecodeError) as error:  # jsonargparse raises these for a malformed file
         raise UserError(f"the configuration file is malformed, perhaps an empty section: {error}") from None
 
 
-def _filled(parser: Any, options: type[Options], *, argv: Sequence[str] | None) -> Options:
-    values = vars(parser.instantiate(parser.parse_args(_with_recipes(_underscored(argv)))))
+def _filled(parser: Any, options: type[Options], *, arguments: list[str]) -> Options:
+    values = vars(parser.instantiate(parser.parse_args(arguments)))
     values.pop("config", None)
     return options(**values)
 
@@ -77,12 +79,26 @@ def _with_recipes(arguments: list[str]) -> list[str]:
     return found
 
 
-def _explain(message: str, options: type) -> str:
+def _config_files(arguments: list[str]) -> str:
+    """Name the files that `--config` gives."""
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return " or ".join(
+        argument.removeprefix("--config=")
+        for before, argument in pairs
+        if before == "--config" or argument.startswith("--config=")
+    )
+
+
+def _explain(message: str, options: type, *, files: str) -> str:
     """Add the allowed keys to a message about an unknown key, and simplify type names."""
+    where = f" in {files}" if files else ""
     unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if unknown:
         section, key = unknown.groups()
-        return f"unknown key {section}.{key}; {section} has: {', '.join(_keys(options, section))}"
+        return f"unknown key {section}.{key}{where}; {section} has: {', '.join(_keys(options, section))}"
+    unknown = re.search(r"Option '([\w.]+)' is not accepted", message)
+    if unknown:
+        return f"unknown key {unknown.group(1)}{where}; top-level keys are: {', '.join(_keys(options, ''))}"
     unknown = re.search(r"(?:Unrecognized|unrecognized) (?:arguments|options?|keys?):? *(.*)", message)
     if unknown:
         section = _section(options, unknown.group(1))

@@ -186,14 +186,14 @@ def embed_manifest(
     from avion_dali.inference.embeddings import EmbeddingScorer
     from avion_dali.models.starting_weights import open_start
     from avion_dali.tasks.evaluation import evaluate
+    from avion_dali.tasks.table import find_task
 
     start = open_start(options.checkpoint)
     settings = {name: getattr(options, name) for name in ("decoder", "workers", "micro_batch", "num_frames")}
     settings |= {"eval_clips": options.eval_clips, "eval_crops": options.eval_crops, "output_dir": str(folder)}
     config = evaluation_config(trained_config(start), EvaluateConfig(checkpoint=options.checkpoint, **settings))
-    if config.objective.name == "masked-video":
-        # The encoder of such a model as in fine-tuning: the normalized mean of its tokens.
-        config = replace(config, objective=replace(config.objective, name="classification"))
+    if name := find_task(config.objective.name).embeds_as:
+        config = replace(config, objective=replace(config.objective, name=name))
     run = resolve(config, distributed, start)
     model = load_model(run, start)
     if distributed.is_main:

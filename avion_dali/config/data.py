@@ -28,7 +28,7 @@ class ClipOptions:
         stride: source frames between neighboring frames of a clip, for `strided` and `dense`.
         crop: how crop windows are drawn in training, a rule of `avion_dali/data/crops.py`: `random-resized`;
             `simple-random`, a square as high as the frame at a random position (DeiT III); `multi-scale`, one
-            of 13 positions in one of four sizes (VideoMAE pre-training); `centre`.
+            of 13 positions in one of four sizes (VideoMAE pre-training); `center`, the largest square.
         crop_scale: range of the window's area in `random-resized`, as fractions of the frame.
         crop_ratio: range of the window's aspect ratio (width / height) in `random-resized`, drawn
             log-uniformly.

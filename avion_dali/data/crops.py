@@ -70,7 +70,7 @@ def random_resized_window(
             y = 2 * int(rng.integers(0, (height - h) // 2 + 1))
             return CropWindow(x, y, w, h)
     aspect = min(max(width / height, ratio[0]), ratio[1])
-    return _centred(
+    return _centered(
         width, height, window_width=min(width, height * aspect), window_height=min(height, width / aspect)
     )
 
@@ -141,10 +141,10 @@ def center_square_window(width: int, height: int) -> CropWindow:
         height: source height in pixels, >= 2.
     """
     side = min(width, height)
-    return _centred(width, height, window_width=side, window_height=side)
+    return _centered(width, height, window_width=side, window_height=side)
 
 
-def _centred(width: int, height: int, *, window_width: float, window_height: float) -> CropWindow:
+def _centered(width: int, height: int, *, window_width: float, window_height: float) -> CropWindow:
     w, h = max(_even(window_width), 2), max(_even(window_height), 2)
     return CropWindow(_even((width - w) / 2), _even((height - h) / 2), w, h)
 
@@ -160,7 +160,7 @@ CROPS: dict[str, CropRule] = {
     "multi-scale": lambda width, height, options, rng: multi_scale_window(
         width, height, frame_size=options.frame_size, rng=rng
     ),
-    "centre": lambda width, height, *_: center_square_window(width, height),
+    "center": lambda width, height, *_: center_square_window(width, height),
 }
 """The crop rules by their names in `crop`."""
 
@@ -174,6 +174,8 @@ def find_crop(name: str) -> CropRule:
     Raises:
         UserError: when there is no such rule; the message lists the rules.
     """
+    if name == "centre":
+        raise UserError("`crop` = 'centre' is now called center; write that")
     if name not in CROPS:
         raise UserError(f"`crop` = {name!r} is not a crop rule; choose one of {', '.join(CROPS)}")
     return CROPS[name]

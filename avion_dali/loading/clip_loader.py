@@ -15,6 +15,7 @@ from typing import Generic
 import numpy as np
 import torch
 
+from avion_dali.config.checks import require_integer
 from avion_dali.contracts import ClipBatch, ClipError
 from avion_dali.data.order import BatchSchedule
 from avion_dali.data.planner import Planner
@@ -121,7 +122,8 @@ class ClipLoader(Generic[Result]):
 
         Raises:
             RuntimeError: when the loader is closed, or another iteration has started since.
-            UserError: when too many samples cannot be read, or worker processes cannot run.
+            UserError: when too many samples cannot be read, or worker processes cannot run, or in a fork of the
+                process that opened the loader.
         """
         first = self._next = self._start
         self._start = first // len(self) * len(self)
@@ -146,7 +148,8 @@ class ClipLoader(Generic[Result]):
 
         Raises:
             RuntimeError: when the loader is closed, or another iteration has started since.
-            UserError: when too many samples cannot be read, or worker processes cannot run.
+            UserError: when too many samples cannot be read, or worker processes cannot run, or in a fork of the
+                process that opened the loader.
         """
         first = self._next = first_step * self.accum_steps
         self._start = first // len(self) * len(self)
@@ -159,9 +162,13 @@ class ClipLoader(Generic[Result]):
 
         Args:
             epoch: epoch number, >= 0.
+
+        Raises:
+            UserError: when it is no such number.
         """
+        require_integer(epoch, "`epoch`", least=0)
         if self._start // len(self) != epoch:
-            self._start = self._next = epoch * len(self)
+            self._start = self._next = int(epoch) * len(self)
 
     def state_dict(self) -> State:
         """Return the position after the delivered batches; batches that are decoded ahead do not count.
@@ -180,15 +187,20 @@ class ClipLoader(Generic[Result]):
             state: from `state_dict`.
 
         Raises:
-            UserError: when the state belongs to other clips, or its position is within a global batch of this
-                loader.
+            UserError: when it is no state, belongs to other clips, or its position is within a global batch of
+                this loader.
         """
         fingerprint = self._planner.manifest.fingerprint
         self._start = self._next = position_of(state, self.schedule, fingerprint=fingerprint)
 
     def close(self) -> None:
-        """Release the shared memory, and end the processes if the loader owns them; may be called twice."""
+        """Release the shared memory, and end the processes if the loader owns them; may be called twice.
+
+        In a fork of the process that opened the loader it does nothing.
+        """
         self._is_closed = True
+        if self._pool.is_foreign():
+            return
         if self._owns_pool:
             self._pool.close()
         self._strategy.close()
@@ -218,6 +230,7 @@ class ClipLoader(Generic[Result]):
                 yield self._finish(started.popleft())
 
     def _require_latest(self, iteration: int) -> None:
+        self._pool.require_own_process()
         if self._is_closed:
             raise RuntimeError("the loader is closed; open a new one")
         if iteration != self._iteration:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from avion_dali.config.checks import require, require_integer
 from avion_dali.contracts import UserError
 from avion_dali.data.order import BatchSchedule
 
@@ -44,8 +45,10 @@ def position_of(state: Mapping[str, int | bool], schedule: BatchSchedule, *, fin
         fingerprint: fingerprint of the manifest.
 
     Raises:
-        UserError: when the state belongs to other clips, or its position is within a batch of this schedule.
+        UserError: when it is no state, belongs to other clips, or its position is within a batch of this
+            schedule.
     """
+    require(isinstance(state, Mapping), "`state`", value=state, allowed="what `state_dict` returned")
     facts, sizes = _facts(schedule, fingerprint), _sizes(schedule)
     missing = sorted({"epoch", "clips_consumed", *facts, *sizes} - state.keys())
     if missing:
@@ -56,6 +59,7 @@ def position_of(state: Mapping[str, int | bool], schedule: BatchSchedule, *, fin
                 f"the state belongs to a loader with {name} = {state[name]}, but this loader has {value} and "
                 "would deliver other clips; open it with the same manifest and settings"
             )
+    _require_position(state, schedule)
     consumed, per_micro = state["clips_consumed"], schedule.micro_batch * schedule.world_size
     first_step = state["epoch"] * schedule.steps_per_epoch
     if consumed % state["global_batch"]:
@@ -73,6 +77,17 @@ def position_of(state: Mapping[str, int | bool], schedule: BatchSchedule, *, fin
         )
     step, rest = divmod(consumed, schedule.global_batch)
     return (first_step + step) * schedule.accum_steps + rest // per_micro
+
+
+def _require_position(state: Mapping[str, int | bool], schedule: BatchSchedule) -> None:
+    """Refuse numbers that no loader of these clips can have written."""
+    for name in _sizes(schedule):
+        require_integer(state[name], f"`{name}` of the state", least=1)
+    require_integer(state["epoch"], "`epoch` of the state", least=0)
+    clips, per_step = schedule.num_clips, state["global_batch"]
+    # The last step of an evaluation counts as full, although ranks may have nothing left to read in it.
+    below = clips if schedule.training else -(-clips // per_step) * per_step
+    require_integer(state["clips_consumed"], "`clips_consumed` of the state", least=0, below=below)
 
 
 def _facts(schedule: BatchSchedule, fingerprint: int) -> State:

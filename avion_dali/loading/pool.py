@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeVar
 
-from avion_dali.child_process import MISSING_MAIN_GUARD, SafeSpawn, exit_if_importing_main
+from avion_dali.child_process import MISSING_MAIN_GUARD, SafeSpawn, disown, exit_if_importing_main
 from avion_dali.contracts import UserError
 from avion_dali.cores import available_cores
 from avion_dali.loading.worker import start_worker
@@ -35,10 +35,19 @@ _POLL_S = 0.2  # between two looks at the time limits
 _GRACE_S = 2.0
 _IMPORTS_S = 20.0  # more for the first task of a process, which imports the modules of its tasks
 _MAX_DEATHS = 20
+_MAX_FAILED_STARTS = 3
 _PROGRESS = b""
 _NO_MAIN_GUARD = (
     "worker processes import the main module again, and this module starts worker processes whenever it is "
     'imported; put the code that starts them under `if __name__ == "__main__":`'
+)
+_FAILED_STARTS = (
+    "the worker processes end before they are ready, {} in a row with exit status {}: each imports the "
+    "program's main module again, and it or one of its imports fails there; the traceback is printed above"
+)
+_OTHER_PROCESS = (
+    "this loader, or its pool of worker processes, belongs to the process that opened it and cannot be used in "
+    "a fork of that process; open one in this process"
 )
 _DEATHS = (
     "the worker processes died {} times in a row; is the machine out of memory? Take fewer processes "
@@ -95,6 +104,7 @@ class _Worker:
         self.process.start()
         other.close()
         self.job: _Job | None = None
+        self.is_ready = False  # whether it has ever sent anything
         self.deadline = 0.0
         self.more_s = _IMPORTS_S
 
@@ -147,14 +157,29 @@ class WorkerPool:
             start, or repeatedly die.
 
         Raises:
-            UserError: when the worker processes could not start, or repeatedly died.
+            UserError: when the worker processes could not start, or repeatedly died, or belong to the process
+                of which this one is a fork.
             RuntimeError: when the pool is closed.
         """
+        self.require_own_process()
         return self._supervisor.schedule(task, arguments)
 
     def close(self) -> None:
-        """Kill what is running and wait for the processes to end; may be called twice."""
+        """Kill what is running and wait for the processes to end; may be called twice. A fork does nothing."""
         self._end()
+
+    def is_foreign(self) -> bool:
+        """Tell whether this process is a fork of the one that made the pool; it has none of the threads."""
+        return self._supervisor.is_foreign()
+
+    def require_own_process(self) -> None:
+        """Raise an error in a fork of the process that made the pool, which would wait for ever.
+
+        Raises:
+            UserError: says what to do instead.
+        """
+        if self.is_foreign():
+            raise UserError(_OTHER_PROCESS)
 
 
 class _Supervisor:
@@ -167,7 +192,9 @@ class _Supervisor:
         self._count, self._timeout_s, self._niceness = workers, timeout_s, niceness
         self._spawn, self._selector = SafeSpawn(), selectors.DefaultSelector()
         self._workers: set[_Worker] = set()
+        self._creator = os.getpid()
         self._deaths = 0  # of processes without a task, since the last answer
+        self._failed_starts = 0  # since a process was ready for the last time
         self._lock = threading.Lock()  # for the following
         self._queue: deque[_Job] = deque()
         self._idle: list[_Worker] = []
@@ -190,11 +217,18 @@ class _Supervisor:
 
     def close(self) -> None:
         """See `WorkerPool.close`."""
+        if self.is_foreign():
+            disown(worker.process for worker in self._workers)
+            return
         self._stop(RuntimeError("the pool of worker processes is closed"))
         for worker in list(self._workers):
             worker.process.kill()  # the ends of their pipes wake the thread
         self._thread.join()
         atexit.unregister(self.close)
+
+    def is_foreign(self) -> bool:
+        """See `WorkerPool.is_foreign`."""
+        return os.getpid() != self._creator
 
     def _stop(self, problem: Exception) -> None:
         with self._lock:
@@ -254,6 +288,8 @@ class _Supervisor:
         except (EOFError, OSError):
             self._replace(worker)
             return
+        if not worker.is_ready:
+            worker.is_ready, self._failed_starts = True, 0
         if worker.job is not None and answer == _PROGRESS:
             worker.deadline, worker.more_s = time.monotonic() + self._timeout_s, 0.0
             return
@@ -278,6 +314,10 @@ class _Supervisor:
         exitcode = worker.end(kill=error is not None)
         if exitcode == MISSING_MAIN_GUARD:
             self._stop(UserError(_NO_MAIN_GUARD))
+        if not worker.is_ready and exitcode is not None and exitcode > 0:  # no signal, so it has said why
+            self._failed_starts += 1
+        if self._failed_starts == _MAX_FAILED_STARTS:
+            self._stop(UserError(_FAILED_STARTS.format(self._failed_starts, exitcode)))
         if worker.job is not None:
             worker.job.future.set_exception(error or self._problem or WorkerDiedError(exitcode))
         else:

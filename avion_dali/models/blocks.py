@@ -219,12 +219,14 @@ class VideoEncoder(nn.Module):
         default_activation: activation of both towers if neither the configuration nor the weights specify one.
         tube_frames: frames per token along time; the number of frames must be a multiple.
         can_drop_patches: whether the tower supports `patch_dropout`.
+        can_hide_tubes: whether `MaskedVideo` pre-trains its weights.
     """
 
     layout: ClassVar[TowerLayout]
     default_activation: ClassVar[Activation] = "gelu"
     tube_frames: ClassVar[int] = 1
     can_drop_patches: ClassVar[bool] = False
+    can_hide_tubes: ClassVar[bool] = False
 
     image_projection: nn.Parameter
 

@@ -22,7 +22,7 @@ from avion_dali.models.layout import TowerLayout
 from avion_dali.models.positions import sincos_positions
 from avion_dali.models.residual import run_blocks
 from avion_dali.models.towers import ENCODERS, encoder_class, tower_config
-from avion_dali.models.videomae import TUBE_FRAMES, VideoMAETower, build_blocks, build_tube_embedding
+from avion_dali.models.videomae import TUBE_FRAMES, build_blocks, build_tube_embedding
 
 # Added to the standard deviation of a tube, which may be zero; pixel values are 0 to 255.
 TARGET_EPS: Final = 1e-6
@@ -239,11 +239,11 @@ def build_masked_video(
         decoder_depth: number of blocks of the decoder.
 
     Raises:
-        UserError: when the encoder is not that of VideoMAE, or the number of frames is not a multiple of the
+        UserError: when the encoder cannot be pre-trained so, or the number of frames is not a multiple of the
             frames per tube.
     """
-    if not issubclass(encoder_class(config.encoder), VideoMAETower):
-        able = ", ".join(name for name, tower in ENCODERS.items() if issubclass(tower, VideoMAETower))
+    if not encoder_class(config.encoder).can_hide_tubes:
+        able = ", ".join(name for name, tower in ENCODERS.items() if tower.can_hide_tubes)
         raise UserError(f"objective.name = masked-video needs model.encoder = {able}, got {config.encoder}")
     tower = tower_config(config, num_frames=num_frames, frame_size=frame_size, embed_dim=None)
     return MaskedVideo(tower, decoder_depth=decoder_depth)

@@ -70,6 +70,7 @@ class VideoMAETower(VideoEncoder):
     """
 
     tube_frames: ClassVar[int] = TUBE_FRAMES
+    can_hide_tubes: ClassVar[bool] = True
     layout: ClassVar[TowerLayout] = TowerLayout(
         blocks="blocks",
         stem=("patch_embed",),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from avion_dali.config import TrainConfig
-from avion_dali.contracts import ClipBatch, UserError
+from avion_dali.contracts import ClipBatch
 from avion_dali.data.manifest import Manifest
 from avion_dali.device_ops.step_key import StepKey
 from avion_dali.models.masked_video import MaskedVideo, build_masked_video
@@ -81,10 +81,6 @@ class ReconstructionScorer:
 
 
 def _build_model(config: TrainConfig, _num_classes: int) -> nn.Module:
-    if config.model.encoder != "videomae":
-        raise UserError(
-            f"objective.name = masked-video needs model.encoder = videomae, got {config.model.encoder}"
-        )
     return build_masked_video(
         config.model,
         num_frames=config.data.num_frames,
@@ -114,4 +110,6 @@ MASKED_VIDEO: Final = Task(
     build_objective=_build_objective,
     build_scorer=_build_scorer,
     has_frozen_control=False,
+    # As in fine-tuning, an embedding is the normalized mean of the encoder's tokens.
+    embeds_as="classification",
 )
