@@ -104,4 +104,4 @@ def test_settings_reach_the_graphs(manifest: Manifest) -> None:
     how = {"batch_size": 1, "num_frames": 2, "frame_size": 32, "device": "cpu", "workers": 1}
     with open_clips(manifest, decoder="dali", dali=config.dali, worker_niceness=2, **how) as loader:
         assert (loader._strategy._num_graphs, loader._strategy._num_threads) == (3, 1)
-        assert loader._pool.wait(loader._pool.schedule(os.nice, 0)) == os.nice(0) + 2
+        assert loader._pool.schedule(os.nice, 0).result() == os.nice(0) + 2
