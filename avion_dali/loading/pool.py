@@ -168,7 +168,7 @@ class _Supervisor:
         self._spawn, self._selector = SafeSpawn(), selectors.DefaultSelector()
         self._workers: set[_Worker] = set()
         self._deaths = 0  # of processes without a task, since the last answer
-        # For the following; reentrant, since garbage collection, which may run anywhere, closes forgotten pools.
+        # For the following; reentrant, since garbage collection closes forgotten pools, and may do so anywhere.
         self._lock = threading.RLock()
         self._queue: deque[_Job] = deque()
         self._idle: list[_Worker] = []
