@@ -29,6 +29,11 @@ def fail(words: str) -> None:
     raise ValueError(words)
 
 
+def read_past_the_end() -> None:
+    """Task that raises what some file readers do at the end of a file."""
+    raise EOFError("end of file")
+
+
 def leave(status: int) -> None:
     """Task that ends without a word."""
     os._exit(status)

@@ -63,8 +63,8 @@ COMMANDS = {
 CONFIGURED = {
     "evaluate": (
         EvaluateConfig,
-        "checkpoint manifest decoder workers micro_batch num_frames eval_clips eval_crops frozen_frames output "
-        "output_dir",
+        "checkpoint manifest decoder dali workers micro_batch num_frames eval_clips eval_crops frozen_frames "
+        "output output_dir",
     ),
     "slurm": (
         SlurmOptions,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from avion_dali.config import AttentionBackend, AugmentConfig, ClassificationConfig, ModelConfig, OptimConfig
-from avion_dali.contracts import ChunkRef, ClipBatch, ClipPart, ClipRequest, CropWindow, UserError
+from avion_dali.contracts import ClipBatch, UserError
 from avion_dali.decode import cpu_fused
 from avion_dali.device_ops.augment import augment_frames
 from avion_dali.device_ops.erasing import erase_boxes
@@ -59,8 +59,7 @@ def differentiate(
 
 @on_each_device
 def test_copies_from_the_ring_are_whole_and_slots_can_be_reused(device: torch.device) -> None:
-    ring, part = SharedRing(2, (4, 1, 2, 64, 64, 3)), ClipPart(ChunkRef("none", 1, 2, 64, 64), (0, 1))
-    requests = [ClipRequest(i, 0, (part,), (0, 1), (CropWindow(0, 0, 64, 64),), (False,), 64) for i in range(3)]
+    ring = SharedRing(2, (4, 1, 2, 64, 64, 3))
     strategy, stats = FramesStrategy(cpu_fused.decode_clip), LoaderStats()
     strategy.open(ring, device, stats)
     kept = []
@@ -68,7 +67,7 @@ def test_copies_from_the_ring_are_whole_and_slots_can_be_reused(device: torch.de
         slot = turn % 2
         strategy.wait_until_free(slot)
         ring.frames(slot)[:] = turn + 1
-        batch = PendingBatch[float](turn, 0, slot, [0, 1, 2], RowFacts.of(requests, 0))
+        batch = PendingBatch[float](turn, 0, slot, [0, 1, 2], RowFacts.empty(3, 0))
         batch.valid[1], batch.results = False, [0.5, None, 0.25]
         kept.append(strategy.frames(batch))
     for turn, frames in enumerate(kept):

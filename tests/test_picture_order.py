@@ -79,6 +79,20 @@ def test_any_bytes_have_an_answer(gop_videos: dict[str, Path], style: str) -> No
         assert not reader.tells
 
 
+def test_a_length_that_no_count_can_have_is_not_used() -> None:
+    """Such a count would need a number of as many bits as memory has."""
+
+    def unit(kind: int, bits: str) -> bytes:
+        padded = bits.ljust(-len(bits) % 8 + len(bits), "0")
+        return b"\0\0\1" + bytes([kind << 1, 1]) + int(padded, 2).to_bytes(len(padded) // 8, "big")
+
+    for length, tells in (("1", True), ("0" * 48 + "1" * 49, False)):
+        sequence = unit(33, "0" * 8 + "01" * 48 + "1" + "010" + "1" * 2 + "0" + "1" * 2 + length + "1")
+        reader = OrderReader("hevc", sequence + unit(34, "11" + "00" + "000" + "1"), length_size=0)
+        assert reader.read(unit(19, "10" + "1" * 5)) == (int(tells), 0)
+        assert reader.tells == tells
+
+
 def test_units_end_where_the_next_begins() -> None:
     units = [b"\x67abc", b"\x68d", b"\x65efgh"]
     prefixed = b"".join(len(unit).to_bytes(4, "big") + unit for unit in units)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent import futures
 from functools import partial
@@ -37,6 +38,7 @@ def test_tasks_fail_alone(tmp_path: Path) -> None:
     with WorkerPool(workers=2, timeout_s=1.0) as pool:
         bad = [
             (pool.schedule(odd_tasks.fail, "broken"), ValueError),
+            (pool.schedule(odd_tasks.read_past_the_end), EOFError),
             (pool.schedule(odd_tasks.die, int(signal.SIGKILL)), WorkerDiedError),
             (pool.schedule(odd_tasks.sleep_and_tell, str(tmp_path / "pid")), futures.TimeoutError),
         ]
@@ -59,6 +61,17 @@ def test_closing_twice_is_fine() -> None:
     pool.schedule(odd_tasks.joined, "a", 1).result()
     pool.close()
     pool.close()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_pool_may_be_collected_in_its_own_thread() -> None:
+    held = [WorkerPool(workers=1, timeout_s=20)]
+    thread, ended = held[0]._supervisor._thread, threading.Event()
+    answer = held[0].schedule(odd_tasks.go_on, 1)
+    answer.add_done_callback(lambda _: (held.clear(), ended.set()))
+    assert ended.wait(60)
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_workers_are_the_ranks_share_of_the_cores() -> None:

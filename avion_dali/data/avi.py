@@ -9,6 +9,7 @@ This module runs in probing and chunking workers, so it imports only numpy and P
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -102,10 +103,12 @@ def _match(entries: Sequence[PacketPlace], packets: Sequence[PacketPlace]) -> di
     for packet in packets:
         number = by_position.get(packet.position - shift, -1)
         if number < 0 or entries[number].size != packet.size:
-            later = [n for n in numbers_of_size.get(packet.size, ()) if n > last]
-            if len(later) != 1:
+            # Bisected, because all packets of some codecs (DV) have the same size.
+            same = numbers_of_size.get(packet.size, [])
+            at = bisect_right(same, last)
+            if at != len(same) - 1:
                 continue
-            (number,) = later
+            number = same[at]
             shift = packet.position - entries[number].position
         numbers[packet.position] = last = number
     return numbers

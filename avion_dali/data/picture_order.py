@@ -13,6 +13,7 @@ from avion_dali.data.bitstream import split_units
 
 # Slice headers up to the picture order count are shorter, and so are parameter sets up to what is read of them.
 _HEADER_BYTES, _PARAMETER_BYTES = 48, 1024
+_MOST_COUNT_BITS = 16
 _HIGH_PROFILES = frozenset({100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135})
 
 
@@ -38,6 +39,13 @@ class _Bits:
         while not self.fixed(1):
             zeros += 1
         return (1 << zeros) - 1 + self.fixed(zeros)
+
+    def count_bits(self) -> int:
+        """Read the length of picture order counts, of which a damaged header may make any number."""
+        length = self.golomb() + 4
+        if length > _MOST_COUNT_BITS:
+            raise _UntoldError(f"counts of {length} bits")
+        return length
 
     def signed_golomb(self) -> int:
         code = self.golomb()
@@ -218,7 +226,7 @@ def _h264_sequence(bits: _Bits) -> tuple[int, _Sequence]:
     kind = bits.golomb()
     if kind == 1:
         raise _UntoldError("counts that follow a table")
-    count_bits = bits.golomb() + 4 if kind == 0 else 0
+    count_bits = bits.count_bits() if kind == 0 else 0
     bits.golomb(), bits.fixed(1), bits.golomb(), bits.golomb()
     return number, _Sequence(count_bits, frame_num_bits, not bits.fixed(1), has_planes)
 
@@ -247,4 +255,4 @@ def _hevc_sequence(bits: _Bits) -> tuple[int, _Sequence]:
     if bits.fixed(1):
         bits.golomb(), bits.golomb(), bits.golomb(), bits.golomb()
     bits.golomb(), bits.golomb()
-    return number, _Sequence(bits.golomb() + 4, has_planes=has_planes)
+    return number, _Sequence(bits.count_bits(), has_planes=has_planes)

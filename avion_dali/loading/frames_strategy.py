@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -11,6 +13,8 @@ from avion_dali.loading.faults import LoaderStats
 from avion_dali.loading.ring import SharedRing
 from avion_dali.loading.strategy import PendingBatch
 from avion_dali.loading.worker import decode_into
+
+_log = logging.getLogger(__name__)
 
 
 class FramesStrategy:
@@ -36,19 +40,12 @@ class FramesStrategy:
             ring: shared memory to which tasks write.
             device: device to which frames are delivered.
             stats: counts to which decoding time is added.
-
-        Raises:
-            RuntimeError: when the ring's memory cannot be pinned.
         """
         self._device, self._stats = device, stats
         self._slots = [torch.from_numpy(ring.frames(slot)) for slot in range(ring.slots)]
         self._copied: list[torch.cuda.Event | None] = [None] * ring.slots
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if device.type == "cuda":
-            memory = torch.from_numpy(ring.everything())
-            check = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
-            if int(check):
-                raise RuntimeError(f"cudaHostRegister failed with code {int(check)}")
+        self._is_pinned = device.type == "cuda" and _pin(torch.from_numpy(ring.everything()), device)
 
     def wait_until_free(self, slot: int) -> None:
         """Wait until a slot's last copy to the device has finished.
@@ -98,6 +95,16 @@ class FramesStrategy:
         """Finish all copies and unpin the memory; may be called twice."""
         for slot in range(len(self._slots)):
             self.wait_until_free(slot)
-        if self._stream is not None and self._slots:
+        if self._is_pinned and self._slots:
             torch.cuda.cudart().cudaHostUnregister(self._slots[0].data_ptr())
         self._slots = []
+
+
+def _pin(memory: torch.Tensor, device: torch.device) -> bool:
+    """Register memory as pinned; return whether the system allows it. If not, copies make the host wait."""
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    if code:
+        _log.warning("shared memory cannot be pinned (cudaHostRegister: code %d): copies to the GPU wait", code)
+        with suppress(RuntimeError):  # CUDA reports the error again, with the next kernel
+            torch.zeros(1, device=device)
+    return not code

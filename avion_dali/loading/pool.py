@@ -195,7 +195,8 @@ class _Supervisor:
         self._creator = os.getpid()
         self._deaths = 0  # of processes without a task, since the last answer
         self._failed_starts = 0  # since a process was ready for the last time
-        self._lock = threading.Lock()  # for the following
+        # For the following; reentrant, since garbage collection closes forgotten pools, and may do so anywhere.
+        self._lock = threading.RLock()
         self._queue: deque[_Job] = deque()
         self._idle: list[_Worker] = []
         self._problem: Exception | None = None  # why no task is accepted any more
@@ -223,7 +224,8 @@ class _Supervisor:
         self._stop(RuntimeError("the pool of worker processes is closed"))
         for worker in list(self._workers):
             worker.process.kill()  # the ends of their pipes wake the thread
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # in which a pool may be collected, too
+            self._thread.join()
         atexit.unregister(self.close)
 
     def is_foreign(self) -> bool:
@@ -347,13 +349,15 @@ def _serve(pipe: Connection, parent_pid: int, niceness: int) -> None:
     has_imported = False
     while True:
         try:
-            task, arguments = pickle.loads(pipe.recv_bytes())
+            message = pipe.recv_bytes()
+        except EOFError:  # not below: tasks that read files may raise it, too
+            return
+        try:
+            task, arguments = pickle.loads(message)
             if not has_imported:
                 pipe.send_bytes(_PROGRESS)
                 has_imported = True
             answer = pickle.dumps((None, task(*arguments)))
-        except EOFError:
-            return
         except Exception as error:  # the process boundary: every error is the task's answer
             answer = _failed(error)
         pipe.send_bytes(answer)
