@@ -30,7 +30,7 @@ TRAIN_OPTIONS = {
     "augment": "color_jitter rand_augment_ops rand_augment_magnitude erasing_probability",
     "model": "encoder size weights temporal_resize embed_dim activation norm_eps pre_norm context_length "
     "drop_path drop_path_schedule patch_dropout attention residual_dtype checkpoint_every compile "
-    "train_logit_scale",
+    "compile_mode train_logit_scale",
     "objective": "name contrastive max_margin classification masked_video",
     "objective.contrastive": "local_loss",
     "objective.max_margin": "loss margin relaxation",

@@ -1,12 +1,16 @@
 """Dynamo without a code generator: how often blocks are compiled, and which of them run compiled."""
 
+import dataclasses
 import functools
 
 import pytest
 import torch
 
+from avion_dali.config import ModelConfig
 from avion_dali.models.blocks import VideoTowerConfig
-from avion_dali.models.masked_video import MaskedVideo
+from avion_dali.models.dual_encoder import build_dual_encoder
+from avion_dali.models.masked_video import MaskedVideo, build_masked_video
+from avion_dali.models.presets import PRESETS
 from avion_dali.models.text_tower import TextTower, TextTowerConfig
 from avion_dali.models.towers import ENCODERS
 
@@ -59,6 +63,21 @@ def test_blocks_of_different_drop_path_rates_share_their_code(encoder, counted, 
     torch.manual_seed(1)
     assert torch.allclose(traced, tower(clips()), atol=1e-6)
     assert counted.calls == LAYERS
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+def test_the_mode_reaches_every_block(mode, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda call, mode: modes.append(mode) or call)
+    config = ModelConfig(size="tiny", compile=True, compile_mode=mode)
+    for encoder in ENCODERS:
+        build_dual_encoder(dataclasses.replace(config, encoder=encoder), num_frames=2, frame_size=32)
+    build_masked_video(
+        dataclasses.replace(config, encoder="videomae"), num_frames=2, frame_size=32, decoder_depth=3
+    )
+    preset = PRESETS["tiny"]
+    blocks = len(ENCODERS) * (preset.video_layers + preset.text_layers) + preset.video_layers + 3
+    assert modes == [mode] * blocks
 
 
 def test_masked_video_too(counted):

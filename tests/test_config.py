@@ -142,3 +142,12 @@ def test_plain_values_are_checked_too() -> None:
 def test_every_field_is_documented(kind: type) -> None:
     documented = "".join(base.__doc__ or "" for base in kind.__mro__)
     assert [f.name for f in fields(kind) if f"\n        {f.name}: " not in documented] == []
+
+
+def test_a_mode_of_compilation_needs_compilation() -> None:
+    mode = "max-autotune-no-cudagraphs"
+    with pytest.raises(
+        UserError, match=r"compile_mode = max-autotune-no-cudagraphs needs model\.compile = true"
+    ):
+        ModelConfig(compile_mode=mode)
+    assert ModelConfig(compile=True, compile_mode=mode).compile_mode == mode

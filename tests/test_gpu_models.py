@@ -58,6 +58,7 @@ def test_steps_of_all_kinds_are_timed_most_important_first(suite):
         "flash",
     ]
     plain = [step.case for step in cases]
+    assert [case.compile for case in plain if case.compile_mode != "default"] == [True]
     assert {case.attention for case in plain} == {"sdpa", "flash-attn", "math", "xformers"}
     assert {(case.encoder, case.compile) for case in plain} >= {("vit", True), ("videomae", True)}
     assert {case.size for case in plain} == {"vit_b16", "vit_l14"} and {case.frames for case in plain} == {

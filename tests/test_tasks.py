@@ -228,3 +228,10 @@ def test_a_resolved_run_leaves_nothing_open_and_says_what_was_decided() -> None:
         "8 clips = 2 ranks x 2 clips x 2",
     ):
         assert part in text
+
+
+def test_memory_is_planned_for_compiled_blocks_of_any_mode() -> None:
+    model = {"compile": True, "compile_mode": "max-autotune-no-cudagraphs", "checkpoint_every": "auto"}
+    run = resolve(with_model(config_of("contrastive"), **model), Distributed())
+    assert run.config.model.checkpoint_every == 0
+    assert run.config.model.compile_mode == "max-autotune-no-cudagraphs"

@@ -188,7 +188,8 @@ def free_bytes(distributed: Distributed) -> int:
 
 def count_parameters(config: TrainConfig, task: Task) -> int:
     """Return the number of parameters of a training's model; it is built without memory for them."""
-    plain = replace(config, model=replace(config.model, checkpoint_every=0, compile=False))
+    as_built = replace(config.model, checkpoint_every=0, compile=False, compile_mode="default")
+    plain = replace(config, model=as_built)
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in task.build_model(plain, 1).parameters())
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from avion_dali.config.checks import require
+from avion_dali.contracts import UserError
 
 ModelSize = Literal["tiny", "vit_b16", "vit_l16", "vit_l14", "vit_l14_336"]
 Activation = Literal["gelu", "quick_gelu"]
 AttentionBackend = Literal["auto", "sdpa", "cudnn", "flash", "efficient", "flash-attn", "xformers", "math"]
 ResidualDtype = Literal["fp32", "bf16"]
+CompileMode = Literal["default", "max-autotune-no-cudagraphs"]
 TemporalResize = Literal["interpolate", "truncate"]
 DEFAULT_NORM_EPS: Final = 1e-6
 """LayerNorm epsilon of a video tower if neither its configuration nor its weights specify one."""
@@ -51,6 +53,9 @@ class ModelConfig:
             checkpointing); 0 for no block, 1 for all blocks. `auto` is 0 if the micro-batch then fits into the
             GPU's memory and 1 if not; the CPU counts as a GPU of 24 GB.
         compile: run torch.compile on each block.
+        compile_mode: torch.compile's mode; needs `compile`. `max-autotune-no-cudagraphs` tries several kernels
+            for each matrix product, also ones that add the bias, the activation or the residual branch, and
+            takes the fastest; the first steps take minutes longer.
         train_logit_scale: learn the temperature; the published recipe keeps it at 0.07.
     """
 
@@ -70,6 +75,7 @@ class ModelConfig:
     residual_dtype: ResidualDtype = "fp32"
     checkpoint_every: int | Literal["auto"] = 0
     compile: bool = False
+    compile_mode: CompileMode = "default"
     train_logit_scale: bool = False
 
     def __post_init__(self) -> None:
@@ -93,3 +99,8 @@ class ModelConfig:
         every = self.checkpoint_every
         allowed = ">= 0 (0: none, 1: all blocks), or auto"
         require(every == "auto" or every >= 0, "model.checkpoint_every", value=every, allowed=allowed)
+        if self.compile_mode != "default" and not self.compile:
+            raise UserError(
+                f"model.compile_mode = {self.compile_mode} needs model.compile = true; set it, or set "
+                "model.compile_mode = default"
+            )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from avion_dali.config import DEFAULT_NORM_EPS, Activation, AttentionBackend, ResidualDtype
+from avion_dali.config import DEFAULT_NORM_EPS, Activation, AttentionBackend, CompileMode, ResidualDtype
 from avion_dali.contracts import UserError
 from avion_dali.models.layout import TowerLayout
 
@@ -66,6 +66,7 @@ class VideoTowerConfig:
     residual_dtype: ResidualDtype = "fp32"
     checkpoint_every: int = 0
     compile: bool = False
+    compile_mode: CompileMode = "default"
 
     def __post_init__(self) -> None:
         if self.image_size < self.patch_size or self.image_size % self.patch_size:

@@ -114,6 +114,7 @@ def build_dual_encoder(config: ModelConfig, *, num_frames: int, frame_size: int)
             activation=config.activation,
             checkpoint_every=config.checkpoint_every,
             compile=config.compile,
+            compile_mode=config.compile_mode,
         )
     )
     return DualEncoder(visual, textual, train_logit_scale=config.train_logit_scale)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from avion_dali.config import CompileMode
+
 
 class DropPathBlock(nn.Module):
     """Base class of residual blocks whose branches are dropped for random clips in training.
@@ -82,7 +84,7 @@ def run_blocks(blocks: nn.ModuleList, x_BND: Tensor, *, checkpoint_every: int) -
     return x_BND
 
 
-def compile_blocks(blocks: nn.ModuleList, *, enabled: bool) -> None:
+def compile_blocks(blocks: nn.ModuleList, *, enabled: bool, mode: CompileMode) -> None:
     """Compile each block in place at its first call, so that parameters keep their names.
 
     The blocks of a tower share the compiled code, because their weights and drop path factors are its inputs.
@@ -90,27 +92,31 @@ def compile_blocks(blocks: nn.ModuleList, *, enabled: bool) -> None:
     Args:
         blocks: blocks of a tower.
         enabled: False does nothing.
+        mode: torch.compile's mode.
     """
     if enabled:
         for block in blocks:
-            block.compile()
+            block.compile(mode=mode)
 
 
 class BlockStack(nn.Module):
     """Blocks in order; this class gives them the parameter names `resblocks.<i>` of CLIP's towers."""
 
-    def __init__(self, blocks: list[nn.Module], *, checkpoint_every: int, compile: bool) -> None:
+    def __init__(
+        self, blocks: list[nn.Module], *, checkpoint_every: int, compile: bool, compile_mode: CompileMode
+    ) -> None:
         """Collect the blocks.
 
         Args:
             blocks: the blocks.
             checkpoint_every: see `run_blocks`.
             compile: whether to run torch.compile on each block.
+            compile_mode: torch.compile's mode.
         """
         super().__init__()
         self.checkpoint_every = checkpoint_every
         self.resblocks = nn.ModuleList(blocks)
-        compile_blocks(self.resblocks, enabled=compile)
+        compile_blocks(self.resblocks, enabled=compile, mode=compile_mode)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """Float (B, N, D) -> (B, N, D)."""

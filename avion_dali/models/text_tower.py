@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from avion_dali.config import Activation
+from avion_dali.config import Activation, CompileMode
 from avion_dali.contracts import UserError
 from avion_dali.models.attention import SelfAttention
 from avion_dali.models.blocks import build_mlp
@@ -35,6 +35,7 @@ class TextTowerConfig:
         activation: `gelu` (exact) or `quick_gelu` (OpenAI weights).
         checkpoint_every: recompute the activations of every n-th block in the backward pass; 0 of none.
         compile: whether to run torch.compile on each block.
+        compile_mode: torch.compile's mode.
 
     Raises:
         UserError: when the width is not a multiple of the number of heads.
@@ -49,6 +50,7 @@ class TextTowerConfig:
     activation: Activation = "gelu"
     checkpoint_every: int = 0
     compile: bool = False
+    compile_mode: CompileMode = "default"
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -104,6 +106,7 @@ class TextTower(nn.Module):
             [TextBlock(config) for _ in range(config.layers)],
             checkpoint_every=config.checkpoint_every,
             compile=config.compile,
+            compile_mode=config.compile_mode,
         )
         self.ln_final = nn.LayerNorm(config.width)
         self.text_projection = nn.Parameter(torch.empty(config.width, config.embed_dim))

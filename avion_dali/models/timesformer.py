@@ -151,7 +151,7 @@ class TimeSformer(VideoEncoder):
             DividedBlock(config, drop_path_rate=config.drop_path_rate(i)) for i in range(config.layers)
         )
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
-        compile_blocks(self.blocks, enabled=config.compile)
+        compile_blocks(self.blocks, enabled=config.compile, mode=config.compile_mode)
         self.init_weights()
 
     @torch.no_grad()

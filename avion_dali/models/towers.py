@@ -150,6 +150,7 @@ def tower_config(
         residual_dtype=config.residual_dtype,
         checkpoint_every=config.checkpoint_every,
         compile=config.compile,
+        compile_mode=config.compile_mode,
     )
 
 

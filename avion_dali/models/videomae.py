@@ -54,7 +54,7 @@ def build_blocks(config: VideoTowerConfig) -> nn.ModuleList:
     blocks = nn.ModuleList(
         FusedBlock(config, drop_path_rate=config.drop_path_rate(i)) for i in range(config.layers)
     )
-    compile_blocks(blocks, enabled=config.compile)
+    compile_blocks(blocks, enabled=config.compile, mode=config.compile_mode)
     return blocks
 
 

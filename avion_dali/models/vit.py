@@ -95,6 +95,7 @@ class VideoTower(VideoEncoder):
             [Block(config, drop_path_rate=config.drop_path_rate(i)) for i in range(config.layers)],
             checkpoint_every=config.checkpoint_every,
             compile=config.compile,
+            compile_mode=config.compile_mode,
         )
         self.ln_post = nn.LayerNorm(width, eps=config.norm_eps)
         self.init_weights()

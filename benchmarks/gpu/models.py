@@ -39,7 +39,7 @@ class StepCase:
 
 
 def step_cases(suite: Suite) -> list[StepCase]:
-    """List the timed steps by importance: kernels, compilation, recomputation, size, encoders, length."""
+    """List timed steps by importance: kernels, compilation, recomputation, size, encoders, length, tuning."""
     short = Case(batch=128)
     large, masked = replace(short, size="vit_l14", batch=32), replace(short, encoder="videomae", frames=16)
     cases = [
@@ -54,6 +54,7 @@ def step_cases(suite: Suite) -> list[StepCase]:
         StepCase(replace(short, frames=16, batch=16)),
         *(StepCase(replace(case, compile=True)) for case in (large, masked)),
         *(StepCase(replace(short, attention=name)) for name in ("flash-attn", "xformers")),
+        StepCase(replace(short, compile=True, compile_mode="max-autotune-no-cudagraphs")),
     ]
     if suite.device == "cpu":  # compilation would take longer than all others, and only flash can be demanded
         kept = [step for step in cases if not step.case.compile and step.forced != "cudnn"]

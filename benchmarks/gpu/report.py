@@ -77,6 +77,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             best["attention"],
             best["forced"],
             "compiled" if best["compile"] else "",
+            best.get("compile_mode", "default").replace("default", ""),
             f"{best['batch']} clips",
         ]
         told = f"{best['mfu']:.1%} at {best['clips_per_s']:.0f} clips/s ({', '.join(filter(None, how))})"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from avion_dali.config import AttentionBackend, ModelConfig, ModelSize
+from avion_dali.config import AttentionBackend, CompileMode, ModelConfig, ModelSize
 from avion_dali.contracts import UserError
 from avion_dali.device_ops.normalize import normalize_frames
 from avion_dali.models.attention import resolve_attention
@@ -76,6 +76,7 @@ class Case:
     attention: AttentionBackend = "sdpa"  # its kernel
     checkpoint_every: int = 0  # recompute every n-th block
     compile: bool = False  # each block
+    compile_mode: CompileMode = "default"  # of torch.compile
     frame_size: int = 0  # side of a frame in pixels; 0 takes that of the size
 
     @property
@@ -91,6 +92,7 @@ class Case:
             attention=self.attention,
             checkpoint_every=self.checkpoint_every,
             compile=self.compile,
+            compile_mode=self.compile_mode,
         )
         if self.encoder == "videomae":
             return build_masked_video(
@@ -157,7 +159,7 @@ def count_flops(case: Case) -> tuple[float, float]:
         TFLOP per clip by the two conventions: of the model, and of the hardware.
     """
     # Matrix products as written, so that they are seen; two clips, since a contrastive loss compares.
-    shapes = replace(case, batch=2, attention="math", compile=False)
+    shapes = replace(case, batch=2, attention="math", compile=False, compile_mode="default")
     counts = []
     for every in (0, case.checkpoint_every):
         step = Step(replace(shapes, checkpoint_every=every), "meta", dtype=torch.float32)
