@@ -144,6 +144,25 @@ def test_a_checkpoint_without_manifest_and_a_file_that_is_none_are_told(tmp_path
         evaluate_checkpoint(EvaluateConfig(str(tmp_path / "no.pt")), Distributed())
 
 
+@pytest.mark.parametrize("dtype", ["default", "fp8"])
+def test_mlps_are_converted_for_trainings_in_fp8(dtype: str, tmp_path: Path, monkeypatch) -> None:
+    converted: list[object] = []
+    monkeypatch.setattr("avion_dali.assembly.training.convert_mlps", converted.append)
+    monkeypatch.setattr("avion_dali.assembly.resolve.require_fp8", lambda *_, **__: None)
+    manifest = manifest_of(tmp_path / "m", ("x", "y"))
+    config = TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        decoder="cpu-fused",
+        data=DataConfig(num_frames=2, frame_size=32, workers=1, train_manifest=str(manifest.folder)),
+        model=ModelConfig(size="tiny", mlp_dtype=dtype),
+        optim=OptimConfig(global_batch=2, micro_batch=2),
+        objective=ObjectiveConfig(name="classification"),
+        run=RunConfig(precision="bf16"),
+    )
+    with training(config, Distributed()) as loop:
+        assert converted == ([loop.model] if dtype == "fp8" else [])
+
+
 def test_weights_know_their_classes_wherever_their_training_manifest_is(tmp_path: Path) -> None:
     """A manifest that numbers the same classes otherwise is refused, not scored."""
     train, other = manifest_of(tmp_path / "train", ("x", "y")), manifest_of(tmp_path / "other", ("y", "x"))

@@ -29,7 +29,7 @@ TRAIN_OPTIONS = {
     "clip_timeout_s max_bad_fraction train_manifest eval_manifest normalization",
     "augment": "color_jitter rand_augment_ops rand_augment_magnitude erasing_probability",
     "model": "encoder size weights temporal_resize embed_dim activation norm_eps pre_norm context_length "
-    "drop_path drop_path_schedule patch_dropout attention residual_dtype checkpoint_every compile "
+    "drop_path drop_path_schedule patch_dropout attention residual_dtype mlp_dtype checkpoint_every compile "
     "compile_mode train_logit_scale",
     "objective": "name contrastive max_margin classification masked_video",
     "objective.contrastive": "local_loss",

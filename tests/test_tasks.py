@@ -201,6 +201,18 @@ def test_tokens_in_bf16_need_a_run_in_bf16() -> None:
     require_trainable(replace(run, precision="bf16"))
 
 
+def test_mlps_in_fp8_are_refused_where_they_cannot_train() -> None:
+    config = with_model(config_of("contrastive"), mlp_dtype="fp8", size="vit_l14")
+    run = resolve(config, Distributed())  # a checkpoint of such a training can be evaluated anywhere
+    with pytest.raises(UserError, match=r"mlp_dtype = fp8 needs run.precision = bf16, .* computes in fp32"):
+        require_trainable(run)
+    with pytest.raises(UserError, match=r"mlp_dtype = fp8 cannot be used: it needs a GPU"):
+        require_trainable(replace(run, precision="bf16"))
+    sharded = replace(config, run=replace(config.run, sharding="shard"))
+    with pytest.raises(UserError, match=r"mlp_dtype = fp8 and run.sharding = shard do not go together"):
+        require_trainable(resolve(sharded, Distributed(world_size=2)))
+
+
 def test_sharded_compiled_and_recomputed_blocks_are_refused() -> None:
     config = with_model(config_of("contrastive"), compile=True, checkpoint_every=1)
     sharded = replace(config, run=replace(config.run, sharding="shard"))

@@ -13,6 +13,7 @@ from avion_dali.contracts import UserError
 from avion_dali.engine.distributed import Distributed
 from avion_dali.engine.precision import AUTOCAST_DTYPES, Precision, resolve_precision
 from avion_dali.models.attention import describe_kernel, resolve_attention
+from avion_dali.models.float8 import require_fp8
 from avion_dali.models.presets import PRESETS
 from avion_dali.models.starting_weights import StartWeights
 from avion_dali.models.towers import resolve_model
@@ -95,6 +96,23 @@ def require_trainable(run: ResolvedRun) -> None:
             "run.sharding = shard, model.compile and model.checkpoint_every do not go together: PyTorch ends "
             "such trainings with a CheckpointError; set model.checkpoint_every = 0 or model.compile = false"
         )
+    if model.mlp_dtype == "fp8":
+        _require_fp8(run, is_sharded=is_sharded)
+
+
+def _require_fp8(run: ResolvedRun, *, is_sharded: bool) -> None:
+    """Reject MLPs in fp8 where they cannot be trained."""
+    if is_sharded:
+        raise UserError(
+            "model.mlp_dtype = fp8 and run.sharding = shard do not go together yet: their sharded weights are "
+            "untested; set one of them to its default"
+        )
+    if run.precision != "bf16":
+        raise UserError(
+            f"model.mlp_dtype = fp8 needs run.precision = bf16, but the run computes in {run.precision}; "
+            "set model.mlp_dtype = default"
+        )
+    require_fp8(run.device, width=PRESETS[run.config.model.size].video_width)
 
 
 def resolve(config: TrainConfig, distributed: Distributed, start: StartWeights | None = None) -> ResolvedRun:

@@ -27,6 +27,7 @@ from avion_dali.engine.loop_settings import LoopSettings
 from avion_dali.engine.optimizers import build_optimizer, parameter_groups
 from avion_dali.engine.sharding import shard_model, weight_sum
 from avion_dali.loading.clip_loader import ClipLoader
+from avion_dali.models.float8 import convert_mlps
 from avion_dali.models.starting_weights import StartWeights, open_start
 from avion_dali.report.run_report import report_run
 
@@ -78,6 +79,8 @@ def _training(config: TrainConfig, distributed: Distributed) -> Iterator[TrainLo
         report = fill_model(model, start, run.config)
         if distributed.is_main:
             _log.info("%s", "\n".join(report.lines()))
+    if run.config.model.mlp_dtype == "fp8":
+        convert_mlps(model)
     shard_model(model, run.config.run, distributed=distributed)
     with ExitStack() as stack:
         pool = stack.enter_context(open_pool(run.config.data))

@@ -49,6 +49,10 @@ class ModelConfig:
         residual_dtype: dtype of the tokens between the blocks of the video encoder. `bf16` saves memory
             traffic, changes numbers within its rounding, and needs `run.precision` bf16; an evaluation in fp32
             keeps the tokens in fp32.
+        mlp_dtype: dtype of the matrix products in the MLPs of blocks that are at least 1024 wide, in training:
+            `default` is that of `run.precision`. `fp8` changes numbers within its rounding and is faster only
+            with `compile`; it needs `run.precision` bf16, the extra `fp8` (torchao) and an Ada or Hopper GPU or
+            a later one. Weights stay as they are, and other commands than `train` compute in `run.precision`.
         checkpoint_every: recompute the activations of every n-th block in the backward pass (activation
             checkpointing); 0 for no block, 1 for all blocks. `auto` is 0 if the micro-batch then fits into the
             GPU's memory and 1 if not; the CPU counts as a GPU of 24 GB.
@@ -73,6 +77,7 @@ class ModelConfig:
     patch_dropout: float = 0.0
     attention: AttentionBackend = "auto"
     residual_dtype: ResidualDtype = "fp32"
+    mlp_dtype: Literal["default", "fp8"] = "default"
     checkpoint_every: int | Literal["auto"] = 0
     compile: bool = False
     compile_mode: CompileMode = "default"
