@@ -26,7 +26,7 @@ GIB: Final = 2**30
 SMALL_CARD_BYTES: Final = 23 * GIB
 """What is free on a GPU of 24 GB, with which the paper's settings were published; the CPU counts as one."""
 RESERVE: Final = 0.05
-"""Part of a GPU's memory that is left to the workspaces of kernels, to DALI and to fragmentation."""
+"""Part of a GPU's memory that is left to the workspaces of kernels, to decode sessions and to fragmentation."""
 OPTIMIZER_VALUES: Final = {"adamw": 2, "lion": 1, "sgd": 1}
 
 
@@ -194,7 +194,13 @@ def count_parameters(config: TrainConfig, task: Task) -> int:
 
 
 def plan_memory(
-    config: TrainConfig, *, precision: Precision, ranks: int, free: int, parameters: int
+    config: TrainConfig,
+    *,
+    precision: Precision,
+    ranks: int,
+    free: int,
+    parameters: int,
+    decoding: int = 0,
 ) -> MemoryPlan:
     """Choose what `optim.micro_batch` and `model.checkpoint_every` leave open.
 
@@ -208,6 +214,7 @@ def plan_memory(
         ranks: number of processes.
         free: bytes that a step may hold.
         parameters: number of parameters of the model.
+        decoding: bytes per clip that decoding takes beside the step.
 
     Raises:
         UserError: not even one clip fits.
@@ -217,7 +224,8 @@ def plan_memory(
     ways = (0, 1) if every == "auto" else (every,)
 
     def needed(clips: int, way: int) -> int:
-        return step_bytes(config, clips, checkpoint_every=way, precision=precision, parameters=parameters)
+        step = step_bytes(config, clips, checkpoint_every=way, precision=precision, parameters=parameters)
+        return step + clips * decoding
 
     sizes = [share] if micro == "auto" else [micro]
     tried = [(clips, way) for clips in sizes for way in ways]
