@@ -14,10 +14,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from avion_dali.child_process import die_with_parent, safe_environment
 
 TIMEOUT_S = 120.0  # the first use of a driver, or of packages on a cold shared disk, may take a minute
+_KILL_S = 5.0
 
 # The empty entry of the path is the working directory, where a user's modules may have the same names as ours.
 _CHILD = (
@@ -40,23 +42,26 @@ def call_in_subprocess(
         The task's return value, or one line that says how its process failed.
     """
     call = json.dumps([task.__module__, task.__name__, os.getpid(), arguments])
+    process = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, call],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=safe_environment(),
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _CHILD, call],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env=safe_environment(),
-            timeout=timeout_s,
-            check=False,
-        )
+        stdout, stderr = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):  # a process that is stuck in a driver cannot be killed
+            process.communicate(timeout=_KILL_S)
         return f"no answer within {timeout_s:.0f} s"
-    said = [line.strip() for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-    if done.returncode < 0:
-        return f"its process was killed by {signal.Signals(-done.returncode).name}"
-    if done.returncode:
-        return said[-1] if said else f"its process ended with status {done.returncode}"
-    answer: str | None = json.loads(done.stdout)
+    said = [line.strip() for line in stderr.decode(errors="replace").splitlines() if line.strip()]
+    if process.returncode < 0:
+        return f"its process was killed by {signal.Signals(-process.returncode).name}"
+    if process.returncode:
+        return said[-1] if said else f"its process ended with status {process.returncode}"
+    answer: str | None = json.loads(stdout)
     # DALI writes the cause of some failures only to stderr, as `[file:line] cause`.
     remarks = [match[1] for line in said if (match := re.match(r"\[/[^\]]+:\d+\] (.+)", line))]
     return f"{answer} ({remarks[-1]})" if answer and remarks else answer

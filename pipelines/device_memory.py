@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from nvidia.dali import backend
 
-from avion_dali.contracts import UserError
-
 from .device_errors import DALI_ERRORS, is_out_of_memory
+
+_log = logging.getLogger(__name__)
 
 _BUFFERS_PER_CLIP = 8  # RGB pictures of a decoder; `num_decode_surfaces_` in frames_decoder_gpu.h
 _SURFACES_PER_SESSION = 20  # NV12 pictures; the most that NVDECCache asks for (frames_decoder_gpu.cc)
@@ -52,14 +54,12 @@ def reserve(num_bytes: int, device: torch.device) -> None:
     """Take memory for DALI's pool, which all graphs of the process share, before PyTorch takes it.
 
     Memory that the pool has and no graph uses counts, so a second loader reserves only what it needs beyond the
-    first one.
+    first one. The number is an estimate, so a GPU with less free memory is not refused, but warned about; if
+    memory does run out, the error names the settings to lower (`device_errors.py`).
 
     Args:
         num_bytes: from `pool_bytes`.
         device: the GPU; without an index, the current one.
-
-    Raises:
-        UserError: when the GPU has too little free memory.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     try:
@@ -68,9 +68,12 @@ def reserve(num_bytes: int, device: torch.device) -> None:
         if not is_out_of_memory(error):
             raise
         free, total = torch.cuda.mem_get_info(device)
-        raise UserError(
-            f"DALI needs about {num_bytes / 2**30:.1f} GiB of GPU memory beside the model, and {device} has "
-            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free; lower `batch_size`, or `graphs` if it is "
-            "above 2, make chunks of a lower resolution, or leave decoding to CPU cores with `decoder` "
-            "cpu-fused"
-        ) from error
+        _log.warning(
+            "DALI may need %.1f GiB of GPU memory beside the model, and %s has %.1f of %.1f GiB free; if "
+            "memory runs out, lower `batch_size`, or `graphs` if it is above 2, make chunks of a lower "
+            "resolution, or leave decoding to CPU cores with `decoder` cpu-fused",
+            num_bytes / 2**30,
+            device,
+            free / 2**30,
+            total / 2**30,
+        )

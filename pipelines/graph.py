@@ -41,7 +41,7 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIInterpType
 
-from avion_dali.contracts import ClipRequest
+from avion_dali.contracts import ClipRequest, CropWindow
 from avion_dali.cores import available_cores
 
 from .codecs import Device
@@ -127,16 +127,20 @@ def graph_inputs(clips: Sequence[tuple[ClipRequest, MiniClip]]) -> GraphInputs:
         numbers to decode, followed by zeros.
     """
     mini_clips = [np.frombuffer(mini.data, dtype=np.uint8) for _, mini in clips]
-    numbers_BN = np.array([_numbers(request, mini.frame_ids) for request, mini in clips], dtype=np.int32)
-    return mini_clips, numbers_BN, np.array([request.sample_id for request, _ in clips], dtype=np.int64)
+    numbers = [_numbers(r.windows, r.flips, order=(r.gather, mini.frame_ids)) for r, mini in clips]
+    sample_ids = np.array([request.sample_id for request, _ in clips], dtype=np.int64)
+    return mini_clips, np.array(numbers, dtype=np.int32), sample_ids
 
 
-def _numbers(request: ClipRequest, frame_ids: Sequence[int]) -> list[int]:
-    length, decoded = len(request.gather), len(frame_ids)
+def _numbers(
+    windows: Sequence[CropWindow], flips: Sequence[bool], *, order: tuple[Sequence[int], Sequence[int]]
+) -> list[int]:
+    gather, frame_ids = order
+    length, decoded = len(gather), len(frame_ids)
     numbers = [length, decoded]
-    for window, is_flipped in zip(request.windows, request.flips, strict=True):
+    for window, is_flipped in zip(windows, flips, strict=True):
         numbers += [window.y, window.x, window.height, window.width, is_flipped]
-    return [*numbers, *request.gather, *frame_ids, *[0] * (length - decoded)]
+    return [*numbers, *gather, *frame_ids, *[0] * (length - decoded)]
 
 
 def failure_cause(error: BaseException) -> str:

@@ -79,9 +79,9 @@ def is_clip(value: Any, depth: int = 3) -> bool:
 
 
 def is_graph_input(value: Any) -> bool:
-    """Tell whether a value is what the DALI graph takes: for each input a list with one array per clip."""
-    is_lists = isinstance(value, tuple) and len(value) > 1 and all(isinstance(v, list) and v for v in value)
-    return is_lists and all(isinstance(array, np.ndarray) for arrays in value for array in arrays)
+    """Tell whether a value is what the DALI graph takes: a list of mini clips, and arrays of numbers."""
+    is_inputs = isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], list)
+    return is_inputs and all(isinstance(array, np.ndarray) for array in [*value[0], *value[1:]])
 
 
 def is_part(value: Any) -> bool:

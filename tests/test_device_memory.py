@@ -8,10 +8,11 @@ import pytest
 import torch
 from dali_clips import VP9, chunk_manifest
 
-from avion_dali.assembly.dali_loading import mean_picture_pixels, open_dali_strategy
+from avion_dali.assembly.dali_loading import dali_bytes_per_clip, mean_picture_pixels, open_dali_strategy
+from avion_dali.assembly.memory import plan_memory
 from avion_dali.assembly.open_clips import open_clips
 from avion_dali.cli.arguments import parse_options
-from avion_dali.config import DaliConfig, TrainConfig
+from avion_dali.config import DaliConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from avion_dali.contracts import UserError
 from avion_dali.data.manifest import Manifest
 from avion_dali.data.order import BatchSchedule
@@ -73,15 +74,28 @@ def test_on_the_cpu_cores_are_shared_and_nothing_is_reserved(manifest: Manifest)
 @pytest.mark.parametrize(
     "error", [MemoryError("CUDA allocation failed"), RuntimeError("CUDA allocation failed")]
 )
-def test_too_little_memory_names_what_to_lower(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_warned_about_with_what_to_lower(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(device_memory.backend, "PreallocateDeviceMemory", fail)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 24 * 2**30))
-    message = r"about 3.5 GiB .* cuda:3 has 1.0 of 24.0 GiB free; lower `batch_size`, or `graphs`"
-    with pytest.raises(UserError, match=message):
-        reserve(int(3.5 * 2**30), GPU)
+    reserve(int(3.5 * 2**30), GPU)
+    assert "may need 3.5 GiB" in caplog.text
+    assert "cuda:3 has 1.0 of 24.0 GiB free; if memory runs out, lower `batch_size`, or `graphs`" in caplog.text
+
+
+def test_an_automatic_batch_leaves_room_for_dali(manifest: Manifest) -> None:
+    data = DataConfig(train_manifest=str(manifest.folder), num_frames=4)
+    per_clip = dali_bytes_per_clip(TrainConfig(data=data))
+    assert per_clip == pool_bytes((1, 1, 4, 224, 224, 3), 5376, under_way=2)
+    optim = OptimConfig(global_batch=64, micro_batch="auto")
+    how = {"precision": "bf16", "ranks": 1, "free": 6 * 2**30, "parameters": 10**6}
+    config = TrainConfig(data=data, optim=optim, model=ModelConfig(checkpoint_every=1))
+    alone, beside = (plan_memory(config, **how, decoding=bytes_) for bytes_ in (0, 6 * 2**30 // 16))
+    assert alone.micro_batch > 8 and beside.micro_batch == 8
 
 
 def test_other_failures_are_raised_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from dali_clips import chunk_manifest
 from processes import left_after
 
 from avion_dali.contracts import UserError
+from avion_dali.loading import pool as pool_module
 from avion_dali.loading.pool import WorkerDiedError, WorkerPool, default_workers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,15 @@ def test_it_does_any_task() -> None:
 def test_processes_stand_back_as_told() -> None:
     with WorkerPool(workers=1, timeout_s=20, niceness=3) as pool:
         assert pool.schedule(os.nice, 0).result() == os.nice(0) + 3
+
+
+def test_a_process_that_does_not_start_in_time_ends_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_START_S", 0.0)
+    with (
+        WorkerPool(workers=1, timeout_s=20) as pool,
+        pytest.raises(UserError, match="did not start within 0 s"),
+    ):
+        pool.schedule(os.nice, 0).result(20)
 
 
 def test_tasks_fail_alone(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import odd_tasks
 import pytest
 
+from avion_dali import subprocess_call
 from avion_dali.subprocess_call import call_in_subprocess, import_modules
 
 
@@ -33,3 +35,15 @@ def test_a_task_that_fails_is_described_in_a_line() -> None:
 def test_output_of_libraries_is_not_shown_except_for_the_cause() -> None:
     assert call_in_subprocess(odd_tasks.chatter, "no decoder") == "no decoder (The hardware is on strike.)"
     assert not call_in_subprocess(odd_tasks.chatter, "")
+
+
+def test_a_process_that_cannot_be_killed_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, kill = tmp_path / "told", subprocess.Popen.kill
+    stuck: list[subprocess.Popen] = []
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: stuck.append(process))
+    monkeypatch.setattr(subprocess_call, "_KILL_S", 0.1)
+    assert call_in_subprocess(odd_tasks.sleep_and_tell, str(told), timeout_s=0.1) == "no answer within 0 s"
+    (process,) = stuck
+    assert process.poll() is None
+    kill(process)
+    process.communicate()

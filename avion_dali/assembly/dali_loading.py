@@ -9,9 +9,10 @@ import pyarrow.compute as pc
 import torch
 
 from avion_dali.assembly.dali_room import pipelines_module
-from avion_dali.config import DaliConfig
+from avion_dali.config import DaliConfig, TrainConfig
 from avion_dali.data.manifest import CHUNKS_FILE, Manifest
 from avion_dali.data.order import BatchSchedule
+from avion_dali.data.planner import ClipRules
 from avion_dali.loading.strategy import LoaderStrategy
 
 if TYPE_CHECKING:
@@ -41,9 +42,6 @@ def open_dali_strategy(
         clip_shape: shape (V, T, H, W, C) of a delivered clip.
         device: device to which batches are delivered.
         ranks_on_machine: training processes on this machine.
-
-    Raises:
-        UserError: when the GPU has too little free memory.
     """
     # Imported only when needed: importing DALI takes a second, and it exists only for Linux.
     graph, module = pipelines_module("graph"), pipelines_module("dali_strategy")
@@ -59,6 +57,22 @@ def open_dali_strategy(
             _log.info("DALI: %d graphs x %d threads, about %.1f GiB of GPU memory", graphs, threads, gib)
         memory.reserve(pool, device)
     return strategy
+
+
+def dali_bytes_per_clip(config: TrainConfig) -> int:
+    """Estimate the GPU memory that DALI takes for each clip of a training's batches.
+
+    Args:
+        config: the training's configuration.
+
+    Raises:
+        UserError: when the training manifest cannot be opened.
+    """
+    graphs = config.dali.graphs or pipelines_module("graph").default_graphs("mixed")
+    depth = pipelines_module("dali_strategy").DaliStrategy(num_graphs=graphs, num_threads=1).depth
+    clip_shape = ClipRules.from_options(config.data, training=True).clip_shape
+    pixels = mean_picture_pixels(Manifest(config.data.train_manifest))
+    return int(pipelines_module("device_memory").pool_bytes((1, *clip_shape), pixels, under_way=depth))
 
 
 def mean_picture_pixels(manifest: Manifest) -> int:

@@ -19,13 +19,14 @@ from avion_dali.engine.distributed import Distributed, all_gather_rows
 from avion_dali.engine.precision import Precision
 from avion_dali.models.presets import PRESETS
 from avion_dali.models.towers import encoder_class
+from avion_dali.tasks.table import find_task
 from avion_dali.tasks.task import Task
 
 GIB: Final = 2**30
 SMALL_CARD_BYTES: Final = 23 * GIB
 """What is free on a GPU of 24 GB, with which the paper's settings were published; the CPU counts as one."""
 RESERVE: Final = 0.05
-"""Part of a GPU's memory that is left to the workspaces of kernels, to DALI and to fragmentation."""
+"""Part of a GPU's memory that is left to the workspaces of kernels, to decode sessions and to fragmentation."""
 OPTIMIZER_VALUES: Final = {"adamw": 2, "lion": 1, "sgd": 1}
 
 
@@ -119,18 +120,17 @@ def clip_blocks(config: TrainConfig, checkpoint_every: int) -> list[Blocks]:
         return Blocks(values, tokens, width, layers, recomputed)
 
     width, layers = preset.video_width, preset.video_layers
-    if config.objective.name == "masked-video":
+    task = find_task(config.objective.name)
+    if task.hides_tubes:
         masked = config.objective.masked_video
         seen = patches - int(masked.mask_ratio * patches)
         decoder = blocks(MASKED_BLOCK, patches, width // 2, masked.decoder_depth)
         return [blocks(MASKED_BLOCK, seen, width, layers), decoder]
     tokens = encoder.layout.class_token + int(patches * (1 - model.patch_dropout))
     video = blocks(ENCODER_BLOCKS.get(model.encoder, PLAIN_BLOCK), tokens, width, layers)
-    if config.objective.name == "classification":
+    if not task.reads_texts:
         return [video]
-    text = blocks(TEXT_BLOCK, model.context_length, preset.text_width, preset.text_layers)
-    # The text tower recomputes all of its blocks or none, see `build_dual_encoder`.
-    return [video, text if checkpoint_every == 1 else replace(text, recomputed=0)]
+    return [video, blocks(TEXT_BLOCK, model.context_length, preset.text_width, preset.text_layers)]
 
 
 def kept_bytes(config: TrainConfig, *, checkpoint_every: int, precision: Precision) -> int:
@@ -145,7 +145,7 @@ def kept_bytes(config: TrainConfig, *, checkpoint_every: int, precision: Precisi
     pixels = 3 * config.data.num_frames * config.data.frame_size**2
     # What the patch embedding multiplies; of a masked clip the visible part, and the errors of the hidden part.
     ends = value_bytes * pixels
-    if config.objective.name == "masked-video":
+    if find_task(config.objective.name).hides_tubes:
         hidden = config.objective.masked_video.mask_ratio
         ends = int(pixels * (value_bytes * (1 - hidden) + 4 * hidden))
     return ends + sum(blocks.kept_bytes(value_bytes) for blocks in clip_blocks(config, checkpoint_every))
@@ -195,7 +195,13 @@ def count_parameters(config: TrainConfig, task: Task) -> int:
 
 
 def plan_memory(
-    config: TrainConfig, *, precision: Precision, ranks: int, free: int, parameters: int
+    config: TrainConfig,
+    *,
+    precision: Precision,
+    ranks: int,
+    free: int,
+    parameters: int,
+    decoding: int = 0,
 ) -> MemoryPlan:
     """Choose what `optim.micro_batch` and `model.checkpoint_every` leave open.
 
@@ -209,6 +215,7 @@ def plan_memory(
         ranks: number of processes.
         free: bytes that a step may hold.
         parameters: number of parameters of the model.
+        decoding: bytes per clip that decoding takes beside the step.
 
     Raises:
         UserError: not even one clip fits.
@@ -218,7 +225,8 @@ def plan_memory(
     ways = (0, 1) if every == "auto" else (every,)
 
     def needed(clips: int, way: int) -> int:
-        return step_bytes(config, clips, checkpoint_every=way, precision=precision, parameters=parameters)
+        step = step_bytes(config, clips, checkpoint_every=way, precision=precision, parameters=parameters)
+        return step + clips * decoding
 
     sizes = [share] if micro == "auto" else [micro]
     tried = [(clips, way) for clips in sizes for way in ways]

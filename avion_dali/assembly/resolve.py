@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from avion_dali.assembly.dali_loading import dali_bytes_per_clip
 from avion_dali.assembly.decoder_choice import DecoderChoice, choose_decoder
 from avion_dali.assembly.memory import MemoryPlan, count_parameters, free_bytes, plan_memory
 from avion_dali.config import TrainConfig
@@ -132,6 +133,7 @@ def resolve(config: TrainConfig, distributed: Distributed, start: StartWeights |
     model = resolve_model(config.model, start.facts if start else None)
     attention = resolve_attention(model.attention, device, dtype=AUTOCAST_DTYPES[precision])
     config = replace(config, model=replace(model, attention=attention))
+    decoder = choose_decoder(config.decoder, device)
     micro_batch, memory = config.optim.micro_batch, None
     if micro_batch == "auto" or model.checkpoint_every == "auto":
         memory = plan_memory(
@@ -140,6 +142,7 @@ def resolve(config: TrainConfig, distributed: Distributed, start: StartWeights |
             ranks=distributed.world_size,
             free=free_bytes(distributed),
             parameters=count_parameters(config, task),
+            decoding=dali_bytes_per_clip(config) if decoder.name == "dali" and device.type == "cuda" else 0,
         )
         micro_batch = memory.micro_batch
         config = replace(
@@ -150,7 +153,7 @@ def resolve(config: TrainConfig, distributed: Distributed, start: StartWeights |
     return ResolvedRun(
         config=config,
         task=task,
-        decoder=choose_decoder(config.decoder, device),
+        decoder=decoder,
         precision=precision,
         micro_batch=micro_batch,
         accum_steps=max(1, config.optim.global_batch // (micro_batch * distributed.world_size)),

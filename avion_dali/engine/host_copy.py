@@ -20,7 +20,7 @@ class HostCopy:
         self._numbers = numbers.detach().to("cpu", non_blocking=True, copy=True)
         self._arrived: torch.cuda.Event | None = None
         if numbers.is_cuda:
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event(blocking=True)  # a host that waits sleeps
             self._arrived.record()
 
     @property

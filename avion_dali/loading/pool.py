@@ -36,6 +36,7 @@ _GRACE_S = 2.0
 _IMPORTS_S = 20.0  # more for the first task of a process, which imports the modules of its tasks
 _MAX_DEATHS = 20
 _MAX_FAILED_STARTS = 3
+_START_S = 120.0  # for a process to start and to import the program's main module
 _PROGRESS = b""
 _NO_MAIN_GUARD = (
     "worker processes import the main module again, and this module starts worker processes whenever it is "
@@ -52,6 +53,11 @@ _OTHER_PROCESS = (
 _DEATHS = (
     "the worker processes died {} times in a row; is the machine out of memory? Take fewer processes "
     "(`workers`, --jobs) or a smaller `prefetch_batches`"
+)
+
+_LATE_START = (
+    "a worker process did not start within {:.0f} s; does the main module of this program, or a module that it "
+    "imports, wait for something?"
 )
 
 Result = TypeVar("Result")
@@ -104,7 +110,7 @@ class _Worker:
         self.process.start()
         other.close()
         self.job: _Job | None = None
-        self.is_ready = False  # whether it has ever sent anything
+        self.started, self.is_ready = time.monotonic(), False  # ready when it has sent anything
         self.deadline = 0.0
         self.more_s = _IMPORTS_S
 
@@ -305,6 +311,8 @@ class _Supervisor:
     def _end_late_tasks(self, now: float) -> None:
         for worker in [worker for worker in self._workers if worker.job and worker.deadline < now]:
             self._replace(worker, futures.TimeoutError())
+        if any(not worker.is_ready and worker.started + _START_S < now for worker in self._workers):
+            self._stop(UserError(_LATE_START.format(_START_S)))
 
     def _replace(self, worker: _Worker, error: futures.TimeoutError | None = None) -> None:
         """Replace a worker that died, or is killed for an error; its task fails."""

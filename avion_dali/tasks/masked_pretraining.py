@@ -111,5 +111,6 @@ MASKED_VIDEO: Final = Task(
     build_scorer=_build_scorer,
     has_frozen_control=False,
     # As in fine-tuning, an embedding is the normalized mean of the encoder's tokens.
+    hides_tubes=True,
     embeds_as="classification",
 )

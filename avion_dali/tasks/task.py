@@ -59,6 +59,7 @@ class Task:
         class_names: maps the training manifest to the names of the model's classes, in label order.
         after_step: called with the model after every change of its weights, to apply constraints.
         reads_texts: whether batches contain token ids.
+        hides_tubes: whether the encoder sees only what `objective.masked_video` leaves of a clip.
         embeds_as: `objective.name` of the task whose model embeds clips with the weights of this one; empty for
             its own model.
         has_frozen_control: whether an evaluation with frozen frames is meaningful.
@@ -73,5 +74,6 @@ class Task:
     class_names: Callable[[Manifest], tuple[str, ...]] = no_classes
     after_step: Callable[[nn.Module], None] = no_constraint
     reads_texts: bool = False
+    hides_tubes: bool = False
     has_frozen_control: bool = True
     embeds_as: str = ""

@@ -52,7 +52,7 @@ class Scale:
     # Graphs, and threads of each; the last are the usual ones. And the same where waiting threads sleep.
     graphs: tuple[DaliConfig, ...] = (DaliConfig(1, 16), DaliConfig(2, 4), DaliConfig(2, 8))
     blocking: tuple[DaliConfig, ...] = (DaliConfig(2, 8, True), DaliConfig(2, 4, True))
-    rate_s: float = 3.0  # length of the measurement of a rate
+    rate_s: float = 2.0  # length of the measurement of a rate
     checked: int = 32  # clips compared for every style
     model: ModelSize = "vit_b16"
     product: int = 8192  # side of the matrices whose product is the yardstick
