@@ -240,9 +240,10 @@ def test_the_graph_goes_on_at_full_depth_after_a_pause_and_after_failures() -> N
             assert len(runner._queue.ready) == left
 
 
-def nothing_to_decode(number: int) -> tuple[list[np.ndarray], ...]:
-    ints = [np.array(x, np.int32) for x in ([0], [[0, 0, 8, 8]], [0], [0])]
-    return ([np.zeros(100, np.uint8)], *([x] for x in ints), [np.array(number, np.int64)])
+def nothing_to_decode(number: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """A batch of one clip whose mini clip is empty, with one frame and one view."""
+    numbers = np.array([[1, 1, 0, 0, 8, 8, 0, 0, 0]], np.int32)
+    return [np.zeros(100, np.uint8)], numbers, np.array([number], np.int64)
 
 
 SCRIPT = """
