@@ -40,8 +40,7 @@ class Summary:
 if __name__ == "__main__":
     summary = Summary()
     modules = sorted(map(str, FOLDER.glob("test_field_*.py")))
-    status = pytest.main(
-        ["-q", "-p", "no:cacheprovider", "--no-header", *modules, *sys.argv[1:]], plugins=[summary]
-    )
+    options = ["-q", "-p", "no:cacheprovider", "--no-header", "--numprocesses", "auto", "--maxprocesses", "4"]
+    status = pytest.main([*options, *modules, *sys.argv[1:]], plugins=[summary])
     sys.stdout.write("\n".join(summary.lines()) + "\n")
     sys.exit(status)
